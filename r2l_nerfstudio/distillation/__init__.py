@@ -1,0 +1,1 @@
+"""Where supervision comes from: pseudo cameras, a ring of teacher views, hard rays, real photographs."""

@@ -1,0 +1,229 @@
+"""Pseudo rays from the teacher, then photographs, behind Nerfstudio's DataManager contract."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import tyro
+from jaxtyping import Float
+from nerfstudio.cameras.cameras import Cameras, CameraType
+from nerfstudio.cameras.rays import RayBundle
+from nerfstudio.data.datamanagers.base_datamanager import VanillaDataManager, VanillaDataManagerConfig
+from nerfstudio.data.dataparsers.base_dataparser import DataParserConfig
+from nerfstudio.data.dataparsers.nerfstudio_dataparser import NerfstudioDataParserConfig
+from nerfstudio.data.datasets.base_dataset import InputDataset
+from nerfstudio.data.pixel_samplers import PixelSamplerConfig
+from nerfstudio.data.utils.nerfstudio_collate import nerfstudio_collate
+from nerfstudio.utils.rich_utils import CONSOLE
+from torch import Tensor
+
+from r2l_nerfstudio.distillation.hard_rays import HardRayPool
+from r2l_nerfstudio.distillation.photographs import Photographs, split_holdout
+from r2l_nerfstudio.distillation.pose_sampling import CaptureCameras, PoseSampler, PoseSamplerConfig
+from r2l_nerfstudio.distillation.ray_sample import RECORD_WIDTH, RaySample
+from r2l_nerfstudio.distillation.survey import Survey
+from r2l_nerfstudio.distillation.view_ring import ViewRenderer, ViewRing
+from r2l_nerfstudio.teacher import Teacher
+
+HOLDOUT_VIEWS = 4
+HOLDOUT_RAYS = 8192
+HOLDOUT_SEED_OFFSET = 7_654_321
+
+
+@dataclass
+class DistillationDataManagerConfig(VanillaDataManagerConfig):
+    """Supervision for a student: a ring of teacher views, then the photographs themselves."""
+
+    _target: type = field(default_factory=lambda: DistillationDataManager)
+    dataparser: tyro.conf.Suppress[DataParserConfig] = field(default_factory=NerfstudioDataParserConfig)
+    """Inherited from the teacher, so that both live in one frame."""
+    train_num_rays_per_batch: int = 65536
+    """Rays per training iteration."""
+    num_views: int = 300
+    """Teacher views held on the device."""
+    view_downscale: float = 1.0
+    """Teacher views are this much smaller than the training photographs."""
+    pose_sampler: PoseSamplerConfig = field(default_factory=PoseSamplerConfig)
+    """Where teacher views are taken from."""
+    refresh_share: float = 0.15
+    """Share of the training time that may go into replacing teacher views by new ones; 0 keeps the first ones."""
+    hard_fraction: float = 0.2
+    """Share of every batch drawn from the rays with the largest errors so far."""
+    hard_pool_batches: int = 20
+    """How many iterations' hard rays are remembered."""
+    real_iterations: int = 2000
+    """The last iterations mix in rays of the photographs; 0 learns from the teacher alone."""
+    real_fraction: float = 0.5
+    """Share of photograph rays in those iterations."""
+    holdout_fraction: float = 0.1
+    """Share of the training photographs that is only watched, never learnt."""
+    cache_dir: Path | None = None
+    """Folder to keep rendered teacher views in, so that another run with this teacher starts at once."""
+    seed: int = 42
+    """Of the pseudo cameras."""
+
+    # What a photograph-driven data manager reads and this one does not.
+    masks_on_gpu: tyro.conf.Suppress[bool] = False
+    images_on_gpu: tyro.conf.Suppress[bool] = False
+    train_num_images_to_sample_from: tyro.conf.Suppress[int] = -1
+    train_num_times_to_repeat_images: tyro.conf.Suppress[int] = -1
+    patch_size: tyro.conf.Suppress[int] = 1
+    pixel_sampler: tyro.conf.Suppress[PixelSamplerConfig] = field(default_factory=PixelSamplerConfig)
+    collate_fn: tyro.conf.Suppress[Callable[[Any], Any]] = staticmethod(nerfstudio_collate)
+    camera_res_scale_factor: tyro.conf.Suppress[float] = 1.0
+
+
+class DistillationDataManager(VanillaDataManager[InputDataset]):
+    """Rays of teacher views, hard rays again, and in the end photographs.
+
+    Evaluation is Nerfstudio's own. Training needs `attach_teacher` first; without it, as in `ns-viewer`, `ns-render` and
+    `ns-eval`, no teacher is read.
+    """
+
+    config: DistillationDataManagerConfig
+
+    def setup_train(self) -> None:
+        """Nothing is loaded here: the teacher is attached by the pipeline."""
+        self.real_start: int | None = None
+        self.background = torch.ones(3)
+
+    def attach_teacher(self, teacher: Teacher, survey: Survey, background: Float[Tensor, "3"]) -> None:
+        """Fill the ring of teacher views and read the photographs.
+
+        Args:
+            teacher: who renders.
+            survey: what it shows from its training cameras.
+            background: colour behind photographs that have an alpha channel.
+
+        Raises:
+            InputError: if no plausible view is found, no view fits the device, or no training view is left.
+        """
+        config = self.config
+        self.background = background
+        sampler = PoseSampler(capture_cameras(self.train_dataset.cameras, config.view_downscale), config.pose_sampler)
+        config.pose_sampler.kind = sampler.kind
+        CONSOLE.print(f"Pseudo cameras: {sampler.kind} sampler.")
+
+        def renderer(seed: int, cache_dir: Path | None) -> ViewRenderer:
+            return ViewRenderer(
+                teacher, sampler, survey, sampler.cameras.height, sampler.cameras.width, seed, cache_dir
+            )
+
+        seed = config.seed + self.local_rank
+        # Photographs first: a capture that cannot be used must fail before the teacher has rendered for minutes.
+        self.photographs: Photographs | None = None
+        self.held_photographs: RaySample | None = None
+        generator = torch.Generator().manual_seed(config.seed)
+        if config.real_iterations > 0:
+            kept, held = split_holdout(len(self.train_dataset), config.holdout_fraction)
+            corrections = teacher.pose_corrections()
+            self.photographs = Photographs(self.train_dataset, kept, corrections, self.device)
+            if held:
+                watched = Photographs(self.train_dataset, held, corrections, self.device)
+                self.held_photographs = watched.sample(HOLDOUT_RAYS, background, generator)
+        held_ring = ViewRing(renderer(seed + HOLDOUT_SEED_OFFSET, None), HOLDOUT_VIEWS, self.device)
+        held_ring.fill()
+        self.held_views = held_ring.sample(HOLDOUT_RAYS)
+        self.ring = ViewRing(renderer(seed, self._cache_dir(teacher, sampler)), config.num_views, self.device)
+        self.ring.fill()
+        num_hard = int(config.hard_fraction * config.train_num_rays_per_batch)
+        self.hard_rays = HardRayPool(num_hard, config.hard_pool_batches, RECORD_WIDTH, self.device)
+        self._training_seconds = 0.0
+        self._refresh_seconds = 0.0
+        self._last_call: float | None = None
+
+    def _cache_dir(self, teacher: Teacher, sampler: PoseSampler) -> Path | None:
+        """A folder per teacher, sampler and resolution: views of another kind are never mistaken for these."""
+        if self.config.cache_dir is None:
+            return None
+        key = f"{teacher.fingerprint()} {sampler.config} {sampler.cameras.width}x{sampler.cameras.height}"
+        return self.config.cache_dir / hashlib.sha256(key.encode()).hexdigest()[:16]
+
+    def next_train(self, step: int) -> tuple[RayBundle, dict[str, Tensor]]:
+        """A batch of rays with what is to be learnt of them.
+
+        Args:
+            step: training step; photographs are mixed in from `real_start` on.
+
+        Returns:
+            rays, and a dictionary of what `RaySample` holds (`image` its colours), and `records`, the rays that may become
+            hard rays.
+        """
+        self.train_count += 1
+        self._refresh()
+        total = self.config.train_num_rays_per_batch
+        num_hard = min(self.hard_rays.per_step, len(self.hard_rays))
+        num_real = 0
+        if self.photographs is not None and self.real_start is not None and step >= self.real_start:
+            num_real = int(self.config.real_fraction * total)
+            num_hard = int(num_hard * (1 - self.config.real_fraction))
+        fresh = self.ring.sample(total - num_hard - num_real).records()
+        parts = [fresh, self.hard_rays.draw(num_hard)]
+        if num_real:
+            parts.append(self.photographs.sample(num_real, self.background).records())
+        sample = RaySample.from_records(torch.cat(parts))
+        return to_ray_bundle(sample), {
+            "image": sample.rgb,
+            "origins": sample.origins,
+            "directions": sample.directions,
+            "accumulation": sample.accumulation,
+            "depth": sample.depth,
+            "weight": sample.weight,
+            "geometry_weight": sample.geometry_weight,
+            "records": fresh,
+        }
+
+    def remember_hard_rays(self, records: Float[Tensor, "rays 13"], errors: Float[Tensor, "rays"]) -> None:
+        """Put the worst of a batch's fresh rays into the hard-ray pool."""
+        self.hard_rays.add(records, errors)
+
+    def _refresh(self) -> None:
+        """Replace the oldest teacher view whenever the teacher's share of the time allows it."""
+        now = time.perf_counter()
+        if self._last_call is not None:
+            self._training_seconds += now - self._last_call
+        share = self.config.refresh_share
+        if share > 0 and self._refresh_seconds < share * self._training_seconds:
+            self.ring.refresh()
+            self._refresh_seconds += time.perf_counter() - now
+        self._last_call = now
+
+    def get_train_rays_per_batch(self) -> int:
+        return self.config.train_num_rays_per_batch
+
+
+def to_ray_bundle(sample: RaySample) -> RayBundle:
+    """Nerfstudio's container for the same rays."""
+    return RayBundle(
+        origins=sample.origins, directions=sample.directions, pixel_area=torch.zeros_like(sample.weight)
+    )
+
+
+def capture_cameras(cameras: Cameras, downscale: float = 1.0) -> CaptureCameras:
+    """The training cameras as undistorted pinholes of one resolution, the capture's median divided by `downscale`.
+
+    Fisheye and panoramic cameras become pinholes of 90 degrees: a student is asked through pinholes.
+    """
+    cameras = cameras.to("cpu").flatten()
+    width = max(1, round(float(cameras.width.float().median()) / downscale))
+    height = max(1, round(float(cameras.height.float().median()) / downscale))
+    intrinsics = torch.cat(
+        [
+            cameras.fx * width / cameras.width,
+            cameras.fy * height / cameras.height,
+            cameras.cx * width / cameras.width,
+            cameras.cy * height / cameras.height,
+        ],
+        dim=-1,
+    ).float()
+    wide = cameras.camera_type[:, 0] != CameraType.PERSPECTIVE.value
+    if wide.any():
+        side = min(width, height) / 2
+        intrinsics[wide] = torch.tensor([side, side, width / 2, height / 2])
+    return CaptureCameras(cameras.camera_to_worlds.float(), intrinsics, width, height)

@@ -1,0 +1,50 @@
+"""Whether teacher and data show one scene in one frame."""
+
+from __future__ import annotations
+
+import torch
+from nerfstudio.data.datasets.base_dataset import InputDataset
+from torch.nn.functional import interpolate
+
+from r2l_nerfstudio.distillation.survey import thumbnail
+from r2l_nerfstudio.errors import InputError
+from r2l_nerfstudio.teacher import Teacher
+
+NUM_VIEWS = 6
+
+
+def check_frame(teacher: Teacher, dataset: InputDataset) -> None:
+    """Render thumbnails from some training cameras and compare them with the photographs.
+
+    A teacher in the data's frame fits each camera's own photograph clearly better than another camera's.
+
+    Args:
+        teacher: who renders.
+        dataset: the training views.
+
+    Raises:
+        InputError: if own photographs fit no better than others'.
+    """
+    count = min(NUM_VIEWS, len(dataset))
+    if count < 3:  # too few for others to compare with
+        return
+    renders, photographs = [], []
+    for index in torch.linspace(0, len(dataset) - 1, count).round().long().tolist():
+        rgb = teacher.view(thumbnail(dataset.cameras[index], 32)).rgb.cpu()
+        image = dataset.get_data(index, image_type="float32")["image"]
+        image = image[..., :3] * image[..., 3:] + 1 - image[..., 3:] if image.shape[-1] == 4 else image
+        size = (32, 32)
+        renders.append(interpolate(rgb.permute(2, 0, 1)[None].float().nan_to_num(), size, mode="area"))
+        photographs.append(interpolate(image.permute(2, 0, 1)[None], size, mode="area"))
+    own = torch.stack([(a - b).square().mean() for a, b in zip(renders, photographs, strict=True)])
+    other = torch.stack(
+        [(renders[i] - photographs[(i + shift) % count]).square().mean() for i in range(count) for shift in range(1, count)]
+    )
+    if own.mean() > 0.85 * other.mean():
+        raise InputError(
+            f"Teacher and data do not match: the teacher {teacher.config_path} renders the photographs of"
+            f" {teacher.dataparser_outputs.image_filenames[0].parent} from their own cameras no better than from others'"
+            f" (mean squared errors {own.mean():.4f} and {other.mean():.4f}). Either --data names another capture than"
+            " the teacher was trained on, or the teacher is barely trained. Leave --data out to use the teacher's own;"
+            " if you are sure, add --pipeline.check-frame False."
+        )

@@ -1,0 +1,165 @@
+"""Teacher, data and student together, behind Nerfstudio's Pipeline contract."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import tyro
+from nerfstudio.data.datamanagers.base_datamanager import DataManagerConfig
+from nerfstudio.engine.callbacks import TrainingCallback, TrainingCallbackAttributes, TrainingCallbackLocation
+from nerfstudio.models.base_model import ModelConfig
+from nerfstudio.pipelines.base_pipeline import VanillaPipeline, VanillaPipelineConfig
+from nerfstudio.utils import writer
+from nerfstudio.utils.rich_utils import CONSOLE
+from torch import Tensor
+from torch.amp import GradScaler
+
+from r2l_nerfstudio.distillation.datamanager import (
+    DistillationDataManager,
+    DistillationDataManagerConfig,
+    capture_cameras,
+    to_ray_bundle,
+)
+from r2l_nerfstudio.distillation.frame_check import check_frame
+from r2l_nerfstudio.distillation.ray_sample import RaySample
+from r2l_nerfstudio.distillation.survey import Survey
+from r2l_nerfstudio.errors import InputError, exit_on_input_error
+from r2l_nerfstudio.teacher import Teacher
+
+
+@dataclass
+class DistillationPipelineConfig(VanillaPipelineConfig):
+    """A student, its data, and the teacher they come from."""
+
+    _target: type = field(default_factory=lambda: DistillationPipeline)
+    datamanager: DataManagerConfig = field(default_factory=DistillationDataManagerConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    teacher: tyro.conf.Suppress[Path | None] = None
+    """The teacher's config.yml; set from --teacher."""
+    check_frame: bool = True
+    """Before training, check that the teacher's renders match the photographs they should match."""
+    steps_per_holdout: int = 500
+    """Iterations between looks at the held-out views."""
+
+
+class DistillationPipeline(VanillaPipeline):
+    """Trains a student from a teacher; without training, runs the student alone.
+
+    Args: as `VanillaPipeline`. In `test_mode` "val" (training) the teacher is loaded; in "test" and "inference" it is
+    neither needed nor read.
+    """
+
+    config: DistillationPipelineConfig
+    datamanager: DistillationDataManager
+
+    def __init__(
+        self,
+        config: DistillationPipelineConfig,
+        device: str,
+        test_mode: Literal["test", "val", "inference"] = "val",
+        world_size: int = 1,
+        local_rank: int = 0,
+        grad_scaler: GradScaler | None = None,
+    ) -> None:
+        with exit_on_input_error():
+            try:
+                super().__init__(config, device, test_mode, world_size, local_rank, grad_scaler)
+                if test_mode == "val":
+                    self._attach_teacher(device)
+            except (FileNotFoundError, NotADirectoryError) as error:
+                raise InputError(
+                    f"The capture {config.datamanager.data} cannot be read ({error}): put it back, or name its new place"
+                    " with --data (ns-train) or in the run's config.yml (pipeline.datamanager.data)."
+                ) from error
+        self.model.teacher_split.teacher_path = config.teacher
+        self.model.teacher_split.device = device
+        self._best: tuple[float, dict[str, Any]] | None = None
+
+    def _attach_teacher(self, device: str) -> None:
+        config = self.config
+        if config.teacher is None:
+            raise InputError("A student needs a teacher: name a trained Nerfstudio run with --teacher …/config.yml.")
+        cameras = self.datamanager.train_dataset.cameras
+        teacher = Teacher.load(config.teacher, device=device, data=config.datamanager.data)
+        if config.check_frame:
+            check_frame(teacher, self.datamanager.train_dataset)
+        capture = capture_cameras(cameras)
+        survey = Survey.take(teacher, cameras)
+        background = torch.ones(3) if teacher.background is None else teacher.background.cpu()
+        self.model.set_scene(
+            bounds=survey.bounds(capture, self.model.config.forced_spacing),
+            axes=capture.mean_axes,
+            background=background,
+            has_accumulation=survey.has_accumulation,
+            has_depth=survey.has_depth,
+        )
+        CONSOLE.print(f"Scene: {self.model.describe_scene()}.")
+        self.datamanager.attach_teacher(teacher, survey, background)
+
+    def get_train_loss_dict(self, step: int) -> tuple[Any, dict[str, Tensor], dict[str, Tensor]]:
+        """One batch through the student; the worst of its fresh rays are remembered."""
+        ray_bundle, batch = self.datamanager.next_train(step)
+        outputs = self._model(ray_bundle)
+        metrics_dict = self.model.get_metrics_dict(outputs, batch)
+        loss_dict = self.model.get_loss_dict(outputs, batch, metrics_dict)
+        records = batch["records"]
+        with torch.no_grad():
+            errors = (outputs["rgb"][: len(records)].float() - batch["image"][: len(records)]).square().sum(-1)
+            errors = errors * batch["weight"][: len(records), 0]
+        self.datamanager.remember_hard_rays(records, errors)
+        return outputs, loss_dict, metrics_dict
+
+    @torch.no_grad()
+    def holdout_psnr(self, sample: RaySample) -> float:
+        """PSNR in dB of the student on rays it never learns from."""
+        was_training = self.training
+        self.eval()
+        rgb = self.model(to_ray_bundle(sample))["rgb"]
+        self.train(was_training)
+        error = ((rgb.float() - sample.rgb).square() * sample.weight).sum() / (3 * sample.weight.sum().clamp_min(1))
+        return -10 * math.log10(max(float(error), 1e-12))
+
+    def get_training_callbacks(self, attributes: TrainingCallbackAttributes) -> list[TrainingCallback]:
+        """Nerfstudio's own, and the watch over the held-out views."""
+        trainer = attributes.trainer
+        if trainer is not None:
+            last = trainer.config.max_num_iterations
+            self.datamanager.real_start = last - self.datamanager.config.real_iterations
+            # Kinds that were "auto" are known only now.
+            trainer.config.save_config()
+        watch = TrainingCallback(
+            where_to_run=[TrainingCallbackLocation.AFTER_TRAIN_ITERATION],
+            update_every_num_iters=self.config.steps_per_holdout,
+            func=self._watch_holdout,
+        )
+        return [*super().get_training_callbacks(attributes), watch]
+
+    def _watch_holdout(self, step: int) -> None:
+        if step == 0:
+            return
+        pseudo = self.holdout_psnr(self.datamanager.held_views)
+        writer.put_scalar(name="Holdout PSNR (teacher views)", scalar=pseudo, step=step)
+        line = f"Step {step}: {pseudo:.2f} dB against the teacher on views never trained on"
+        if self.datamanager.held_photographs is not None:
+            real = self.holdout_psnr(self.datamanager.held_photographs)
+            writer.put_scalar(name="Holdout PSNR (photographs)", scalar=real, step=step)
+            line += f", {real:.2f} dB against held-out training photographs"
+            start = self.datamanager.real_start
+            if start is not None and step >= start and (self._best is None or real > self._best[0]):
+                state = {key: value.detach().clone() for key, value in self.model.named_parameters()}
+                self._best = (real, state)
+        CONSOLE.print(line + ".")
+
+    def restore_best(self, step: int) -> None:
+        """At the end of training, go back to the weights that did best on the held-out training photographs."""
+        if self._best is None or self.datamanager.held_photographs is None:
+            return
+        now = self.holdout_psnr(self.datamanager.held_photographs)
+        best, state = self._best
+        if best > now + 0.02:
+            CONSOLE.print(f"Photographs began to be overfitted: back from {now:.2f} to {best:.2f} dB on the held-out ones.")
+            self.model.load_state_dict(state, strict=False)

@@ -1,0 +1,212 @@
+"""Pseudo cameras near the capture, chosen from the layout of its own cameras."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Literal, get_args
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from r2l_nerfstudio.errors import InputError
+
+SamplerKind = Literal["auto", "neighbour", "sphere", "box"]
+
+
+@dataclass
+class PoseSamplerConfig:
+    """Where pseudo cameras are placed."""
+
+    kind: SamplerKind = "auto"
+    """neighbour: between neighbouring training cameras; sphere: the band they cover around an object; box: the box of
+    positions and viewing axes of a forward-facing capture; auto: what the capture's layout asks for."""
+    num_neighbours: int = 4
+    """neighbour: how many nearest cameras to interpolate to."""
+    jitter: float = 0.3
+    """Random displacement, as a share of the distance to neighbouring cameras."""
+    focal_range: tuple[float, float] = (0.95, 1.25)
+    """Focal lengths, as multiples of the training cameras'."""
+
+    def __post_init__(self) -> None:
+        if self.kind not in get_args(SamplerKind):
+            raise InputError(
+                f"Unknown pose sampler {self.kind!r}: choose --pipeline.datamanager.pose-sampler.kind from "
+                f"{', '.join(get_args(SamplerKind))}."
+            )
+
+
+@dataclass(frozen=True)
+class CaptureCameras:
+    """The training cameras, as pinholes of one resolution."""
+
+    camera_to_worlds: Float[Tensor, "num 3 4"]
+    """OpenGL axes in the teacher's frame."""
+    intrinsics: Float[Tensor, "num 4"]
+    """fx, fy, cx, cy in pixels of a `width` x `height` image."""
+    width: int
+    height: int
+
+    @cached_property
+    def positions(self) -> Float[Tensor, "num 3"]:
+        return self.camera_to_worlds[:, :, 3]
+
+    @cached_property
+    def axes(self) -> Float[Tensor, "num 3"]:
+        """Unit viewing axes."""
+        return -self.camera_to_worlds[:, :, 2] / self.camera_to_worlds[:, :, 2].norm(dim=-1, keepdim=True)
+
+    @cached_property
+    def up(self) -> Float[Tensor, "3"]:
+        """Mean up direction of the capture, unit length."""
+        up = self.camera_to_worlds[:, :, 1].mean(0)
+        return up / up.norm().clamp_min(1e-6)
+
+    @cached_property
+    def focus(self) -> Float[Tensor, "3"]:
+        """The point nearest to all viewing axes, in the least-squares sense."""
+        across = torch.eye(3) - self.axes[:, :, None] * self.axes[:, None, :]
+        # The small term keeps parallel axes solvable: their focus stays near the cameras.
+        system = across.mean(0) + 1e-4 * torch.eye(3)
+        target = (across @ self.positions[:, :, None]).mean(0) + 1e-4 * self.positions.mean(0)[:, None]
+        return torch.linalg.solve(system, target)[:, 0]
+
+    @cached_property
+    def neighbour_distances(self) -> Float[Tensor, "num num"]:
+        """Distances between positions; a camera's distance to itself is infinite."""
+        distances = torch.cdist(self.positions, self.positions)
+        return distances.fill_diagonal_(math.inf)
+
+    @cached_property
+    def mean_axes(self) -> Float[Tensor, "3 3"]:
+        """Columns: the capture's mean right, up and backward directions, orthonormal."""
+        return look_along(self.axes.mean(0), self.up)
+
+
+def look_along(axis: Float[Tensor, "3"], up: Float[Tensor, "3"]) -> Float[Tensor, "3 3"]:
+    """Rotation (columns right, up, backward) of a camera that looks along `axis`."""
+    backward = -axis / axis.norm().clamp_min(1e-8)
+    right = torch.linalg.cross(up, backward)
+    if right.norm() < 1e-4:  # looking straight along the up direction: any right will do
+        other = torch.tensor([1.0, 0.0, 0.0]) if backward[0].abs() < 0.9 else torch.tensor([0.0, 1.0, 0.0])
+        right = torch.linalg.cross(other, backward)
+    right = right / right.norm()
+    return torch.stack([right, torch.linalg.cross(backward, right), backward], dim=-1)
+
+
+def choose_sampler(cameras: CaptureCameras) -> Literal["neighbour", "sphere", "box"]:
+    """The sampler that fits a capture's layout.
+
+    `box` where all cameras look the same way (within 30 degrees of their mean), `sphere` where they look inwards at one
+    point (15 degrees on average) from at least half way around it and nearly one distance, `neighbour` for all else.
+    """
+    if len(cameras.positions) < 3:
+        return "neighbour"
+    mean_axis = -cameras.mean_axes[:, 2]
+    if (cameras.axes @ mean_axis).min() > math.cos(math.radians(30)):
+        return "box"
+    to_focus = cameras.focus - cameras.positions
+    radii = to_focus.norm(dim=-1)
+    inward = ((to_focus * cameras.axes).sum(-1) / radii.clamp_min(1e-6)).clamp(-1, 1).acos().mean()
+    if inward < math.radians(15) and radii.max() < 1.8 * radii.min() and _azimuth_gap(cameras) < math.radians(180):
+        return "sphere"
+    return "neighbour"
+
+
+def _spherical(cameras: CaptureCameras) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Azimuth, elevation (radians), radius of the cameras around the focus, and the frame (columns) they refer to."""
+    frame = look_along(torch.linalg.cross(cameras.up, cameras.mean_axes[:, 0]), cameras.up)
+    offset = (cameras.positions - cameras.focus) @ frame
+    radius = offset.norm(dim=-1)
+    elevation = (offset[:, 1] / radius.clamp_min(1e-6)).clamp(-1, 1).asin()
+    return torch.atan2(offset[:, 0], offset[:, 2]), elevation, radius, frame
+
+
+def _azimuth_gap(cameras: CaptureCameras) -> float:
+    """The widest sector around the focus without a camera, in radians."""
+    azimuth = _spherical(cameras)[0].sort().values
+    gaps = torch.cat([azimuth[1:] - azimuth[:-1], (azimuth[:1] + 2 * math.pi) - azimuth[-1:]])
+    return float(gaps.max())
+
+
+@dataclass(frozen=True)
+class PoseSampler:
+    """Draws pseudo cameras; the same generator state gives the same camera.
+
+    Args:
+        cameras: the training cameras.
+        config: kind and extent.
+    """
+
+    cameras: CaptureCameras
+    config: PoseSamplerConfig = field(default_factory=PoseSamplerConfig)
+
+    @cached_property
+    def kind(self) -> str:
+        """The sampler in use, `auto` resolved."""
+        return choose_sampler(self.cameras) if self.config.kind == "auto" else self.config.kind
+
+    def sample(self, generator: torch.Generator) -> tuple[Float[Tensor, "3 4"], Float[Tensor, "4"]]:
+        """One pseudo camera.
+
+        Args:
+            generator: CPU generator.
+
+        Returns:
+            camera-to-world (OpenGL axes, teacher's frame) and fx, fy, cx, cy in pixels of the capture's resolution.
+        """
+        base = int(torch.randint(len(self.cameras.positions), (1,), generator=generator))
+        low, high = (math.log(value) for value in self.config.focal_range)
+        zoom = math.exp(low + (high - low) * float(torch.rand((), generator=generator)))
+        intrinsics = self.cameras.intrinsics[base].clone()
+        intrinsics[:2] *= zoom
+        pose = {"neighbour": self._neighbour, "sphere": self._sphere, "box": self._box}[self.kind](base, generator)
+        return pose, intrinsics
+
+    def _neighbour(self, base: int, generator: torch.Generator) -> Tensor:
+        cameras = self.cameras
+        if len(cameras.positions) == 1:
+            return cameras.camera_to_worlds[base].clone()
+        count = min(self.config.num_neighbours, len(cameras.positions) - 1)
+        near_distances, near = cameras.neighbour_distances[base].topk(count, largest=False)
+        other = int(near[torch.randint(count, (1,), generator=generator)])
+        share = torch.rand((), generator=generator)
+        position = torch.lerp(cameras.positions[base], cameras.positions[other], share)
+        position = position + self.config.jitter * near_distances.mean() * torch.randn(3, generator=generator) / 3**0.5
+        # Rotations of neighbours are close: a normalised blend of axes stands in for the geodesic.
+        axis = torch.lerp(cameras.axes[base], cameras.axes[other], share)
+        up = torch.lerp(cameras.camera_to_worlds[base, :, 1], cameras.camera_to_worlds[other, :, 1], share)
+        between = torch.arccos((cameras.axes[base] @ cameras.axes[other]).clamp(-1, 1))
+        spread = self.config.jitter * between.clamp(0.02, 0.5)
+        axis = axis / axis.norm().clamp_min(1e-6) + spread * torch.randn(3, generator=generator) / 3**0.5
+        return torch.cat([look_along(axis, up), position[:, None]], dim=-1)
+
+    def _sphere(self, base: int, generator: torch.Generator) -> Tensor:
+        cameras = self.cameras
+        azimuths, elevations, radii, frame = _spherical(cameras)
+        draw = torch.rand(3, generator=generator)
+        # Near a training azimuth, within its widest gap: an arc is filled, what lies outside it is not entered.
+        gap = min(_azimuth_gap(cameras), math.pi / 3)
+        azimuth = azimuths[base] + gap * (draw[0] - 0.5)
+        elevation = torch.lerp(elevations.min(), elevations.max(), draw[1])
+        radius = torch.lerp(radii.min(), radii.max(), draw[2])
+        level = torch.stack([azimuth.sin() * elevation.cos(), elevation.sin(), azimuth.cos() * elevation.cos()])
+        position = cameras.focus + radius * (frame @ level)
+        target = cameras.focus + 0.1 * self.config.jitter * radius * torch.randn(3, generator=generator) / 3**0.5
+        return torch.cat([look_along(target - position, cameras.up), position[:, None]], dim=-1)
+
+    def _box(self, base: int, generator: torch.Generator) -> Tensor:
+        cameras = self.cameras
+        frame = cameras.mean_axes
+        positions = _within_box(cameras.positions @ frame, generator)
+        axis = _within_box(cameras.axes @ frame, generator)
+        return torch.cat([look_along(frame @ axis, cameras.up), (frame @ positions)[:, None]], dim=-1)
+
+
+def _within_box(points: Float[Tensor, "num 3"], generator: torch.Generator) -> Float[Tensor, "3"]:
+    """A uniform draw from the points' bounding box, enlarged by 1.1 (R2L's forward-facing sampler)."""
+    low, high = points.min(0).values, points.max(0).values
+    middle, half = (low + high) / 2, 1.1 * (high - low) / 2
+    return middle + half * (2 * torch.rand(3, generator=generator) - 1)

@@ -1,0 +1,134 @@
+"""Nerfstudio's trainer, with a teacher to inherit from and checkpoints that survive."""
+
+from __future__ import annotations
+
+import copy
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import torch
+from nerfstudio.engine.trainer import Trainer, TrainerConfig
+from nerfstudio.utils.decorators import check_main_thread
+
+from r2l_nerfstudio.errors import InputError, exit_on_input_error
+
+
+@dataclass
+class DistillationTrainerConfig(TrainerConfig):
+    """Training of a student from a teacher."""
+
+    _target: type = field(default_factory=lambda: DistillationTrainer)
+    teacher: Path | None = None
+    """Trained Nerfstudio run to learn from: its config.yml, or its folder."""
+
+    def set_timestamp(self) -> None:
+        """Name the run; `ns-train` calls this before it writes anything, so the teacher is read here.
+
+        Raises:
+            SystemExit: with a paragraph that says why, if the teacher or its capture cannot be used.
+        """
+        super().set_timestamp()
+        with exit_on_input_error():
+            self.inherit_from_teacher()
+
+    def inherit_from_teacher(self) -> None:
+        """Take over the teacher's capture and frame: dataparser configuration, data path, experiment name.
+
+        Raises:
+            InputError: if no teacher is named, or its run cannot be used.
+        """
+        # Imported late: reading a run's config imports every registered method, this one among them.
+        from r2l_nerfstudio.run_config import checkpoint_path, load_run_config, resolve_run
+
+        if self.teacher is None:
+            raise InputError(
+                f"ns-train {self.method_name} needs a teacher: name a trained Nerfstudio run with"
+                " --teacher outputs/…/config.yml."
+            )
+        config_path = resolve_run(self.teacher).absolute()
+        teacher = load_run_config(config_path)
+        checkpoint_path(teacher, config_path)
+        self.teacher = config_path
+        self.pipeline.teacher = config_path
+        datamanager = self.pipeline.datamanager
+        if hasattr(teacher.pipeline.datamanager, "dataparser"):
+            datamanager.dataparser = copy.deepcopy(teacher.pipeline.datamanager.dataparser)
+        data = self.data or datamanager.data
+        if data is None:
+            data = teacher.pipeline.datamanager.data or datamanager.dataparser.data
+        datamanager.data = Path(data)
+        if not datamanager.data.exists():
+            raise InputError(
+                f"The teacher's capture {datamanager.data} is not there: put it back, run from the folder it is relative"
+                " to, or name its new place with --data."
+            )
+        if self.experiment_name is None:
+            self.experiment_name = teacher.experiment_name
+        for group in self.optimizers.values():
+            if group["scheduler"] is not None:
+                group["scheduler"].max_steps = self.max_num_iterations
+
+
+class DistillationTrainer(Trainer):
+    """Nerfstudio's trainer; a killed run can always be taken up again from its newest checkpoint."""
+
+    config: DistillationTrainerConfig
+
+    def setup(self, test_mode: Literal["test", "val", "inference"] = "val") -> None:
+        """As `Trainer.setup`; a run that fails here leaves no config.yml that looks like a finished one."""
+        try:
+            with exit_on_input_error():
+                super().setup(test_mode)
+        except BaseException:
+            if not any(self.checkpoint_dir.glob("*.ckpt")):
+                (self.base_dir / "config.yml").unlink(missing_ok=True)
+            raise
+
+    def train(self) -> None:
+        """Train up to `max_num_iterations` in all, those before a resumed checkpoint included.
+
+        Raises:
+            SystemExit: with the flag to change, if the device has no room for a batch.
+        """
+        total = self.config.max_num_iterations
+        # Nerfstudio counts the iterations from the checkpoint on; the schedules here count them from the start.
+        self.config.max_num_iterations = max(0, total - self._start_step)
+        self.step = max(0, self._start_step - 1)
+        try:
+            with exit_on_input_error():
+                super().train()
+        except torch.OutOfMemoryError as error:
+            with exit_on_input_error():
+                raise InputError(
+                    f"No room on {self.device} for a training batch: lower"
+                    " --pipeline.datamanager.train-num-rays-per-batch (now"
+                    f" {self.config.pipeline.datamanager.train_num_rays_per_batch}) or --pipeline.datamanager.num-views."
+                    f" The newest checkpoint in {self.checkpoint_dir} is kept; go on from it with --load-dir."
+                ) from error
+        finally:
+            self.config.max_num_iterations = total
+
+    def _after_train(self) -> None:
+        self.pipeline.restore_best(self.step)
+        super()._after_train()
+
+    @check_main_thread
+    def save_checkpoint(self, step: int) -> None:
+        """Write the checkpoint beside its place and move it there: a kill at any moment leaves the old or the new one."""
+        final_dir = self.checkpoint_dir
+        partial_dir = final_dir.with_name(final_dir.name + ".partial")
+        self.checkpoint_dir = partial_dir
+        try:
+            super().save_checkpoint(step)
+        finally:
+            self.checkpoint_dir = final_dir
+        final_dir.mkdir(parents=True, exist_ok=True)
+        name = f"step-{step:09d}.ckpt"
+        (partial_dir / name).replace(final_dir / name)
+        shutil.rmtree(partial_dir)
+        if self.config.save_only_latest_checkpoint:
+            for old in final_dir.glob("*.ckpt"):
+                if old.name != name:
+                    old.unlink()

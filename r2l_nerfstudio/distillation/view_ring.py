@@ -1,0 +1,279 @@
+"""A ring of teacher views on the device: the training data, rendered as training goes."""
+
+from __future__ import annotations
+
+import io
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import psutil
+import torch
+from jaxtyping import Float, UInt8
+from nerfstudio.cameras.cameras import Cameras
+from nerfstudio.utils.rich_utils import CONSOLE, get_progress
+from torch import Tensor
+
+from r2l_nerfstudio.distillation.pose_sampling import PoseSampler
+from r2l_nerfstudio.distillation.ray_sample import RaySample
+from r2l_nerfstudio.distillation.survey import Survey, thumbnail
+from r2l_nerfstudio.errors import InputError
+from r2l_nerfstudio.rays.pinhole import pinhole_rays
+from r2l_nerfstudio.teacher import Teacher
+
+BYTES_PER_PIXEL = 7  # rgb, accumulation and validity in uint8, depth in fp16
+MAX_REJECTIONS = 20
+
+
+@dataclass
+class TeacherView:
+    """One pseudo view as it is stored."""
+
+    camera_to_world: Float[Tensor, "3 4"]
+    intrinsics: Float[Tensor, "4"]
+    pixels: UInt8[Tensor, "height width 5"]
+    """rgb, accumulation, and 1 where the teacher's colour was finite."""
+    depth: Float[Tensor, "height width"]
+    """Distance along the ray in fp16, in the teacher's unit; 0 where there is none."""
+
+
+class ViewRenderer:
+    """Renders numbered pseudo views: view i is the same whenever it is asked for.
+
+    Args:
+        teacher: who renders.
+        sampler: where from.
+        survey: what a plausible view is.
+        height: of the views, in pixels.
+        width: of the views, in pixels.
+        seed: of the numbered cameras.
+        cache_dir: folder to keep rendered views in, for a later run; None keeps none.
+    """
+
+    def __init__(
+        self,
+        teacher: Teacher,
+        sampler: PoseSampler,
+        survey: Survey,
+        height: int,
+        width: int,
+        seed: int,
+        cache_dir: Path | None = None,
+    ) -> None:
+        self.teacher = teacher
+        self.sampler = sampler
+        self.survey = survey
+        self.height = height
+        self.width = width
+        self.seed = seed
+        self.cache_dir = cache_dir
+        self.rejected = 0
+        self.invalid_pixels = 0
+        self.seconds = 0.0
+        self._warn_at = 1
+        if cache_dir is not None:
+            cache_dir.mkdir(parents=True, exist_ok=True)
+
+    def render(self, index: int) -> TeacherView:
+        """Pseudo view number `index`, from the cache if it is there.
+
+        Raises:
+            InputError: if no plausible camera is found.
+        """
+        start = time.perf_counter()
+        view = self._load(index)
+        if view is None:
+            view = self._render(index)
+            self._store(index, view)
+        invalid = int((view.pixels[..., 4] == 0).sum())
+        if invalid:
+            self.invalid_pixels += invalid
+            if self.invalid_pixels >= self._warn_at:
+                CONSOLE.print(
+                    f"[bold yellow]The teacher returned colours that are not finite: {self.invalid_pixels} pixels so far"
+                    " were dropped."
+                )
+                self._warn_at = 10 * self.invalid_pixels
+        self.seconds += time.perf_counter() - start
+        return view
+
+    def _render(self, index: int) -> TeacherView:
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + index)
+        for _ in range(MAX_REJECTIONS):
+            pose, intrinsics = self.sampler.sample(generator)
+            camera = self._camera(pose, intrinsics)
+            if self._plausible(camera):
+                return self._ask(camera, pose, intrinsics)
+            self.rejected += 1
+        raise InputError(
+            f"{MAX_REJECTIONS} pseudo cameras in a row were implausible (nothing in front of them, or too close): choose"
+            " another --pipeline.datamanager.pose-sampler.kind, or a smaller --pipeline.datamanager.pose-sampler.jitter."
+        )
+
+    def _camera(self, pose: Tensor, intrinsics: Tensor) -> Cameras:
+        fx, fy, cx, cy = intrinsics.tolist()
+        return Cameras(pose[None], fx=fx, fy=fy, cx=cx, cy=cy, width=self.width, height=self.height)
+
+    def _plausible(self, camera: Cameras) -> bool:
+        """Whether a thumbnail shows about what the training views show: something, and not from inside it."""
+        if not (self.survey.has_accumulation or self.survey.has_depth):
+            return True
+        outputs = self.teacher.view(thumbnail(camera, 24))
+        finite = outputs.rgb.isfinite().all(-1)
+        if not finite.any():
+            return False
+        seen = finite
+        if outputs.accumulation is not None:
+            if float(outputs.accumulation[finite].mean()) < 0.3 * self.survey.lowest_accumulation:
+                return False
+            seen = seen & (outputs.accumulation[..., 0] > 0.5)
+        if outputs.depth is None or not seen.any():
+            return True
+        depth = outputs.depth[..., 0][seen]
+        return float(depth[depth.isfinite()].quantile(0.1)) > 0.3 * self.survey.nearest_depth
+
+    def _ask(self, camera: Cameras, pose: Tensor, intrinsics: Tensor) -> TeacherView:
+        outputs = self.teacher.view(camera)
+        valid = outputs.rgb.isfinite().all(-1, keepdim=True)
+        accumulation = torch.ones_like(valid) if outputs.accumulation is None else outputs.accumulation
+        depth = torch.zeros_like(valid) if outputs.depth is None else outputs.depth
+        color = torch.cat([outputs.rgb, accumulation.float()], dim=-1).nan_to_num(0.0).clamp(0, 1)
+        pixels = torch.cat([(color * 255).round().to(torch.uint8), valid.to(torch.uint8)], dim=-1)
+        # fp16 ends at 65504: a distance beyond that is as good as infinite.
+        depth = depth[..., 0].float().nan_to_num(0.0, posinf=6e4).clamp(0, 6e4).half()
+        return TeacherView(pose, intrinsics, pixels, depth)
+
+    def _path(self, index: int) -> Path | None:
+        return None if self.cache_dir is None else self.cache_dir / f"view_{self.seed}_{index:06d}.npz"
+
+    def _load(self, index: int) -> TeacherView | None:
+        path = self._path(index)
+        if path is None or not path.exists():
+            return None
+        try:
+            with np.load(path) as stored:
+                view = TeacherView(
+                    torch.from_numpy(stored["camera_to_world"]),
+                    torch.from_numpy(stored["intrinsics"]),
+                    torch.from_numpy(stored["pixels"]),
+                    torch.from_numpy(stored["depth"]),
+                )
+        except Exception:  # a broken file, whatever is broken in it, is rendered again
+            return None
+        return view if view.pixels.shape == (self.height, self.width, 5) else None
+
+    def _store(self, index: int, view: TeacherView) -> None:
+        path = self._path(index)
+        if path is None:
+            return
+        buffer = io.BytesIO()
+        np.savez_compressed(
+            buffer,
+            camera_to_world=view.camera_to_world.numpy(),
+            intrinsics=view.intrinsics.numpy(),
+            pixels=view.pixels.cpu().numpy(),
+            depth=view.depth.cpu().numpy(),
+        )
+        partial = path.with_suffix(f".{os.getpid()}.partial")
+        partial.write_bytes(buffer.getvalue())
+        partial.replace(path)
+
+
+class ViewRing:
+    """Teacher views in uint8 on the device, the oldest replaced by new ones as training goes.
+
+    Args:
+        renderer: who renders the numbered views.
+        num_views: how many to hold; fewer where memory is short.
+        device: where they live.
+    """
+
+    def __init__(self, renderer: ViewRenderer, num_views: int, device: torch.device | str) -> None:
+        self.renderer = renderer
+        self.device = torch.device(device)
+        self.height, self.width = renderer.height, renderer.width
+        self._allocate(num_views)
+        self._filled = 0
+        self._next_index = 0
+
+    def __len__(self) -> int:
+        return self._filled
+
+    @property
+    def capacity(self) -> int:
+        """Views the ring can hold."""
+        return len(self.pixels)
+
+    def _allocate(self, num_views: int) -> None:
+        wanted = num_views
+        affordable = int(0.8 * free_memory(self.device)) // (self.height * self.width * BYTES_PER_PIXEL)
+        num_views = min(num_views, affordable)
+        while num_views > 0:
+            try:
+                size = (num_views, self.height, self.width)
+                self.pixels = torch.empty(*size, 5, dtype=torch.uint8, device=self.device)
+                self.depth = torch.empty(*size, dtype=torch.float16, device=self.device)
+                break
+            except (torch.OutOfMemoryError, RuntimeError):  # CPU allocators raise the latter
+                num_views //= 2
+        if num_views == 0:
+            raise InputError(
+                f"No room on {self.device} for a single {self.width}x{self.height} teacher view: free memory, or lower the"
+                " resolution with --pipeline.datamanager.view-downscale."
+            )
+        if num_views < wanted:
+            CONSOLE.print(
+                f"[bold yellow]Room on {self.device} for {num_views} of {wanted} teacher views: the ring shrinks to that"
+                " (--pipeline.datamanager.num-views)."
+            )
+        self.camera_to_worlds = torch.empty(num_views, 3, 4, device=self.device)
+        self.intrinsics = torch.empty(num_views, 4, device=self.device)
+
+    def fill(self) -> None:
+        """Render until the ring is full, with a progress bar."""
+        missing = self.capacity - self._filled
+        if missing == 0:
+            return
+        with get_progress(f"Teacher views ({self.width}x{self.height})", suffix="views/s") as progress:
+            for _ in progress.track(range(missing)):
+                self.refresh()
+
+    def refresh(self) -> None:
+        """Render the next numbered view in place of the oldest."""
+        view = self.renderer.render(self._next_index)
+        slot = self._next_index % self.capacity
+        self.pixels[slot] = view.pixels.to(self.device)
+        self.depth[slot] = view.depth.to(self.device)
+        self.camera_to_worlds[slot] = view.camera_to_world.to(self.device)
+        self.intrinsics[slot] = view.intrinsics.to(self.device)
+        self._next_index += 1
+        self._filled = min(self._filled + 1, self.capacity)
+
+    def sample(self, num_rays: int) -> RaySample:
+        """Rays drawn uniformly over all pixels of all views in the ring."""
+        flat = torch.randint(self._filled * self.height * self.width, (num_rays,), device=self.device)
+        view = flat // (self.height * self.width)
+        x = (flat % self.width).float() + 0.5
+        y = (flat // self.width % self.height).float() + 0.5
+        origins, directions = pinhole_rays(
+            self.camera_to_worlds[view], self.intrinsics[view], torch.stack([x, y], dim=-1)
+        )
+        pixels = self.pixels.view(-1, 5)[flat]
+        return RaySample(
+            origins=origins,
+            directions=directions,
+            rgb=pixels[:, :3].float() / 255,
+            accumulation=pixels[:, 3:4].float() / 255,
+            depth=self.depth.view(-1)[flat].float()[:, None],
+            weight=pixels[:, 4:5].float(),
+            geometry_weight=pixels[:, 4:5].float(),
+        )
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that can still be allocated on a device."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return psutil.virtual_memory().available

@@ -1,0 +1,51 @@
+"""The rays of any Nerfstudio camera, the short way where there is one."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float
+from nerfstudio.cameras.cameras import Cameras, CameraType
+from nerfstudio.data.scene_box import OrientedBox
+from nerfstudio.utils.math import intersect_obb
+from torch import Tensor
+
+from r2l_nerfstudio.rays.pinhole import image_rays
+
+
+def is_pinhole(camera: Cameras) -> bool:
+    """Whether a camera is an undistorted perspective one."""
+    if int(camera.camera_type.flatten()[0]) != CameraType.PERSPECTIVE.value:
+        return False
+    return camera.distortion_params is None or not bool(camera.distortion_params.any())
+
+
+def camera_rays(
+    camera: Cameras, device: torch.device
+) -> tuple[Float[Tensor, "height width 3"], Float[Tensor, "height width 3"]]:
+    """Origins and unit directions of all pixels of one camera.
+
+    Pinholes take the analytic way: `Cameras.generate_rays` alone takes 0.9 s for 800x800 on two cores.
+
+    Args:
+        camera: one camera, with or without a batch dimension.
+        device: where the rays are wanted.
+    """
+    camera = camera.reshape((1,))
+    if is_pinhole(camera):
+        intrinsics = torch.cat([camera.fx[0], camera.fy[0], camera.cx[0], camera.cy[0]]).to(device, torch.float32)
+        pose = camera.camera_to_worlds[0].to(device, torch.float32)
+        return image_rays(pose, intrinsics, int(camera.height[0]), int(camera.width[0]))
+    bundle = camera.to(device).generate_rays(camera_indices=0, keep_shape=True)
+    return bundle.origins, bundle.directions
+
+
+def crop_interval(
+    origins: Float[Tensor, "*batch 3"], directions: Float[Tensor, "*batch 3"], box: OrientedBox
+) -> tuple[Float[Tensor, "*batch 1"], Float[Tensor, "*batch 1"]]:
+    """Distances at which rays enter and leave a crop box; entry beyond exit where they miss it."""
+    shape = origins.shape[:-1]
+    box = OrientedBox(R=box.R.to(origins), T=box.T.to(origins), S=box.S.to(origins))
+    enter, leave = intersect_obb(origins.reshape(-1, 3), directions.reshape(-1, 3), box)
+    # A ray that misses comes back as 1e10 on both ends.
+    leave = torch.where(enter >= 1e9, enter - 1, leave)
+    return enter.reshape(*shape, 1), leave.reshape(*shape, 1)

@@ -1,0 +1,242 @@
+"""R2L behind Nerfstudio's Model contract."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float
+from nerfstudio.cameras.cameras import Cameras
+from nerfstudio.cameras.rays import RayBundle
+from nerfstudio.data.scene_box import OrientedBox
+from nerfstudio.model_components import renderers
+from nerfstudio.models.base_model import Model, ModelConfig
+from nerfstudio.utils import colormaps
+from torch import Tensor
+from torch.nn import Parameter
+
+from r2l_nerfstudio.models.camera_rays import camera_rays, crop_interval
+from r2l_nerfstudio.models.metrics import image_metrics
+from r2l_nerfstudio.rays.ray_code import RayCode, RayCodeKind
+from r2l_nerfstudio.rays.spacing import SceneBounds
+from r2l_nerfstudio.students.resmlp import ResMLP
+from r2l_nerfstudio.viewer.panel import FrameTime, ViewerPanel
+from r2l_nerfstudio.viewer.teacher_split import TeacherSplit
+
+
+@dataclass
+class R2LModelConfig(ModelConfig):
+    """R2L: one network evaluation per pixel."""
+
+    _target: type = field(default_factory=lambda: R2LModel)
+    enable_collider: bool = False
+    """Students know where their rays begin and end."""
+    eval_num_rays_per_chunk: int = 65536
+    """Rays per network evaluation when rendering."""
+    width: int = 256
+    """Features of the hidden layers."""
+    depth: int = 88
+    """Linear layers in all."""
+    zero_init: bool = True
+    """Start every residual block as the identity."""
+    ray_code: RayCodeKind = "points"
+    """How a ray becomes numbers: points along it, Plücker coordinates, or where it meets two planes."""
+    num_points: int = 16
+    """Points per ray."""
+    num_frequencies: int = 10
+    """Octaves of the frequency encoding."""
+    jitter_points: bool = True
+    """Draw the points at random inside their segments while training."""
+    spacing: Literal["auto", "sphere", "near-far", "disparity"] = "auto"
+    """Where the points lie; auto: inside the scene's sphere for a bounded capture, else by disparity."""
+    accumulation_weight: float = 0.1
+    """Weight of the accumulation loss."""
+    depth_weight: float = 0.1
+    """Weight of the depth loss, on positions in [0, 1] along the ray."""
+
+    @property
+    def forced_spacing(self) -> Literal["sphere", "near-far", "disparity"] | None:
+        """The spacing asked for; None to decide from the capture."""
+        return None if self.spacing == "auto" else self.spacing
+
+
+class R2LModel(Model):
+    """A residual MLP from an encoded ray to colour, accumulation and depth.
+
+    The ray code, its bounds, the background and which outputs the teacher could teach all live in the checkpoint.
+    """
+
+    config: R2LModelConfig
+    background: Tensor
+
+    def populate_modules(self) -> None:
+        """Ray code and network; no metric network, it would live in every checkpoint."""
+        super().populate_modules()
+        self.ray_code = RayCode(self.config.ray_code, self.config.num_points, self.config.num_frequencies)
+        self.network = ResMLP(
+            self.ray_code.dim, 5, self.config.width, self.config.depth, zero_init=self.config.zero_init
+        )
+        self.register_buffer("background", torch.ones(3))
+        self.has_accumulation = True
+        self.has_depth = True
+        self.frame_time = FrameTime()
+        self.teacher_split = TeacherSplit()
+        # Nerfstudio's viewer looks for these among the attributes of modules.
+        self.viewer_panel = ViewerPanel(self.frame_time)
+        self.split_checkbox = self.teacher_split.checkbox
+
+    def get_extra_state(self) -> dict[str, Any]:
+        return {"has_accumulation": self.has_accumulation, "has_depth": self.has_depth}
+
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        self.has_accumulation = state["has_accumulation"]
+        self.has_depth = state["has_depth"]
+
+    def set_scene(
+        self,
+        bounds: SceneBounds,
+        axes: Float[Tensor, "3 3"],
+        background: Float[Tensor, "3"],
+        has_accumulation: bool,
+        has_depth: bool,
+    ) -> None:
+        """Fix what a student keeps of its scene: bounds, mean camera axes (columns), background, teacher's outputs."""
+        self.ray_code.set_bounds(bounds, axes)
+        self.background.copy_(background)
+        self.has_accumulation = has_accumulation
+        self.has_depth = has_depth
+
+    def describe_scene(self) -> str:
+        """One line on the bounds in use."""
+        code = self.ray_code
+        center = ", ".join(f"{value:.2f}" for value in code.center.tolist())
+        return (
+            f"{code.spacing} spacing, radius {float(code.radius):.2f} around ({center}),"
+            f" seen between {float(code.near):.2f} and {float(code.far):.2f}"
+        )
+
+    def get_param_groups(self) -> dict[str, list[Parameter]]:
+        """`hidden`: the matrices between hidden layers; `ends`: all else."""
+        hidden = [p for p in self.network.blocks.parameters() if p.ndim == 2]
+        chosen = {id(p) for p in hidden}
+        return {"hidden": hidden, "ends": [p for p in self.network.parameters() if id(p) not in chosen]}
+
+    def get_outputs(self, ray_bundle: RayBundle) -> dict[str, Tensor]:
+        """Colour, accumulation and depth of rays.
+
+        Returns:
+            `rgb` (*batch 3), `accumulation` (*batch 1), `depth` (*batch 1, distance along the ray), and
+            `depth_fraction`, the position in [0, 1] along the ray that codes the depth.
+        """
+        origins, directions = ray_bundle.origins, ray_bundle.directions
+        jitter = self.training and self.config.jitter_points
+        values = self.network(self.ray_code(origins, directions, jitter)).float()
+        fraction = values[..., 4:5]
+        return {
+            "rgb": values[..., :3],
+            "accumulation": values[..., 3:4],
+            "depth": self.ray_code.to_distance(origins, directions, fraction),
+            "depth_fraction": fraction,
+        }
+
+    @torch.no_grad()
+    def get_outputs_for_camera(self, camera: Cameras, obb_box: OrientedBox | None = None) -> dict[str, Tensor]:
+        """Render one camera of any kind.
+
+        Args:
+            camera: one camera, with or without a batch dimension.
+            obb_box: show only what lies in this box, the background elsewhere.
+
+        Returns:
+            `rgb` (height width 3) and, where the teacher has them, `accumulation` and `depth` (height width 1).
+        """
+        with self.frame_time.measure(int(camera.height.flatten()[0]), int(camera.width.flatten()[0])):
+            origins, directions = camera_rays(camera, self.device)
+            outputs = self.render_rays(origins, directions)
+            if obb_box is not None:
+                outputs = self._crop(outputs, origins, directions, obb_box)
+        outputs["rgb"] = self.teacher_split.apply(outputs["rgb"], camera)
+        return outputs
+
+    def render_rays(
+        self, origins: Float[Tensor, "height width 3"], directions: Float[Tensor, "height width 3"]
+    ) -> dict[str, Tensor]:
+        """Outputs of an image's rays, in chunks of `eval_num_rays_per_chunk`."""
+        height, width = directions.shape[:2]
+        flat = [tensor.reshape(-1, 3) for tensor in (origins, directions)]
+        size = self.config.eval_num_rays_per_chunk
+        parts = [self.network(self.ray_code(o, d)) for o, d in zip(*(t.split(size) for t in flat), strict=True)]
+        values = torch.cat(parts).view(height, width, -1).float()
+        outputs = {"rgb": values[..., :3]}
+        if self.has_accumulation:
+            outputs["accumulation"] = values[..., 3:4]
+        if self.has_depth:
+            outputs["depth"] = self.ray_code.to_distance(origins, directions, values[..., 4:5]).clamp_min(0.0)
+        return outputs
+
+    def _crop(
+        self, outputs: dict[str, Tensor], origins: Tensor, directions: Tensor, box: OrientedBox
+    ) -> dict[str, Tensor]:
+        enter, leave = crop_interval(origins, directions, box)
+        outside = leave <= enter
+        if self.has_depth:
+            outside = outside | (outputs["depth"] < enter) | (outputs["depth"] > leave)
+        override = renderers.BACKGROUND_COLOR_OVERRIDE
+        color = self.background if override is None else override.to(self.background)
+        cropped = dict(outputs)
+        cropped["rgb"] = torch.where(outside, color, outputs["rgb"])
+        if self.has_accumulation:
+            cropped["accumulation"] = outputs["accumulation"].masked_fill(outside, 0.0)
+        return cropped
+
+    def get_metrics_dict(self, outputs: dict[str, Tensor], batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Training PSNR in dB."""
+        truth = batch["image"].to(self.device)
+        error = (outputs["rgb"] - self._blend(truth)).square().mean()
+        return {"psnr": -10 * torch.log10(error.detach().clamp_min(1e-12))}
+
+    def get_loss_dict(
+        self, outputs: dict[str, Tensor], batch: dict[str, Tensor], metrics_dict: dict[str, Tensor] | None = None
+    ) -> dict[str, Tensor]:
+        """Mean squared errors of colour and, where they are known, accumulation and coded depth."""
+        truth = self._blend(batch["image"].to(self.device))
+        weight = batch.get("weight", torch.ones_like(truth[..., :1])).to(self.device)
+        losses = {"rgb_loss": _weighted_mean((outputs["rgb"] - truth).square().mean(-1, keepdim=True), weight)}
+        if "geometry_weight" not in batch:  # Nerfstudio's own evaluation batches: photographs alone
+            return losses
+        known = batch["geometry_weight"]
+        if self.has_accumulation:
+            error = (outputs["accumulation"] - batch["accumulation"]).square()
+            losses["accumulation_loss"] = self.config.accumulation_weight * _weighted_mean(error, known)
+        if self.has_depth:
+            seen = known * batch["accumulation"] * (batch["depth"] > 0)
+            # Compared as positions in [0, 1]: a metre far away counts less than one close by.
+            target = self.ray_code.to_fraction(batch["origins"], batch["directions"], batch["depth"])
+            error = (outputs["depth_fraction"] - target).square()
+            losses["depth_loss"] = self.config.depth_weight * _weighted_mean(error, seen)
+        return losses
+
+    def _blend(self, image: Float[Tensor, "*batch channels"]) -> Float[Tensor, "*batch 3"]:
+        """A photograph on the background, if it has an alpha channel."""
+        if image.shape[-1] == 3:
+            return image
+        return image[..., :3] * image[..., 3:] + self.background * (1 - image[..., 3:])
+
+    def get_image_metrics_and_images(
+        self, outputs: dict[str, Tensor], batch: dict[str, Tensor]
+    ) -> tuple[dict[str, float], dict[str, Tensor]]:
+        """PSNR, SSIM (and LPIPS where it can be had); photograph beside render, accumulation and depth in colour."""
+        truth = self._blend(batch["image"].to(self.device))
+        metrics = image_metrics(outputs["rgb"], truth)
+        images = {"img": torch.cat([truth, outputs["rgb"]], dim=1)}
+        if self.has_accumulation:
+            images["accumulation"] = colormaps.apply_colormap(outputs["accumulation"])
+        if self.has_depth:
+            images["depth"] = colormaps.apply_depth_colormap(outputs["depth"], outputs.get("accumulation"))
+        return metrics, images
+
+
+def _weighted_mean(errors: Float[Tensor, "*batch 1"], weight: Float[Tensor, "*batch 1"]) -> Float[Tensor, ""]:
+    """Mean over what counts; 0 where nothing does."""
+    return (errors * weight).sum() / weight.sum().clamp_min(1.0)

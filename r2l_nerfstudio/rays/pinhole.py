@@ -1,0 +1,64 @@
+"""Analytic rays of undistorted perspective cameras, in Nerfstudio's convention."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+
+def pinhole_rays(
+    camera_to_worlds: Float[Tensor, "*batch 3 4"],
+    intrinsics: Float[Tensor, "*batch 4"],
+    pixels: Float[Tensor, "*batch 2"],
+) -> tuple[Float[Tensor, "*batch 3"], Float[Tensor, "*batch 3"]]:
+    """Origins and unit directions of rays through image points, equal to `Cameras.generate_rays` without distortion.
+
+    Args:
+        camera_to_worlds: OpenGL camera axes (x right, y up, looking along -z) in the world frame.
+        intrinsics: fx, fy, cx, cy in pixels.
+        pixels: image points (x, y) in pixels; a pixel's centre has +0.5 in both.
+
+    Returns:
+        origins and unit directions in the world frame.
+    """
+    fx, fy, cx, cy = intrinsics.unbind(-1)
+    x, y = pixels.unbind(-1)
+    local = torch.stack([(x - cx) / fx, -(y - cy) / fy, -torch.ones_like(x)], dim=-1)
+    directions = (camera_to_worlds[..., :3, :3] @ local[..., None]).squeeze(-1)
+    origins = camera_to_worlds[..., :3, 3].expand_as(directions)
+    return origins, directions / directions.norm(dim=-1, keepdim=True)
+
+
+def pixel_centers(height: int, width: int, device: torch.device | str = "cpu") -> Float[Tensor, "height width 2"]:
+    """Centres (x, y) of the pixels of an image, in pixels: the first one is (0.5, 0.5)."""
+    y, x = torch.meshgrid(
+        torch.arange(height, device=device, dtype=torch.float32) + 0.5,
+        torch.arange(width, device=device, dtype=torch.float32) + 0.5,
+        indexing="ij",
+    )
+    return torch.stack([x, y], dim=-1)
+
+
+def image_rays(
+    camera_to_world: Float[Tensor, "3 4"], intrinsics: Float[Tensor, "4"], height: int, width: int
+) -> tuple[Float[Tensor, "height width 3"], Float[Tensor, "height width 3"]]:
+    """Rays through every pixel centre of one image: two small tables and one product, no per-pixel matrices.
+
+    Args:
+        camera_to_world: OpenGL camera axes in the world frame.
+        intrinsics: fx, fy, cx, cy in pixels.
+        height: image height in pixels.
+        width: image width in pixels.
+
+    Returns:
+        origins (a broadcast view) and unit directions in the world frame.
+    """
+    fx, fy, cx, cy = intrinsics.unbind(-1)
+    device = camera_to_world.device
+    x = (torch.arange(width, device=device, dtype=torch.float32) + 0.5 - cx) / fx
+    y = -(torch.arange(height, device=device, dtype=torch.float32) + 0.5 - cy) / fy
+    rotation = camera_to_world[:3, :3]
+    directions = x[None, :, None] * rotation[:, 0] + y[:, None, None] * rotation[:, 1] - rotation[:, 2]
+    directions = directions / directions.norm(dim=-1, keepdim=True)
+    return camera_to_world[:3, 3].expand_as(directions), directions
