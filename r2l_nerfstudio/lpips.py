@@ -1,0 +1,59 @@
+"""Nerfstudio's models without the LPIPS network they build: a teacher has no use for it, and it costs a download."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+
+class AbsentLpips(nn.Module):
+    """Stands where a model keeps its LPIPS metric. It has no parameters and puts nothing in a state dict."""
+
+    def forward(self, *images: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, ""]:
+        """NaN on the images' device: no figure, rather than one from untrained weights."""
+        return torch.full((), float("nan"), device=images[0].device if images else None)
+
+
+_absent: ContextVar[bool] = ContextVar("lpips_absent", default=False)
+_lock = threading.Lock()
+_open_contexts = 0
+
+
+@contextmanager
+def without_lpips() -> Iterator[None]:
+    """Within it, a torchmetrics LPIPS metric comes into being as an `AbsentLpips`, wherever it was imported from.
+
+    Only for the thread that entered: others get the real metric. Nests, and restores the library on every way out.
+    """
+    from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity as Lpips
+
+    global _open_contexts, _real_init
+    with _lock:
+        if _open_contexts == 0:
+            _real_init = Lpips.__init__
+            Lpips.__init__ = _init
+        _open_contexts += 1
+    token = _absent.set(True)
+    try:
+        yield
+    finally:
+        _absent.reset(token)
+        with _lock:
+            _open_contexts -= 1
+            if _open_contexts == 0:
+                Lpips.__init__ = _real_init
+
+
+def _init(self: nn.Module, *args, **kwargs) -> None:
+    if not _absent.get():
+        _real_init(self, *args, **kwargs)
+        return
+    # The class changes, not the name in the library's module: plugins import the name at their own top level.
+    object.__setattr__(self, "__class__", AbsentLpips)
+    nn.Module.__init__(self)

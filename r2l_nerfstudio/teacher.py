@@ -1,0 +1,449 @@
+"""A frozen trained Nerfstudio model: load it from its run, ask it for rays or for whole views.
+
+Only the model is loaded, without data manager, images, optimizers or LPIPS network. The frame of everything here is
+the teacher's own: the capture's world after the run's dataparser has turned, centred and scaled it.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import hashlib
+import json
+import pickle
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from nerfstudio.cameras.camera_optimizers import CameraOptimizer
+from nerfstudio.cameras.cameras import Cameras, CameraType
+from nerfstudio.cameras.rays import RayBundle
+from nerfstudio.model_components.renderers import background_color_override_context
+from torch import Tensor
+
+from r2l_nerfstudio.errors import InputError
+from r2l_nerfstudio.lpips import AbsentLpips, without_lpips
+from r2l_nerfstudio.run_config import checkpoint_path, load_run_config, resolve_run
+
+if TYPE_CHECKING:
+    from nerfstudio.data.dataparsers.base_dataparser import DataParserConfig, DataparserOutputs
+    from nerfstudio.engine.trainer import TrainerConfig
+    from nerfstudio.models.base_model import Model
+
+# Weights with one row per training image, by the end of their name.
+_PER_IMAGE_WEIGHTS = ("camera_optimizer.pose_adjustment", "embedding_appearance.embedding.weight")
+
+
+@dataclass
+class TeacherOutputs:
+    """What a teacher sees along rays, or at the pixels of a view; float32, on the teacher's device."""
+
+    rgb: Float[Tensor, "*batch 3"]
+    """Colour in [0, 1], composited as the teacher's `background` says."""
+    accumulation: Float[Tensor, "*batch 1"] | None
+    """Opacity in [0, 1]; None where the method has none."""
+    depth: Float[Tensor, "*batch 1"] | None
+    """Distance from the ray's origin along its unit direction, in units of the teacher's frame; None where the method
+    has none. Which depth (median or expected) is the method's choice."""
+
+
+@dataclass(eq=False)
+class Teacher:
+    """A trained model that answers questions and never changes. Not a module, so no module holding it registers it."""
+
+    config: TrainerConfig
+    """The run's configuration, as saved."""
+    config_path: Path
+    """The run's config.yml."""
+    checkpoint: Path
+    """The checkpoint that was loaded."""
+    step: int
+    """Training step of the checkpoint."""
+    device: torch.device
+    """Where the model is and where answers come."""
+    model: Model
+    """The model: evaluation mode, no gradients."""
+    dataparser_config: DataParserConfig
+    """The run's dataparser with the capture's present, absolute path. A student that uses it shares the frame."""
+    dataparser_outputs: DataparserOutputs
+    """The capture's training split: image files and cameras in the teacher's frame, before any
+    `camera_res_scale_factor` of the run's data manager."""
+    background: Float[Tensor, "3"] | None
+    """The colour composited behind the scene, or None where the model paints its own (fixed colour or last sample)."""
+
+    @classmethod
+    def load(cls, path: Path, device: torch.device | str = "cpu", data: Path | None = None) -> Teacher:
+        """Load the newest checkpoint of a run.
+
+        Args:
+            path: the run's config.yml, or the folder that holds it; a moved run loads from where it is now.
+            device: where to put the model.
+            data: where the capture is now, if not where the run was trained on it. A relative path in the run is
+                looked for in the current folder, then in each folder above the run.
+
+        Raises:
+            InputError: run, configuration, checkpoint or capture missing, damaged or not matching one another, a
+                method that is not installed, or one that renders only with CUDA when `device` is not.
+        """
+        device = torch.device(device)
+        config_path = resolve_run(path)
+        config = load_run_config(config_path)
+        checkpoint = checkpoint_path(config, config_path)
+        dataparser_config, dataparser_outputs = _read_capture(config, config_path, data)
+        _check_frame(config_path, dataparser_config.data, dataparser_outputs)
+        weights, step = _read_checkpoint(checkpoint)
+        _check_image_count(weights, checkpoint, dataparser_config.data, len(dataparser_outputs.image_filenames))
+        model = _build_model(config, config_path, dataparser_config, dataparser_outputs, device)
+        _load_weights(model, weights, step, checkpoint)
+        model.to(device).eval().requires_grad_(False)
+        if device.type != "cuda" and _needs_cuda(model):
+            raise InputError(
+                f"The teacher {config_path} is a '{config.method_name}', which renders with CUDA kernels only, and the "
+                f"device is {device}: run this on a machine with an NVIDIA GPU and --machine.device-type cuda, or "
+                "distil a method that runs without one, such as nerfacto."
+            )
+        background = None
+        if _paints_random(model):
+            alpha_color = dataparser_outputs.alpha_color
+            background = (torch.zeros(3) if alpha_color is None else alpha_color.float()).to(device)
+        return cls(
+            config=config,
+            config_path=config_path,
+            checkpoint=checkpoint,
+            step=step,
+            device=device,
+            model=model,
+            dataparser_config=dataparser_config,
+            dataparser_outputs=dataparser_outputs,
+            background=background,
+        )
+
+    @property
+    def views_only(self) -> bool:
+        """Whether the teacher is a splat: it answers `view` but not `rays`, and for undistorted cameras only."""
+        return hasattr(self.model, "set_background")
+
+    @torch.no_grad()
+    def rays(self, ray_bundle: RayBundle) -> TeacherOutputs:
+        """What the teacher sees along rays, in chunks of the run's `eval_num_rays_per_chunk`.
+
+        Args:
+            ray_bundle: rays of any batch shape in the teacher's frame, with unit directions, as
+                `Cameras.generate_rays` gives them. It is left as it was. Near and far are the model's own.
+
+        Returns:
+            Outputs of the bundle's batch shape. The appearance is the average one, whatever the camera indices.
+
+        Raises:
+            InputError: the teacher is a splat, or has no colour output.
+        """
+        if self.views_only:
+            raise InputError(
+                f"The teacher {self.config_path} is a '{self.config.method_name}', which renders whole views and "
+                "cannot be asked for single rays: ask it for views."
+            )
+        rays = ray_bundle.flatten()
+        if rays.camera_indices is None:
+            # Some fields insist on an index, though at evaluation they do not use it.
+            rays.camera_indices = torch.zeros_like(rays.origins[:, :1], dtype=torch.long)
+        chunk_size = self.model.config.eval_num_rays_per_chunk
+        chunks = []
+        with self._background():
+            for start in range(0, len(rays), chunk_size):
+                # Indexing by a tensor copies, so the model may edit its bundle.
+                indices = torch.arange(start, min(start + chunk_size, len(rays)), device=rays.origins.device)
+                chunks.append(self._outputs(self.model(rays[indices].to(self.device))))
+        joined = {}
+        for field in fields(TeacherOutputs):
+            parts = [getattr(chunk, field.name) for chunk in chunks]
+            joined[field.name] = None if parts[0] is None else torch.cat(parts).reshape(*ray_bundle.shape, -1)
+        return TeacherOutputs(**joined)
+
+    @torch.no_grad()
+    def view(self, camera: Cameras) -> TeacherOutputs:
+        """What the teacher sees from one camera.
+
+        A crop of a view is the view of a cropped camera (cx and cy moved, width and height smaller).
+
+        Args:
+            camera: one camera in the teacher's frame, batch shape () or (1,). It is left as it was.
+
+        Returns:
+            Outputs of batch shape (height, width).
+
+        Raises:
+            InputError: the teacher has no colour output.
+            ValueError: more than one camera; for a splat, one with lens distortion or another projection than
+                perspective, which it would ignore.
+        """
+        if camera.size != 1:
+            raise ValueError(f"a teacher renders one camera at a time, got {camera.size}")
+        # A copy, since some models edit their camera in place.
+        camera = copy.deepcopy(camera).reshape((1,)).to(self.device)
+        ray_lengths = _splat_ray_lengths(camera) if self.views_only else None
+        with self._background():
+            outputs = self._outputs(self.model.get_outputs_for_camera(camera))
+        if ray_lengths is not None and outputs.depth is not None:
+            outputs.depth = outputs.depth * ray_lengths
+        return outputs
+
+    @torch.no_grad()
+    def pose_corrections(self) -> Float[Tensor, "num_train 3 4"] | None:
+        """The pose corrections learnt with the model, one for each training camera, in the teacher's frame.
+
+        To be applied as `CameraOptimizer.apply_to_raybundle` does: the rotation turns a ray's direction about its
+        origin, the translation is added to the origin. None where the run learnt none.
+        """
+        optimizer = getattr(self.model, "camera_optimizer", None)
+        if not isinstance(optimizer, CameraOptimizer) or optimizer.config.mode == "off":
+            return None
+        return optimizer(torch.arange(optimizer.num_cameras, device=self.device))
+
+    def fingerprint(self) -> str:
+        """Hash of the run's configuration and weights: the same wherever the run is moved, another after training."""
+        return self._fingerprint
+
+    @functools.cached_property
+    def _fingerprint(self) -> str:
+        digest = hashlib.sha256(self.config_path.read_bytes())
+        with self.checkpoint.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+        return digest.hexdigest()
+
+    @contextmanager
+    def _background(self) -> Iterator[None]:
+        if self.background is None:
+            yield
+        elif self.views_only:
+            self.model.set_background(self.background)
+            yield
+        else:
+            with background_color_override_context(self.background):
+                yield
+
+    def _outputs(self, outputs: Mapping[str, Tensor]) -> TeacherOutputs:
+        rgb = _first(outputs, "rgb", "rgb_fine")
+        if rgb is None:
+            raise InputError(
+                f"The teacher {self.config_path} ('{self.config.method_name}') has no colour output: it gives "
+                f"{', '.join(outputs) or 'nothing'}, and neither rgb nor rgb_fine is among them. Choose a teacher that "
+                "renders colour."
+            )
+        return TeacherOutputs(
+            rgb=rgb.clamp(0.0, 1.0),
+            accumulation=_first(outputs, "accumulation", "accumulation_fine"),
+            depth=_first(outputs, "depth", "depth_fine"),
+        )
+
+
+def _first(outputs: Mapping[str, Tensor], *keys: str) -> Tensor | None:
+    found = next((outputs[key] for key in keys if outputs.get(key) is not None), None)
+    return None if found is None else found.float()
+
+
+def _read_capture(
+    config: TrainerConfig, config_path: Path, data: Path | None
+) -> tuple[DataParserConfig, DataparserOutputs]:
+    datamanager = config.pipeline.datamanager
+    if not hasattr(datamanager, "dataparser"):
+        raise InputError(
+            f"The teacher {config_path} was not trained on a capture (its data manager is a "
+            f"{type(datamanager).__name__}): choose a teacher trained on photographs."
+        )
+    dataparser_config = copy.deepcopy(datamanager.dataparser)
+    if data is None:
+        # Data managers let their own path win over their dataparser's.
+        data = _find_data(Path(getattr(datamanager, "data", None) or dataparser_config.data), config_path)
+    dataparser_config.data = Path(data).absolute()
+    if hasattr(dataparser_config, "load_3D_points"):
+        # Points only seed an untrained splat; reading them is slow, and may stop to ask a question.
+        dataparser_config.load_3D_points = False
+    remedy = "Say with --data where the capture that the teacher was trained on is now."
+    try:
+        outputs = dataparser_config.setup().get_dataparser_outputs(split="train")
+    except Exception as error:  # every dataparser has failures of its own
+        raise InputError(
+            f"The capture {data} of the teacher {config_path} cannot be read ({_one_line(error)}). {remedy}"
+        ) from error
+    missing = [file for file in outputs.image_filenames if not Path(file).is_file()]
+    if missing or not outputs.image_filenames:
+        what = (
+            f"lacks {len(missing)} of its {len(outputs.image_filenames)} training images, {missing[0]} the first"
+            if missing
+            else "has no training images"
+        )
+        raise InputError(f"The capture {data} of the teacher {config_path} {what}. Restore them, or: {remedy}")
+    return dataparser_config, outputs
+
+
+def _find_data(data: Path, config_path: Path) -> Path:
+    folders = [Path(), *config_path.absolute().parents]
+    return next((folder / data for folder in folders if (folder / data).exists()), data)
+
+
+def _check_frame(config_path: Path, data: Path, outputs: DataparserOutputs) -> None:
+    """Compare with what training saved of its frame; runs of other trainers may have saved nothing."""
+    file = config_path.parent / "dataparser_transforms.json"
+    if not file.is_file():
+        return
+    try:
+        saved = json.loads(file.read_text("utf8"))
+        transform, scale = torch.tensor(saved["transform"]), float(saved["scale"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(
+            f"The teacher's file {file} is damaged ({_one_line(error)}): restore it, or delete it if you are sure that "
+            f"{data} is the capture it was trained on."
+        ) from error
+    close = functools.partial(np.allclose, rtol=1e-4, atol=1e-4)
+    if not close(outputs.dataparser_transform, transform) or not close(outputs.dataparser_scale, scale):
+        raise InputError(
+            f"The capture {data} and the teacher {config_path} are in different frames: the dataparser gives scale "
+            f"{outputs.dataparser_scale:.6g} and a transform that differ from scale {scale:.6g} and the transform in "
+            f"{file}. Pass with --data the capture as it was when the teacher was trained, or train the teacher again."
+        )
+
+
+def _read_checkpoint(checkpoint: Path) -> tuple[dict[str, Tensor], int]:
+    """The model's part of a checkpoint and its step, mapped rather than read."""
+    # Schedulers that work in numpy leave its scalars beside the tensors.
+    scalar = np.float64(0).__reduce__()[0]
+    allowed = [scalar, (scalar, "numpy.core.multiarray.scalar"), np.dtype]
+    allowed += [type(np.dtype(kind)) for kind in (np.float64, np.float32, np.int64)]
+    try:
+        with torch.serialization.safe_globals(allowed):
+            loaded = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
+        # Data-parallel training wraps the pipeline or the model in a `module`.
+        state = {key.removeprefix("module."): value for key, value in loaded["pipeline"].items()}
+        step = int(loaded["step"])
+    except pickle.UnpicklingError as error:
+        reason = next((line for line in str(error).splitlines() if "GLOBAL" in line), str(error))
+        raise InputError(
+            f"The teacher's checkpoint {checkpoint} was not loaded, for it is damaged or holds more than tensors "
+            f"({reason.strip()[:300]}). Use a checkpoint that ns-train wrote, or train the teacher again."
+        ) from error
+    except (RuntimeError, EOFError, OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise InputError(
+            f"The teacher's checkpoint {checkpoint} is truncated or no Nerfstudio checkpoint ({_one_line(error)}). "
+            "Restore it from a copy; or delete it, if an older one is beside it; or train the teacher again."
+        ) from error
+    weights = {key.removeprefix("_model."): value for key, value in state.items() if key.startswith("_model.")}
+    if all(key.startswith("module.") for key in weights):
+        weights = {key.removeprefix("module."): value for key, value in weights.items()}
+    if not weights:
+        raise InputError(f"The teacher's checkpoint {checkpoint} holds no model: train the teacher again.")
+    return weights, step
+
+
+def _check_image_count(weights: Mapping[str, Tensor], checkpoint: Path, data: Path, num_images: int) -> None:
+    for key, value in weights.items():
+        if key.endswith(_PER_IMAGE_WEIGHTS) and len(value) != num_images:
+            raise InputError(
+                f"The teacher's checkpoint {checkpoint} was trained on {len(value)} images, but the training split of "
+                f"the capture {data} has {num_images}. Pass with --data the capture that the teacher was trained on."
+            )
+
+
+def _build_model(
+    config: TrainerConfig,
+    config_path: Path,
+    dataparser_config: DataParserConfig,
+    outputs: DataparserOutputs,
+    device: torch.device,
+) -> Model:
+    from nerfstudio.pipelines.base_pipeline import VanillaPipeline
+    from nerfstudio.pipelines.dynamic_batch import DynamicBatchPipeline
+
+    try:
+        with without_lpips():
+            # Copies, since models edit their configuration and metadata.
+            return copy.deepcopy(config.pipeline.model).setup(
+                scene_box=copy.deepcopy(outputs.scene_box),
+                num_train_data=len(outputs.image_filenames),
+                metadata=copy.deepcopy(outputs.metadata),
+                device=str(device),
+                grad_scaler=None,
+                seed_points=None,
+            )
+    except Exception as error:  # a method's constructor may raise anything
+        if config.pipeline._target in (VanillaPipeline, DynamicBatchPipeline):
+            raise InputError(_not_built(config, config_path, error)) from error
+    # The method's pipeline hands its model more than that: build it all and keep the model.
+    pipeline_config = copy.deepcopy(config.pipeline)
+    pipeline_config.datamanager.dataparser = copy.deepcopy(dataparser_config)
+    pipeline_config.datamanager.data = dataparser_config.data
+    try:
+        with without_lpips():
+            return pipeline_config.setup(device=str(device), test_mode="inference").model
+    except Exception as error:
+        raise InputError(_not_built(config, config_path, error)) from error
+
+
+def _not_built(config: TrainerConfig, config_path: Path, error: Exception) -> str:
+    return (
+        f"The model of the teacher {config_path} cannot be built ({type(error).__name__}: {_one_line(error)}). It was "
+        f"probably trained with another version of Nerfstudio or of '{config.method_name}': install that version, or "
+        "train the teacher again."
+    )
+
+
+def _load_weights(model: Model, weights: dict[str, Tensor], step: int, checkpoint: Path) -> None:
+    absent = tuple({"lpips."} | {f"{name}." for name, part in model.named_modules() if isinstance(part, AbsentLpips)})
+    weights = {key: value for key, value in weights.items() if not key.startswith(absent)}
+    if "means" in weights and hasattr(model, "gauss_params"):
+        # Older splats kept these one level higher.
+        weights = {f"gauss_params.{key}" if key in model.gauss_params else key: value for key, value in weights.items()}
+    try:
+        model.update_to_step(step)  # first: grids that grow in training take their size from it
+        model.load_state_dict(weights, strict=True)
+    except (RuntimeError, KeyError) as error:
+        why = "another version of the method or of Nerfstudio, or the config.yml of another run"
+        # tiny-cuda-nn keeps each network in one flat tensor of this name.
+        flat_in_weights = any(key.endswith(".params") for key in weights)
+        flat_in_model = any(key.endswith(".params") for key in model.state_dict())
+        if flat_in_weights and not flat_in_model:
+            why = (
+                "it was trained with tiny-cuda-nn, which is not installed here. Install tiny-cuda-nn, or train the "
+                "teacher with --pipeline.model.implementation torch"
+            )
+        elif flat_in_model and not flat_in_weights:
+            why = "it was trained without tiny-cuda-nn, which is installed here: set `implementation: torch` in config.yml"
+        raise InputError(
+            f"The teacher's checkpoint {checkpoint} does not fit the model that its config.yml describes. Probable "
+            f"cause: {why}. The first differences: {_one_line(error)}"
+        ) from error
+
+
+def _needs_cuda(model: Model) -> bool:
+    from nerfacc import OccGridEstimator
+    from nerfstudio.models.splatfacto import SplatfactoModel
+
+    return isinstance(model, SplatfactoModel) or any(isinstance(part, OccGridEstimator) for part in model.modules())
+
+
+def _paints_random(model: Model) -> bool:
+    """Whether training composited on random colours, which leaves black, or the viewer's grey, at evaluation."""
+    renderer = getattr(model, "renderer_rgb", None)
+    color = getattr(renderer, "background_color", None)
+    if color is None:
+        color = getattr(model.config, "background_color", None)
+    return isinstance(color, str) and color == "random"
+
+
+def _splat_ray_lengths(camera: Cameras) -> Float[Tensor, "height width 1"]:
+    """Length of each pixel's ray per unit of depth along the camera's axis, which is what splats report."""
+    distorted = camera.distortion_params is not None and bool((camera.distortion_params != 0).any())
+    if distorted or camera.camera_type.item() != CameraType.PERSPECTIVE.value:
+        raise ValueError("a splat renders undistorted perspective cameras only: clear the camera's distortion_params")
+    y, x = camera.get_image_coords().to(camera.device).unbind(-1)
+    x = (x - camera.cx.squeeze()) / camera.fx.squeeze()
+    y = (y - camera.cy.squeeze()) / camera.fy.squeeze()
+    return (x**2 + y**2 + 1).sqrt()[..., None]
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]

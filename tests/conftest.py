@@ -1,0 +1,39 @@
+"""Captures and teachers that many tests share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from teachers import train_teacher, write_capture
+
+# Tensors here are so small that a second thread costs more than it gives, tens of times more on a busy machine.
+torch.set_num_threads(1)
+
+_CAPTURES = Path(__file__).parents[1].parent / "shared" / "data"
+
+
+@pytest.fixture(scope="session")
+def capture_data() -> Callable[[str], Path]:
+    """A function from a development capture's name to its folder; it skips the test where the capture is absent."""
+
+    def find(name: str) -> Path:
+        if not (_CAPTURES / name).is_dir():
+            pytest.skip(f"the capture '{name}' is not beside the repository, in ../shared/data")
+        return _CAPTURES / name
+
+    return find
+
+
+@pytest.fixture(scope="session")
+def tiny_capture(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A synthetic capture: 8 views of 24x24 pixels, in Nerfstudio's format. Read only."""
+    return write_capture(tmp_path_factory.mktemp("captures") / "ball")
+
+
+@pytest.fixture(scope="session")
+def tiny_teacher(tiny_capture: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a run: a tiny nerfacto trained for 30 iterations on `tiny_capture`. Read only: copy it to change it."""
+    return train_teacher("nerfacto", tiny_capture, tmp_path_factory.mktemp("runs"), iterations=30).parent
