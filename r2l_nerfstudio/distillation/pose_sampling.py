@@ -60,9 +60,12 @@ class CaptureCameras:
 
     @cached_property
     def up(self) -> Float[Tensor, "3"]:
-        """Mean up direction of the capture, unit length."""
-        up = self.camera_to_worlds[:, :, 1].mean(0)
-        return up / up.norm().clamp_min(1e-6)
+        """Up direction of the capture, unit length: across all cameras' right axes, as they are seldom rolled."""
+        right, mean_up = self.camera_to_worlds[:, :, 0], self.camera_to_worlds[:, :, 1].mean(0)
+        # The small term decides where right axes leave a choice, as in forward-facing captures.
+        spread = right.T @ right / len(right) - 0.01 * torch.outer(mean_up, mean_up)
+        up = torch.linalg.eigh(spread).eigenvectors[:, 0]
+        return up if up @ mean_up >= 0 else -up
 
     @cached_property
     def focus(self) -> Float[Tensor, "3"]:

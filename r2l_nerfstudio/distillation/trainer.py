@@ -11,6 +11,7 @@ from typing import Literal
 import torch
 from nerfstudio.engine.trainer import Trainer, TrainerConfig
 from nerfstudio.utils.decorators import check_main_thread
+from nerfstudio.utils.rich_utils import CONSOLE
 
 from r2l_nerfstudio.errors import InputError, exit_on_input_error
 
@@ -30,6 +31,9 @@ class DistillationTrainerConfig(TrainerConfig):
             SystemExit: with a paragraph that says why, if the teacher or its capture cannot be used.
         """
         super().set_timestamp()
+        if self.machine.device_type == "cuda" and not torch.cuda.is_available():
+            CONSOLE.print("[yellow]No CUDA device here: training on the CPU (--machine.device-type cpu).")
+            self.machine.device_type = "cpu"
         with exit_on_input_error():
             self.inherit_from_teacher()
 

@@ -1,0 +1,148 @@
+"""The ring of teacher views: right rays with right colours, and what happens when something is wrong."""
+
+import psutil
+import pytest
+import torch
+from scene_teacher import SceneTeacher, scene_cameras
+
+from r2l_nerfstudio.distillation import view_ring
+from r2l_nerfstudio.distillation.datamanager import capture_cameras
+from r2l_nerfstudio.distillation.hard_rays import HardRayPool
+from r2l_nerfstudio.distillation.pose_sampling import PoseSampler
+from r2l_nerfstudio.distillation.ray_sample import RECORD_WIDTH, RaySample
+from r2l_nerfstudio.distillation.survey import Survey
+from r2l_nerfstudio.distillation.view_ring import ViewRenderer, ViewRing
+from r2l_nerfstudio.errors import InputError
+
+
+def renderer(teacher: SceneTeacher | None = None, cache_dir=None, seed: int = 0) -> ViewRenderer:
+    teacher = teacher or SceneTeacher()
+    cameras = scene_cameras()
+    survey = Survey.take(teacher, cameras)
+    sampler = PoseSampler(capture_cameras(cameras))
+    return ViewRenderer(teacher, sampler, survey, 24, 24, seed, cache_dir)
+
+
+def test_rays_carry_the_colours_the_teacher_gives_along_them() -> None:
+    ring = ViewRing(renderer(), 3, "cpu")
+    ring.fill()
+    sample = ring.sample(500)
+    truth = SceneTeacher().scene.trace(sample.origins, sample.directions)
+    assert (sample.rgb - truth.rgb).abs().max() <= 0.5 / 255 + 1e-6
+    torch.testing.assert_close(sample.accumulation, truth.accumulation)
+    hit = truth.accumulation[:, 0] > 0
+    torch.testing.assert_close(sample.depth[hit], truth.depth[hit], atol=2e-3, rtol=1e-3)
+    assert hit.any() and not hit.all()
+    assert (sample.weight == 1).all()
+
+
+def test_refresh_replaces_the_oldest_view_with_a_new_one() -> None:
+    ring = ViewRing(renderer(), 2, "cpu")
+    ring.fill()
+    before = ring.camera_to_worlds.clone()
+    ring.refresh()
+    assert len(ring) == 2
+    assert not torch.equal(ring.camera_to_worlds[0], before[0]) and torch.equal(ring.camera_to_worlds[1], before[1])
+
+
+def test_numbered_views_are_repeatable_and_seeds_differ() -> None:
+    first, again, other = renderer().render(4), renderer().render(4), renderer(seed=1).render(4)
+    assert torch.equal(first.pixels, again.pixels) and torch.equal(first.camera_to_world, again.camera_to_world)
+    assert not torch.equal(first.camera_to_world, other.camera_to_world)
+
+
+def test_colours_that_are_not_finite_are_dropped_and_counted(capsys) -> None:
+    ring = ViewRing(renderer(SceneTeacher(broken=(3, 5))), 2, "cpu")
+    ring.fill()
+    sample = ring.sample(20000)
+    assert sample.rgb.isfinite().all()
+    dropped = sample.weight[:, 0] == 0
+    assert 0 < dropped.float().mean() < 0.01
+    assert ring.renderer.invalid_pixels == 2
+    assert "not finite: 1 pixels" in capsys.readouterr().out
+
+
+def test_a_cache_is_resumed_and_its_broken_files_rendered_again(tmp_path) -> None:
+    ViewRing(renderer(cache_dir=tmp_path), 3, "cpu").fill()
+    files = sorted(tmp_path.glob("*.npz"))
+    assert len(files) == 3
+    files[1].write_bytes(files[1].read_bytes()[:100])
+    teacher = SceneTeacher()
+    second = renderer(teacher, cache_dir=tmp_path)
+    asked = teacher.views_rendered
+    ring = ViewRing(second, 3, "cpu")
+    ring.fill()
+    assert teacher.views_rendered - asked == 2  # the broken one: a thumbnail and the view
+    fresh = renderer()
+    for index in range(3):
+        assert torch.equal(ring.pixels[index], fresh.render(index).pixels)
+
+
+def test_the_ring_shrinks_where_memory_is_short_and_says_so(monkeypatch, capsys) -> None:
+    monkeypatch.setattr(view_ring, "free_memory", lambda device: 24 * 24 * view_ring.BYTES_PER_PIXEL * 5)
+    ring = ViewRing(renderer(), 100, "cpu")
+    assert ring.capacity == 4
+    assert "4 of 100 teacher views" in " ".join(capsys.readouterr().out.split())
+    monkeypatch.setattr(view_ring, "free_memory", lambda device: 10)
+    with pytest.raises(InputError, match="view-downscale"):
+        ViewRing(renderer(), 100, "cpu")
+
+
+def test_free_memory_of_a_cpu_is_what_the_system_says() -> None:
+    assert 0 < view_ring.free_memory(torch.device("cpu")) <= psutil.virtual_memory().total
+
+
+def test_views_of_nothing_are_refused() -> None:
+    made = renderer()
+    away = made.sampler.cameras.camera_to_worlds.clone()
+    away[:, :, 0] *= -1
+    away[:, :, 2] *= -1  # everyone turns around
+    turned = PoseSampler(type(made.sampler.cameras)(away, made.sampler.cameras.intrinsics, 24, 24))
+    object.__setattr__(turned.config, "kind", "neighbour")
+    made.sampler = turned
+    with pytest.raises(InputError, match="pose-sampler.kind"):
+        made.render(0)
+
+
+def test_a_teacher_of_colours_alone_will_do() -> None:
+    teacher = SceneTeacher(geometry=False)
+    ring = ViewRing(renderer(teacher), 2, "cpu")
+    ring.fill()
+    assert not ring.renderer.survey.has_depth and (ring.sample(10).depth == 0).all()
+
+
+def test_bounds_of_a_bounded_capture_are_its_sphere() -> None:
+    cameras = scene_cameras(32, 40)
+    bounds = Survey.take(SceneTeacher(), cameras).bounds(capture_cameras(cameras))
+    assert bounds.kind == "sphere"
+    assert max(abs(c) for c in bounds.center) < 0.02
+    assert 0.8 < bounds.radius < 1.2  # the scene lies in the unit sphere
+    assert 1.8 < bounds.near < 2.6 < bounds.far < 4.2
+    other = Survey.take(SceneTeacher(), cameras).bounds(capture_cameras(cameras), "disparity")
+    assert other.kind == "disparity"
+
+
+def test_a_teacher_without_a_finite_colour_is_an_error() -> None:
+    teacher = SceneTeacher()
+    teacher.broken = (slice(None), slice(None))
+    with pytest.raises(InputError, match="no finite colour"):
+        Survey.take(teacher, scene_cameras())
+
+
+def test_hard_rays_are_the_worst_and_the_newest() -> None:
+    pool = HardRayPool(per_step=2, batches=2, width=1, device="cpu")
+    assert len(pool.draw(3)) == 0
+    for base in (0.0, 10.0, 20.0):
+        pool.add(base + torch.arange(5.0)[:, None], errors=torch.tensor([5.0, 1.0, 4.0, 0.0, 2.0]))
+    assert len(pool) == 4
+    assert set(pool.draw(200)[:, 0].tolist()) == {10.0, 12.0, 20.0, 22.0}
+
+
+def test_records_keep_every_field() -> None:
+    ring = ViewRing(renderer(), 1, "cpu")
+    ring.fill()
+    sample = ring.sample(7)
+    records = sample.records()
+    assert records.shape == (7, RECORD_WIDTH)
+    assert torch.equal(RaySample.from_records(records).depth, sample.depth)
+    assert torch.equal(RaySample.from_records(records).geometry_weight, sample.geometry_weight)
