@@ -147,6 +147,32 @@ def checkpoint_path(config: TrainerConfig, config_path: Path, step: int | None =
     return steps[step]
 
 
+def capture_path(config: TrainerConfig, config_path: Path) -> Path:
+    """Where a run's capture is.
+
+    Args:
+        config: the run's configuration.
+        config_path: where it was read from.
+
+    Returns:
+        The path that the run was trained with. A relative one is looked for in the current folder, then in each folder
+        above the run; where none has it, it is returned as it is.
+
+    Raises:
+        InputError: the run was not trained on a capture.
+    """
+    datamanager = config.pipeline.datamanager
+    if not hasattr(datamanager, "dataparser"):
+        raise InputError(
+            f"The run {config_path} was not trained on a capture (its data manager is a {type(datamanager).__name__}): "
+            "choose one trained on photographs."
+        )
+    # Data managers let a path of their own win over their dataparser's.
+    data = Path(getattr(datamanager, "data", None) or datamanager.dataparser.data)
+    folders = [Path(), *Path(config_path).absolute().parents]
+    return next((folder / data for folder in folders if (folder / data).exists()), data)
+
+
 class _Refused(Exception):
     """Something a configuration may not hold; the message finishes a sentence about the file."""
 

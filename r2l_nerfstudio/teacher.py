@@ -28,7 +28,7 @@ from torch import Tensor
 
 from r2l_nerfstudio.errors import InputError
 from r2l_nerfstudio.lpips import AbsentLpips, without_lpips
-from r2l_nerfstudio.run_config import checkpoint_path, load_run_config, resolve_run
+from r2l_nerfstudio.run_config import capture_path, checkpoint_path, load_run_config, resolve_run
 
 if TYPE_CHECKING:
     from nerfstudio.data.dataparsers.base_dataparser import DataParserConfig, DataparserOutputs
@@ -52,7 +52,7 @@ class TeacherOutputs:
     has none. Which depth (median or expected) is the method's choice."""
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class Teacher:
     """A trained model that answers questions and never changes. Not a module, so no module holding it registers it."""
 
@@ -249,17 +249,9 @@ def _first(outputs: Mapping[str, Tensor], *keys: str) -> Tensor | None:
 def _read_capture(
     config: TrainerConfig, config_path: Path, data: Path | None
 ) -> tuple[DataParserConfig, DataparserOutputs]:
-    datamanager = config.pipeline.datamanager
-    if not hasattr(datamanager, "dataparser"):
-        raise InputError(
-            f"The teacher {config_path} was not trained on a capture (its data manager is a "
-            f"{type(datamanager).__name__}): choose a teacher trained on photographs."
-        )
-    dataparser_config = copy.deepcopy(datamanager.dataparser)
-    if data is None:
-        # Data managers let their own path win over their dataparser's.
-        data = _find_data(Path(getattr(datamanager, "data", None) or dataparser_config.data), config_path)
-    dataparser_config.data = Path(data).absolute()
+    data = capture_path(config, config_path) if data is None else Path(data)
+    dataparser_config = copy.deepcopy(config.pipeline.datamanager.dataparser)
+    dataparser_config.data = data.absolute()
     if hasattr(dataparser_config, "load_3D_points"):
         # Points only seed an untrained splat; reading them is slow, and may stop to ask a question.
         dataparser_config.load_3D_points = False
@@ -281,11 +273,6 @@ def _read_capture(
     return dataparser_config, outputs
 
 
-def _find_data(data: Path, config_path: Path) -> Path:
-    folders = [Path(), *config_path.absolute().parents]
-    return next((folder / data for folder in folders if (folder / data).exists()), data)
-
-
 def _check_frame(config_path: Path, data: Path, outputs: DataparserOutputs) -> None:
     """Compare with what training saved of its frame; runs of other trainers may have saved nothing."""
     file = config_path.parent / "dataparser_transforms.json"
@@ -293,7 +280,7 @@ def _check_frame(config_path: Path, data: Path, outputs: DataparserOutputs) -> N
         return
     try:
         saved = json.loads(file.read_text("utf8"))
-        transform, scale = torch.tensor(saved["transform"]), float(saved["scale"])
+        transform, scale = np.array(saved["transform"], dtype=float).reshape(3, 4), float(saved["scale"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(
             f"The teacher's file {file} is damaged ({_one_line(error)}): restore it, or delete it if you are sure that "
@@ -411,7 +398,7 @@ def _load_weights(model: Model, weights: dict[str, Tensor], step: int, checkpoin
                 "teacher with --pipeline.model.implementation torch"
             )
         elif flat_in_model and not flat_in_weights:
-            why = "it was trained without tiny-cuda-nn, which is installed here: set `implementation: torch` in config.yml"
+            why = "training had no tiny-cuda-nn, which is installed here: set `implementation: torch` in config.yml"
         raise InputError(
             f"The teacher's checkpoint {checkpoint} does not fit the model that its config.yml describes. Probable "
             f"cause: {why}. The first differences: {_one_line(error)}"

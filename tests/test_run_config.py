@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from r2l_nerfstudio.errors import InputError
-from r2l_nerfstudio.run_config import checkpoint_path, load_run_config, resolve_run
+from r2l_nerfstudio.run_config import capture_path, checkpoint_path, load_run_config, resolve_run
 
 
 def _stock_config(method: str):
@@ -63,7 +63,8 @@ def test_every_stock_method_is_read_as_it_was_written(tmp_path: Path) -> None:
     from nerfstudio.configs.method_configs import all_methods
 
     names = [name for name, config in all_methods.items() if not isinstance(config, ExternalMethodDummyTrainerConfig)]
-    assert {"nerfacto", "splatfacto", "instant-ngp", "vanilla-nerf", "tensorf", "mipnerf", "depth-nerfacto"} <= set(names)
+    named = {"nerfacto", "splatfacto", "instant-ngp", "vanilla-nerf", "tensorf", "mipnerf", "depth-nerfacto"}
+    assert named <= set(names)
     for name in names:
         text = yaml.dump(_stock_config(name))
         (tmp_path / "config.yml").write_text(text)
@@ -215,3 +216,22 @@ def test_checkpoints_move_with_their_run(config_file: Path, tmp_path: Path) -> N
     (moved.parent / "nerfstudio_models").mkdir(parents=True)
     (moved.parent / "nerfstudio_models" / "step-000000001.ckpt").touch()
     assert checkpoint_path(config, moved).parent.parent == moved.parent
+
+
+def test_captures(config_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = load_run_config(config_file)
+    datamanager = config.pipeline.datamanager
+    datamanager.dataparser.data = tmp_path / "parsed"
+    assert capture_path(config, config_file) == tmp_path / "parsed"
+    datamanager.data = Path("captures/ball")  # wins
+    assert capture_path(config, config_file) == Path("captures/ball")
+    run = tmp_path / "outputs" / "ball" / "config.yml"
+    (tmp_path / "captures" / "ball").mkdir(parents=True)
+    assert capture_path(config, run) == tmp_path / "captures" / "ball"
+    here = tmp_path / "here"
+    (here / "captures" / "ball").mkdir(parents=True)
+    monkeypatch.chdir(here)
+    assert capture_path(config, run).samefile(here / "captures" / "ball")
+    del datamanager.dataparser
+    with pytest.raises(InputError, match="not trained on a capture"):
+        capture_path(config, run)
