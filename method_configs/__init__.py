@@ -1,4 +1,7 @@
-"""One file per method that `ns-train` lists. Nerfstudio loads this for every `ns-*` command: import nothing heavy here."""
+"""One file per method that `ns-train` lists.
+
+Nerfstudio loads this for every `ns-*` command: import nothing heavy here.
+"""
 
 from r2l_nerfstudio.method_configs.r2l import r2l, r2l_lite
 

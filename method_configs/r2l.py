@@ -44,8 +44,6 @@ r2l = MethodSpecification(
 )
 
 r2l_lite = MethodSpecification(
-    config=r2l_config(
-        "r2l-lite", R2LModelConfig(width=128, depth=24), max_num_iterations=10000, rays_per_batch=8192
-    ),
+    config=r2l_config("r2l-lite", R2LModelConfig(width=128, depth=24), max_num_iterations=10000, rays_per_batch=8192),
     description="R2L, a twelfth of the size: trains in minutes and draws interactively on a CPU.",
 )

@@ -22,6 +22,7 @@ class SceneTeacher:
 
     config_path = Path("scene/config.yml")
     background = torch.ones(3)
+    views_only = False
 
     def __init__(self, broken: tuple[int, int] | None = None, geometry: bool = True) -> None:
         self.scene = Scene()

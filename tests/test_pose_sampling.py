@@ -61,7 +61,9 @@ def test_focus_is_where_the_axes_meet() -> None:
 
 
 @pytest.mark.parametrize("kind", ["neighbour", "sphere", "box"])
-@pytest.mark.parametrize("cameras", [object_capture(), forward_capture(), walk_capture()], ids=["object", "front", "walk"])
+@pytest.mark.parametrize(
+    "cameras", [object_capture(), forward_capture(), walk_capture()], ids=["object", "front", "walk"]
+)
 def test_every_sampler_gives_proper_cameras(kind, cameras) -> None:
     sampler = PoseSampler(cameras, PoseSamplerConfig(kind=kind))
     generator = torch.Generator().manual_seed(0)

@@ -77,6 +77,7 @@ class DistillationDataManagerConfig(VanillaDataManagerConfig):
     pixel_sampler: tyro.conf.Suppress[PixelSamplerConfig] = field(default_factory=PixelSamplerConfig)
     collate_fn: tyro.conf.Suppress[Callable[[Any], Any]] = staticmethod(nerfstudio_collate)
     camera_res_scale_factor: tyro.conf.Suppress[float] = 1.0
+    """Inherited from the teacher."""
 
 
 class DistillationDataManager(VanillaDataManager[InputDataset]):
@@ -200,9 +201,7 @@ class DistillationDataManager(VanillaDataManager[InputDataset]):
 
 def to_ray_bundle(sample: RaySample) -> RayBundle:
     """Nerfstudio's container for the same rays."""
-    return RayBundle(
-        origins=sample.origins, directions=sample.directions, pixel_area=torch.zeros_like(sample.weight)
-    )
+    return RayBundle(origins=sample.origins, directions=sample.directions, pixel_area=torch.zeros_like(sample.weight))
 
 
 def capture_cameras(cameras: Cameras, downscale: float = 1.0) -> CaptureCameras:

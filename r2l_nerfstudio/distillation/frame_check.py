@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from nerfstudio.cameras.cameras import Cameras
 from nerfstudio.data.datasets.base_dataset import InputDataset
 from torch.nn.functional import interpolate
 
@@ -11,6 +12,26 @@ from r2l_nerfstudio.errors import InputError
 from r2l_nerfstudio.teacher import Teacher
 
 NUM_VIEWS = 6
+
+
+def check_cameras(teacher: Teacher, cameras: Cameras) -> None:
+    """Compare the student's training cameras with the teacher's.
+
+    Args:
+        teacher: whose frame it is.
+        cameras: what the student's dataparser makes of the capture.
+
+    Raises:
+        InputError: if their number or any pose differs.
+    """
+    theirs = teacher.dataparser_outputs.cameras.camera_to_worlds
+    ours = cameras.camera_to_worlds.to(theirs)
+    if ours.shape != theirs.shape or not torch.allclose(ours, theirs, atol=1e-4):
+        raise InputError(
+            f"Teacher and student are in different frames: the {len(ours)} training cameras of the student's data are not"
+            f" the {len(theirs)} of the teacher {teacher.config_path}. A student lives in its teacher's frame: leave"
+            " --data and all dataparser options out."
+        )
 
 
 def check_frame(teacher: Teacher, dataset: InputDataset) -> None:
@@ -30,7 +51,7 @@ def check_frame(teacher: Teacher, dataset: InputDataset) -> None:
         return
     renders, photographs = [], []
     for index in torch.linspace(0, len(dataset) - 1, count).round().long().tolist():
-        rgb = teacher.view(thumbnail(dataset.cameras[index], 32)).rgb.cpu()
+        rgb = teacher.view(thumbnail(dataset.cameras[index], 32, undistorted=teacher.views_only)).rgb.cpu()
         image = dataset.get_data(index, image_type="float32")["image"]
         image = image[..., :3] * image[..., 3:] + 1 - image[..., 3:] if image.shape[-1] == 4 else image
         size = (32, 32)
@@ -38,7 +59,11 @@ def check_frame(teacher: Teacher, dataset: InputDataset) -> None:
         photographs.append(interpolate(image.permute(2, 0, 1)[None], size, mode="area"))
     own = torch.stack([(a - b).square().mean() for a, b in zip(renders, photographs, strict=True)])
     other = torch.stack(
-        [(renders[i] - photographs[(i + shift) % count]).square().mean() for i in range(count) for shift in range(1, count)]
+        [
+            (renders[i] - photographs[(i + shift) % count]).square().mean()
+            for i in range(count)
+            for shift in range(1, count)
+        ]
     )
     if own.mean() > 0.85 * other.mean():
         raise InputError(

@@ -85,7 +85,9 @@ class Photographs:
             background: colour behind photographs that have an alpha channel.
             generator: for a repeatable draw.
         """
-        flat = torch.randint(len(self.pixels), (num_rays,), generator=generator, device="cpu" if generator else self.device)
+        flat = torch.randint(
+            len(self.pixels), (num_rays,), generator=generator, device="cpu" if generator else self.device
+        )
         return self.rays(flat.to(self.device), background)
 
     def rays(self, flat: Int[Tensor, "rays"], background: Float[Tensor, "3"]) -> RaySample:

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import torch
 import tyro
+from jaxtyping import Float
 from nerfstudio.data.datamanagers.base_datamanager import DataManagerConfig
 from nerfstudio.engine.callbacks import TrainingCallback, TrainingCallbackAttributes, TrainingCallbackLocation
 from nerfstudio.models.base_model import ModelConfig
@@ -24,7 +25,7 @@ from r2l_nerfstudio.distillation.datamanager import (
     capture_cameras,
     to_ray_bundle,
 )
-from r2l_nerfstudio.distillation.frame_check import check_frame
+from r2l_nerfstudio.distillation.frame_check import check_cameras, check_frame
 from r2l_nerfstudio.distillation.ray_sample import RaySample
 from r2l_nerfstudio.distillation.survey import Survey
 from r2l_nerfstudio.errors import InputError, exit_on_input_error
@@ -85,11 +86,12 @@ class DistillationPipeline(VanillaPipeline):
             raise InputError("A student needs a teacher: name a trained Nerfstudio run with --teacher …/config.yml.")
         cameras = self.datamanager.train_dataset.cameras
         teacher = Teacher.load(config.teacher, device=device, data=config.datamanager.data)
+        check_cameras(teacher, self.datamanager.train_dataparser_outputs.cameras)
         if config.check_frame:
             check_frame(teacher, self.datamanager.train_dataset)
         capture = capture_cameras(cameras)
         survey = Survey.take(teacher, cameras)
-        background = torch.ones(3) if teacher.background is None else teacher.background.cpu()
+        background = background_of(teacher)
         self.model.set_scene(
             bounds=survey.bounds(capture, self.model.config.forced_spacing),
             axes=capture.mean_axes,
@@ -161,5 +163,18 @@ class DistillationPipeline(VanillaPipeline):
         now = self.holdout_psnr(self.datamanager.held_photographs)
         best, state = self._best
         if best > now + 0.02:
-            CONSOLE.print(f"Photographs began to be overfitted: back from {now:.2f} to {best:.2f} dB on the held-out ones.")
+            CONSOLE.print(
+                f"Photographs began to be overfitted: back from {now:.2f} to {best:.2f} dB on the held-out ones."
+            )
             self.model.load_state_dict(state, strict=False)
+
+
+def background_of(teacher: Teacher) -> Float[Tensor, "3"]:
+    """The colour a student paints where there is nothing: the teacher's fixed one, else the capture's, else white."""
+    fixed = {"white": 1.0, "black": 0.0}.get(getattr(teacher.model.config, "background_color", None))
+    if teacher.background is not None:
+        return teacher.background.cpu()
+    if fixed is not None:
+        return torch.full((3,), fixed)
+    alpha = teacher.dataparser_outputs.alpha_color
+    return torch.ones(3) if alpha is None else alpha.cpu().float()

@@ -18,10 +18,17 @@ MAX_VIEWS = 32
 LONG_SIDE = 40
 
 
-def thumbnail(camera: Cameras, long_side: int = LONG_SIDE) -> Cameras:
-    """A copy of one camera, shrunk so that its longer side has at most `long_side` pixels."""
-    copy = camera.reshape((1,)).to("cpu")
-    copy = copy[0:1]
+def thumbnail(camera: Cameras, long_side: int = LONG_SIDE, undistorted: bool = False) -> Cameras:
+    """A copy of one camera, shrunk so that its longer side has at most `long_side` pixels.
+
+    Args:
+        camera: one camera, with or without a batch dimension.
+        long_side: in pixels.
+        undistorted: leave the lens distortion out (rasterizers draw pinholes only).
+    """
+    copy = camera.reshape((1,)).to("cpu")[0:1]
+    if undistorted:
+        copy.distortion_params = None
     longest = max(int(copy.height[0]), int(copy.width[0]))
     if longest > long_side:
         copy.rescale_output_resolution(long_side / longest)
@@ -59,7 +66,7 @@ class Survey:
         outputs: TeacherOutputs | None = None
         finite = 0
         for index in chosen.tolist():
-            camera = thumbnail(cameras[index])
+            camera = thumbnail(cameras[index], undistorted=teacher.views_only)
             outputs = teacher.view(camera)
             good = outputs.rgb.isfinite().all(-1)
             finite += int(good.sum())

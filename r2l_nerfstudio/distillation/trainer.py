@@ -44,7 +44,7 @@ class DistillationTrainerConfig(TrainerConfig):
             InputError: if no teacher is named, or its run cannot be used.
         """
         # Imported late: reading a run's config imports every registered method, this one among them.
-        from r2l_nerfstudio.run_config import checkpoint_path, load_run_config, resolve_run
+        from r2l_nerfstudio.run_config import capture_path, checkpoint_path, load_run_config, resolve_run
 
         if self.teacher is None:
             raise InputError(
@@ -57,17 +57,14 @@ class DistillationTrainerConfig(TrainerConfig):
         self.teacher = config_path
         self.pipeline.teacher = config_path
         datamanager = self.pipeline.datamanager
-        if hasattr(teacher.pipeline.datamanager, "dataparser"):
-            datamanager.dataparser = copy.deepcopy(teacher.pipeline.datamanager.dataparser)
+        taught_from = teacher.pipeline.datamanager
+        if hasattr(taught_from, "dataparser"):
+            datamanager.dataparser = copy.deepcopy(taught_from.dataparser)
+        datamanager.camera_res_scale_factor = getattr(taught_from, "camera_res_scale_factor", 1.0)
         data = self.data or datamanager.data
-        if data is None:
-            data = teacher.pipeline.datamanager.data or datamanager.dataparser.data
-        datamanager.data = Path(data)
+        datamanager.data = (Path(data) if data is not None else capture_path(teacher, config_path)).absolute()
         if not datamanager.data.exists():
-            raise InputError(
-                f"The teacher's capture {datamanager.data} is not there: put it back, run from the folder it is relative"
-                " to, or name its new place with --data."
-            )
+            raise InputError(f"There is no capture at {datamanager.data}: name the teacher's capture with --data.")
         if self.experiment_name is None:
             self.experiment_name = teacher.experiment_name
         for group in self.optimizers.values():

@@ -45,7 +45,9 @@ class ResMLP(nn.Module):
         InputError: for a depth that is odd or below 4.
     """
 
-    def __init__(self, in_dim: int, out_dim: int = 3, width: int = 256, depth: int = 88, zero_init: bool = True) -> None:
+    def __init__(
+        self, in_dim: int, out_dim: int = 3, width: int = 256, depth: int = 88, zero_init: bool = True
+    ) -> None:
         super().__init__()
         if depth < 4 or depth % 2:
             raise InputError(
