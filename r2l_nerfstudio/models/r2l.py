@@ -193,14 +193,14 @@ class R2LModel(Model):
     def get_metrics_dict(self, outputs: dict[str, Tensor], batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """Training PSNR in dB."""
         truth = batch["image"].to(self.device)
-        error = (outputs["rgb"] - self._blend(truth)).square().mean()
+        error = (outputs["rgb"] - self.blend(truth)).square().mean()
         return {"psnr": -10 * torch.log10(error.detach().clamp_min(1e-12))}
 
     def get_loss_dict(
         self, outputs: dict[str, Tensor], batch: dict[str, Tensor], metrics_dict: dict[str, Tensor] | None = None
     ) -> dict[str, Tensor]:
         """Mean squared errors of colour and, where they are known, accumulation and coded depth."""
-        truth = self._blend(batch["image"].to(self.device))
+        truth = self.blend(batch["image"].to(self.device))
         weight = batch.get("weight", torch.ones_like(truth[..., :1])).to(self.device)
         losses = {"rgb_loss": _weighted_mean((outputs["rgb"] - truth).square().mean(-1, keepdim=True), weight)}
         if "geometry_weight" not in batch:  # Nerfstudio's own evaluation batches: photographs alone
@@ -217,7 +217,7 @@ class R2LModel(Model):
             losses["depth_loss"] = self.config.depth_weight * _weighted_mean(error, seen)
         return losses
 
-    def _blend(self, image: Float[Tensor, "*batch channels"]) -> Float[Tensor, "*batch 3"]:
+    def blend(self, image: Float[Tensor, "*batch channels"]) -> Float[Tensor, "*batch 3"]:
         """A photograph on the background, if it has an alpha channel."""
         if image.shape[-1] == 3:
             return image
@@ -227,7 +227,7 @@ class R2LModel(Model):
         self, outputs: dict[str, Tensor], batch: dict[str, Tensor]
     ) -> tuple[dict[str, float], dict[str, Tensor]]:
         """PSNR, SSIM (and LPIPS where it can be had); photograph beside render, accumulation and depth in colour."""
-        truth = self._blend(batch["image"].to(self.device))
+        truth = self.blend(batch["image"].to(self.device))
         metrics = image_metrics(outputs["rgb"], truth)
         images = {"img": torch.cat([truth, outputs["rgb"]], dim=1)}
         if self.has_accumulation:

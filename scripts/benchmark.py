@@ -1,0 +1,290 @@
+"""Measure students on real captures: quality beside the teacher's, speed in one run, size. Figures go to benchmarks/."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import tyro
+from jaxtyping import Float
+from nerfstudio.cameras.cameras import Cameras
+from nerfstudio.data.dataparsers.base_dataparser import DataParserConfig
+from nerfstudio.data.dataparsers.blender_dataparser import BlenderDataParserConfig
+from nerfstudio.data.dataparsers.nerfstudio_dataparser import NerfstudioDataParserConfig
+from nerfstudio.utils.rich_utils import CONSOLE
+from PIL import Image, ImageDraw
+from torch import Tensor
+from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
+
+from r2l_nerfstudio.errors import InputError, exit_on_input_error
+from r2l_nerfstudio.scripts.small_nerfacto import small_nerfacto
+
+UNSEEN_SEED = 31_415_926
+UNSEEN_VIEWS = 8
+
+
+@dataclass(frozen=True)
+class Capture:
+    """A capture and the teacher it gets when two CPU cores must do."""
+
+    folder: str
+    dataparser: Callable[[Path], DataParserConfig]
+    scale: float = 1.0
+    """Resolution, as a share of the dataparser's."""
+    object_range: tuple[float, float] | None = None
+    optimize_cameras: bool = False
+
+
+CAPTURES = {
+    "lego": Capture("lego_400", lambda data: BlenderDataParserConfig(data=data), 0.25, object_range=(2.0, 6.0)),
+    "fern": Capture("fern_504", lambda data: NerfstudioDataParserConfig(data=data, downscale_factor=1), 0.25),
+    "fox": Capture(
+        "fox_540", lambda data: NerfstudioDataParserConfig(data=data, downscale_factor=4), optimize_cameras=True
+    ),
+}
+
+
+@dataclass
+class Distil:
+    """Teacher, then student, on a real capture: PSNR and SSIM on test views, PSNR against the teacher on unseen poses,
+    seconds per frame of both in one run, size. Test views are used for nothing but the final figures."""
+
+    capture: Literal["lego", "fern", "fox"]
+    """Which capture."""
+    data_dir: Path
+    """Folder that holds lego_400, fern_504, fox_540."""
+    method: str = "r2l-lite"
+    """The student's method, as for ns-train."""
+    teacher: Path | None = None
+    """A trained run to use; without it, a shrunk nerfacto is trained."""
+    teacher_iterations: int = 2500
+    """Iterations of the shrunk nerfacto."""
+    iterations: int = 3000
+    """Iterations of the student."""
+    rays: int = 4096
+    """Rays per iteration of the student."""
+    num_views: int = 150
+    """Teacher views in the ring."""
+    view_downscale: float = 1.0
+    """Teacher views for training are this much smaller than the photographs."""
+    real_iterations: int = 500
+    """Last iterations, with photographs."""
+    output_dir: Path = Path("outputs/benchmark")
+    """Where runs go."""
+    results_dir: Path = Path("benchmarks/results")
+    """Where figures go."""
+
+    def main(self) -> None:
+        """Run and write `distil_CAPTURE_METHOD.{json,md,png}`."""
+        teacher_config = self.teacher or self._train_teacher()
+        config_path, seconds = self._train_student(teacher_config)
+        figures, rows = measure(config_path, teacher_config)
+        figures = {
+            "capture": self.capture,
+            "method": self.method,
+            "device": device_name(),
+            "student_iterations": self.iterations,
+            "student_rays_per_iteration": self.rays,
+            "student_minutes_in_all": round(seconds / 60, 1),
+            **figures,
+        }
+        self.results_dir.mkdir(parents=True, exist_ok=True)
+        stem = self.results_dir / f"distil_{self.capture}_{self.method}"
+        stem.with_suffix(".json").write_text(json.dumps(figures, indent=2) + "\n")
+        stem.with_suffix(".md").write_text(as_table(figures))
+        contact_sheet(rows, ["teacher", "student", "difference x4"]).save(stem.with_suffix(".png"))
+        CONSOLE.print(as_table(figures), markup=False)
+        CONSOLE.print(f"Written: {stem}.json, .md, .png")
+
+    def _train_teacher(self) -> Path:
+        from nerfstudio.scripts.train import main
+
+        from r2l_nerfstudio.lpips import without_lpips
+
+        capture = CAPTURES[self.capture]
+        data = self.data_dir / capture.folder
+        if not data.exists():
+            raise InputError(f"There is no capture at {data}: name the folder that holds it with --data-dir.")
+        config = small_nerfacto(
+            capture.dataparser(data),
+            self.output_dir,
+            self.teacher_iterations,
+            capture.object_range,
+            capture.scale,
+            capture.optimize_cameras,
+        )
+        config.experiment_name = self.capture
+        with without_lpips():
+            main(config)
+        return config.get_base_dir() / "config.yml"
+
+    def _train_student(self, teacher: Path) -> tuple[Path, float]:
+        from nerfstudio.configs.method_configs import all_methods
+        from nerfstudio.scripts.train import main
+
+        config = all_methods[self.method]
+        config.teacher = teacher
+        config.output_dir = self.output_dir
+        config.experiment_name = self.capture
+        config.max_num_iterations = self.iterations
+        config.steps_per_save = 500
+        config.vis = "tensorboard"
+        config.viewer.quit_on_train_completion = True
+        datamanager = config.pipeline.datamanager
+        datamanager.train_num_rays_per_batch = self.rays
+        datamanager.num_views = self.num_views
+        datamanager.view_downscale = self.view_downscale
+        datamanager.real_iterations = self.real_iterations
+        start = time.perf_counter()
+        main(config)
+        return config.get_base_dir() / "config.yml", time.perf_counter() - start
+
+
+def measure(config_path: Path, teacher_path: Path) -> tuple[dict[str, Any], list[list[Tensor]]]:
+    """All figures of a finished student, and images for its contact sheet.
+
+    Args:
+        config_path: of the student's run.
+        teacher_path: of its teacher's run.
+
+    Returns:
+        figures, and rows of (height width 3) images: teacher, student, difference.
+    """
+    from nerfstudio.utils.eval_utils import eval_setup
+
+    from r2l_nerfstudio.distillation.datamanager import capture_cameras
+    from r2l_nerfstudio.distillation.pose_sampling import PoseSampler
+    from r2l_nerfstudio.distillation.survey import Survey
+    from r2l_nerfstudio.distillation.view_ring import ViewRenderer
+    from r2l_nerfstudio.teacher import Teacher
+
+    config, pipeline, checkpoint, _ = eval_setup(config_path, test_mode="test")
+    model, datamanager = pipeline.model, pipeline.datamanager
+    teacher = Teacher.load(teacher_path, device=model.device, data=config.pipeline.datamanager.data)
+
+    def student_view(camera: Cameras) -> Float[Tensor, "height width 3"]:
+        return model.get_outputs_for_camera(camera)["rgb"].cpu()
+
+    def teacher_view(camera: Cameras) -> Float[Tensor, "height width 3"]:
+        return teacher.view(camera).rgb.cpu()
+
+    views = {"teacher": teacher_view, "student": student_view}
+    scores: dict[str, list[float]] = {f"{who}_{what}": [] for who in views for what in ("psnr", "ssim", "seconds")}
+    rows = []
+    dataset = datamanager.eval_dataset
+    for index in range(len(dataset)):
+        camera = dataset.cameras[index : index + 1].to(model.device)
+        truth = model.blend(dataset.get_data(index)["image"].to(model.device)).cpu()
+        images = []
+        for who, view in views.items():
+            start = time.perf_counter()
+            images.append(view(camera))
+            scores[f"{who}_seconds"].append(time.perf_counter() - start)
+            scores[f"{who}_psnr"].append(psnr(images[-1], truth))
+            scores[f"{who}_ssim"].append(ssim(images[-1], truth))
+        if index in {0, len(dataset) // 3, 2 * len(dataset) // 3}:
+            rows.append([*images, (4 * (images[1] - images[0]).abs()).clamp(0, 1)])
+    sampler = PoseSampler(capture_cameras(datamanager.train_dataset.cameras), config.pipeline.datamanager.pose_sampler)
+    survey = Survey.take(teacher, datamanager.train_dataset.cameras)
+    size = (sampler.cameras.height, sampler.cameras.width)
+    renderer = ViewRenderer(teacher, sampler, survey, *size, seed=UNSEEN_SEED)
+    unseen = []
+    for index in range(UNSEEN_VIEWS):
+        view = renderer.render(index)
+        fx, fy, cx, cy = view.intrinsics.tolist()
+        camera = Cameras(view.camera_to_world[None], fx, fy, cx, cy, width=size[1], height=size[0]).to(model.device)
+        unseen.append(psnr(student_view(camera), view.pixels[..., :3].cpu().float() / 255))
+    seconds = {who: sorted(scores.pop(f"{who}_seconds")) for who in views}
+    parameters = sum(p.numel() for p in model.network.parameters())
+    return {
+        "resolution": f"{size[1]}x{size[0]}",
+        "test_views": len(dataset),
+        **{key: round(sum(values) / len(values), 4) for key, values in scores.items()},
+        "student_psnr_against_teacher_unseen": round(sum(unseen) / len(unseen), 4),
+        **{f"{who}_seconds_per_frame": round(values[len(values) // 2], 4) for who, values in seconds.items()},
+        "student_train_rays_per_second": train_rays_per_second(config_path.parent),
+        "network_parameters": parameters,
+        "network_megabytes_fp16": round(2 * parameters / 1e6, 2),
+        "flop_per_ray": model.network.flops_per_ray,
+        "student_checkpoint_megabytes": round(checkpoint.stat().st_size / 1e6, 1),
+        "teacher_checkpoint_megabytes": round(teacher.checkpoint.stat().st_size / 1e6, 1),
+        "teacher_method": teacher.config.method_name,
+        "teacher_iterations": teacher.step + 1,
+        "pose_sampler": config.pipeline.datamanager.pose_sampler.kind,
+        "scene": model.describe_scene(),
+    }, rows
+
+
+def psnr(image: Float[Tensor, "height width 3"], truth: Float[Tensor, "height width 3"]) -> float:
+    """PSNR in dB of an image in [0, 1]."""
+    return float(peak_signal_noise_ratio(image.clamp(0, 1), truth, data_range=1.0))
+
+
+def ssim(image: Float[Tensor, "height width 3"], truth: Float[Tensor, "height width 3"]) -> float:
+    """SSIM of an image in [0, 1]."""
+    batch = [tensor.clamp(0, 1).permute(2, 0, 1)[None] for tensor in (image, truth)]
+    return float(structural_similarity_index_measure(*batch, data_range=1.0))
+
+
+def train_rays_per_second(run: Path) -> float | None:
+    """Median of what Nerfstudio logged while training; None where no log was kept."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    log = EventAccumulator(str(run))
+    log.Reload()
+    tags = [tag for tag in log.Tags()["scalars"] if tag.startswith("Train Rays / Sec")]
+    if not tags:
+        return None
+    values = sorted(event.value for event in log.Scalars(tags[0]))
+    return round(values[len(values) // 2])
+
+
+def device_name() -> str:
+    """The machine that figures belong to."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    model = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        names = [line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
+        model = names[0] if names else model
+    return f"{model}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
+
+
+def as_table(figures: dict[str, Any]) -> str:
+    """Figures as a Markdown table."""
+    lines = ["| figure | value |", "|---|---|"]
+    return "\n".join(lines + [f"| {key.replace('_', ' ')} | {value} |" for key, value in figures.items()]) + "\n"
+
+
+def contact_sheet(rows: list[list[Tensor]], titles: list[str], height: int = 200) -> Image.Image:
+    """Rows of (height width 3) images in [0, 1] on one sheet, with a title over every column."""
+    gap, head = 4, 16
+    pictures = [[Image.fromarray((image.clamp(0, 1) * 255).round().byte().numpy()) for image in row] for row in rows]
+    width = math.ceil(pictures[0][0].width * height / pictures[0][0].height)
+    sheet = Image.new("RGB", (len(titles) * (width + gap), head + len(rows) * (height + gap)), "white")
+    draw = ImageDraw.Draw(sheet)
+    for column, title in enumerate(titles):
+        draw.text((column * (width + gap) + 4, 2), title, fill="black")
+        for line, row in enumerate(pictures):
+            place = (column * (width + gap), head + line * (height + gap))
+            sheet.paste(row[column].resize((width, height), Image.Resampling.BICUBIC), place)
+    return sheet
+
+
+def main() -> None:
+    """Console entry point `r2l-benchmark`."""
+    with exit_on_input_error():
+        tyro.extras.subcommand_cli_from_dict({"distil": Distil}, description=__doc__, prog="r2l-benchmark").main()
+
+
+if __name__ == "__main__":
+    main()
