@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import time
 from collections.abc import Callable
@@ -18,7 +19,7 @@ from nerfstudio.data.datamanagers.base_datamanager import VanillaDataManager, Va
 from nerfstudio.data.dataparsers.base_dataparser import DataParserConfig
 from nerfstudio.data.dataparsers.nerfstudio_dataparser import NerfstudioDataParserConfig
 from nerfstudio.data.datasets.base_dataset import InputDataset
-from nerfstudio.data.pixel_samplers import PixelSamplerConfig
+from nerfstudio.data.pixel_samplers import PixelSampler, PixelSamplerConfig
 from nerfstudio.data.utils.nerfstudio_collate import nerfstudio_collate
 from nerfstudio.utils.rich_utils import CONSOLE
 from torch import Tensor
@@ -93,6 +94,15 @@ class DistillationDataManager(VanillaDataManager[InputDataset]):
         """Nothing is loaded here: the teacher is attached by the pipeline."""
         self.real_start: int | None = None
         self.background = torch.ones(3)
+
+    def _get_pixel_sampler(self, dataset: InputDataset, num_rays_per_batch: int) -> PixelSampler:
+        """As Nerfstudio's, but for evaluation alone, and without a trace in the configuration."""
+        # A sampler writes a tensor into its configuration, and ours is saved again: config.yml would then hold pickles.
+        kept, self.config.pixel_sampler = self.config.pixel_sampler, copy.deepcopy(self.config.pixel_sampler)
+        try:
+            return super()._get_pixel_sampler(dataset, num_rays_per_batch)
+        finally:
+            self.config.pixel_sampler = kept
 
     def attach_teacher(self, teacher: Teacher, survey: Survey, background: Float[Tensor, "3"]) -> None:
         """Fill the ring of teacher views and read the photographs.
