@@ -31,6 +31,10 @@ class PoseSamplerConfig:
     """Focal lengths, as multiples of the training cameras'."""
 
     def __post_init__(self) -> None:
+        self.check()
+
+    def check(self) -> None:
+        """Raises: InputError: for an unknown kind, however it got here."""
         if self.kind not in get_args(SamplerKind):
             raise InputError(
                 f"Unknown pose sampler {self.kind!r}: choose --pipeline.datamanager.pose-sampler.kind from "
@@ -145,6 +149,9 @@ class PoseSampler:
 
     cameras: CaptureCameras
     config: PoseSamplerConfig = field(default_factory=PoseSamplerConfig)
+
+    def __post_init__(self) -> None:
+        self.config.check()  # one read from a file was never constructed
 
     @cached_property
     def kind(self) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from jaxtyping import Float
@@ -16,10 +16,12 @@ from nerfstudio.utils import colormaps
 from torch import Tensor
 from torch.nn import Parameter
 
+from r2l_nerfstudio.errors import InputError
 from r2l_nerfstudio.models.camera_rays import camera_rays, crop_interval
 from r2l_nerfstudio.models.metrics import image_metrics
 from r2l_nerfstudio.rays.ray_code import RayCode, RayCodeKind
-from r2l_nerfstudio.rays.spacing import SceneBounds
+from r2l_nerfstudio.rays.spacing import SceneBounds, SpacingKind
+from r2l_nerfstudio.students.ray_features import FeatureVolume
 from r2l_nerfstudio.students.resmlp import ResMLP
 from r2l_nerfstudio.viewer.panel import FrameTime, ViewerPanel
 from r2l_nerfstudio.viewer.teacher_split import TeacherSplit
@@ -50,6 +52,10 @@ class R2LModelConfig(ModelConfig):
     """Draw the points at random inside their segments while training."""
     spacing: Literal["auto", "sphere", "near-far", "disparity"] = "auto"
     """Where the points lie; auto: inside the scene's sphere for a bounded capture, else by disparity."""
+    volume_resolution: int = 0
+    """Grid points a side of a learned feature volume, read at the ray's points; 0 is the paper: no volume."""
+    volume_channels: int = 4
+    """Features per grid point of that volume."""
     accumulation_weight: float = 0.1
     """Weight of the accumulation loss."""
     depth_weight: float = 0.1
@@ -57,7 +63,16 @@ class R2LModelConfig(ModelConfig):
 
     @property
     def forced_spacing(self) -> Literal["sphere", "near-far", "disparity"] | None:
-        """The spacing asked for; None to decide from the capture."""
+        """The spacing asked for; None to decide from the capture.
+
+        Raises:
+            InputError: for an unknown one.
+        """
+        if self.spacing not in ("auto", *get_args(SpacingKind)):
+            raise InputError(
+                f"Unknown spacing {self.spacing!r}: choose --pipeline.model.spacing from auto,"
+                f" {', '.join(get_args(SpacingKind))}."
+            )
         return None if self.spacing == "auto" else self.spacing
 
 
@@ -74,9 +89,13 @@ class R2LModel(Model):
         """Ray code and network; no metric network, it would live in every checkpoint."""
         super().populate_modules()
         self.ray_code = RayCode(self.config.ray_code, self.config.num_points, self.config.num_frequencies)
-        self.network = ResMLP(
-            self.ray_code.dim, 5, self.config.width, self.config.depth, zero_init=self.config.zero_init
-        )
+        code_dim = self.ray_code.dim
+        self.volume: FeatureVolume | None = None
+        if self.config.volume_resolution > 0:
+            # Contracted space ends at radius 2, a bounded scene at 1.
+            self.volume = FeatureVolume(self.config.volume_resolution, self.config.volume_channels, extent=2.0)
+            code_dim += self.config.volume_channels * self.config.num_points
+        self.network = ResMLP(code_dim, 5, self.config.width, self.config.depth, zero_init=self.config.zero_init)
         self.register_buffer("background", torch.ones(3))
         self.has_accumulation = True
         self.has_depth = True
