@@ -7,6 +7,7 @@ from nerfstudio.cameras.cameras import Cameras
 from nerfstudio.data.datasets.base_dataset import InputDataset
 from torch.nn.functional import interpolate
 
+from r2l_nerfstudio.distillation.photographs import read_photograph
 from r2l_nerfstudio.distillation.survey import thumbnail
 from r2l_nerfstudio.errors import InputError
 from r2l_nerfstudio.teacher import Teacher
@@ -52,7 +53,7 @@ def check_frame(teacher: Teacher, dataset: InputDataset) -> None:
     renders, photographs = [], []
     for index in torch.linspace(0, len(dataset) - 1, count).round().long().tolist():
         rgb = teacher.view(thumbnail(dataset.cameras[index], 32, undistorted=teacher.views_only)).rgb.cpu()
-        image = dataset.get_data(index, image_type="float32")["image"]
+        image = read_photograph(dataset, index, "float32")["image"]
         image = image[..., :3] * image[..., 3:] + 1 - image[..., 3:] if image.shape[-1] == 4 else image
         size = (32, 32)
         renders.append(interpolate(rgb.permute(2, 0, 1)[None].float().nan_to_num(), size, mode="area"))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any, Literal
+
 import torch
 from jaxtyping import Float, Int
 from nerfstudio.data.datasets.base_dataset import InputDataset
@@ -35,6 +37,21 @@ def split_holdout(num_views: int, fraction: float) -> tuple[list[int], list[int]
     return kept, held
 
 
+def read_photograph(dataset: InputDataset, index: int, image_type: Literal["uint8", "float32"]) -> dict[str, Any]:
+    """As `InputDataset.get_data`.
+
+    Raises:
+        InputError: if the image or its mask cannot be read.
+    """
+    try:
+        return dataset.get_data(index, image_type=image_type)
+    except Exception as error:  # every decoder has failures of its own
+        raise InputError(
+            f"The photograph {dataset.image_filenames[index]} cannot be used ({' '.join(str(error).split())}): restore"
+            " it, or name a whole copy of the capture with --data."
+        ) from error
+
+
 class Photographs:
     """Pixels of some training photographs, in uint8 on the device, with the rays that the teacher's cameras saw them by.
 
@@ -60,7 +77,7 @@ class Photographs:
         self.corrections = None if corrections is None else corrections.to(self.device)
         pixels, views, rows, columns = [], [], [], []
         for index in indices:
-            data = dataset.get_data(index, image_type="uint8")
+            data = read_photograph(dataset, index, "uint8")
             image = data["image"]
             keep = torch.ones(image.shape[:2], dtype=torch.bool)
             if "mask" in data:
