@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -67,27 +68,25 @@ class DistillationPipeline(VanillaPipeline):
         grad_scaler: GradScaler | None = None,
     ) -> None:
         with exit_on_input_error():
+            # The teacher first: it knows best what is wrong with a capture.
+            teacher = load_teacher(config, device) if test_mode == "val" else None
             try:
                 super().__init__(config, device, test_mode, world_size, local_rank, grad_scaler)
-                if test_mode == "val":
-                    self._attach_teacher(device)
-            except (FileNotFoundError, NotADirectoryError) as error:
+            except (OSError, EOFError, SyntaxError, json.JSONDecodeError) as error:  # the second last: Pillow's
                 raise InputError(
                     f"The capture {config.datamanager.data} cannot be read ({error}): put it back, or name its new place"
                     " with --data (ns-train) or in the run's config.yml (pipeline.datamanager.data)."
                 ) from error
+            if teacher is not None:
+                self._attach_teacher(teacher)
         self.model.teacher_split.teacher_path = config.teacher
         self.model.teacher_split.device = device
         self._best: tuple[float, dict[str, Any]] | None = None
 
-    def _attach_teacher(self, device: str) -> None:
-        config = self.config
-        if config.teacher is None:
-            raise InputError("A student needs a teacher: name a trained Nerfstudio run with --teacher …/config.yml.")
+    def _attach_teacher(self, teacher: Teacher) -> None:
         cameras = self.datamanager.train_dataset.cameras
-        teacher = Teacher.load(config.teacher, device=device, data=config.datamanager.data)
         check_cameras(teacher, self.datamanager.train_dataparser_outputs.cameras)
-        if config.check_frame:
+        if self.config.check_frame:
             check_frame(teacher, self.datamanager.train_dataset)
         capture = capture_cameras(cameras)
         survey = Survey.take(teacher, cameras)
@@ -101,6 +100,24 @@ class DistillationPipeline(VanillaPipeline):
         )
         CONSOLE.print(f"Scene: {self.model.describe_scene()}.")
         self.datamanager.attach_teacher(teacher, survey, background)
+
+    def load_pipeline(self, loaded_state: dict[str, Any], step: int) -> None:
+        """Load a student, all of it: Nerfstudio's own leaves what does not fit at random, without a word.
+
+        Raises:
+            SystemExit: with a paragraph that says why, if it does not fit.
+        """
+        state = {key.removeprefix("module."): value for key, value in loaded_state.items()}
+        self.model.update_to_step(step)
+        with exit_on_input_error():
+            try:
+                self.load_state_dict(state, strict=True)
+            except RuntimeError as error:
+                raise InputError(
+                    f"The checkpoint of step {step} is not one of the student that config.yml and the command line"
+                    f" describe ({' '.join(str(error).split())[:300]}). A run's config.yml goes with its own"
+                    " checkpoints; to go on from one with --load-dir, give the same --pipeline.model options."
+                ) from error
 
     def get_train_loss_dict(self, step: int) -> tuple[Any, dict[str, Tensor], dict[str, Tensor]]:
         """One batch through the student; the worst of its fresh rays are remembered."""
@@ -167,6 +184,17 @@ class DistillationPipeline(VanillaPipeline):
                 f"Photographs began to be overfitted: back from {now:.2f} to {best:.2f} dB on the held-out ones."
             )
             self.model.load_state_dict(state, strict=False)
+
+
+def load_teacher(config: DistillationPipelineConfig, device: str) -> Teacher:
+    """The teacher that a configuration names.
+
+    Raises:
+        InputError: if it names none, or the run or its capture cannot be used.
+    """
+    if config.teacher is None:
+        raise InputError("A student needs a teacher: name a trained Nerfstudio run with --teacher …/config.yml.")
+    return Teacher.load(config.teacher, device=device, data=config.datamanager.data)
 
 
 def background_of(teacher: Teacher) -> Float[Tensor, "3"]:

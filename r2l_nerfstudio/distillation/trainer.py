@@ -36,6 +36,7 @@ class DistillationTrainerConfig(TrainerConfig):
             self.machine.device_type = "cpu"
         with exit_on_input_error():
             self.inherit_from_teacher()
+            self._check_load_dir()
 
     def inherit_from_teacher(self) -> None:
         """Take over the teacher's capture and frame: dataparser configuration, data path, experiment name.
@@ -72,6 +73,18 @@ class DistillationTrainerConfig(TrainerConfig):
                 group["scheduler"].max_steps = self.max_num_iterations
 
 
+    def _check_load_dir(self) -> None:
+        """A wrong --load-dir is told now, not after the teacher has rendered for minutes."""
+        if self.load_dir is None:
+            return
+        name = "step-*.ckpt" if self.load_step is None else f"step-{self.load_step:09d}.ckpt"
+        if not any(Path(self.load_dir).glob(name)):
+            raise InputError(
+                f"There is no checkpoint to go on from: --load-dir {self.load_dir} holds no {name}. Name the"
+                f" {self.relative_model_dir} folder of a run of {self.method_name}."
+            )
+
+
 class DistillationTrainer(Trainer):
     """Nerfstudio's trainer; a killed run can always be taken up again from its newest checkpoint."""
 
@@ -86,6 +99,22 @@ class DistillationTrainer(Trainer):
             if not any(self.checkpoint_dir.glob("*.ckpt")):
                 (self.base_dir / "config.yml").unlink(missing_ok=True)
             raise
+
+    def _load_checkpoint(self) -> None:
+        """As Nerfstudio's.
+
+        Raises:
+            InputError: if the checkpoint to go on from is damaged, or another method's.
+        """
+        try:
+            super()._load_checkpoint()
+        except Exception as error:  # a damaged file may raise anything
+            raise InputError(
+                f"Training cannot go on from {self.config.load_dir or self.config.load_checkpoint}"
+                f" ({type(error).__name__}: {' '.join(str(error).split())[:300]}): name with --load-dir the"
+                f" {self.config.relative_model_dir} folder of a run of {self.config.method_name}, or leave it out to"
+                " begin anew."
+            ) from error
 
     def train(self) -> None:
         """Train up to `max_num_iterations` in all, those before a resumed checkpoint included.
