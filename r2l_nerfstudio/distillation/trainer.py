@@ -72,7 +72,6 @@ class DistillationTrainerConfig(TrainerConfig):
             if group["scheduler"] is not None:
                 group["scheduler"].max_steps = self.max_num_iterations
 
-
     def _check_load_dir(self) -> None:
         """A wrong --load-dir is told now, not after the teacher has rendered for minutes."""
         if self.load_dir is None:
