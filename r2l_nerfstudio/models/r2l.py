@@ -56,6 +56,8 @@ class R2LModelConfig(ModelConfig):
     """Grid points a side of a learned feature volume, read at the ray's points; 0 is the paper: no volume."""
     volume_channels: int = 4
     """Features per grid point of that volume."""
+    volume_points: int = 16
+    """Points per ray at which that volume is read."""
     accumulation_weight: float = 0.1
     """Weight of the accumulation loss."""
     depth_weight: float = 0.1
@@ -92,9 +94,8 @@ class R2LModel(Model):
         code_dim = self.ray_code.dim
         self.volume: FeatureVolume | None = None
         if self.config.volume_resolution > 0:
-            # Contracted space ends at radius 2, a bounded scene at 1.
-            self.volume = FeatureVolume(self.config.volume_resolution, self.config.volume_channels, extent=2.0)
-            code_dim += self.config.volume_channels * self.config.num_points
+            self.volume = FeatureVolume(self.config.volume_resolution, self.config.volume_channels)
+            code_dim += self.config.volume_channels * self.config.volume_points
         self.network = ResMLP(code_dim, 5, self.config.width, self.config.depth, zero_init=self.config.zero_init)
         self.register_buffer("background", torch.ones(3))
         self.has_accumulation = True
@@ -122,6 +123,9 @@ class R2LModel(Model):
     ) -> None:
         """Fix what a student keeps of its scene: bounds, mean camera axes (columns), background, teacher's outputs."""
         self.ray_code.set_bounds(bounds, axes)
+        if self.volume is not None:
+            # A bounded scene's points end a little beyond radius 1, contracted space ends at 2.
+            self.volume.extent.fill_(1.05 if bounds.kind == "sphere" else 2.0)
         self.background.copy_(background)
         self.has_accumulation = has_accumulation
         self.has_depth = has_depth
@@ -136,10 +140,13 @@ class R2LModel(Model):
         )
 
     def get_param_groups(self) -> dict[str, list[Parameter]]:
-        """`hidden`: the matrices between hidden layers; `ends`: all else."""
+        """`hidden`: the matrices between hidden layers; `ends`: the network's others; `volume`: features in space."""
         hidden = [p for p in self.network.blocks.parameters() if p.ndim == 2]
         chosen = {id(p) for p in hidden}
-        return {"hidden": hidden, "ends": [p for p in self.network.parameters() if id(p) not in chosen]}
+        groups = {"hidden": hidden, "ends": [p for p in self.network.parameters() if id(p) not in chosen]}
+        if self.volume is not None:
+            groups["volume"] = list(self.volume.parameters())
+        return groups
 
     def get_outputs(self, ray_bundle: RayBundle) -> dict[str, Tensor]:
         """Colour, accumulation and depth of rays.
@@ -150,7 +157,7 @@ class R2LModel(Model):
         """
         origins, directions = ray_bundle.origins, ray_bundle.directions
         jitter = self.training and self.config.jitter_points
-        values = self.network(self.ray_code(origins, directions, jitter)).float()
+        values = self.evaluate(origins, directions, jitter)
         fraction = values[..., 4:5]
         return {
             "rgb": values[..., :3],
@@ -158,6 +165,16 @@ class R2LModel(Model):
             "depth": self.ray_code.to_distance(origins, directions, fraction),
             "depth_fraction": fraction,
         }
+
+    def evaluate(
+        self, origins: Float[Tensor, "rays 3"], directions: Float[Tensor, "rays 3"], jitter: bool = False
+    ) -> Float[Tensor, "rays 5"]:
+        """The student's five numbers per ray: rgb, accumulation, depth as a position along the ray; all in (0, 1)."""
+        code = self.ray_code(origins, directions, jitter)
+        if self.volume is not None:
+            points = self.ray_code.points(origins, directions, self.config.volume_points, jitter)
+            code = torch.cat([code, self.volume(points)], dim=-1)
+        return self.network(code).float()
 
     @torch.no_grad()
     def get_outputs_for_camera(self, camera: Cameras, obb_box: OrientedBox | None = None) -> dict[str, Tensor]:
@@ -185,8 +202,8 @@ class R2LModel(Model):
         height, width = directions.shape[:2]
         flat = [tensor.reshape(-1, 3) for tensor in (origins, directions)]
         size = self.config.eval_num_rays_per_chunk
-        parts = [self.network(self.ray_code(o, d)) for o, d in zip(*(t.split(size) for t in flat), strict=True)]
-        values = torch.cat(parts).view(height, width, -1).float()
+        parts = [self.evaluate(o, d) for o, d in zip(*(t.split(size) for t in flat), strict=True)]
+        values = torch.cat(parts).view(height, width, -1)
         outputs = {"rgb": values[..., :3]}
         if self.has_accumulation:
             outputs["accumulation"] = values[..., 3:4]

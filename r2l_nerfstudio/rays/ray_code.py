@@ -102,13 +102,21 @@ class RayCode(nn.Module):
             return torch.cat([directions, moments], dim=-1)
         if self.kind == "two-plane":
             return self._two_plane(origins, directions)
-        fractions = stratified(self.num_points, tuple(origins.shape[:-1]), jitter, origins.device)
+        return self.points(origins, directions, self.num_points, jitter).flatten(-2)
+
+    def points(
+        self,
+        origins: Float[Tensor, "*batch 3"],
+        directions: Float[Tensor, "*batch 3"],
+        num_points: int,
+        jitter: bool = False,
+    ) -> Float[Tensor, "*batch points 3"]:
+        """Points along rays, relative to the scene's centre, in units of its radius, contracted unless it is a sphere."""
+        fractions = stratified(num_points, tuple(origins.shape[:-1]), jitter, origins.device)
         distances = self.to_distance(origins, directions, fractions)
         points = origins[..., None, :] + distances[..., None] * directions[..., None, :]
         points = (points - self.center) / self.radius
-        if self.spacing != "sphere":
-            points = contract(points)
-        return points.flatten(-2)
+        return points if self.spacing == "sphere" else contract(points)
 
     def _two_plane(self, origins: Tensor, directions: Tensor) -> Tensor:
         local_origins = (origins - self.center) / self.radius @ self.axes
