@@ -47,5 +47,5 @@ def crop_interval(
     box = OrientedBox(R=box.R.to(origins), T=box.T.to(origins), S=box.S.to(origins))
     enter, leave = intersect_obb(origins.reshape(-1, 3), directions.reshape(-1, 3), box)
     # A ray that misses comes back as 1e10 on both ends.
-    leave = torch.where(enter >= 1e9, enter - 1, leave)
+    leave = torch.where(enter >= 1e9, 0.0, leave)
     return enter.reshape(*shape, 1), leave.reshape(*shape, 1)

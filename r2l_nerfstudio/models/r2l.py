@@ -185,7 +185,8 @@ class R2LModel(Model):
             obb_box: show only what lies in this box, the background elsewhere.
 
         Returns:
-            `rgb` (height width 3) and, where the teacher has them, `accumulation` and `depth` (height width 1).
+            `rgb` (height width 3) and, where the teacher has them, `accumulation` and `depth` (height width 1). A teacher
+            of depth alone gives an accumulation of 1: Nerfstudio's tools draw no depth without one.
         """
         with self.frame_time.measure(int(camera.height.flatten()[0]), int(camera.width.flatten()[0])):
             origins, directions = camera_rays(camera, self.device)
@@ -209,6 +210,7 @@ class R2LModel(Model):
             outputs["accumulation"] = values[..., 3:4]
         if self.has_depth:
             outputs["depth"] = self.ray_code.to_distance(origins, directions, values[..., 4:5]).clamp_min(0.0)
+            outputs.setdefault("accumulation", torch.ones_like(outputs["depth"]))
         return outputs
 
     def _crop(
@@ -222,9 +224,17 @@ class R2LModel(Model):
         color = self.background if override is None else override.to(self.background)
         cropped = dict(outputs)
         cropped["rgb"] = torch.where(outside, color, outputs["rgb"])
-        if self.has_accumulation:
+        if "accumulation" in outputs:
             cropped["accumulation"] = outputs["accumulation"].masked_fill(outside, 0.0)
         return cropped
+
+    def get_rgba_image(self, outputs: dict[str, Tensor], output_name: str = "rgb") -> Float[Tensor, "height width 4"]:
+        """Colour without its background, and opacity, in [0, 1]: what `ns-render --rendered-output-names rgba` saves."""
+        rgb = outputs[output_name]
+        opacity = outputs.get("accumulation", torch.ones_like(rgb[..., :1]))
+        # Where nearly nothing is seen, colour is nearly all rounding: it stays in range, and nobody sees it.
+        color = (rgb - self.background * (1 - opacity)) / opacity.clamp_min(1e-3)
+        return torch.cat([color.clamp(0, 1), opacity], dim=-1)
 
     def get_metrics_dict(self, outputs: dict[str, Tensor], batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """Training PSNR in dB."""
@@ -266,7 +276,7 @@ class R2LModel(Model):
         truth = self.blend(batch["image"].to(self.device))
         metrics = image_metrics(outputs["rgb"], truth)
         images = {"img": torch.cat([truth, outputs["rgb"]], dim=1)}
-        if self.has_accumulation:
+        if "accumulation" in outputs:
             images["accumulation"] = colormaps.apply_colormap(outputs["accumulation"])
         if self.has_depth:
             images["depth"] = colormaps.apply_depth_colormap(outputs["depth"], outputs.get("accumulation"))
