@@ -50,7 +50,7 @@ r2l = MethodSpecification(
 r2l_lite = MethodSpecification(
     config=r2l_config(
         "r2l-lite",
-        R2LModelConfig(width=128, depth=12, num_frequencies=6, volume_resolution=40),
+        R2LModelConfig(width=128, depth=12, num_frequencies=6, jitter_points=False, volume_resolution=40),
         max_num_iterations=20000,
         rays_per_batch=4096,
     ),
