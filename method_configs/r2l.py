@@ -24,7 +24,7 @@ def r2l_config(
         steps_per_eval_batch=0,
         steps_per_eval_image=0,
         steps_per_eval_all_images=0,
-        mixed_precision=True,
+        mixed_precision=False,  # the pipeline's own bf16 instead
         pipeline=DistillationPipelineConfig(
             datamanager=DistillationDataManagerConfig(train_num_rays_per_batch=rays_per_batch),
             model=model,

@@ -44,6 +44,9 @@ class DistillationPipelineConfig(VanillaPipelineConfig):
     """The teacher's config.yml; set from --teacher."""
     check_frame: bool = True
     """Before training, check that the teacher's renders match the photographs they should match."""
+    bf16: bool = True
+    """Train the network in bfloat16 with fp32 weights: needs no loss scaling, unlike the fp16 that Nerfstudio's mixed
+    precision means on CUDA. Rays, encoding and losses stay in fp32."""
     steps_per_holdout: int = 500
     """Iterations between looks at the held-out views."""
 
@@ -122,7 +125,8 @@ class DistillationPipeline(VanillaPipeline):
     def get_train_loss_dict(self, step: int) -> tuple[Any, dict[str, Tensor], dict[str, Tensor]]:
         """One batch through the student; the worst of its fresh rays are remembered."""
         ray_bundle, batch = self.datamanager.next_train(step)
-        outputs = self._model(ray_bundle)
+        with torch.autocast(device_type=ray_bundle.origins.device.type, dtype=torch.bfloat16, enabled=self.config.bf16):
+            outputs = self._model(ray_bundle)
         metrics_dict = self.model.get_metrics_dict(outputs, batch)
         loss_dict = self.model.get_loss_dict(outputs, batch, metrics_dict)
         records = batch["records"]
