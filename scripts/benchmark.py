@@ -203,7 +203,7 @@ def measure(config_path: Path, teacher_path: Path) -> tuple[dict[str, Any], list
         camera = Cameras(view.camera_to_world[None], fx, fy, cx, cy, width=size[1], height=size[0]).to(model.device)
         unseen.append(psnr(student_view(camera), view.pixels[..., :3].cpu().float() / 255))
     seconds = {who: sorted(scores.pop(f"{who}_seconds")) for who in views}
-    parameters = sum(p.numel() for p in model.network.parameters())
+    parameters = sum(p.numel() for p in model.parameters())
     return {
         "resolution": f"{size[1]}x{size[0]}",
         "test_views": len(dataset),
