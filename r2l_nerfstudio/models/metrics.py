@@ -8,7 +8,6 @@ import torch
 from jaxtyping import Float
 from nerfstudio.utils.rich_utils import CONSOLE
 from torch import Tensor
-from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 
 
 @lru_cache(maxsize=1)
@@ -25,6 +24,9 @@ def _lpips() -> torch.nn.Module | None:
 
 def image_metrics(rgb: Float[Tensor, "height width 3"], truth: Float[Tensor, "height width 3"]) -> dict[str, float]:
     """PSNR (dB), SSIM and, if it can be had, LPIPS of an image in [0, 1]."""
+    # Imported late: it takes seconds, and every `ns-*` command imports this module.
+    from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
+
     prediction = rgb.permute(2, 0, 1)[None].float().clamp(0, 1)
     target = truth.permute(2, 0, 1)[None].float()
     metrics = {
