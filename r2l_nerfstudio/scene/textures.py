@@ -1,0 +1,47 @@
+"""Surface colours as functions of the point in the solid's own axes.
+
+Their edges are soft: a small network has to learn them, and a picture of 100 pixels has to hold them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+Colour = tuple[float, float, float]
+Texture = Callable[[Float[Tensor, "points 3"]], Float[Tensor, "points 3"]]
+
+
+def _blend(first: Colour, second: Colour, wave: Tensor, sharpness: float) -> Float[Tensor, "points 3"]:
+    """`first` where the wave is +1, `second` where it is -1."""
+    share = 0.5 + 0.5 * torch.tanh(sharpness * wave)[:, None]
+    return share * wave.new_tensor(first) + (1 - share) * wave.new_tensor(second)
+
+
+def solid(colour: Colour) -> Texture:
+    """One colour everywhere."""
+    return lambda points: points.new_tensor(colour).expand(points.shape[0], 3)
+
+
+def checker(first: Colour, second: Colour, cell: float, sharpness: float = 4.0) -> Texture:
+    """A chessboard in x and y with squares of side `cell` (world units)."""
+
+    def colour(points: Float[Tensor, "points 3"]) -> Float[Tensor, "points 3"]:
+        wave = torch.sin(math.pi * points[:, 0] / cell) * torch.sin(math.pi * points[:, 1] / cell)
+        return _blend(first, second, wave, sharpness)
+
+    return colour
+
+
+def stripes(first: Colour, second: Colour, width: float, along: Colour, sharpness: float = 3.0) -> Texture:
+    """Stripes of `width` (world units) across the unit direction `along`."""
+
+    def colour(points: Float[Tensor, "points 3"]) -> Float[Tensor, "points 3"]:
+        wave = torch.sin(math.pi * (points @ points.new_tensor(along)) / width)
+        return _blend(first, second, wave, sharpness)
+
+    return colour
