@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 import torch
+import tyro
 from jaxtyping import Float
 from nerfstudio.cameras.cameras import Cameras
 from nerfstudio.cameras.rays import RayBundle
@@ -32,8 +33,11 @@ class R2LModelConfig(ModelConfig):
     """R2L: one network evaluation per pixel."""
 
     _target: type = field(default_factory=lambda: R2LModel)
-    enable_collider: bool = False
+    enable_collider: tyro.conf.Suppress[bool] = False
     """Students know where their rays begin and end."""
+    collider_params: tyro.conf.Suppress[dict[str, float] | None] = None
+    loss_coefficients: tyro.conf.Suppress[dict[str, float]] = field(default_factory=dict)
+    prompt: tyro.conf.Suppress[str | None] = None
     eval_num_rays_per_chunk: int = 65536
     """Rays per network evaluation when rendering."""
     width: int = 256
