@@ -1,0 +1,456 @@
+"""From nothing to a distilled student: a procedural scene, a nerfacto teacher, an R2L student, one picture, one table."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import hashlib
+import json
+import os
+import random
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+import tyro
+from jaxtyping import Float
+from nerfstudio.cameras.cameras import Cameras
+from nerfstudio.data.dataparsers.nerfstudio_dataparser import NerfstudioDataParserConfig
+from nerfstudio.utils.rich_utils import CONSOLE
+from PIL import Image, ImageDraw, ImageFont
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from torch import Tensor
+from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
+
+from r2l_nerfstudio.errors import exit_on_input_error
+from r2l_nerfstudio.lpips import without_lpips
+from r2l_nerfstudio.scene import Scene, band_poses, camera_in_dataparser_frame, write_capture
+from r2l_nerfstudio.scene.capture import RADIUS, band_cameras
+from r2l_nerfstudio.scripts.small_nerfacto import small_nerfacto
+
+if TYPE_CHECKING:
+    from nerfstudio.engine.trainer import TrainerConfig
+
+UNSEEN_SEED = 2_718_281
+EXPERIMENT = "procedural-scene"
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How much of everything."""
+
+    image: int = 96
+    """Width and height of the photographs, pixels."""
+    train_views: int = 60
+    test_views: int = 6
+    teacher_iterations: int = 2800
+    teacher_rays: int = 256
+    """Per iteration: many small steps learn more per second on two cores than few large ones."""
+    student_iterations: int = 2400
+    student_rays: int = 4096
+    student_width: int = 128
+    student_depth: int = 12
+    student_frequencies: int = 6
+    student_volume: int = 40
+    """Grid points a side of the feature volume; 0 is the paper's network alone."""
+    ring_views: int = 100
+    """Teacher views to learn from."""
+    real_iterations: int = 150
+    """The last iterations, with photographs."""
+    unseen_views: int = 12
+    """Poses for the figures, drawn anew from the band; no training saw them."""
+    picture_rows: int = 4
+
+
+FULL = Sizes()
+FAST = Sizes(
+    image=32,
+    train_views=10,
+    test_views=2,
+    teacher_iterations=60,
+    teacher_rays=128,
+    student_iterations=40,
+    student_rays=512,
+    student_width=32,
+    student_depth=6,
+    student_volume=12,
+    ring_views=6,
+    real_iterations=10,
+    unseen_views=3,
+    picture_rows=2,
+)
+
+
+@dataclass
+class Quickstart:
+    """Write a capture of a small scene, train a teacher on it, distil a student, and compare both with the truth.
+
+    Finished stages are found again and kept. Runs on CUDA if there is any, else on the CPU.
+    """
+
+    folder: Path = Path("quickstart")
+    """Where everything goes."""
+    force: bool = False
+    """Do every stage again. Earlier runs stay where they are; picture and table are replaced."""
+    fast: bool = False
+    """A miniature of it all, in FOLDER/fast: shows in a minute that everything works, and nothing about quality."""
+    seed: int = 0
+    """Of cameras and weights."""
+
+    def main(self) -> None:
+        """Run all stages.
+
+        Raises:
+            InputError: if the folder holds something else.
+        """
+        sizes = FAST if self.fast else FULL
+        root = self.folder / "fast" if self.fast else self.folder
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        stages = Stages(root, self.force)
+        CONSOLE.print(f"Quickstart in {root}, on {'CUDA' if device == 'cuda' else f'{os.cpu_count()} CPU cores'}.")
+
+        capture_key = digest(sizes.image, sizes.train_views, sizes.test_views, self.seed)
+        capture = stages.run(
+            "Capture",
+            capture_key,
+            lambda: photograph(root / "capture", sizes, self.seed, self.force),
+        )
+        teacher_key = digest(capture_key, sizes.teacher_iterations, sizes.teacher_rays)
+        teacher = stages.run(
+            "Teacher",
+            teacher_key,
+            lambda: train(teacher_config(capture.parent, root / "outputs", sizes, device, self.seed)),
+        )
+        student_key = digest(teacher_key, str(teacher), *dataclasses.astuple(sizes))
+        student = stages.run(
+            "Student",
+            student_key,
+            lambda: train(student_config(teacher, root / "outputs", sizes, device, self.seed)),
+        )
+        stages.run(
+            "Evaluation",
+            digest(student_key, str(student)),
+            lambda: evaluate(root, teacher, student, sizes),
+        )
+        report(root, stages.seconds)
+        show(f"Open the viewer: {command('ns-viewer')} --load-config {shown(student)}")
+
+
+class Stages:
+    """What is finished in a folder, kept in its `stages.json`: a stage of the same settings is not done twice."""
+
+    def __init__(self, root: Path, force: bool) -> None:
+        self.path = root / "stages.json"
+        self.force = force
+        self.done: dict[str, dict[str, Any]] = {}
+        self.seconds: dict[str, float] = {}
+        if self.path.exists():
+            try:
+                self.done = json.loads(self.path.read_text(encoding="utf-8"))
+            except ValueError:
+                CONSOLE.print(f"[yellow]{self.path} cannot be read: every stage is done again.")
+
+    def run(self, name: str, key: str, work: Callable[[], Path]) -> Path:
+        """Do a stage, or find it done.
+
+        Args:
+            name: heading.
+            key: of its settings and of those of the stages before it.
+            work: does it and returns the file that shows it is finished.
+        """
+        CONSOLE.rule(f"[bold]{name}", align="left")
+        found = self.done.get(name)
+        if found is not None and not self.force and found["key"] == key and Path(found["result"]).exists():
+            self.seconds[name] = found["seconds"]
+            CONSOLE.print(f"Found: {shown(Path(found['result']))} ({found['seconds']:.0f} s, in an earlier run).")
+            return Path(found["result"])
+        start = time.perf_counter()
+        result = work().absolute()
+        self.seconds[name] = round(time.perf_counter() - start, 1)
+        CONSOLE.print(f"{name}: {self.seconds[name]:.0f} s.")
+        self.done[name] = {"key": key, "result": str(result), "seconds": self.seconds[name]}
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        partial = self.path.with_suffix(".json.partial")
+        partial.write_text(json.dumps(self.done, indent=2) + "\n", encoding="utf-8")
+        os.replace(partial, self.path)
+        return result
+
+
+def photograph(folder: Path, sizes: Sizes, seed: int, overwrite: bool) -> Path:
+    """The capture's transforms.json; see `write_capture`."""
+    with progress_bar() as bar:
+        task = bar.add_task("Ray tracing", total=sizes.train_views + sizes.test_views)
+        write_capture(
+            folder,
+            sizes.train_views,
+            sizes.test_views,
+            sizes.image,
+            seed,
+            overwrite,
+            on_picture=lambda done, total: bar.update(task, completed=done, total=total),
+        )
+    return folder / "transforms.json"
+
+
+def teacher_config(capture: Path, output_dir: Path, sizes: Sizes, device: str, seed: int) -> TrainerConfig:
+    """Nerfacto for this scene. All cameras lie on the unit sphere of its frame, the object in the middle third."""
+    scale = 1 / RADIUS
+    config = small_nerfacto(
+        NerfstudioDataParserConfig(
+            data=capture,
+            orientation_method="none",
+            center_method="none",
+            auto_scale_poses=False,
+            scale_factor=scale,
+            scene_scale=1.02 * scale,
+        ),
+        output_dir,
+        sizes.teacher_iterations,
+        object_range=(1 - 1.02 * scale, 1 + 1.02 * scale),
+    )
+    config.experiment_name = EXPERIMENT
+    quieten(config, device, seed)
+    datamanager, model = config.pipeline.datamanager, config.pipeline.model
+    datamanager.train_num_rays_per_batch = datamanager.eval_num_rays_per_batch = sizes.teacher_rays
+    model.num_levels, model.log2_hashmap_size, model.base_res, model.max_res = 3, 15, 16, 128
+    # Few samples: the object fills the range, and each view the student learns from costs this much.
+    model.num_proposal_samples_per_ray, model.num_nerf_samples_per_ray = (32,), 12
+    model.proposal_net_args_list = [
+        {"hidden_dim": 16, "log2_hashmap_size": 14, "num_levels": 2, "max_res": 48, "use_linear": False}
+    ]
+    model.proposal_weights_anneal_max_num_iters = model.proposal_warmup = 300
+    for group in ("proposal_networks", "fields"):
+        config.optimizers[group]["optimizer"].lr = 2e-2
+    return config
+
+
+def student_config(teacher: Path, output_dir: Path, sizes: Sizes, device: str, seed: int) -> TrainerConfig:
+    """What `ns-train r2l --teacher …` builds, with a network that two cores can train."""
+    from r2l_nerfstudio.method_configs import r2l
+
+    config = copy.deepcopy(r2l.config)
+    config.teacher = teacher
+    config.output_dir = output_dir
+    config.max_num_iterations = sizes.student_iterations
+    quieten(config, device, seed)
+    datamanager, model = config.pipeline.datamanager, config.pipeline.model
+    datamanager.train_num_rays_per_batch = sizes.student_rays
+    datamanager.num_views = sizes.ring_views
+    datamanager.real_iterations = sizes.real_iterations
+    model.width, model.depth, model.num_frequencies = sizes.student_width, sizes.student_depth, sizes.student_frequencies
+    model.volume_resolution = sizes.student_volume
+    model.jitter_points = False
+    return config
+
+
+def quieten(config: TrainerConfig, device: str, seed: int) -> None:
+    """No viewer, no table of iterations: the progress bar says it all. Checkpoints at the end alone."""
+    config.machine.device_type = device
+    config.machine.seed = seed
+    config.vis = "tensorboard"
+    config.viewer.quit_on_train_completion = True
+    config.logging.local_writer.enable = False
+    config.steps_per_save = config.max_num_iterations
+    config.steps_per_eval_batch = config.steps_per_eval_image = config.steps_per_eval_all_images = 0
+
+
+def train(config: TrainerConfig) -> Path:
+    """Train as `ns-train` does, with a progress bar.
+
+    Returns:
+        The run's config.yml.
+    """
+    from nerfstudio.engine.callbacks import TrainingCallback, TrainingCallbackLocation
+    from nerfstudio.utils import writer
+
+    config.set_timestamp()
+    config.save_config()
+    random.seed(config.machine.seed)
+    np.random.seed(config.machine.seed)
+    torch.manual_seed(config.machine.seed)
+    try:
+        with without_lpips():
+            trainer = config.setup(local_rank=0, world_size=1)
+            trainer.setup()
+        with progress_bar() as bar:
+            task = bar.add_task(f"Training {config.method_name}", total=config.max_num_iterations)
+            trainer.callbacks.append(
+                TrainingCallback(
+                    where_to_run=[TrainingCallbackLocation.AFTER_TRAIN_ITERATION],
+                    update_every_num_iters=1,
+                    func=lambda step: bar.update(task, completed=step + 1),
+                )
+            )
+            trainer.train()
+    finally:
+        writer.EVENT_WRITERS.clear()  # else the next run of this process would be logged into this one's folder as well
+    return config.get_base_dir() / "config.yml"
+
+
+@torch.no_grad()
+def evaluate(root: Path, teacher_path: Path, student_path: Path, sizes: Sizes) -> Path:
+    """Figures and picture of student, teacher and truth at poses that no training saw.
+
+    Returns:
+        The figures' file, result.json; result.png lies beside it.
+    """
+    from nerfstudio.utils.eval_utils import eval_setup
+
+    from r2l_nerfstudio.teacher import Teacher
+
+    # Through Nerfstudio's own door: what is judged is the saved run, not what happens to be in memory.
+    _, pipeline, _, _ = eval_setup(student_path, test_mode="inference")
+    model = pipeline.model
+    teacher = Teacher.load(teacher_path, device=model.device)
+    world = band_cameras(band_poses(sizes.unseen_views, seed=UNSEEN_SEED), sizes.image)
+    cameras = camera_in_dataparser_frame(world, teacher.dataparser_outputs)
+    scene = Scene()
+    scores: dict[str, list[float]] = {}
+    rows: list[tuple[str, list[Tensor]]] = []
+    render: dict[str, Callable[[Cameras], Float[Tensor, "height width 3"]]] = {
+        "teacher": lambda camera: teacher.view(camera).rgb.cpu(),
+        "student": lambda camera: model.get_outputs_for_camera(camera)["rgb"].cpu(),
+    }
+    with progress_bar() as bar:
+        for index in bar.track(range(sizes.unseen_views), description="Unseen poses"):
+            images = {"truth": scene.render(world[index]).rgb}
+            for who, view in render.items():
+                start = time.perf_counter()
+                images[who] = view(cameras[index : index + 1].to(model.device)).clamp(0, 1)
+                scores.setdefault(f"{who}_seconds", []).append(time.perf_counter() - start)
+                scores.setdefault(f"{who}_psnr", []).append(psnr(images[who], images["truth"]))
+                scores.setdefault(f"{who}_ssim", []).append(ssim(images[who], images["truth"]))
+            scores.setdefault("student_psnr_against_teacher", []).append(psnr(images["student"], images["teacher"]))
+            if index < sizes.picture_rows:
+                error = (4 * (images["student"] - images["truth"]).abs()).clamp(0, 1)
+                label = f"{scores['student_psnr'][-1]:.1f} dB"
+                rows.append((label, [images["truth"], images["teacher"], images["student"], error]))
+    figures = {
+        "unseen_poses": sizes.unseen_views,
+        "image_size": sizes.image,
+        **{
+            # The first frame pays for warming up, so the middle one speaks for the speed.
+            name: round(sorted(values)[len(values) // 2] if name.endswith("seconds") else sum(values) / len(values), 4)
+            for name, values in scores.items()
+        },
+        "teacher_parameters": sum(p.numel() for p in teacher.model.parameters()),
+        "student_parameters": sum(p.numel() for p in model.parameters()),
+    }
+    contact_sheet(rows, ["truth", "teacher", "student", "|student - truth| x4"]).save(root / "result.png")
+    result = root / "result.json"
+    result.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+    return result
+
+
+def psnr(image: Float[Tensor, "height width 3"], truth: Float[Tensor, "height width 3"]) -> float:
+    """PSNR in dB of an image in [0, 1]."""
+    return float(peak_signal_noise_ratio(image, truth, data_range=1.0))
+
+
+def ssim(image: Float[Tensor, "height width 3"], truth: Float[Tensor, "height width 3"]) -> float:
+    """SSIM of an image in [0, 1]."""
+    batch = [tensor.permute(2, 0, 1)[None] for tensor in (image, truth)]
+    return float(structural_similarity_index_measure(*batch, data_range=1.0))
+
+
+def contact_sheet(rows: list[tuple[str, list[Tensor]]], titles: list[str], tile: int = 192) -> Image.Image:
+    """One picture: a row per pose with its label, a titled column per kind.
+
+    Args:
+        rows: label and (height width 3) images in [0, 1] of each row.
+        titles: of the columns.
+        tile: side of each image on the sheet, pixels.
+    """
+    gap, head, margin = 6, 24, 64
+    font = ImageFont.load_default(size=14)
+    sheet = Image.new("RGB", (margin + len(titles) * (tile + gap), head + len(rows) * (tile + gap)), "white")
+    draw = ImageDraw.Draw(sheet)
+    for column, title in enumerate(titles):
+        left = margin + column * (tile + gap)
+        draw.text((left + tile // 2, head // 2), title, fill="black", font=font, anchor="mm")
+        for line, (_, images) in enumerate(rows):
+            picture = Image.fromarray((images[column] * 255).round().byte().numpy())
+            sheet.paste(picture.resize((tile, tile), Image.Resampling.BICUBIC), (left, head + line * (tile + gap)))
+    for line, (label, _) in enumerate(rows):
+        middle = head + line * (tile + gap) + tile // 2
+        draw.text((margin // 2, middle), label, fill="black", font=font, anchor="mm")
+    return sheet
+
+
+def report(root: Path, seconds: dict[str, float]) -> None:
+    """Print the table, and write it to result.md."""
+    figures = json.loads((root / "result.json").read_text(encoding="utf-8"))
+    titles = ["", "PSNR against truth", "SSIM against truth", "PSNR against teacher", "seconds a frame", "parameters"]
+    lines = []
+    for who in ("teacher", "student"):
+        against = figures.get(f"{who}_psnr_against_teacher")
+        lines.append(
+            [
+                who,
+                f"{figures[f'{who}_psnr']:.2f} dB",
+                f"{figures[f'{who}_ssim']:.3f}",
+                "" if against is None else f"{against:.2f} dB",
+                f"{figures[f'{who}_seconds']:.3f}",
+                f"{figures[f'{who}_parameters']:,}",
+            ]
+        )
+    caption = f"{figures['unseen_poses']} poses that no training saw, {figures['image_size']} x {figures['image_size']} pixels"
+    times = ", ".join(f"{name.lower()} {value:.0f} s" for name, value in seconds.items())
+    times += f"; {sum(seconds.values()) / 60:.1f} minutes in all"
+    table = Table(*titles, title=caption)
+    for line in lines:
+        table.add_row(*line)
+    CONSOLE.print(table)
+    show(f"Time: {times}.")
+    show(f"Picture: {shown(root / 'result.png')}; figures: {shown(root / 'result.json')}, {shown(root / 'result.md')}")
+    markdown = [f"| {' | '.join(cells)} |" for cells in (titles, ["---"] * len(titles), *lines)]
+    (root / "result.md").write_text("\n".join([*markdown, "", f"{caption}. Time: {times}.", ""]), encoding="utf-8")
+
+
+@contextmanager
+def progress_bar() -> Iterator[Progress]:
+    """A bar on Nerfstudio's console, so that its messages appear above it."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(compact=True))
+    with Progress(*columns, console=CONSOLE) as bar:
+        yield bar
+
+
+def digest(*settings: Any) -> str:
+    """A short key for a stage's settings."""
+    return hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:16]
+
+
+def show(line: str) -> None:
+    """Print a line as it is: a path or a command that wraps cannot be copied."""
+    CONSOLE.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def shown(path: Path) -> Path:
+    """The path from the current folder, if it lies below it."""
+    path = path.absolute()
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
+
+
+def command(name: str) -> str:
+    """How a command of this environment is called from the current shell, whether or not the environment is active."""
+    here = Path(sys.executable).parent / name
+    found = shutil.which(name)
+    return name if found is not None and Path(found).absolute() == here.absolute() else str(shown(here))
+
+
+def main() -> None:
+    """Console entry point `r2l-quickstart`."""
+    with exit_on_input_error():
+        tyro.cli(Quickstart, prog="r2l-quickstart", description=__doc__).main()
+
+
+if __name__ == "__main__":
+    main()
