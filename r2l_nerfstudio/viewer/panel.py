@@ -1,4 +1,4 @@
-"""A line in the viewer's panel that says how fast the student draws."""
+"""Lines in the viewer's panel that say how fast student and teacher draw."""
 
 from __future__ import annotations
 
@@ -8,34 +8,52 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+import torch
 from nerfstudio.viewer.viewer_elements import ViewerControl
 
 if TYPE_CHECKING:
     from nerfstudio.viewer.viewer import Viewer
+    from viser import GuiMarkdownHandle
 
 SECONDS_BETWEEN_UPDATES = 0.25
 
 
 class FrameTime:
-    """Seconds and size of the newest frame; written by render threads, read by the panel."""
+    """Seconds and size of the newest frame; written by render threads, read by the panel.
+
+    No locks: the viewer may interrupt a render thread at any line, and a lock would stay locked.
+    """
 
     def __init__(self) -> None:
-        self.seconds = 0.0
-        self.size = (0, 0)
+        self._newest: tuple[float, int, int] | None = None
 
     @contextmanager
     def measure(self, height: int, width: int) -> Iterator[None]:
-        """Time a frame. A frame that is interrupted leaves the one before it standing."""
-        start = time.perf_counter()
+        """Time a frame of this many pixels. One that is interrupted leaves the frame before it standing."""
+        start = _now()
         yield
-        self.seconds, self.size = time.perf_counter() - start, (height, width)
+        self._newest = (_now() - start, height, width)
 
-    def describe(self) -> str:
-        """One line of Markdown."""
-        if self.seconds <= 0:
-            return "**Student**: no frame yet"
-        height, width = self.size
-        return f"**Student**: {1 / self.seconds:.1f} fps ({1e3 * self.seconds:.0f} ms at {width}x{height})"
+    @property
+    def size(self) -> tuple[int, int] | None:
+        """Height and width of the newest frame in pixels; None before the first."""
+        return None if self._newest is None else self._newest[1:]
+
+    def seconds(self, height: int, width: int) -> float | None:
+        """How long a frame of this size would take, at the newest frame's pace; None before the first."""
+        if self._newest is None:
+            return None
+        taken, newest_height, newest_width = self._newest
+        return taken * (height * width) / max(newest_height * newest_width, 1)
+
+    def describe(self, name: str, size: tuple[int, int] | None = None) -> str:
+        """One line of Markdown on the pace of `name`, for frames of a (height, width), by default the newest one's."""
+        size = size or self.size
+        seconds = None if size is None else self.seconds(*size)
+        if not seconds:
+            return f"**{name}**: no frame yet"
+        taken = f"{1e3 * seconds:.0f} ms" if seconds < 1 else f"{seconds:.1f} s"
+        return f"**{name}**: {1 / seconds:.3g} fps ({taken} at {size[1]}x{size[0]})"
 
 
 class ViewerPanel(ViewerControl):
@@ -55,14 +73,32 @@ class ViewerPanel(ViewerControl):
         compositing = getattr(viewer.control_panel, "_layer_depth", None)
         if compositing is not None:
             compositing.value = False
-        line = viewer.viser_server.gui.add_markdown(self.frame_time.describe())
+            # Without a depth to composite, ticking the box would end the render thread.
+            compositing.set_disabled(not getattr(viewer.get_model(), "has_depth", True))
+        # Right below Nerfstudio's own step and resolution, else it would be at the very end of the panel.
+        order = getattr(getattr(viewer, "stats_markdown", None), "order", None)
+        text = self._text()
+        line = viewer.viser_server.gui.add_markdown(text, order=None if order is None else order + 0.5)
         # Updated beside the render threads: those can be interrupted at any line.
-        threading.Thread(target=self._keep_updated, args=(line,), daemon=True).start()
+        threading.Thread(target=self._keep_updated, args=(line, text), daemon=True).start()
 
-    def _keep_updated(self, line) -> None:
-        shown = ""
+    def _text(self) -> str:
+        lines = [self.frame_time.describe("Student")]
+        split = getattr(self.viewer.get_model(), "teacher_split", None)
+        if split is not None:
+            lines.append(split.describe(self.frame_time.size))
+        return "  \n".join(filter(None, lines))
+
+    def _keep_updated(self, line: GuiMarkdownHandle, shown: str) -> None:
         while True:
-            text = self.frame_time.describe()
+            time.sleep(SECONDS_BETWEEN_UPDATES)
+            text = self._text()
             if text != shown:
                 line.content = shown = text
-            time.sleep(SECONDS_BETWEEN_UPDATES)
+
+
+def _now() -> float:
+    """Seconds, at the end of the GPU's work so far: launching a frame is not drawing it."""
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+    return time.perf_counter()

@@ -2,15 +2,29 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
+from jaxtyping import Float
 from nerfstudio.cameras.cameras import Cameras
+from nerfstudio.model_components import renderers
 from nerfstudio.utils.rich_utils import CONSOLE
+from nerfstudio.viewer.render_state_machine import RenderStateMachine
 from nerfstudio.viewer.viewer_elements import ViewerCheckbox
+from nerfstudio.viewer_legacy.server.viewer_utils import IOChangeException
 from torch import Tensor
+from torch.nn.functional import interpolate
 
 from r2l_nerfstudio.errors import InputError
+from r2l_nerfstudio.viewer.panel import FrameTime
+
+if TYPE_CHECKING:
+    from r2l_nerfstudio.teacher import Teacher
+
+SECONDS_WHILE_MOVING = 0.1
+"""What the teacher's half may take while the camera moves: as many pixels as fit. At rest it is drawn in full."""
 
 
 class TeacherSplit:
@@ -19,7 +33,9 @@ class TeacherSplit:
     def __init__(self) -> None:
         self.teacher_path: Path | None = None
         self.device: torch.device | str = "cpu"
-        self._teacher = None
+        self._teacher: Teacher | None = None
+        self._frame_time = FrameTime()
+        self._status = ""
         self.checkbox = ViewerCheckbox(
             "Split with teacher",
             False,
@@ -27,44 +43,96 @@ class TeacherSplit:
             hint="Right half: the teacher this student was distilled from. Loaded when ticked; its run must be there.",
         )
 
+    def describe(self, size: tuple[int, int] | None) -> str:
+        """One line of Markdown: the teacher's pace for frames of a (height, width), or why it is not shown."""
+        if not self.checkbox.value:
+            return ""
+        return self._status or self._frame_time.describe("Teacher", size)
+
     def _toggled(self, checkbox: ViewerCheckbox) -> None:
-        """Load outside the render thread, which may be interrupted at any line."""
+        """Load here rather than in the render thread, which may be interrupted at any line."""
         if not checkbox.value or self._teacher is not None:
             return
         from r2l_nerfstudio.teacher import Teacher
 
+        self._status = "Loading the teacher…"
         try:
             if self.teacher_path is None:
                 raise InputError("this student's run does not say which teacher it had.")
-            self._teacher = Teacher.load(self.teacher_path, device=self.device)
-        except InputError as error:
-            CONSOLE.print(f"[bold yellow]The teacher cannot be shown: {error}")
+            teacher = Teacher.load(self.teacher_path, device=self.device)
+            # Twice: what the method imports or compiles at its first view must neither be interrupted nor timed.
+            for _ in range(2):
+                self._draw(teacher, _thumbnail(teacher))
+        except Exception as error:  # a method may raise anything, and the viewer goes on without a teacher
+            self._give_up(error)
+        else:
+            self._teacher, self._status = teacher, ""
 
-    def apply(self, rgb: Tensor, camera: Cameras) -> Tensor:
-        """The image with the teacher's right half, if the box is ticked and the teacher is loaded.
+    def apply(self, rgb: Float[Tensor, "height width 3"], camera: Cameras) -> Float[Tensor, "height width 3"]:
+        """The image with the teacher's right half, if the box is ticked, the teacher loaded and the viewer asking.
+
+        Renders that are not for the viewer, such as an evaluation during training, come back as they are.
 
         Args:
-            rgb: the student's (height width 3).
+            rgb: the student's.
             camera: what it shows.
         """
-        teacher = self._teacher
-        if teacher is None or not self.checkbox.value:
+        teacher, thread = self._teacher, threading.current_thread()
+        if teacher is None or not self.checkbox.value or not isinstance(thread, RenderStateMachine):
             return rgb
         height, width = rgb.shape[:2]
         middle = width // 2
-        camera = camera.reshape((1,))
-        # A cropped camera gives the crop of the full render: half the picture at half the cost.
-        right = Cameras(
-            camera_to_worlds=camera.camera_to_worlds,
-            fx=camera.fx,
-            fy=camera.fy,
-            cx=camera.cx - middle,
-            cy=camera.cy,
-            width=width - middle,
-            height=height,
-            camera_type=camera.camera_type,
-        )
-        half = teacher.view(right).rgb.to(rgb)
+        scale = 1.0
+        if thread.state != "high":
+            seconds = self._frame_time.seconds(height, width - middle)
+            scale = min(1.0, (SECONDS_WHILE_MOVING / seconds) ** 0.5) if seconds else 1.0
+        try:
+            half = self._draw(teacher, _right_part(camera.reshape((1,)), height, width, middle, scale))
+        except IOChangeException:  # the viewer's interrupt
+            raise
+        except Exception as error:  # it would end the viewer's render thread
+            self._teacher = None
+            self._give_up(error)
+            return rgb
+        half = interpolate(half.to(rgb).movedim(-1, 0)[None], (height, width - middle), mode="nearest")[0].movedim(0, -1)
         split = torch.cat([rgb[:, :middle], half], dim=1)
         split[:, middle] = 1.0
         return split
+
+    def _draw(self, teacher: Teacher, camera: Cameras) -> Float[Tensor, "height width 3"]:
+        background = renderers.BACKGROUND_COLOR_OVERRIDE
+        try:
+            with self._frame_time.measure(int(camera.height), int(camera.width)):
+                return teacher.view(camera).rgb
+        finally:
+            # An interrupt may have come just before Nerfstudio puts its global back.
+            renderers.BACKGROUND_COLOR_OVERRIDE = background
+
+    def _give_up(self, error: Exception) -> None:
+        reason = str(error) if isinstance(error, InputError) else f"{type(error).__name__}: {error}"
+        self._status = f"The teacher cannot be shown: {reason}"
+        CONSOLE.print(self._status, style="bold yellow", markup=False)
+
+
+def _right_part(camera: Cameras, height: int, width: int, middle: int, scale: float) -> Cameras:
+    """The camera that sees a picture's columns from `middle` on, in about `scale` times as many rows and columns."""
+    # A cropped camera gives the crop of the full render: half the picture at half the cost.
+    rows = max(1, round(height * scale))
+    columns = max(1, round((width - middle) * scale))
+    across, down = columns / (width - middle), rows / height
+    return Cameras(
+        camera_to_worlds=camera.camera_to_worlds,
+        fx=camera.fx * across,
+        fy=camera.fy * down,
+        cx=(camera.cx - middle) * across,
+        cy=camera.cy * down,
+        width=columns,
+        height=rows,
+        camera_type=camera.camera_type,
+    )
+
+
+def _thumbnail(teacher: Teacher, size: int = 32) -> Cameras:
+    """A small view from where the teacher's first photograph was taken."""
+    pose = teacher.dataparser_outputs.cameras.camera_to_worlds[:1].to(teacher.device)
+    return Cameras(pose, fx=float(size), fy=float(size), cx=size / 2, cy=size / 2, width=size, height=size)

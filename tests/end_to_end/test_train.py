@@ -1,0 +1,409 @@
+"""Training as a user meets it: killed, resumed, short of memory, taught by a teacher that is not always right."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import tyro
+import yaml
+from distil import distil, own_writers, set_up, student_config
+from nerfstudio.utils.eval_utils import eval_setup
+
+from r2l_nerfstudio.distillation.trainer import DistillationTrainer
+from r2l_nerfstudio.run_config import load_run_config
+from r2l_nerfstudio.teacher import Teacher
+
+
+def read(checkpoint: Path) -> dict[str, Any]:
+    """As anyone may: without running what a pickle names."""
+    return torch.load(checkpoint, weights_only=True)
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    return sorted(folder.glob("*.ckpt"))
+
+
+@pytest.fixture
+def iterations(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, float]]:
+    """Step and loss of every iteration that any trainer makes."""
+    made: list[tuple[int, float]] = []
+    original = DistillationTrainer.train_iteration
+
+    def recorded(self: DistillationTrainer, step: int):
+        result = original(self, step)
+        made.append((step, float(result[0])))
+        return result
+
+    monkeypatch.setattr(DistillationTrainer, "train_iteration", recorded)
+    return made
+
+
+# Killed, and gone on from.
+
+
+@pytest.fixture(scope="module")
+def killed(
+    train_student: Callable[..., list[str]], environment: dict[str, str], tmp_path_factory: pytest.TempPathFactory
+) -> tuple[list[str], Path]:
+    """The arguments and the folder of an `ns-train` run that got a SIGKILL while it saved after every iteration."""
+    output = tmp_path_factory.mktemp("killed")
+    command = train_student(output, "--steps-per-save", 1, "--max-num-iterations", 1_000_000)
+    with (output / "log.txt").open("w") as log:
+        process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
+        folder = output / "tiny" / "r2l-lite" / "run"
+        try:
+            deadline = time.monotonic() + 600
+            while not (folder / "nerfstudio_models" / "step-000000012.ckpt").exists():
+                if process.poll() is not None or time.monotonic() > deadline:
+                    pytest.fail(f"no checkpoint was saved:\n{(output / 'log.txt').read_text()[-4000:]}")
+                if any(int(file.stem[5:]) > 12 for file in checkpoints(folder / "nerfstudio_models")):
+                    break
+                time.sleep(0.02)
+        finally:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+    return command[1:], folder
+
+
+def test_a_kill_leaves_a_whole_checkpoint(killed: tuple[list[str], Path]) -> None:
+    _, folder = killed
+    files = list((folder / "nerfstudio_models").iterdir())
+    assert files and all(file.suffix == ".ckpt" for file in files)  # Nerfstudio stumbles over anything else
+    for file in files:
+        assert read(file)["step"] == int(file.stem[5:]) >= 12
+    # What the kill left half-written lies elsewhere, and hinders nobody.
+    partial = folder / "nerfstudio_models.partial"
+    partial.mkdir(exist_ok=True)
+    (partial / "step-000099999.ckpt").write_bytes(b"PK half a file")
+    _, pipeline, checkpoint, step = eval_setup(folder / "config.yml")
+    assert checkpoint == max(files) and step == int(max(files).stem[5:])
+    weights = read(max(files))["pipeline"]
+    assert torch.equal(pipeline.model.network.head.weight, weights["_model.network.head.weight"])
+
+
+def test_a_killed_run_goes_on(
+    killed: tuple[list[str], Path],
+    iterations: list[tuple[int, float]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from nerfstudio.configs.method_configs import AnnotatedBaseConfigUnion
+    from nerfstudio.scripts.train import main
+
+    arguments, folder = killed
+    newest = max(checkpoints(folder / "nerfstudio_models"))
+    saved = read(newest)
+    total = saved["step"] + 13
+    flags = {
+        "--load-dir": newest.parent,
+        "--output-dir": tmp_path,
+        "--max-num-iterations": total,
+        "--steps-per-save": 5,
+        "--pipeline.datamanager.real-iterations": 6,
+        "--logging.local-writer.enable": False,
+    }
+    config = tyro.cli(AnnotatedBaseConfigUnion, args=[*arguments, *(str(part) for pair in flags.items() for part in pair)])
+    begun: dict[str, Any] = {}
+    real: list[int] = []
+    train = DistillationTrainer.train
+
+    def watched_train(trainer: DistillationTrainer) -> None:
+        begun["model"] = {key: value.clone() for key, value in trainer.pipeline.model.named_parameters()}
+        begun["buffers"] = {key: value.clone() for key, value in trainer.pipeline.model.named_buffers()}
+        begun["spacing"] = trainer.pipeline.model.ray_code.spacing
+        begun["rates"] = [scheduler.last_epoch for scheduler in trainer.optimizers.schedulers.values()]
+        begun["momenta"] = {name: optimizer.state_dict() for name, optimizer in trainer.optimizers.optimizers.items()}
+        photographs = trainer.pipeline.datamanager.photographs
+        sample = photographs.sample
+
+        def counted(*args, **kwargs):
+            real.append(trainer.step)
+            return sample(*args, **kwargs)
+
+        photographs.sample = counted
+        train(trainer)
+
+    monkeypatch.setattr(DistillationTrainer, "train", watched_train)
+    with own_writers():
+        main(config)
+
+    # It began with all that the killed run had saved: weights, scene, momenta and learning rates.
+    for key, value in {**begun["model"], **begun["buffers"]}.items():
+        assert torch.equal(value, saved["pipeline"][f"_model.{key}"])
+    assert begun["spacing"] == saved["pipeline"]["_model.ray_code._extra_state"]["spacing"]
+    assert set(begun["rates"]) == {saved["step"] + 1}
+    for group, state in begun["momenta"].items():
+        assert state["state"].keys() == saved["optimizers"][group]["state"].keys() != set()
+        for index, values in state["state"].items():
+            for key, value in values.items():
+                assert torch.equal(torch.as_tensor(value), torch.as_tensor(saved["optimizers"][group]["state"][index][key]))
+    # It went on with the next step, to as many in all as were asked for.
+    assert [step for step, _ in iterations] == list(range(saved["step"] + 1, total))
+    assert real == list(range(total - 6, total))
+    resumed = load_run_config(tmp_path / "tiny" / "r2l-lite" / "run")
+    assert resumed.max_num_iterations == total
+    (last,) = checkpoints(tmp_path / "tiny" / "r2l-lite" / "run" / "nerfstudio_models")
+    assert read(last)["step"] == total - 1
+    assert read(last)["schedulers"]["ends"]["last_epoch"] == total
+    assert newest.exists()
+
+
+def test_a_finished_run_has_nothing_left_to_do(
+    tiny_student: Path, tiny_teacher: Path, tmp_path: Path, iterations: list[tuple[int, float]]
+) -> None:
+    shape = {"pipeline.model.width": 32, "pipeline.model.depth": 6, "max_num_iterations": 30}
+    run = distil(student_config(tiny_teacher, tmp_path, load_dir=tiny_student / "nerfstudio_models", **shape))
+    assert iterations == []
+    before, after = (read(*checkpoints(folder / "nerfstudio_models"))["pipeline"] for folder in (tiny_student, run))
+    assert torch.equal(before["_model.network.tail.weight"], after["_model.network.tail.weight"])
+    assert checkpoints(run / "nerfstudio_models")[0].name == "step-000000029.ckpt"
+
+
+def test_a_checkpoint_is_whole_or_not_there(
+    tiny_teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with set_up(student_config(tiny_teacher, tmp_path)) as trainer:
+        folder = trainer.checkpoint_dir
+        trainer.save_checkpoint(3)
+        (good,) = checkpoints(folder)
+        content = good.read_bytes()
+
+        def no_space(state: object, file: Path) -> None:
+            Path(file).write_bytes(content[: len(content) // 2])
+            raise OSError(28, "No space left on device")
+
+        with monkeypatch.context() as context:
+            context.setattr(torch, "save", no_space)
+            with pytest.raises(OSError, match="No space"):
+                trainer.save_checkpoint(4)
+        assert list(folder.iterdir()) == [good] and good.read_bytes() == content
+        assert trainer.checkpoint_dir == folder
+        trainer.save_checkpoint(5)
+        assert [file.name for file in folder.iterdir()] == ["step-000000005.ckpt"]
+        assert not folder.with_name("nerfstudio_models.partial").exists()
+        trainer.config.save_only_latest_checkpoint = False
+        trainer.save_checkpoint(6)
+        assert [read(file)["step"] for file in checkpoints(folder)] == [5, 6]
+
+
+# What a run leaves.
+
+
+def test_configuration_is_saved_resolved(tiny_student: Path, tiny_teacher: Path, tiny_capture: Path) -> None:
+    config = load_run_config(tiny_student)  # refuses pickled tensors and the like
+    assert config.teacher == config.pipeline.teacher == tiny_teacher / "config.yml" and config.teacher.is_absolute()
+    datamanager = config.pipeline.datamanager
+    assert datamanager.data == datamanager.dataparser.data == tiny_capture and datamanager.data.is_absolute()
+    assert datamanager.pose_sampler.kind in ("neighbour", "sphere", "box")
+    theirs = load_run_config(tiny_teacher).pipeline.datamanager
+    ours = {**vars(datamanager.dataparser), "data": theirs.dataparser.data}
+    assert type(datamanager.dataparser) is type(theirs.dataparser) and ours == vars(theirs.dataparser)
+    assert config.max_num_iterations == 30
+    assert {group["scheduler"].max_steps for group in config.optimizers.values()} == {30}
+
+
+def test_checkpoint_is_small_and_safe(tiny_student: Path) -> None:
+    (file,) = checkpoints(tiny_student / "nerfstudio_models")
+    content = read(file)
+    assert content["step"] == 29
+    assert not [key for key in content["pipeline"] if not key.startswith("_model.")]  # neither teacher nor photographs
+    weights = sum(value.nbytes for value in content["pipeline"].values() if isinstance(value, torch.Tensor))
+    assert file.stat().st_size < 4 * weights + 100_000
+
+
+def test_a_teachers_resolution_is_the_students(tiny_teacher: Path, tmp_path: Path) -> None:
+    teacher = Path(shutil.copytree(tiny_teacher, tmp_path / "teacher"))
+    config = load_run_config(teacher)
+    config.pipeline.datamanager.camera_res_scale_factor = 0.5
+    (teacher / "config.yml").write_text(yaml.dump(config))
+    with set_up(student_config(teacher, tmp_path / "students")) as trainer:
+        datamanager = trainer.pipeline.datamanager
+        assert (datamanager.ring.height, datamanager.ring.width) == (12, 12)
+        assert len(datamanager.photographs.pixels) == 5 * 12 * 12  # one of six is held out
+        assert datamanager.eval_dataset[0]["image"].shape == (12, 12, 3)
+
+
+def test_a_capture_that_has_moved(tiny_teacher: Path, tiny_capture: Path, tmp_path: Path) -> None:
+    moved = Path(shutil.copytree(tiny_capture, tmp_path / "moved"))
+    with set_up(student_config(tiny_teacher, tmp_path / "students", data=moved)) as trainer:
+        assert trainer.pipeline.datamanager.train_dataset.image_filenames[0].is_relative_to(moved)
+    saved = load_run_config(tmp_path / "students" / "tiny" / "r2l-lite" / "run")
+    assert saved.pipeline.datamanager.data == moved
+
+
+# Codes and spacings.
+
+
+@pytest.mark.parametrize(
+    ("code", "spacing", "sampler"),
+    [("plucker", "auto", "box"), ("two-plane", "near-far", "neighbour"), ("points", "sphere", "sphere")],
+)
+def test_every_code_learns_and_is_restored(
+    code: str, spacing: str, sampler: str, tiny_teacher: Path, tmp_path: Path
+) -> None:
+    config = student_config(
+        tiny_teacher,
+        tmp_path,
+        **{
+            "max_num_iterations": 25,
+            "pipeline.model.ray_code": code,
+            "pipeline.model.spacing": spacing,
+            "pipeline.datamanager.pose_sampler.kind": sampler,
+            "pipeline.datamanager.real_iterations": 0,
+        },
+    )
+    for group in config.optimizers.values():
+        group["scheduler"].warmup_steps = 0
+    with set_up(config) as trainer:
+        pipeline = trainer.pipeline
+        assert pipeline.datamanager.photographs is None
+        before = pipeline.holdout_psnr(pipeline.datamanager.held_views)
+        trainer.train()
+        assert pipeline.holdout_psnr(pipeline.datamanager.held_views) > before + 1
+    _, restored, _, _ = eval_setup(config.get_base_dir() / "config.yml")
+    theirs, ours = pipeline.model.ray_code, restored.model.ray_code
+    assert ours.kind == code and ours.spacing == theirs.spacing
+    assert spacing == "auto" or ours.spacing == spacing
+    for name in ("center", "radius", "near", "far", "axes"):
+        assert torch.equal(getattr(ours, name), getattr(theirs, name))
+    assert 0 < ours.near < ours.far
+    camera = restored.datamanager.train_dataset.cameras[0]
+    expected = pipeline.model.eval().get_outputs_for_camera(camera)
+    for key, value in restored.model.get_outputs_for_camera(camera).items():
+        assert torch.equal(value, expected[key])
+
+
+# Trouble while training.
+
+
+def test_colours_that_are_not_finite_are_dropped(
+    tiny_teacher: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    iterations: list[tuple[int, float]],
+    capsys: pytest.CaptureFixture,
+) -> None:
+    original = Teacher._outputs
+
+    def broken(self: Teacher, outputs: dict) -> Any:
+        answer = original(self, outputs)
+        answer.rgb = answer.rgb.clone()
+        answer.rgb[..., ::5, :] = float("nan")
+        answer.rgb[..., 3, 0] = float("inf")
+        answer.depth[..., 1::5, :] = float("nan")
+        return answer
+
+    monkeypatch.setattr(Teacher, "_outputs", broken)
+    run = distil(student_config(tiny_teacher, tmp_path))
+    said = " ".join(capsys.readouterr().out.split())
+    assert "colours that are not finite" in said and "dropped" in said
+    assert len(iterations) == 12 and all(torch.tensor(loss).isfinite() for _, loss in iterations)
+    for value in read(*checkpoints(run / "nerfstudio_models"))["pipeline"].values():
+        assert not isinstance(value, torch.Tensor) or value.isfinite().all()
+
+
+def test_no_room_for_a_batch(tiny_teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    with set_up(student_config(tiny_teacher, tmp_path, steps_per_save=2)) as trainer:
+        original = trainer.pipeline.get_train_loss_dict
+
+        def full(step: int):
+            if step == 5:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return original(step=step)
+
+        trainer.pipeline.get_train_loss_dict = full
+        with pytest.raises(SystemExit) as caught:
+            trainer.train()
+        assert caught.value.code == 1
+    *_, last = capsys.readouterr().out.rstrip().splitlines()
+    assert last.startswith("Error: ") and "--load-dir" in last
+    assert "--pipeline.datamanager.train-num-rays-per-batch (now 256)" in last
+    (kept,) = checkpoints(trainer.checkpoint_dir)
+    assert read(kept)["step"] == 4
+
+
+# Overfitting.
+
+
+def test_the_best_weights_on_held_out_photographs_are_kept(tiny_teacher: Path, tmp_path: Path) -> None:
+    config = student_config(
+        tiny_teacher,
+        tmp_path,
+        **{
+            "max_num_iterations": 20,
+            "pipeline.datamanager.real_iterations": 10,
+            "pipeline.datamanager.real_fraction": 0.9,
+            "pipeline.datamanager.holdout_fraction": 0.3,
+            "pipeline.steps_per_holdout": 2,
+        },
+    )
+    for group in config.optimizers.values():
+        group["optimizer"].lr = 0.02
+        group["scheduler"].warmup_steps = 0
+        group["scheduler"].final_share = 1.0
+    with set_up(config) as trainer:
+        pipeline = trainer.pipeline
+        photographs = pipeline.datamanager.held_photographs
+        # What is learnt from the others does not carry over to the held-out ones.
+        pipeline.datamanager.photographs.pixels = 255 - pipeline.datamanager.photographs.pixels
+        seen: dict[int, float] = {}
+        watch = pipeline.holdout_psnr
+
+        def recorded(sample) -> float:
+            psnr = watch(sample)
+            if sample is photographs:
+                seen[trainer.step] = psnr
+            return psnr
+
+        pipeline.holdout_psnr = recorded
+        trainer.train()
+        last = watch(photographs)
+    assert list(seen) == [*range(2, 20, 2), 19]  # and once more at the end
+    with_photographs = [psnr for step, psnr in seen.items() if step >= 10]
+    assert with_photographs[-1] < max(with_photographs) - 0.1  # it had got worse
+    assert last == pytest.approx(max(with_photographs), abs=1e-4)
+    _, restored, _, _ = eval_setup(config.get_base_dir() / "config.yml")
+    for (name, ours), (_, theirs) in zip(
+        restored.model.named_parameters(), pipeline.model.named_parameters(), strict=True
+    ):
+        assert torch.equal(ours, theirs), name
+
+
+def test_weights_that_are_still_the_best_stay(
+    tiny_teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    with set_up(student_config(tiny_teacher, tmp_path)) as trainer:
+        pipeline = trainer.pipeline
+        pipeline.datamanager.real_start = 10
+        pipeline._watch_holdout(5)  # before the photographs: not a choice
+        assert pipeline._best is None
+        pipeline.restore_best(5)
+        pipeline._watch_holdout(10)
+        weights = {key: value.clone() for key, value in pipeline.model.named_parameters()}
+        pipeline.restore_best(11)
+        assert "back from" not in capsys.readouterr().out
+        with torch.no_grad():
+            pipeline.model.network.tail.bias[:3] += 5.0
+        pipeline._watch_holdout(12)
+        pipeline.restore_best(12)
+        assert "back from" in capsys.readouterr().out
+        for key, value in pipeline.model.named_parameters():
+            assert torch.equal(value, weights[key])
+
+
+def test_nothing_is_watched_where_nothing_is_held_out(tiny_teacher: Path, tmp_path: Path) -> None:
+    overrides = {"pipeline.datamanager.holdout_fraction": 0.0, "pipeline.steps_per_holdout": 2}
+    with set_up(student_config(tiny_teacher, tmp_path, **overrides)) as trainer:
+        assert trainer.pipeline.datamanager.held_photographs is None
+        assert len(trainer.pipeline.datamanager.photographs.pixels) == 6 * 24 * 24
+        trainer.train()
+    assert trainer.pipeline._best is None

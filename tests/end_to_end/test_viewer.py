@@ -1,0 +1,272 @@
+"""The viewer on a student, seen through a real browser."""
+
+from __future__ import annotations
+
+import re
+import socket
+import subprocess
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pytest
+from browser import ViewerPage, chromium, difference, find_chromium, wait_until
+
+if TYPE_CHECKING:
+    from playwright.sync_api import BrowserContext
+
+MAX_RES = 164
+"""A position of the viewer's slider that leaves little to draw."""
+CHANGED = 4.0
+"""Steps of 8-bit colour between two pictures that are not the same one."""
+SAME = 1.5
+"""What JPEG and the page's own resampling may add up to."""
+SCREENSHOTS = Path(__file__).parents[2] / "artifacts" / "viewer"
+
+
+@dataclass
+class Served:
+    """A process that serves the viewer."""
+
+    process: subprocess.Popen
+    port: int
+    log: Path
+
+    def check(self) -> None:
+        """Fail if the process has ended or one of its render threads has."""
+        text = self.log.read_text(errors="replace")
+        assert self.process.poll() is None, text[-4000:]
+        assert "Exception in thread" not in text, text[-4000:]
+
+
+@contextmanager
+def serve(command: list[str], environment: dict[str, str], folder: Path) -> Iterator[Served]:
+    """Run a command that has a viewer, on a free port of this machine, until the viewer answers."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    log = folder / "log.txt"
+    flags = ["--viewer.websocket-port", str(port), "--viewer.websocket-host", "127.0.0.1"]
+    with log.open("w") as output:
+        process = subprocess.Popen(
+            [*command, *flags], env=environment, stdout=output, stderr=subprocess.STDOUT, cwd=folder
+        )
+        served = Served(process, port, log)
+
+        def answers() -> bool:
+            served.check()
+            with socket.socket() as client:
+                return client.connect_ex(("127.0.0.1", port)) == 0
+
+        try:
+            wait_until(answers, "the viewer to start", seconds=400)
+            yield served
+        finally:
+            process.terminate()
+            try:
+                process.wait(30)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[BrowserContext]:
+    SCREENSHOTS.mkdir(parents=True, exist_ok=True)
+    with chromium(tmp_path_factory.mktemp("browser")) as context:
+        yield context
+
+
+@pytest.fixture(scope="module")
+def viewer(
+    browser: BrowserContext,
+    tiny_student: Path,
+    command: Callable[..., list[str]],
+    environment: dict[str, str],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[Served]:
+    """`ns-viewer` on the tiny student."""
+    arguments = command("ns-viewer", "--load-config", tiny_student / "config.yml")
+    with serve(arguments, environment, tmp_path_factory.mktemp("viewer")) as served:
+        yield served
+
+
+@pytest.fixture
+def page(browser: BrowserContext, viewer: Served) -> Iterator[ViewerPage]:
+    """A new browser window before a settled picture. The viewer and the page must outlive the test."""
+    page = open_page(browser, viewer)
+    yield page
+    viewer.check()
+    assert not page.crashes
+    page.page.close()
+
+
+def open_page(browser: BrowserContext, viewer: Served) -> ViewerPage:
+    page = ViewerPage(browser.new_page(), viewer.port)
+    page.limit_resolution(MAX_RES)
+    page.settle()
+    return page
+
+
+def test_moving_the_camera_changes_the_picture(page: ViewerPage):
+    before = page.settle()
+    assert before.std() > 2, "the canvas shows one colour only"
+    page.save(SCREENSHOTS / "student.png")
+    page.drag(120, 40)
+    wait_until(lambda: difference(before, page.picture()) > CHANGED, "the picture to follow the mouse")
+    after = page.settle()
+    assert difference(before, after) > CHANGED
+    page.save(SCREENSHOTS / "student_moved.png")
+
+
+def test_the_panel_tells_the_speed(page: ViewerPage):
+    assert page.pace("Student") > 0
+    assert page.pace("Teacher") is None
+    size = re.search(r"Student: .* at (\d+)x(\d+)\)", page.panel()).groups()
+    assert (int(size[0]), int(size[1])) == page.resolution()
+
+
+def test_depth_is_not_composited_unless_asked_for(page: ViewerPage):
+    box = page.row("Composite depth")
+    assert not box.is_checked()
+    before = page.settle()
+    box.check()
+    page.drag(120, 0)
+    wait_until(lambda: difference(before, page.picture()) > CHANGED, "the picture to follow the mouse")
+    page.settle()
+    box.uncheck()
+    page.settle()
+
+
+def test_an_idle_viewer_draws_nothing(page: ViewerPage):
+    page.settle()
+    page.page.wait_for_timeout(2000)
+    drawn = page.images_received
+    assert drawn > 0
+    page.page.wait_for_timeout(4000)
+    assert page.images_received == drawn
+
+
+def test_split_shows_the_teacher_on_the_right(page: ViewerPage):
+    before = page.settle()
+    middle = before.shape[1] // 2
+    # Its line in between, and where the page blends it with its neighbours.
+    left, right = np.s_[:, : middle - 12], np.s_[:, middle + 12 :]
+    box = page.row("Split with teacher")
+    assert not box.is_checked()
+    box.check()
+    wait_until(lambda: page.pace("Teacher") is not None, "the teacher to load")
+    wait_until(lambda: difference(before[right], page.picture()[right]) > CHANGED, "the teacher's half")
+    split = page.settle()
+    page.save(SCREENSHOTS / "student_and_teacher.png")
+    assert difference(before[right], split[right]) > CHANGED
+    assert difference(before[left], split[left]) < SAME
+
+    page.drag(120, 0)
+    wait_until(lambda: difference(split[right], page.picture()[right]) > CHANGED, "the teacher to follow the mouse")
+    moved = page.settle()
+    box.uncheck()
+    wait_until(lambda: difference(moved[right], page.picture()[right]) > CHANGED, "the student's right half")
+    assert page.pace("Teacher") is None
+    assert difference(moved[left], page.settle()[left]) < SAME
+
+
+def test_crop_box_leaves_only_what_is_inside(page: ViewerPage):
+    before = page.settle()
+    enable = page.row("Enable", folder="Crop Viewport")
+    enable.check()
+    for number in page.row("Crop scale").all():
+        number.fill("0.2")
+        number.press("Enter")
+    page.settle()
+    page.drag(60, 0)
+    # The box is small before this camera: the corners look past it, into the panel's background colour.
+    wait_until(lambda: np.allclose(corner(page.picture()), (38, 42, 55), atol=4), "the crop")
+    page.settle()
+    page.save(SCREENSHOTS / "cropped.png")
+    enable.uncheck()
+    wait_until(lambda: np.abs(corner(page.picture()) - corner(before)).mean() < 60, "the crop to end")
+    assert difference(before, page.settle()) > CHANGED
+
+
+def corner(picture: np.ndarray) -> np.ndarray:
+    """Mean colour of a picture's upper left corner."""
+    return picture[:20, :20].reshape(-1, 3).mean(0)
+
+
+def test_windows_of_odd_sizes(page: ViewerPage):
+    for width, height in ((733, 411), (517, 900)):
+        page.page.set_viewport_size({"width": width, "height": height})
+        box = page.canvas()
+        aspect = box["width"] / box["height"]
+        wait_until(lambda: abs(page.resolution()[0] / page.resolution()[1] - aspect) < 0.1 * aspect, "the new shape")
+        assert page.settle().std() > 2
+
+
+def test_every_output_can_be_looked_at(page: ViewerPage):
+    before = page.settle()
+    for output in ("depth", "accumulation", "rgb"):
+        row = page.row("Output type").first
+        row.click()
+        page.page.get_by_role("option", name=output, exact=True).click()
+        page.page.wait_for_timeout(1000)
+        shown = page.settle()
+        if output == "depth":
+            assert difference(before, shown) > CHANGED
+    assert difference(before, shown) < SAME
+
+
+def test_browsers_do_not_disturb_each_other(page: ViewerPage, browser: BrowserContext, viewer: Served):
+    before = page.settle()
+    other = open_page(browser, viewer)
+    others_before = other.settle()
+    other.drag(120, 0)
+    wait_until(lambda: difference(others_before, other.picture()) > CHANGED, "the other browser's picture")
+    assert difference(before, page.settle()) < SAME
+    # It is closed in the middle of a movement.
+    other.drag(-60, 30)
+    other.page.close()
+    page.drag(0, 60)
+    wait_until(lambda: difference(before, page.picture()) > CHANGED, "the picture after the other browser has gone")
+    page.settle()
+
+
+def test_training_is_watched(
+    browser: BrowserContext,
+    train_student: Callable[..., list[str]],
+    environment: dict[str, str],
+    tmp_path: Path,
+):
+    """`ns-train … --vis viewer` trains on while a browser looks, moves and leaves."""
+    command = train_student(tmp_path / "students", "--vis", "viewer", "--max-num-iterations", 10**6)
+    with serve(command, environment, tmp_path) as training:
+        page = ViewerPage(browser.new_page(), training.port)
+        page.limit_resolution(MAX_RES)
+
+        def step() -> int:
+            return int(re.search(r"Step: (\d+)", page.panel())[1])
+
+        wait_until(lambda: step() > 30, "training to go on")
+        before = page.picture()
+        page.drag(200, 40)
+        wait_until(lambda: difference(before, page.picture()) > CHANGED, "the picture to follow the mouse")
+        page.row("Split with teacher").check()
+        wait_until(lambda: page.pace("Teacher") is not None, "the teacher to load")
+        seen = step()
+        wait_until(lambda: step() > seen, "training to go on beside the teacher")
+        page.save(SCREENSHOTS / "training.png")
+        page.page.close()
+        training.check()
+
+
+def test_without_a_browser_ci_fails(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv("CI", "true")
+    with pytest.raises(pytest.fail.Exception, match="apt install chromium"):
+        find_chromium()
+    monkeypatch.delenv("CI")
+    with pytest.raises(pytest.skip.Exception, match="apt install chromium"):
+        find_chromium()
