@@ -1,0 +1,148 @@
+"""Set up and run, from a fresh clone with nothing but Python and git.
+
+    python3 scripts/dev.py quickstart [options of r2l-quickstart]
+    python3 scripts/dev.py test [options of pytest]
+
+Makes .venv beside this repository's pyproject.toml and installs into it, once per state of that file.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import subprocess
+import sys
+import venv
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+VENV = ROOT / ".venv"
+BIN = VENV / ("Scripts" if os.name == "nt" else "bin")
+PYTHON = BIN / ("python.exe" if os.name == "nt" else "python")
+STAMP = VENV / "installed"
+OLDEST = (3, 11)
+
+# uv reads none of pip's settings: what a user told pip is passed on, unless uv was told something itself.
+PIP_TO_UV = {
+    "index-url": "UV_DEFAULT_INDEX",
+    "extra-index-url": "UV_INDEX",
+    "find-links": "UV_FIND_LINKS",
+    "trusted-host": "UV_INSECURE_HOST",
+    "cert": "SSL_CERT_FILE",
+    "proxy": "ALL_PROXY",
+}
+
+
+def main(arguments: list[str]) -> int:
+    """Set up what is missing and run the command; returns its exit code."""
+    if sys.version_info < OLDEST:
+        return fail(
+            f"Python {OLDEST[0]}.{OLDEST[1]} or newer is needed, and this is {sys.version.split()[0]} ({sys.executable}). "
+            "Run this script with a newer one, for example: python3.11 scripts/dev.py quickstart"
+        )
+    if not arguments or arguments[0] not in ("quickstart", "test"):
+        print(__doc__)
+        return 0 if arguments[:1] in (["-h"], ["--help"]) else 2
+    try:
+        install()
+    except InstallError as error:
+        return fail(str(error))
+    name, *rest = arguments
+    if name == "quickstart":
+        # In the caller's folder: its options name paths from there, and so does what it prints.
+        return subprocess.call([str(PYTHON), "-m", "r2l_nerfstudio.scripts.quickstart", *rest])
+    return subprocess.call([str(PYTHON), "-m", "pytest", "--durations=15", *rest], cwd=ROOT)
+
+
+class InstallError(Exception):
+    """Says what could not be installed, and what to do."""
+
+
+def install() -> None:
+    """Make the environment, unless it was made for this very pyproject.toml by this very Python.
+
+    Raises:
+        InstallError: if a step fails; the next call starts the installation again.
+    """
+    wanted = hashlib.sha256((ROOT / "pyproject.toml").read_bytes() + sys.version.encode()).hexdigest()
+    if PYTHON.exists() and STAMP.exists() and STAMP.read_text() == wanted:
+        return
+    STAMP.unlink(missing_ok=True)
+    print(f"Setting up {VENV} (once; several minutes, some gigabytes) ...", flush=True)
+    try:
+        # One left by another Python, or half made, is made anew; a good one is only brought up to date.
+        venv.create(VENV, with_pip=True, clear=not usable())
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise InstallError(
+            f"{VENV} could not be made ({error}): on Debian and Ubuntu, install python3-venv; elsewhere, check that this"
+            " folder can be written to."
+        ) from error
+    run([str(PYTHON), "-m", "pip", "install", "--quiet", "uv"], "uv, the installer,")
+    run(
+        [str(PYTHON), "-m", "uv", "pip", "install", "--python", str(PYTHON), "--editable", f"{ROOT}[test]"],
+        "this package with its dependencies",
+        uv_environment(),
+    )
+    STAMP.write_text(wanted)
+
+
+def usable() -> bool:
+    """Whether .venv holds an environment of this Python version that runs."""
+    code = "import sys; print(*sys.version_info[:2])"
+    try:
+        found = subprocess.run([str(PYTHON), "-c", code], capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return False
+    return found.split() == [str(part) for part in sys.version_info[:2]]
+
+
+def uv_environment() -> dict[str, str]:
+    """The environment for uv: this one, and pip's indexes, links, certificates and proxy where uv was told nothing."""
+    environment = dict(os.environ)
+    for option, variable in PIP_TO_UV.items():
+        value = pip_setting(option)
+        if not value or variable in os.environ or (option == "index-url" and "UV_INDEX_URL" in os.environ):
+            continue
+        # uv separates links by commas, the rest by spaces, as pip does.
+        environment[variable] = ",".join(value.split()) if option == "find-links" else value
+    if "UV_INDEX" in environment and "UV_INDEX" not in os.environ:
+        # pip takes the best version from all its indexes; uv would stop at the first that knows the name.
+        environment.setdefault("UV_INDEX_STRATEGY", "unsafe-best-match")
+    return environment
+
+
+def pip_setting(option: str) -> str:
+    """What pip uses for an option, from its variable or its configuration files; "" for nothing."""
+    from_variable = os.environ.get("PIP_" + option.upper().replace("-", "_"))
+    if from_variable:
+        return from_variable
+    for section in ("install", "global"):
+        asked = [str(PYTHON), "-m", "pip", "config", "get", f"{section}.{option}"]
+        found = subprocess.run(asked, capture_output=True, text=True)
+        if found.returncode == 0 and found.stdout.strip():
+            return " ".join(found.stdout.split())
+    return ""
+
+
+def run(command: list[str], what: str, environment: dict[str, str] | None = None) -> None:
+    """Run one step of the installation.
+
+    Raises:
+        InstallError: if it fails; its own messages have been printed.
+    """
+    code = subprocess.call(command, env=environment, cwd=ROOT)
+    if code:
+        raise InstallError(
+            f"Installing {what} failed (exit code {code}; the reason is above). Check the network and pip's configuration"
+            f" (python3 -m pip config list), then run this again. To start over, delete {VENV}."
+        )
+
+
+def fail(message: str) -> int:
+    """Print an error and return the exit code for it."""
+    print(f"Error: {message}", file=sys.stderr)
+    return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
