@@ -71,7 +71,8 @@ def distil(config: DistillationTrainerConfig) -> Path:
     return config.get_base_dir()
 
 
-def set_up(config: DistillationTrainerConfig) -> DistillationTrainer:
+@contextmanager
+def set_up(config: DistillationTrainerConfig) -> Iterator[DistillationTrainer]:
     """The trainer of a run, as `ns-train` has it before the first iteration."""
     torch.manual_seed(0)
     config.set_timestamp()
@@ -79,7 +80,7 @@ def set_up(config: DistillationTrainerConfig) -> DistillationTrainer:
     with own_writers():
         trainer = config.setup(local_rank=0, world_size=1)
         trainer.setup()
-    return trainer
+        yield trainer
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import shutil
 import signal
@@ -111,7 +112,9 @@ def test_a_killed_run_goes_on(
         "--pipeline.datamanager.real-iterations": 6,
         "--logging.local-writer.enable": False,
     }
-    config = tyro.cli(AnnotatedBaseConfigUnion, args=[*arguments, *(str(part) for pair in flags.items() for part in pair)])
+    config = tyro.cli(
+        AnnotatedBaseConfigUnion, args=[*arguments, *(str(part) for pair in flags.items() for part in pair)]
+    )
     begun: dict[str, Any] = {}
     real: list[int] = []
     train = DistillationTrainer.train
@@ -121,7 +124,9 @@ def test_a_killed_run_goes_on(
         begun["buffers"] = {key: value.clone() for key, value in trainer.pipeline.model.named_buffers()}
         begun["spacing"] = trainer.pipeline.model.ray_code.spacing
         begun["rates"] = [scheduler.last_epoch for scheduler in trainer.optimizers.schedulers.values()]
-        begun["momenta"] = {name: optimizer.state_dict() for name, optimizer in trainer.optimizers.optimizers.items()}
+        begun["momenta"] = {
+            name: copy.deepcopy(optimizer.state_dict()) for name, optimizer in trainer.optimizers.optimizers.items()
+        }
         photographs = trainer.pipeline.datamanager.photographs
         sample = photographs.sample
 
@@ -145,7 +150,9 @@ def test_a_killed_run_goes_on(
         assert state["state"].keys() == saved["optimizers"][group]["state"].keys() != set()
         for index, values in state["state"].items():
             for key, value in values.items():
-                assert torch.equal(torch.as_tensor(value), torch.as_tensor(saved["optimizers"][group]["state"][index][key]))
+                assert torch.equal(
+                    torch.as_tensor(value), torch.as_tensor(saved["optimizers"][group]["state"][index][key])
+                )
     # It went on with the next step, to as many in all as were asked for.
     assert [step for step, _ in iterations] == list(range(saved["step"] + 1, total))
     assert real == list(range(total - 6, total))
