@@ -30,6 +30,7 @@ from r2l_nerfstudio.distillation.pose_sampling import CaptureCameras, PoseSample
 from r2l_nerfstudio.distillation.ray_sample import RECORD_WIDTH, RaySample
 from r2l_nerfstudio.distillation.survey import Survey
 from r2l_nerfstudio.distillation.view_ring import ViewRenderer, ViewRing
+from r2l_nerfstudio.errors import InputError
 from r2l_nerfstudio.teacher import Teacher
 
 HOLDOUT_VIEWS = 4
@@ -89,6 +90,21 @@ class DistillationDataManager(VanillaDataManager[InputDataset]):
     """
 
     config: DistillationDataManagerConfig
+
+    def __init__(self, config: DistillationDataManagerConfig, *args: Any, **kwargs: Any) -> None:
+        """As `VanillaDataManager`.
+
+        Raises:
+            InputError: if the capture cannot be read.
+        """
+        try:
+            super().__init__(config, *args, **kwargs)
+        except Exception as error:  # every dataparser has failures of its own
+            raise InputError(
+                f"The capture {config.data or config.dataparser.data} cannot be read ({' '.join(str(error).split())}):"
+                " put it back, or name its new place with --data (ns-train) or in the run's config.yml"
+                " (pipeline.datamanager.data)."
+            ) from error
 
     def setup_train(self) -> None:
         """Nothing is loaded here: the teacher is attached by the pipeline."""

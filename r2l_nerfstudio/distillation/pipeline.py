@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -73,13 +72,7 @@ class DistillationPipeline(VanillaPipeline):
         with exit_on_input_error():
             # The teacher first: it knows best what is wrong with a capture.
             teacher = load_teacher(config, device) if test_mode == "val" else None
-            try:
-                super().__init__(config, device, test_mode, world_size, local_rank, grad_scaler)
-            except (OSError, EOFError, SyntaxError, json.JSONDecodeError) as error:  # the second last: Pillow's
-                raise InputError(
-                    f"The capture {config.datamanager.data} cannot be read ({error}): put it back, or name its new place"
-                    " with --data (ns-train) or in the run's config.yml (pipeline.datamanager.data)."
-                ) from error
+            super().__init__(config, device, test_mode, world_size, local_rank, grad_scaler)
             if teacher is not None:
                 self._attach_teacher(teacher)
         self.model.teacher_split.teacher_path = config.teacher
