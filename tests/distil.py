@@ -33,24 +33,27 @@ TINY_STUDENT = {
 """What makes a student small enough for a test, as dotted names in its configuration."""
 
 
-def student_config(teacher: Path | None, output: Path, **overrides: Any) -> DistillationTrainerConfig:
-    """The configuration of a tiny `r2l-lite`, before anything in it is resolved.
+def student_config(
+    teacher: Path | None, output: Path, method: str = "r2l-lite", **overrides: Any
+) -> DistillationTrainerConfig:
+    """The configuration of a tiny student, before anything in it is resolved.
 
     Args:
         teacher: the teacher's config.yml or folder.
-        output: where runs go; the run's folder is `output/tiny/r2l-lite/run`.
+        output: where runs go; the run's folder is `output/tiny/METHOD/run`.
+        method: as `ns-train` lists it.
         **overrides: configuration by dotted name, as in `**{"pipeline.model.ray_code": "plucker"}`.
     """
     from nerfstudio.configs.method_configs import all_methods
 
-    config = copy.deepcopy(all_methods["r2l-lite"])
+    config = copy.deepcopy(all_methods[method])
     for name, value in {"teacher": teacher, "output_dir": output, **TINY_STUDENT, **overrides}.items():
         *parents, field = name.split(".")
         holder = config
         for parent in parents:
             holder = getattr(holder, parent)
         if not hasattr(holder, field):
-            raise AttributeError(f"a configuration of r2l-lite has no {name}")
+            raise AttributeError(f"a configuration of {method} has no {name}")
         setattr(holder, field, value)
     return config
 

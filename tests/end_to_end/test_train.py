@@ -251,15 +251,20 @@ def test_a_capture_that_has_moved(tiny_teacher: Path, tiny_capture: Path, tmp_pa
 
 
 @pytest.mark.parametrize(
-    ("code", "spacing", "sampler"),
-    [("plucker", "auto", "box"), ("two-plane", "near-far", "neighbour"), ("points", "sphere", "sphere")],
+    ("method", "code", "spacing", "sampler"),
+    [
+        ("r2l-lite", "plucker", "auto", "box"),
+        ("r2l-lite", "two-plane", "near-far", "neighbour"),
+        ("r2l", "points", "sphere", "sphere"),
+    ],
 )
 def test_every_code_learns_and_is_restored(
-    code: str, spacing: str, sampler: str, tiny_teacher: Path, tmp_path: Path
+    method: str, code: str, spacing: str, sampler: str, tiny_teacher: Path, tmp_path: Path
 ) -> None:
     config = student_config(
         tiny_teacher,
         tmp_path,
+        method,
         **{
             "max_num_iterations": 25,
             "pipeline.model.ray_code": code,
