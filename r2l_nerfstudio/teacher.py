@@ -35,6 +35,8 @@ if TYPE_CHECKING:
     from nerfstudio.engine.trainer import TrainerConfig
     from nerfstudio.models.base_model import Model
 
+CPU_RAYS_PER_CHUNK = 1024
+
 # Weights with one row per training image, by the end of their name.
 _PER_IMAGE_WEIGHTS = ("camera_optimizer.pose_adjustment", "embedding_appearance.embedding.weight")
 
@@ -101,6 +103,10 @@ class Teacher:
         model = _build_model(config, config_path, dataparser_config, dataparser_outputs, device)
         _load_weights(model, weights, step, checkpoint)
         model.to(device).eval().requires_grad_(False)
+        if device.type == "cpu":
+            chunk = model.config.eval_num_rays_per_chunk
+            # A chunk of a GPU's size spills every cache of a CPU: nerfacto takes 1.6 times as long with 32768.
+            model.config.eval_num_rays_per_chunk = min(chunk, CPU_RAYS_PER_CHUNK)
         if device.type != "cuda" and _needs_cuda(model):
             raise InputError(
                 f"The teacher {config_path} is a '{config.method_name}', which renders with CUDA kernels only, and the "

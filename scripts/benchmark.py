@@ -77,6 +77,8 @@ class Distil:
     """Teacher views for training are this much smaller than the photographs."""
     real_iterations: int = 500
     """Last iterations, with photographs."""
+    test_views: int = 25
+    """At most this many test views, evenly spaced, for the final figures."""
     output_dir: Path = Path("outputs/benchmark")
     """Where runs go."""
     results_dir: Path = Path("benchmarks/results")
@@ -86,7 +88,7 @@ class Distil:
         """Run and write `distil_CAPTURE_METHOD.{json,md,png}`."""
         teacher_config = self.teacher or self._train_teacher()
         config_path, seconds = self._train_student(teacher_config)
-        figures, rows = measure(config_path, teacher_config)
+        figures, rows = measure(config_path, teacher_config, self.test_views)
         figures = {
             "capture": self.capture,
             "method": self.method,
@@ -148,12 +150,13 @@ class Distil:
         return config.get_base_dir() / "config.yml", time.perf_counter() - start
 
 
-def measure(config_path: Path, teacher_path: Path) -> tuple[dict[str, Any], list[list[Tensor]]]:
+def measure(config_path: Path, teacher_path: Path, test_views: int) -> tuple[dict[str, Any], list[list[Tensor]]]:
     """All figures of a finished student, and images for its contact sheet.
 
     Args:
         config_path: of the student's run.
         teacher_path: of its teacher's run.
+        test_views: at most this many, evenly spaced.
 
     Returns:
         figures, and rows of (height width 3) images: teacher, student, difference.
@@ -180,7 +183,8 @@ def measure(config_path: Path, teacher_path: Path) -> tuple[dict[str, Any], list
     scores: dict[str, list[float]] = {f"{who}_{what}": [] for who in views for what in ("psnr", "ssim", "seconds")}
     rows = []
     dataset = datamanager.eval_dataset
-    for index in range(len(dataset)):
+    chosen = torch.linspace(0, len(dataset) - 1, min(test_views, len(dataset))).round().long().tolist()
+    for index in chosen:
         camera = dataset.cameras[index : index + 1].to(model.device)
         truth = model.blend(dataset.get_data(index)["image"].to(model.device)).cpu()
         images = []
@@ -190,7 +194,7 @@ def measure(config_path: Path, teacher_path: Path) -> tuple[dict[str, Any], list
             scores[f"{who}_seconds"].append(time.perf_counter() - start)
             scores[f"{who}_psnr"].append(psnr(images[-1], truth))
             scores[f"{who}_ssim"].append(ssim(images[-1], truth))
-        if index in {0, len(dataset) // 3, 2 * len(dataset) // 3}:
+        if index in chosen[:: max(1, math.ceil(len(chosen) / 3))]:
             rows.append([*images, (4 * (images[1] - images[0]).abs()).clamp(0, 1)])
     sampler = PoseSampler(capture_cameras(datamanager.train_dataset.cameras), config.pipeline.datamanager.pose_sampler)
     survey = Survey.take(teacher, datamanager.train_dataset.cameras)
@@ -206,7 +210,7 @@ def measure(config_path: Path, teacher_path: Path) -> tuple[dict[str, Any], list
     parameters = sum(p.numel() for p in model.parameters())
     return {
         "resolution": f"{size[1]}x{size[0]}",
-        "test_views": len(dataset),
+        "test_views": f"{len(chosen)} of {len(dataset)}",
         **{key: round(sum(values) / len(values), 4) for key, values in scores.items()},
         "student_psnr_against_teacher_unseen": round(sum(unseen) / len(unseen), 4),
         **{f"{who}_seconds_per_frame": round(values[len(values) // 2], 4) for who, values in seconds.items()},
