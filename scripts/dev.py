@@ -8,6 +8,7 @@ Makes .venv beside this repository's pyproject.toml and installs into it, once p
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import os
 import subprocess
@@ -99,8 +100,9 @@ def usable() -> bool:
 def uv_environment() -> dict[str, str]:
     """The environment for uv: this one, and pip's indexes, links, certificates and proxy where uv was told nothing."""
     environment = dict(os.environ)
+    settings = pip_settings()
     for option, variable in PIP_TO_UV.items():
-        value = pip_setting(option)
+        value = settings.get(option)
         if not value or variable in os.environ or (option == "index-url" and "UV_INDEX_URL" in os.environ):
             continue
         # uv separates links by commas, the rest by spaces, as pip does.
@@ -111,17 +113,16 @@ def uv_environment() -> dict[str, str]:
     return environment
 
 
-def pip_setting(option: str) -> str:
-    """What pip uses for an option, from its variable or its configuration files; "" for nothing."""
-    from_variable = os.environ.get("PIP_" + option.upper().replace("-", "_"))
-    if from_variable:
-        return from_variable
-    for section in ("install", "global"):
-        asked = [str(PYTHON), "-m", "pip", "config", "get", f"{section}.{option}"]
-        found = subprocess.run(asked, capture_output=True, text=True)
-        if found.returncode == 0 and found.stdout.strip():
-            return " ".join(found.stdout.split())
-    return ""
+def pip_settings() -> dict[str, str]:
+    """pip's options for an installation, from its configuration files and variables, the latter first."""
+    listed = subprocess.run([str(PYTHON), "-m", "pip", "config", "list"], capture_output=True, text=True).stdout
+    found: dict[str, dict[str, str]] = {"global": {}, "install": {}, ":env:": {}}
+    for line in listed.splitlines():
+        name, _, value = line.partition("=")
+        section, _, option = name.rpartition(".")
+        if section in found:
+            found[section][option] = " ".join(ast.literal_eval(value).split())
+    return {**found["global"], **found["install"], **found[":env:"]}
 
 
 def run(command: list[str], what: str, environment: dict[str, str] | None = None) -> None:

@@ -25,6 +25,7 @@ from nerfstudio.cameras.cameras import Cameras
 from nerfstudio.data.dataparsers.nerfstudio_dataparser import NerfstudioDataParserConfig
 from nerfstudio.utils.rich_utils import CONSOLE
 from PIL import Image, ImageDraw, ImageFont
+from r2l_nerfstudio.scripts.small_nerfacto import small_nerfacto
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from torch import Tensor
@@ -34,7 +35,6 @@ from r2l_nerfstudio.errors import exit_on_input_error
 from r2l_nerfstudio.lpips import without_lpips
 from r2l_nerfstudio.scene import Scene, band_poses, camera_in_dataparser_frame, write_capture
 from r2l_nerfstudio.scene.capture import RADIUS, band_cameras
-from r2l_nerfstudio.scripts.small_nerfacto import small_nerfacto
 
 if TYPE_CHECKING:
     from nerfstudio.engine.trainer import TrainerConfig
@@ -245,7 +245,8 @@ def student_config(teacher: Path, output_dir: Path, sizes: Sizes, device: str, s
     datamanager.train_num_rays_per_batch = sizes.student_rays
     datamanager.num_views = sizes.ring_views
     datamanager.real_iterations = sizes.real_iterations
-    model.width, model.depth, model.num_frequencies = sizes.student_width, sizes.student_depth, sizes.student_frequencies
+    model.width, model.depth = sizes.student_width, sizes.student_depth
+    model.num_frequencies = sizes.student_frequencies
     model.volume_resolution = sizes.student_volume
     model.jitter_points = False
     return config
@@ -402,7 +403,8 @@ def report(root: Path, seconds: dict[str, float]) -> None:
                 f"{figures[f'{who}_parameters']:,}",
             ]
         )
-    caption = f"{figures['unseen_poses']} poses that no training saw, {figures['image_size']} x {figures['image_size']} pixels"
+    size = figures["image_size"]
+    caption = f"{figures['unseen_poses']} poses that no training saw, {size} x {size} pixels"
     times = ", ".join(f"{name.lower()} {value:.0f} s" for name, value in seconds.items())
     times += f"; {sum(seconds.values()) / 60:.1f} minutes in all"
     table = Table(*titles, title=caption)

@@ -1,0 +1,190 @@
+"""The quickstart's miniature, end to end, and the set-up script's decisions."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from PIL import Image
+from r2l_nerfstudio.scripts.quickstart import Quickstart, Stages, contact_sheet
+
+from r2l_nerfstudio.errors import InputError
+
+ROOT = Path(__file__).parents[1]
+COMMAND = [sys.executable, "-W", "ignore", "-m", "r2l_nerfstudio.scripts.quickstart", "--fast", "--folder", "quick"]
+
+
+def run_quickstart(folder: Path) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(COMMAND, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """The folder that the quickstart was run from, and what it printed."""
+    folder = tmp_path_factory.mktemp("quickstart")
+    done = run_quickstart(folder)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return folder, done.stdout
+
+
+def test_miniature_leaves_picture_table_and_runs(finished):
+    folder, printed = finished
+    root = folder / "quick" / "fast"
+    for stage in ("Capture", "Teacher", "Student", "Evaluation"):
+        assert re.search(rf"^{stage}: \d+ s\.", printed, re.MULTILINE)
+    figures = json.loads((root / "result.json").read_text())
+    for name in ("teacher_psnr", "student_psnr", "student_psnr_against_teacher"):
+        assert 5 < figures[name] < 60
+    table = (root / "result.md").read_text()
+    assert f"{figures['student_psnr_against_teacher']:.2f} dB" in table and "minutes in all" in table
+    assert f"{figures['student_psnr_against_teacher']:.2f} dB" in printed
+    with Image.open(root / "result.png") as picture:
+        # Two poses, four columns, and the margins for labels.
+        assert picture.width > 4 * 192 and picture.height > 2 * 192
+        assert len(picture.getcolors(maxcolors=1 << 20)) > 100
+
+
+def test_last_line_opens_a_run_that_exists(finished):
+    folder, printed = finished
+    last = printed.rstrip().splitlines()[-1]
+    found = re.fullmatch(r"Open the viewer: (\S*ns-viewer) --load-config (\S+/r2l/\S+/config\.yml)", last)
+    assert found, last
+    assert (folder / found[2]).exists()
+    checkpoints = list((folder / found[2]).parent.glob("nerfstudio_models/*.ckpt"))
+    assert len(checkpoints) == 1
+
+
+def test_rerun_finds_everything_and_trains_nothing(finished, monkeypatch, capsys):
+    folder, printed = finished
+    runs = sorted((folder / "quick").rglob("*.ckpt"))
+    stamps = [path.stat().st_mtime_ns for path in runs]
+    monkeypatch.chdir(folder)
+    Quickstart(folder=Path("quick"), fast=True).main()
+    again = capsys.readouterr().out
+    assert again.count("Found: ") == 4
+    assert again.rstrip().splitlines()[-1] == printed.rstrip().splitlines()[-1]
+    assert sorted((folder / "quick").rglob("*.ckpt")) == runs
+    assert [path.stat().st_mtime_ns for path in runs] == stamps
+
+
+def test_foreign_folder_is_refused_in_a_paragraph(tmp_path):
+    mine = tmp_path / "quick" / "fast" / "capture"
+    mine.mkdir(parents=True)
+    (mine / "thesis.tex").write_text("mine")
+    with pytest.raises(InputError, match="thesis.tex"):
+        Quickstart(folder=tmp_path / "quick", fast=True).main()
+    assert [path.name for path in mine.iterdir()] == ["thesis.tex"]
+    assert not (tmp_path / "quick" / "fast" / "stages.json").exists()
+
+
+def test_stages_are_done_once_and_again_when_asked_or_changed(tmp_path):
+    result = tmp_path / "result"
+    calls = []
+
+    def work() -> Path:
+        calls.append(1)
+        result.write_text("done")
+        return result
+
+    assert Stages(tmp_path, force=False).run("Student", "key", work) == result
+    Stages(tmp_path, force=False).run("Student", "key", work)
+    assert len(calls) == 1
+    Stages(tmp_path, force=False).run("Student", "other settings", work)
+    assert len(calls) == 2
+    Stages(tmp_path, force=True).run("Student", "other settings", work)
+    assert len(calls) == 3
+    result.unlink()
+    Stages(tmp_path, force=False).run("Student", "other settings", work)
+    assert len(calls) == 4
+
+    def fail() -> Path:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        Stages(tmp_path, force=False).run("Teacher", "key", fail)
+    assert "Teacher" not in json.loads((tmp_path / "stages.json").read_text())
+
+
+def test_error_column_is_what_its_title_says():
+    tiles = [torch.full((8, 8, 3), value) for value in (0.0, 0.25, 0.5, 1.0)]
+    sheet = contact_sheet([("12.3 dB", tiles)], ["truth", "teacher", "student", "error"], tile=32)
+    middles = [sheet.getpixel((64 + column * 38 + 16, 24 + 16)) for column in range(4)]
+    assert [pixel[0] for pixel in middles] == [0, 64, 128, 255]
+
+
+@pytest.fixture
+def dev(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> ModuleType:
+    """scripts/dev.py, as a fresh clone in a temporary folder would load it."""
+    spec = importlib.util.spec_from_file_location("dev", ROOT / "scripts" / "dev.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    (tmp_path / "pyproject.toml").write_bytes((ROOT / "pyproject.toml").read_bytes())
+    monkeypatch.setattr(module, "ROOT", tmp_path)
+    monkeypatch.setattr(module, "VENV", tmp_path / ".venv")
+    monkeypatch.setattr(module, "STAMP", tmp_path / ".venv" / "installed")
+    monkeypatch.setattr(module, "PYTHON", Path(sys.executable))
+    return module
+
+
+def test_set_up_happens_once_per_pyproject(dev, monkeypatch, tmp_path):
+    steps = []
+    monkeypatch.setattr(dev, "run", lambda command, what, environment=None: steps.append(what))
+    monkeypatch.setattr(dev.venv, "create", lambda path, **options: path.mkdir(exist_ok=True))
+    dev.install()
+    assert len(steps) == 2
+    dev.install()
+    assert len(steps) == 2
+    with (tmp_path / "pyproject.toml").open("a") as file:
+        file.write("# changed\n")
+    dev.install()
+    assert len(steps) == 4
+
+
+def test_failed_set_up_says_so_and_is_tried_again(dev, monkeypatch, capsys):
+    monkeypatch.setattr(dev.venv, "create", lambda path, **options: path.mkdir(exist_ok=True))
+    monkeypatch.setattr(dev.subprocess, "call", lambda *arguments, **options: 2)
+    assert dev.main(["test"]) == 1
+    assert "failed (exit code 2" in capsys.readouterr().err
+    assert not dev.STAMP.exists()
+
+
+def test_old_python_is_told_what_is_needed(dev, monkeypatch, capsys):
+    monkeypatch.setattr(dev.sys, "version_info", (3, 9, 1))
+    assert dev.main(["test"]) == 1
+    assert "Python 3.11 or newer is needed" in capsys.readouterr().err
+
+
+def test_pips_settings_reach_uv_but_never_over_its_own(dev, monkeypatch, tmp_path):
+    file = tmp_path / "pip.conf"
+    file.write_text(
+        "[global]\nindex-url = https://pip.example/simple\nextra-index-url = https://a.example\n    https://b.example\n"
+    )
+    for name in [*os.environ]:
+        if name.startswith(("PIP_", "UV_")):
+            monkeypatch.delenv(name)
+    monkeypatch.setenv("PIP_CONFIG_FILE", str(file))
+    monkeypatch.setenv("PIP_FIND_LINKS", "wheels more")
+    environment = dev.uv_environment()
+    assert environment["UV_DEFAULT_INDEX"] == "https://pip.example/simple"
+    assert environment["UV_INDEX"] == "https://a.example https://b.example"
+    assert environment["UV_INDEX_STRATEGY"] == "unsafe-best-match"
+    assert environment["UV_FIND_LINKS"] == "wheels,more"
+    monkeypatch.setenv("PIP_INDEX_URL", "https://variable.example/simple")
+    assert dev.uv_environment()["UV_DEFAULT_INDEX"] == "https://variable.example/simple"
+    monkeypatch.setenv("UV_INDEX_URL", "https://uv.example/simple")
+    assert "UV_DEFAULT_INDEX" not in dev.uv_environment()
+
+
+def test_set_up_script_needs_the_standard_library_alone():
+    text = (ROOT / "scripts" / "dev.py").read_text()
+    modules = set(re.findall(r"^(?:import|from) (\w+)", text, re.MULTILINE))
+    assert modules <= sys.stdlib_module_names
