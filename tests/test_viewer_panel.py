@@ -311,6 +311,17 @@ def test_viewer_finds_the_split_and_leaves_depth_alone(open_viewer: Callable[[R2
     assert not viewer.control_panel._layer_depth.gui_handle.disabled
 
 
+def test_viewer_outlives_what_its_browsers_do_too_late_or_too_early(open_viewer: Callable[[R2LModel], Viewer]):
+    viewer = open_viewer(tiny_model())
+    with viewer.viser_server.atomic():
+        viewer.render_statemachines[7].action("of a browser that has gone")
+    # Clicked before the training cameras are drawn.
+    viewer.set_camera_visibility(False)
+    thread = object()
+    viewer.render_statemachines[8] = thread
+    assert viewer.render_statemachines[8] is thread and len(viewer.render_statemachines) == 1
+
+
 def test_depth_cannot_be_composited_where_the_teacher_had_none(open_viewer: Callable[[R2LModel], Viewer]):
     viewer = open_viewer(tiny_model(has_depth=False))
     assert not viewer.control_panel.layer_depth

@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
 import torch
@@ -56,8 +57,19 @@ class FrameTime:
         return f"**{name}**: {1 / seconds:.3g} fps ({taken} at {size[1]}x{size[0]})"
 
 
+class _RenderThreads(dict):
+    """Nerfstudio's render threads by browser, with a silent one for each browser that has gone.
+
+    Nerfstudio looks them up for every camera message, and one may come after its browser was closed. The KeyError would
+    be raised inside viser's `atomic`, which then never lets go of its lock: no browser would get a picture again.
+    """
+
+    def __missing__(self, client_id: int) -> SimpleNamespace:
+        return SimpleNamespace(action=lambda action: None, running=False)
+
+
 class ViewerPanel(ViewerControl):
-    """Sets the viewer up for a student: no depth compositing, a line of speed.
+    """Sets the viewer up for a student: no depth compositing, a line of speed, no end when a browser is closed.
 
     Args:
         frame_time: what the line shows.
@@ -69,6 +81,7 @@ class ViewerPanel(ViewerControl):
     def _setup(self, viewer: Viewer) -> None:
         """Called once by Nerfstudio's viewer, before the first frame."""
         super()._setup(viewer)
+        self._outlive_browsers(viewer)
         # Compositing sends a depth image with every frame, which takes longer than a student's own work.
         compositing = getattr(viewer.control_panel, "_layer_depth", None)
         if compositing is not None:
@@ -81,6 +94,15 @@ class ViewerPanel(ViewerControl):
         line = viewer.viser_server.gui.add_markdown(text, order=None if order is None else order + 0.5)
         # Updated beside the render threads: those can be interrupted at any line.
         threading.Thread(target=self._keep_updated, args=(line, text), daemon=True).start()
+
+    def _outlive_browsers(self, viewer: Viewer) -> None:
+        threads = getattr(viewer, "render_statemachines", None)
+        if isinstance(threads, dict):
+            viewer.render_statemachines = _RenderThreads()
+            viewer.render_statemachines.update(threads)
+        # Filled after this; until then its absence, to "Hide Train Cams", is as fatal as a closed browser.
+        if not hasattr(viewer, "camera_handles"):
+            viewer.camera_handles = {}
 
     def _text(self) -> str:
         lines = [self.frame_time.describe("Student")]

@@ -26,6 +26,9 @@ if TYPE_CHECKING:
 SECONDS_WHILE_MOVING = 0.1
 """What the teacher's half may take while the camera moves: as many pixels as fit. At rest it is drawn in full."""
 
+LINE_COLOR = (0.133, 0.157, 0.192)
+"""Between the halves; as in the viewer's own split of two outputs."""
+
 
 class TeacherSplit:
     """A tick box that loads the teacher when it is first ticked, and draws it over the right half."""
@@ -94,9 +97,9 @@ class TeacherSplit:
             self._teacher = None
             self._give_up(error)
             return rgb
-        half = interpolate(half.to(rgb).movedim(-1, 0)[None], (height, width - middle), mode="nearest")[0].movedim(0, -1)
-        split = torch.cat([rgb[:, :middle], half], dim=1)
-        split[:, middle] = 1.0
+        channels = interpolate(half.to(rgb).movedim(-1, 0)[None], (height, width - middle), mode="nearest")[0]
+        split = torch.cat([rgb[:, :middle], channels.movedim(0, -1)], dim=1)
+        split[:, middle] = rgb.new_tensor(LINE_COLOR)
         return split
 
     def _draw(self, teacher: Teacher, camera: Cameras) -> Float[Tensor, "height width 3"]:

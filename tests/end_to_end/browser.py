@@ -21,6 +21,10 @@ if TYPE_CHECKING:
 
 PATIENCE = 180.0
 """Seconds to wait for anything on the page: the CPU draws WebGL too, beside other work."""
+CHANGED = 4.0
+"""Steps of 8-bit colour between pictures that are not of the same."""
+SAME = 1.5
+"""What JPEG and the page's own resampling may add up to."""
 
 _SWITCHES = (
     "--no-sandbox",
@@ -95,12 +99,15 @@ class ViewerPage:
         page.on("crash", lambda _: self.crashes.append("the page crashed"))
         page.on("websocket", lambda socket: socket.on("framereceived", self._count_images))
         page.goto(f"http://{_HOST}:{port}", wait_until="domcontentloaded")
-        # Their frames move with the camera even when no picture comes.
-        page.get_by_role("button", name="Hide Train Cams").click()
+        self.wait_until(lambda: self.images_received > 0 and max(self.resolution()) > 0, "a first picture")
 
     def _count_images(self, payload: bytes | str) -> None:
         if isinstance(payload, bytes) and b"BackgroundImage" in payload:
             self.images_received += 1
+
+    def wait_until(self, condition: Callable[[], bool], what: str | Callable[[], str], pause: float = 0.5) -> None:
+        """As the function; the page's events are heard meanwhile."""
+        wait_until(condition, what, pause=pause, sleep=lambda seconds: self.page.wait_for_timeout(1e3 * seconds))
 
     def canvas(self) -> dict[str, float]:
         """Where the scene is drawn: x, y, width and height in pixels of the page."""
@@ -132,7 +139,7 @@ class ViewerPage:
             pictures[:] = [pictures[-1], self.picture()]
             return difference(*pictures)
 
-        wait_until(
+        self.wait_until(
             lambda: max(self.resolution()) == self._full and change() < 1.0,
             lambda: f"a settled picture of {self._full} pixels, not {self.resolution()}, changing by {change():.2f}",
             pause=1.0,
@@ -144,14 +151,23 @@ class ViewerPage:
         self.page.screenshot(path=path)
 
     def drag(self, right: float, down: float) -> None:
-        """Move the camera with the mouse: press in the middle of the canvas, move by pixels, let go."""
+        """Move the camera with the mouse by pixels of the page, and wait until another picture has come for it."""
+        before, received = self.picture(), self.images_received
+        self.start_drag(right, down)
+        self.page.mouse.up()
+        self.wait_until(
+            lambda: self.images_received > received and difference(before, self.picture()) > CHANGED,
+            "the picture to follow the mouse",
+        )
+
+    def start_drag(self, right: float, down: float) -> None:
+        """Press the mouse in the middle of the canvas and move it by pixels, without letting go."""
         box = self.canvas()
         x, y = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
         mouse = self.page.mouse
         mouse.move(x, y)
         mouse.down()
         mouse.move(x + right, y + down, steps=8)
-        mouse.up()
 
     def resolution(self) -> tuple[int, int]:
         """Width and height of the newest frame, as the panel has it."""
@@ -176,12 +192,18 @@ class ViewerPage:
 
 def difference(one: np.ndarray, other: np.ndarray) -> float:
     """Mean absolute difference of two pictures in steps of 8-bit colour, blind to how finely the page draws them."""
-    small = [np.asarray(Image.fromarray(picture).resize((64, 48), Image.Resampling.BOX), float) for picture in (one, other)]
+    small = [
+        np.asarray(Image.fromarray(picture).resize((64, 48), Image.Resampling.BOX), float) for picture in (one, other)
+    ]
     return float(np.abs(small[0] - small[1]).mean())
 
 
 def wait_until(
-    condition: Callable[[], bool], what: str | Callable[[], str], seconds: float = PATIENCE, pause: float = 0.5
+    condition: Callable[[], bool],
+    what: str | Callable[[], str],
+    seconds: float = PATIENCE,
+    pause: float = 0.5,
+    sleep: Callable[[float], None] = time.sleep,
 ) -> None:
     """Ask again and again.
 
@@ -192,4 +214,4 @@ def wait_until(
     while not condition():
         if time.monotonic() > end:
             raise AssertionError(f"waited {seconds:.0f} s in vain for {what if isinstance(what, str) else what()}")
-        time.sleep(pause)
+        sleep(pause)

@@ -13,17 +13,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
-from browser import ViewerPage, chromium, difference, find_chromium, wait_until
+from browser import CHANGED, SAME, ViewerPage, chromium, difference, find_chromium, wait_until
 
 if TYPE_CHECKING:
     from playwright.sync_api import BrowserContext
 
 MAX_RES = 164
 """A position of the viewer's slider that leaves little to draw."""
-CHANGED = 4.0
-"""Steps of 8-bit colour between two pictures that are not the same one."""
-SAME = 1.5
-"""What JPEG and the page's own resampling may add up to."""
 SCREENSHOTS = Path(__file__).parents[2] / "artifacts" / "viewer"
 
 
@@ -116,7 +112,6 @@ def test_moving_the_camera_changes_the_picture(page: ViewerPage):
     assert before.std() > 2, "the canvas shows one colour only"
     page.save(SCREENSHOTS / "student.png")
     page.drag(120, 40)
-    wait_until(lambda: difference(before, page.picture()) > CHANGED, "the picture to follow the mouse")
     after = page.settle()
     assert difference(before, after) > CHANGED
     page.save(SCREENSHOTS / "student_moved.png")
@@ -132,13 +127,11 @@ def test_the_panel_tells_the_speed(page: ViewerPage):
 def test_depth_is_not_composited_unless_asked_for(page: ViewerPage):
     box = page.row("Composite depth")
     assert not box.is_checked()
-    before = page.settle()
     box.check()
     page.drag(120, 0)
-    wait_until(lambda: difference(before, page.picture()) > CHANGED, "the picture to follow the mouse")
     page.settle()
     box.uncheck()
-    page.settle()
+    page.drag(-60, 0)
 
 
 def test_an_idle_viewer_draws_nothing(page: ViewerPage):
@@ -158,18 +151,19 @@ def test_split_shows_the_teacher_on_the_right(page: ViewerPage):
     box = page.row("Split with teacher")
     assert not box.is_checked()
     box.check()
-    wait_until(lambda: page.pace("Teacher") is not None, "the teacher to load")
-    wait_until(lambda: difference(before[right], page.picture()[right]) > CHANGED, "the teacher's half")
+    page.wait_until(lambda: page.pace("Teacher") is not None, "the teacher to load")
+    page.wait_until(lambda: difference(before[right], page.picture()[right]) > CHANGED, "the teacher's half")
     split = page.settle()
     page.save(SCREENSHOTS / "student_and_teacher.png")
     assert difference(before[right], split[right]) > CHANGED
     assert difference(before[left], split[left]) < SAME
 
     page.drag(120, 0)
-    wait_until(lambda: difference(split[right], page.picture()[right]) > CHANGED, "the teacher to follow the mouse")
     moved = page.settle()
+    assert difference(split[right], moved[right]) > CHANGED
+    assert difference(split[left], moved[left]) > CHANGED
     box.uncheck()
-    wait_until(lambda: difference(moved[right], page.picture()[right]) > CHANGED, "the student's right half")
+    page.wait_until(lambda: difference(moved[right], page.picture()[right]) > CHANGED, "the student's right half")
     assert page.pace("Teacher") is None
     assert difference(moved[left], page.settle()[left]) < SAME
 
@@ -181,14 +175,12 @@ def test_crop_box_leaves_only_what_is_inside(page: ViewerPage):
     for number in page.row("Crop scale").all():
         number.fill("0.2")
         number.press("Enter")
-    page.settle()
-    page.drag(60, 0)
     # The box is small before this camera: the corners look past it, into the panel's background colour.
-    wait_until(lambda: np.allclose(corner(page.picture()), (38, 42, 55), atol=4), "the crop")
+    page.wait_until(lambda: np.allclose(corner(page.picture()), (38, 42, 55), atol=4), "the crop")
     page.settle()
     page.save(SCREENSHOTS / "cropped.png")
     enable.uncheck()
-    wait_until(lambda: np.abs(corner(page.picture()) - corner(before)).mean() < 60, "the crop to end")
+    page.wait_until(lambda: np.abs(corner(page.picture()) - corner(before)).mean() < 60, "the crop to end")
     assert difference(before, page.settle()) > CHANGED
 
 
@@ -198,11 +190,13 @@ def corner(picture: np.ndarray) -> np.ndarray:
 
 
 def test_windows_of_odd_sizes(page: ViewerPage):
+    def is_in_shape() -> bool:
+        (width, height), box = page.resolution(), page.canvas()
+        return abs(width / height * box["height"] / box["width"] - 1) < 0.1
+
     for width, height in ((733, 411), (517, 900)):
         page.page.set_viewport_size({"width": width, "height": height})
-        box = page.canvas()
-        aspect = box["width"] / box["height"]
-        wait_until(lambda: abs(page.resolution()[0] / page.resolution()[1] - aspect) < 0.1 * aspect, "the new shape")
+        page.wait_until(is_in_shape, "a picture of the window's shape")
         assert page.settle().std() > 2
 
 
@@ -222,16 +216,18 @@ def test_every_output_can_be_looked_at(page: ViewerPage):
 def test_browsers_do_not_disturb_each_other(page: ViewerPage, browser: BrowserContext, viewer: Served):
     before = page.settle()
     other = open_page(browser, viewer)
-    others_before = other.settle()
     other.drag(120, 0)
-    wait_until(lambda: difference(others_before, other.picture()) > CHANGED, "the other browser's picture")
     assert difference(before, page.settle()) < SAME
-    # It is closed in the middle of a movement.
-    other.drag(-60, 30)
     other.page.close()
     page.drag(0, 60)
-    wait_until(lambda: difference(before, page.picture()) > CHANGED, "the picture after the other browser has gone")
-    page.settle()
+
+
+def test_browsers_may_leave_while_they_move(page: ViewerPage, browser: BrowserContext, viewer: Served):
+    for _ in range(3):
+        other = ViewerPage(browser.new_page(), viewer.port)
+        other.start_drag(150, 30)
+        other.page.close()
+    page.drag(0, 60)
 
 
 def test_training_is_watched(
@@ -249,14 +245,12 @@ def test_training_is_watched(
         def step() -> int:
             return int(re.search(r"Step: (\d+)", page.panel())[1])
 
-        wait_until(lambda: step() > 30, "training to go on")
-        before = page.picture()
+        page.wait_until(lambda: step() > 30, "training to go on")
         page.drag(200, 40)
-        wait_until(lambda: difference(before, page.picture()) > CHANGED, "the picture to follow the mouse")
         page.row("Split with teacher").check()
-        wait_until(lambda: page.pace("Teacher") is not None, "the teacher to load")
+        page.wait_until(lambda: page.pace("Teacher") is not None, "the teacher to load")
         seen = step()
-        wait_until(lambda: step() > seen, "training to go on beside the teacher")
+        page.wait_until(lambda: step() > seen, "training to go on beside the teacher")
         page.save(SCREENSHOTS / "training.png")
         page.page.close()
         training.check()
