@@ -143,6 +143,13 @@ def test_crop_box_paints_the_viewers_background_where_rays_miss_it():
     assert not outputs["accumulation"].any()
 
 
+def test_crop_box_around_everything_changes_nothing():
+    model = tiny_model()
+    all_of_it = OrientedBox(R=torch.eye(3), T=torch.zeros(3), S=torch.full((3,), 20.0))
+    whole, cropped = (model.get_outputs_for_camera(camera(), obb_box=box) for box in (None, all_of_it))
+    assert all(torch.equal(whole[key], cropped[key]) for key in whole)
+
+
 def test_the_pace_is_that_of_the_last_finished_frame(monkeypatch: pytest.MonkeyPatch):
     clock = iter([1.0, 1.04, 5.0, 6.0, 8.0])
     monkeypatch.setattr(panel, "_now", lambda: next(clock))
@@ -151,14 +158,14 @@ def test_the_pace_is_that_of_the_last_finished_frame(monkeypatch: pytest.MonkeyP
     assert pace.size is None and pace.seconds(1, 1) is None
     with pace.measure(30, 40):
         pass
-    assert pace.describe("Student") == "**Student**: 25 fps (40 ms at 40x30)"
+    assert pace.describe("Student") == "**Student**: 25 fps (40 ms)"
     with pytest.raises(IOChangeException), pace.measure(300, 400):
         raise IOChangeException
-    assert pace.describe("Student") == "**Student**: 25 fps (40 ms at 40x30)"
-    assert pace.describe("Teacher", (60, 80)) == "**Teacher**: 6.25 fps (160 ms at 80x60)"
+    assert pace.describe("Student") == "**Student**: 25 fps (40 ms)"
+    assert pace.describe("Teacher", (60, 80)) == "**Teacher**: 6.25 fps (160 ms)"
     with pace.measure(30, 40):
         pass
-    assert pace.describe("Student") == "**Student**: 0.5 fps (2.0 s at 40x30)"
+    assert pace.describe("Student") == "**Student**: 0.5 fps (2.0 s)"
 
 
 class PaintedTeacher:

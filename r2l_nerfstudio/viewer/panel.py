@@ -54,7 +54,8 @@ class FrameTime:
         if not seconds:
             return f"**{name}**: no frame yet"
         taken = f"{1e3 * seconds:.0f} ms" if seconds < 1 else f"{seconds:.1f} s"
-        return f"**{name}**: {1 / seconds:.3g} fps ({taken} at {size[1]}x{size[0]})"
+        # The frame's size stands a line above; with it this would not fit into one.
+        return f"**{name}**: {1 / seconds:.3g} fps ({taken})"
 
 
 class _RenderThreads(dict):

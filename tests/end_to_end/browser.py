@@ -147,7 +147,11 @@ class ViewerPage:
         return pictures[-1]
 
     def save(self, path: Path) -> None:
-        """Save the whole page as a picture."""
+        """Save the whole page as a picture, the panel from its top."""
+        box = self.canvas()
+        self.page.mouse.move(box["x"] + 20, box["y"] + 20)
+        self.page.get_by_text("Connected").scroll_into_view_if_needed()
+        self.page.wait_for_timeout(500)  # for hints to fade
         self.page.screenshot(path=path)
 
     def drag(self, right: float, down: float) -> None:
@@ -176,7 +180,7 @@ class ViewerPage:
 
     def pace(self, name: str) -> float | None:
         """Frames per second in the panel's line about `name`, or None where it has none."""
-        found = re.search(rf"{name}: ([\d.e+-]+) fps \([\d.]+ m?s at \d+x\d+\)", self.panel())
+        found = re.search(rf"{name}: ([\d.e+-]+) fps \([\d.]+ m?s\)", self.panel())
         return None if found is None else float(found[1])
 
     def panel(self) -> str:

@@ -120,8 +120,6 @@ def test_moving_the_camera_changes_the_picture(page: ViewerPage):
 def test_the_panel_tells_the_speed(page: ViewerPage):
     assert page.pace("Student") > 0
     assert page.pace("Teacher") is None
-    size = re.search(r"Student: .* at (\d+)x(\d+)\)", page.panel()).groups()
-    assert (int(size[0]), int(size[1])) == page.resolution()
 
 
 def test_depth_is_not_composited_unless_asked_for(page: ViewerPage):
@@ -173,15 +171,14 @@ def test_crop_box_leaves_only_what_is_inside(page: ViewerPage):
     enable = page.row("Enable", folder="Crop Viewport")
     enable.check()
     for number in page.row("Crop scale").all():
-        number.fill("0.2")
+        number.fill("0.3")
         number.press("Enter")
     # The box is small before this camera: the corners look past it, into the panel's background colour.
     page.wait_until(lambda: np.allclose(corner(page.picture()), (38, 42, 55), atol=4), "the crop")
     page.settle()
     page.save(SCREENSHOTS / "cropped.png")
     enable.uncheck()
-    page.wait_until(lambda: np.abs(corner(page.picture()) - corner(before)).mean() < 60, "the crop to end")
-    assert difference(before, page.settle()) > CHANGED
+    page.wait_until(lambda: difference(before, page.picture()) < SAME, "the crop to end")
 
 
 def corner(picture: np.ndarray) -> np.ndarray:
