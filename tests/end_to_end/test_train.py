@@ -19,6 +19,7 @@ import yaml
 from distil import distil, own_writers, set_up, student_config
 from nerfstudio.utils.eval_utils import eval_setup
 
+from r2l_nerfstudio.distillation import datamanager
 from r2l_nerfstudio.distillation.trainer import DistillationTrainer
 from r2l_nerfstudio.run_config import load_run_config
 from r2l_nerfstudio.teacher import Teacher
@@ -208,12 +209,12 @@ def test_a_checkpoint_is_whole_or_not_there(
 def test_configuration_is_saved_resolved(tiny_student: Path, tiny_teacher: Path, tiny_capture: Path) -> None:
     config = load_run_config(tiny_student)  # refuses pickled tensors and the like
     assert config.teacher == config.pipeline.teacher == tiny_teacher / "config.yml" and config.teacher.is_absolute()
-    datamanager = config.pipeline.datamanager
-    assert datamanager.data == datamanager.dataparser.data == tiny_capture and datamanager.data.is_absolute()
-    assert datamanager.pose_sampler.kind in ("neighbour", "sphere", "box")
+    data = config.pipeline.datamanager
+    assert data.data == data.dataparser.data == tiny_capture and data.data.is_absolute()
+    assert data.pose_sampler.kind in ("neighbour", "sphere", "box")
     theirs = load_run_config(tiny_teacher).pipeline.datamanager
-    ours = {**vars(datamanager.dataparser), "data": theirs.dataparser.data}
-    assert type(datamanager.dataparser) is type(theirs.dataparser) and ours == vars(theirs.dataparser)
+    ours = {**vars(data.dataparser), "data": theirs.dataparser.data}
+    assert type(data.dataparser) is type(theirs.dataparser) and ours == vars(theirs.dataparser)
     assert config.max_num_iterations == 30
     assert {group["scheduler"].max_steps for group in config.optimizers.values()} == {30}
 
@@ -233,10 +234,10 @@ def test_a_teachers_resolution_is_the_students(tiny_teacher: Path, tmp_path: Pat
     config.pipeline.datamanager.camera_res_scale_factor = 0.5
     (teacher / "config.yml").write_text(yaml.dump(config))
     with set_up(student_config(teacher, tmp_path / "students")) as trainer:
-        datamanager = trainer.pipeline.datamanager
-        assert (datamanager.ring.height, datamanager.ring.width) == (12, 12)
-        assert len(datamanager.photographs.pixels) == 5 * 12 * 12  # one of six is held out
-        assert datamanager.eval_dataset[0]["image"].shape == (12, 12, 3)
+        data = trainer.pipeline.datamanager
+        assert (data.ring.height, data.ring.width) == (12, 12)
+        assert len(data.photographs.pixels) == 5 * 12 * 12  # one of six is held out
+        assert data.eval_dataset[0]["image"].shape == (12, 12, 3)
 
 
 def test_a_capture_that_has_moved(tiny_teacher: Path, tiny_capture: Path, tmp_path: Path) -> None:
@@ -266,7 +267,7 @@ def test_every_code_learns_and_is_restored(
         tmp_path,
         method,
         **{
-            "max_num_iterations": 25,
+            "max_num_iterations": 60,
             "pipeline.model.ray_code": code,
             "pipeline.model.spacing": spacing,
             "pipeline.datamanager.pose_sampler.kind": sampler,
@@ -274,13 +275,16 @@ def test_every_code_learns_and_is_restored(
         },
     )
     for group in config.optimizers.values():
+        group["optimizer"].lr = 0.004
         group["scheduler"].warmup_steps = 0
     with set_up(config) as trainer:
         pipeline = trainer.pipeline
         assert pipeline.datamanager.photographs is None
+        # So short a training teaches little but the mean colour: begin far from it.
+        pipeline.model.network.tail.bias.data[:3] = 2.0
         before = pipeline.holdout_psnr(pipeline.datamanager.held_views)
         trainer.train()
-        assert pipeline.holdout_psnr(pipeline.datamanager.held_views) > before + 1
+        assert pipeline.holdout_psnr(pipeline.datamanager.held_views) > before + 2
     _, restored, _, _ = eval_setup(config.get_base_dir() / "config.yml")
     theirs, ours = pipeline.model.ray_code, restored.model.ray_code
     assert ours.kind == code and ours.spacing == theirs.spacing
@@ -346,13 +350,16 @@ def test_no_room_for_a_batch(tiny_teacher: Path, tmp_path: Path, capsys: pytest.
 # Overfitting.
 
 
-def test_the_best_weights_on_held_out_photographs_are_kept(tiny_teacher: Path, tmp_path: Path) -> None:
+def test_the_best_weights_on_held_out_photographs_are_kept(
+    tiny_teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(datamanager, "HOLDOUT_RAYS", 512)
     config = student_config(
         tiny_teacher,
         tmp_path,
         **{
-            "max_num_iterations": 20,
-            "pipeline.datamanager.real_iterations": 10,
+            "max_num_iterations": 30,
+            "pipeline.datamanager.real_iterations": 20,
             "pipeline.datamanager.real_fraction": 0.9,
             "pipeline.datamanager.holdout_fraction": 0.3,
             "pipeline.steps_per_holdout": 2,
@@ -379,7 +386,7 @@ def test_the_best_weights_on_held_out_photographs_are_kept(tiny_teacher: Path, t
         pipeline.holdout_psnr = recorded
         trainer.train()
         last = watch(photographs)
-    assert list(seen) == [*range(2, 20, 2), 19]  # and once more at the end
+    assert list(seen) == [*range(2, 30, 2), 29]  # and once more at the end
     with_photographs = [psnr for step, psnr in seen.items() if step >= 10]
     assert with_photographs[-1] < max(with_photographs) - 0.1  # it had got worse
     assert last == pytest.approx(max(with_photographs), abs=1e-4)
