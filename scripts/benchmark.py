@@ -95,6 +95,9 @@ class Distil:
             "device": device_name(),
             "student_iterations": self.iterations,
             "student_rays_per_iteration": self.rays,
+            "ring_views": self.num_views,
+            "view_downscale": self.view_downscale,
+            "real_iterations": self.real_iterations,
             "student_minutes_in_all": round(seconds / 60, 1),
             **figures,
         }
