@@ -20,12 +20,12 @@ from nerfstudio.data.dataparsers.base_dataparser import DataParserConfig
 from nerfstudio.data.dataparsers.blender_dataparser import BlenderDataParserConfig
 from nerfstudio.data.dataparsers.nerfstudio_dataparser import NerfstudioDataParserConfig
 from nerfstudio.utils.rich_utils import CONSOLE
-from PIL import Image, ImageDraw
+from r2l_nerfstudio.scripts.contact_sheet import contact_sheet
+from r2l_nerfstudio.scripts.small_nerfacto import small_nerfacto
 from torch import Tensor
-from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 
 from r2l_nerfstudio.errors import InputError, exit_on_input_error
-from r2l_nerfstudio.scripts.small_nerfacto import small_nerfacto
+from r2l_nerfstudio.models.metrics import psnr, ssim
 
 UNSEEN_SEED = 31_415_926
 UNSEEN_VIEWS = 8
@@ -153,7 +153,9 @@ class Distil:
         return config.get_base_dir() / "config.yml", time.perf_counter() - start
 
 
-def measure(config_path: Path, teacher_path: Path, test_views: int) -> tuple[dict[str, Any], list[list[Tensor]]]:
+def measure(
+    config_path: Path, teacher_path: Path, test_views: int
+) -> tuple[dict[str, Any], list[tuple[str, list[Tensor]]]]:
     """All figures of a finished student, and images for its contact sheet.
 
     Args:
@@ -162,7 +164,7 @@ def measure(config_path: Path, teacher_path: Path, test_views: int) -> tuple[dic
         test_views: at most this many, evenly spaced.
 
     Returns:
-        figures, and rows of (height width 3) images: teacher, student, difference.
+        figures, and the rows of a contact sheet: teacher, student, difference.
     """
     from nerfstudio.utils.eval_utils import eval_setup
 
@@ -198,7 +200,7 @@ def measure(config_path: Path, teacher_path: Path, test_views: int) -> tuple[dic
             scores[f"{who}_psnr"].append(psnr(images[-1], truth))
             scores[f"{who}_ssim"].append(ssim(images[-1], truth))
         if index in chosen[:: max(1, math.ceil(len(chosen) / 3))]:
-            rows.append([*images, (4 * (images[1] - images[0]).abs()).clamp(0, 1)])
+            rows.append(("", [*images, (4 * (images[1] - images[0]).abs()).clamp(0, 1)]))
     sampler = PoseSampler(capture_cameras(datamanager.train_dataset.cameras), config.pipeline.datamanager.pose_sampler)
     survey = Survey.take(teacher, datamanager.train_dataset.cameras)
     size = (sampler.cameras.height, sampler.cameras.width)
@@ -230,17 +232,6 @@ def measure(config_path: Path, teacher_path: Path, test_views: int) -> tuple[dic
     }, rows
 
 
-def psnr(image: Float[Tensor, "height width 3"], truth: Float[Tensor, "height width 3"]) -> float:
-    """PSNR in dB of an image in [0, 1]."""
-    return float(peak_signal_noise_ratio(image.clamp(0, 1), truth, data_range=1.0))
-
-
-def ssim(image: Float[Tensor, "height width 3"], truth: Float[Tensor, "height width 3"]) -> float:
-    """SSIM of an image in [0, 1]."""
-    batch = [tensor.clamp(0, 1).permute(2, 0, 1)[None] for tensor in (image, truth)]
-    return float(structural_similarity_index_measure(*batch, data_range=1.0))
-
-
 def train_rays_per_second(run: Path) -> float | None:
     """Median of what Nerfstudio logged while training; None where no log was kept."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -270,21 +261,6 @@ def as_table(figures: dict[str, Any]) -> str:
     """Figures as a Markdown table."""
     lines = ["| figure | value |", "|---|---|"]
     return "\n".join(lines + [f"| {key.replace('_', ' ')} | {value} |" for key, value in figures.items()]) + "\n"
-
-
-def contact_sheet(rows: list[list[Tensor]], titles: list[str], height: int = 200) -> Image.Image:
-    """Rows of (height width 3) images in [0, 1] on one sheet, with a title over every column."""
-    gap, head = 4, 16
-    pictures = [[Image.fromarray((image.clamp(0, 1) * 255).round().byte().numpy()) for image in row] for row in rows]
-    width = math.ceil(pictures[0][0].width * height / pictures[0][0].height)
-    sheet = Image.new("RGB", (len(titles) * (width + gap), head + len(rows) * (height + gap)), "white")
-    draw = ImageDraw.Draw(sheet)
-    for column, title in enumerate(titles):
-        draw.text((column * (width + gap) + 4, 2), title, fill="black")
-        for line, row in enumerate(pictures):
-            place = (column * (width + gap), head + line * (height + gap))
-            sheet.paste(row[column].resize((width, height), Image.Resampling.BICUBIC), place)
-    return sheet
 
 
 def main() -> None:

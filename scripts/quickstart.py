@@ -24,15 +24,15 @@ from jaxtyping import Float
 from nerfstudio.cameras.cameras import Cameras
 from nerfstudio.data.dataparsers.nerfstudio_dataparser import NerfstudioDataParserConfig
 from nerfstudio.utils.rich_utils import CONSOLE
-from PIL import Image, ImageDraw, ImageFont
+from r2l_nerfstudio.scripts.contact_sheet import contact_sheet
 from r2l_nerfstudio.scripts.small_nerfacto import small_nerfacto
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from torch import Tensor
-from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 
 from r2l_nerfstudio.errors import exit_on_input_error
 from r2l_nerfstudio.lpips import without_lpips
+from r2l_nerfstudio.models.metrics import psnr, ssim
 from r2l_nerfstudio.scene import Scene, band_poses, camera_in_dataparser_frame, write_capture
 from r2l_nerfstudio.scene.capture import RADIUS, band_cameras
 
@@ -349,41 +349,6 @@ def evaluate(root: Path, teacher_path: Path, student_path: Path, sizes: Sizes) -
     result = root / "result.json"
     result.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
     return result
-
-
-def psnr(image: Float[Tensor, "height width 3"], truth: Float[Tensor, "height width 3"]) -> float:
-    """PSNR in dB of an image in [0, 1]."""
-    return float(peak_signal_noise_ratio(image, truth, data_range=1.0))
-
-
-def ssim(image: Float[Tensor, "height width 3"], truth: Float[Tensor, "height width 3"]) -> float:
-    """SSIM of an image in [0, 1]."""
-    batch = [tensor.permute(2, 0, 1)[None] for tensor in (image, truth)]
-    return float(structural_similarity_index_measure(*batch, data_range=1.0))
-
-
-def contact_sheet(rows: list[tuple[str, list[Tensor]]], titles: list[str], tile: int = 192) -> Image.Image:
-    """One picture: a row per pose with its label, a titled column per kind.
-
-    Args:
-        rows: label and (height width 3) images in [0, 1] of each row.
-        titles: of the columns.
-        tile: side of each image on the sheet, pixels.
-    """
-    gap, head, margin = 6, 24, 64
-    font = ImageFont.load_default(size=14)
-    sheet = Image.new("RGB", (margin + len(titles) * (tile + gap), head + len(rows) * (tile + gap)), "white")
-    draw = ImageDraw.Draw(sheet)
-    for column, title in enumerate(titles):
-        left = margin + column * (tile + gap)
-        draw.text((left + tile // 2, head // 2), title, fill="black", font=font, anchor="mm")
-        for line, (_, images) in enumerate(rows):
-            picture = Image.fromarray((images[column] * 255).round().byte().numpy())
-            sheet.paste(picture.resize((tile, tile), Image.Resampling.BICUBIC), (left, head + line * (tile + gap)))
-    for line, (label, _) in enumerate(rows):
-        middle = head + line * (tile + gap) + tile // 2
-        draw.text((margin // 2, middle), label, fill="black", font=font, anchor="mm")
-    return sheet
 
 
 def report(root: Path, seconds: dict[str, float]) -> None:

@@ -14,7 +14,8 @@ from types import ModuleType
 import pytest
 import torch
 from PIL import Image
-from r2l_nerfstudio.scripts.quickstart import Quickstart, Stages, contact_sheet
+from r2l_nerfstudio.scripts.contact_sheet import contact_sheet
+from r2l_nerfstudio.scripts.quickstart import Quickstart, Stages
 
 from r2l_nerfstudio.errors import InputError
 
