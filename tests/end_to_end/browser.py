@@ -150,7 +150,7 @@ class ViewerPage:
         """Save the whole page as a picture, the panel from its top."""
         box = self.canvas()
         self.page.mouse.move(box["x"] + 20, box["y"] + 20)
-        self.page.get_by_text("Connected").scroll_into_view_if_needed()
+        self.page.get_by_role("button", name="Pause Training").scroll_into_view_if_needed()
         self.page.wait_for_timeout(500)  # for hints to fade
         self.page.screenshot(path=path)
 
