@@ -127,7 +127,7 @@ class Quickstart:
         teacher = stages.run(
             "Teacher",
             teacher_key,
-            lambda: train(teacher_config(capture.parent, root / "outputs", sizes, device, self.seed)),
+            lambda: train_in_one_thread(teacher_config(capture.parent, root / "outputs", sizes, device, self.seed)),
         )
         student_key = digest(teacher_key, str(teacher), *dataclasses.astuple(sizes))
         student = stages.run(
@@ -250,6 +250,16 @@ def student_config(teacher: Path, output_dir: Path, sizes: Sizes, device: str, s
     model.volume_resolution = sizes.student_volume
     model.jitter_points = False
     return config
+
+
+def train_in_one_thread(config: TrainerConfig) -> Path:
+    """As `train`. The teacher's tensors are so small that a second thread waits more than it works."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        return train(config)
+    finally:
+        torch.set_num_threads(threads)
 
 
 def quieten(config: TrainerConfig, device: str, seed: int) -> None:
