@@ -19,6 +19,12 @@ def is_pinhole(camera: Cameras) -> bool:
     return camera.distortion_params is None or not bool(camera.distortion_params.any())
 
 
+def pinhole_parameters(camera: Cameras, device: torch.device) -> tuple[Float[Tensor, "3 4"], Float[Tensor, "4"]]:
+    """Camera to world, and fx, fy, cx, cy in pixels, of a batch of one camera, on a device in fp32."""
+    intrinsics = torch.cat([camera.fx[0], camera.fy[0], camera.cx[0], camera.cy[0]]).to(device, torch.float32)
+    return camera.camera_to_worlds[0].to(device, torch.float32), intrinsics
+
+
 def camera_rays(
     camera: Cameras, device: torch.device
 ) -> tuple[Float[Tensor, "height width 3"], Float[Tensor, "height width 3"]]:
@@ -32,8 +38,7 @@ def camera_rays(
     """
     camera = camera.reshape((1,))
     if is_pinhole(camera):
-        intrinsics = torch.cat([camera.fx[0], camera.fy[0], camera.cx[0], camera.cy[0]]).to(device, torch.float32)
-        pose = camera.camera_to_worlds[0].to(device, torch.float32)
+        pose, intrinsics = pinhole_parameters(camera, device)
         return image_rays(pose, intrinsics, int(camera.height[0]), int(camera.width[0]))
     bundle = camera.to(device).generate_rays(camera_indices=0, keep_shape=True)
     return bundle.origins, bundle.directions

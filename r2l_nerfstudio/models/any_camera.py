@@ -1,0 +1,92 @@
+"""Cameras that are no pinholes, from pictures that are: for students that draw whole images only."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from jaxtyping import Float
+from nerfstudio.cameras.cameras import Cameras
+from torch import Tensor
+from torch.nn.functional import grid_sample
+
+from r2l_nerfstudio.errors import InputError
+from r2l_nerfstudio.models.camera_rays import camera_rays
+
+WIDEST = math.tan(math.radians(60))
+"""Half the field of view, as a tangent, up to which one picture serves a lens; beyond it six do."""
+
+RenderPinhole = Callable[[Tensor, Tensor, int, int], Tensor]
+
+
+def render_by_faces(
+    camera: Cameras, focal: float, render_pinhole: RenderPinhole, device: torch.device
+) -> Float[Tensor, "height width channels"]:
+    """What a camera with lens distortion, a fisheye or a panorama sees, read from pinhole pictures at its centre.
+
+    Args:
+        camera: a batch of one camera.
+        focal: of the pictures, in pixels.
+        render_pinhole: from pose [3, 4], intrinsics [4], height, width to [height, width, channels].
+        device: where to work.
+
+    Raises:
+        InputError: if the camera's rays have more than one origin, as those of a stereo panorama.
+    """
+    origins, directions = camera_rays(camera, device)
+    spread = (origins - origins[:1, :1]).norm(dim=-1).max()
+    if float(spread) > 1e-5 * (1 + float(origins[0, 0].norm())):
+        raise InputError(
+            "This student draws from one point at a time, but the rays of a stereo panorama (omnidirectional, VR180) or"
+            " an orthophoto have many origins: choose a perspective, fisheye or equirectangular camera, or an r2l student,"
+            " which answers any ray."
+        )
+    pose = camera.camera_to_worlds[0].to(directions)
+    local = directions @ pose[:, :3]
+    tangents = local[..., :2] / -local[..., 2:]
+    if bool((local[..., 2] < 0).all()) and float(tangents.abs().max()) <= WIDEST:
+        return _read(local, torch.eye(3).to(local), tangents.abs().amax((0, 1)), pose, focal, render_pinhole)
+    picture: Tensor | None = None
+    nearest = local.abs().argmax(-1)
+    for axis in range(3):
+        for sign in (-1.0, 1.0):
+            here = (nearest == axis) & (local.gather(-1, nearest[..., None])[..., 0] * sign > 0)
+            if not here.any():
+                continue
+            face = _face(axis, sign).to(local)
+            read = _read(local[here][None], face, local.new_ones(2), pose, focal, render_pinhole)[0]
+            if picture is None:
+                picture = read.new_empty(*local.shape[:2], read.shape[-1])
+            picture[here] = read
+    assert picture is not None  # every direction has a nearest axis
+    return picture
+
+
+def _face(axis: int, sign: float) -> Float[Tensor, "3 3"]:
+    """Rotation (columns right, up, backward) of a camera that looks along an axis."""
+    backward = torch.zeros(3)
+    backward[axis] = -sign
+    up = torch.tensor([0.0, 1.0, 0.0] if axis != 1 else [0.0, 0.0, 1.0])
+    return torch.stack([torch.linalg.cross(up, backward), up, backward], dim=-1)
+
+
+def _read(
+    local: Float[Tensor, "height width 3"],
+    face: Float[Tensor, "3 3"],
+    extent: Float[Tensor, "2"],
+    pose: Float[Tensor, "3 4"],
+    focal: float,
+    render_pinhole: RenderPinhole,
+) -> Float[Tensor, "height width channels"]:
+    """Draw one pinhole picture that spans `extent` (tangents) around a face's axis, and read it along directions."""
+    # A pixel more on every side: reading between pixels must not run out of them.
+    half = (extent * focal).ceil() + 1
+    width, height = (2 * int(value) for value in half.tolist())
+    intrinsics = torch.stack([half.new_tensor(focal), half.new_tensor(focal), half[0], half[1]])
+    face_pose = torch.cat([pose[:, :3] @ face, pose[:, 3:]], dim=-1)
+    picture = render_pinhole(face_pose, intrinsics, height, width)
+    seen = local @ face
+    where = torch.stack([seen[..., 0] / -seen[..., 2], -seen[..., 1] / -seen[..., 2]], dim=-1) * focal / half
+    channels = picture.permute(2, 0, 1)[None]
+    return grid_sample(channels, where[None], align_corners=False, padding_mode="border")[0].permute(1, 2, 0)

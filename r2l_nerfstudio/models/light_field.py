@@ -1,0 +1,322 @@
+"""What every student is behind Nerfstudio's Model contract: rays in, colour, accumulation and depth out."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args
+
+import torch
+import tyro
+from jaxtyping import Float
+from nerfstudio.cameras.cameras import Cameras
+from nerfstudio.data.scene_box import OrientedBox
+from nerfstudio.model_components import renderers
+from nerfstudio.models.base_model import Model, ModelConfig
+from nerfstudio.utils import colormaps
+from torch import Tensor
+from torch.nn import Parameter
+
+from r2l_nerfstudio.errors import InputError, exit_on_input_error
+from r2l_nerfstudio.models.camera_rays import camera_rays, crop_interval, is_pinhole, pinhole_parameters
+from r2l_nerfstudio.models.metrics import image_metrics
+from r2l_nerfstudio.rays.ray_code import RayCode, RayCodeKind
+from r2l_nerfstudio.rays.spacing import SceneBounds, SpacingKind
+from r2l_nerfstudio.students.ray_features import FeatureVolume
+from r2l_nerfstudio.viewer.panel import FrameTime, ViewerPanel
+from r2l_nerfstudio.viewer.teacher_split import TeacherSplit
+
+
+@dataclass
+class LightFieldModelConfig(ModelConfig):
+    """What all students share."""
+
+    _target: type = field(default_factory=lambda: LightFieldModel)
+    enable_collider: tyro.conf.Suppress[bool] = False
+    """Students know where their rays begin and end."""
+    collider_params: tyro.conf.Suppress[dict[str, float] | None] = None
+    loss_coefficients: tyro.conf.Suppress[dict[str, float]] = field(default_factory=dict)
+    prompt: tyro.conf.Suppress[str | None] = None
+    width: int = 256
+    """Features of the hidden layers."""
+    zero_init: bool = True
+    """Start every residual block as the identity."""
+    ray_code: RayCodeKind = "points"
+    """How a ray becomes numbers: points along it, Plücker coordinates, or where it meets two planes."""
+    num_points: int = 16
+    """Points per ray."""
+    num_frequencies: int = 10
+    """Octaves of the frequency encoding."""
+    jitter_points: bool = True
+    """Draw the points at random inside their segments while training."""
+    spacing: Literal["auto", "sphere", "near-far", "disparity"] = "auto"
+    """Where the points lie; auto: inside the scene's sphere for a bounded capture, else by disparity."""
+    volume_resolution: int = 0
+    """Grid points a side of a learned feature volume, read at the ray's points; 0 is the paper: no volume."""
+    volume_channels: int = 4
+    """Features per grid point of that volume."""
+    volume_points: int = 16
+    """Points per ray at which that volume is read."""
+    accumulation_weight: float = 0.1
+    """Weight of the accumulation loss."""
+    depth_weight: float = 0.1
+    """Weight of the depth loss, on positions in [0, 1] along the ray."""
+
+    def fit_to(self, width: int, height: int) -> None:  # noqa: B027
+        """Settle what depends on the size of the views to learn from, in pixels, before a model is made."""
+
+    @property
+    def forced_spacing(self) -> Literal["sphere", "near-far", "disparity"] | None:
+        """The spacing asked for; None to decide from the capture.
+
+        Raises:
+            InputError: for an unknown one.
+        """
+        if self.spacing not in ("auto", *get_args(SpacingKind)):
+            raise InputError(
+                f"Unknown spacing {self.spacing!r}: choose --pipeline.model.spacing from auto,"
+                f" {', '.join(get_args(SpacingKind))}."
+            )
+        return None if self.spacing == "auto" else self.spacing
+
+
+class LightFieldModel(Model):
+    """A student: a network from encoded rays to colour, accumulation and depth.
+
+    The ray code, its bounds, the background and which outputs the teacher could teach all live in the checkpoint.
+    """
+
+    config: LightFieldModelConfig
+    factor: int = 1
+    """Pixels along each side that one evaluated ray explains."""
+    network: torch.nn.Module
+    """From encoded rays to five numbers in (0, 1): rgb, accumulation, depth as a position along the ray."""
+    background: Tensor
+
+    def populate_modules(self) -> None:
+        """Ray code and network; no metric network, it would live in every checkpoint."""
+        super().populate_modules()
+        self.ray_code = RayCode(self.config.ray_code, self.config.num_points, self.config.num_frequencies)
+        code_dim = self.ray_code.dim
+        self.volume: FeatureVolume | None = None
+        if self.config.volume_resolution > 0:
+            self.volume = FeatureVolume(self.config.volume_resolution, self.config.volume_channels)
+            code_dim += self.config.volume_channels * self.config.volume_points
+        self.network = self.build_network(code_dim)
+        self.register_buffer("background", torch.ones(3))
+        self.has_accumulation = True
+        self.has_depth = True
+        self.frame_time = FrameTime()
+        self.teacher_split = TeacherSplit()
+        # Nerfstudio's viewer looks for these among the attributes of modules.
+        self.viewer_panel = ViewerPanel(self.frame_time)
+        self.split_checkbox = self.teacher_split.checkbox
+
+    @abstractmethod
+    def build_network(self, code_dim: int) -> torch.nn.Module:
+        """The network, for codes of this length."""
+
+    @abstractmethod
+    def render_pinhole(
+        self, pose: Float[Tensor, "3 4"], intrinsics: Float[Tensor, "4"], height: int, width: int
+    ) -> Float[Tensor, "height width 5"]:
+        """The network's five numbers for every pixel of an undistorted perspective camera.
+
+        Args:
+            pose: camera to world, OpenGL axes, in the teacher's frame.
+            intrinsics: fx, fy, cx, cy in pixels.
+            height: in pixels.
+            width: in pixels.
+        """
+
+    @abstractmethod
+    def render_other(self, camera: Cameras) -> Float[Tensor, "height width 5"]:
+        """As `render_pinhole`, for one camera of any other kind.
+
+        Raises:
+            InputError: for a kind that this student cannot draw.
+        """
+
+    def get_extra_state(self) -> dict[str, Any]:
+        return {"has_accumulation": self.has_accumulation, "has_depth": self.has_depth}
+
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        self.has_accumulation = state["has_accumulation"]
+        self.has_depth = state["has_depth"]
+
+    def set_scene(
+        self,
+        bounds: SceneBounds,
+        axes: Float[Tensor, "3 3"],
+        background: Float[Tensor, "3"],
+        has_accumulation: bool,
+        has_depth: bool,
+        focal: float,
+    ) -> None:
+        """Fix what a student keeps of its scene.
+
+        Args:
+            bounds: where the scene lies.
+            axes: columns: the capture's mean right, up and backward directions.
+            background: the colour where there is nothing.
+            has_accumulation: whether the teacher teaches it.
+            has_depth: likewise.
+            focal: focal length in pixels of the views to learn from.
+        """
+        self.ray_code.set_bounds(bounds, axes)
+        if self.volume is not None:
+            # A bounded scene's points end a little beyond radius 1, contracted space ends at 2.
+            self.volume.extent.fill_(1.05 if bounds.kind == "sphere" else 2.0)
+        self.background.copy_(background)
+        self.has_accumulation = has_accumulation
+        self.has_depth = has_depth
+
+    def describe_scene(self) -> str:
+        """One line on the bounds in use."""
+        code = self.ray_code
+        center = ", ".join(f"{value:.2f}" for value in code.center.tolist())
+        return (
+            f"{code.spacing} spacing, radius {float(code.radius):.2f} around ({center}),"
+            f" seen between {float(code.near):.2f} and {float(code.far):.2f}"
+        )
+
+    def get_param_groups(self) -> dict[str, list[Parameter]]:
+        """`hidden`: the matrices between hidden layers; `ends`: the network's others; `volume`: features in space."""
+        hidden = [p for p in self.network.blocks.parameters() if p.ndim >= 2]
+        chosen = {id(p) for p in hidden}
+        groups = {"hidden": hidden, "ends": [p for p in self.network.parameters() if id(p) not in chosen]}
+        if self.volume is not None:
+            groups["volume"] = list(self.volume.parameters())
+        return groups
+
+    def encode(
+        self, origins: Float[Tensor, "*batch 3"], directions: Float[Tensor, "*batch 3"], jitter: bool = False
+    ) -> Float[Tensor, "*batch code"]:
+        """What the network reads of rays: the ray code and, where there is a volume, its features. Always fp32.
+
+        Args:
+            origins: in the teacher's frame.
+            directions: unit length.
+            jitter: draw the points at random inside their segments, per ray (training).
+        """
+        code = self.ray_code(origins, directions, jitter)
+        if self.volume is None:
+            return code
+        points = self.ray_code.points(origins, directions, self.config.volume_points, jitter)
+        features = self.volume(points.flatten(0, -3))
+        return torch.cat([code, features.view(*code.shape[:-1], -1)], dim=-1)
+
+    def run_network(self, code: Float[Tensor, "*in"]) -> Float[Tensor, "*out"]:
+        """The network on encoded rays, as rendering calls it; fp32 in and out."""
+        return self.network(code).float()
+
+    @torch.no_grad()
+    def get_outputs_for_camera(self, camera: Cameras, obb_box: OrientedBox | None = None) -> dict[str, Tensor]:
+        """Render one camera of any kind.
+
+        Args:
+            camera: one camera, with or without a batch dimension.
+            obb_box: show only what lies in this box, the background elsewhere.
+
+        Returns:
+            `rgb` (height width 3) and, where the teacher has them, `accumulation` and `depth` (height width 1). A teacher
+            of depth alone gives an accumulation of 1: Nerfstudio's tools draw no depth without one.
+        """
+        height, width = int(camera.height.flatten()[0]), int(camera.width.flatten()[0])
+        with self.frame_time.measure(height, width), exit_on_input_error():
+            camera = camera.reshape((1,))
+            if is_pinhole(camera):
+                pose, intrinsics = pinhole_parameters(camera, self.device)
+                values = self.render_pinhole(pose, intrinsics, height, width)
+            else:
+                values = self.render_other(camera)
+            outputs = self.to_outputs(values, camera)
+            if obb_box is not None:
+                outputs = self._crop(outputs, *camera_rays(camera, self.device), obb_box)
+        outputs["rgb"] = self.teacher_split.apply(outputs["rgb"], camera)
+        return outputs
+
+    def to_outputs(self, values: Float[Tensor, "height width 5"], camera: Cameras) -> dict[str, Tensor]:
+        """Nerfstudio's outputs, of the network's numbers for all pixels of a camera."""
+        outputs = {"rgb": values[..., :3]}
+        if self.has_accumulation:
+            outputs["accumulation"] = values[..., 3:4]
+        if self.has_depth:
+            origins, directions = camera_rays(camera, self.device)
+            outputs["depth"] = self.ray_code.to_distance(origins, directions, values[..., 4:5]).clamp_min(0.0)
+            outputs.setdefault("accumulation", torch.ones_like(outputs["depth"]))
+        return outputs
+
+    def _crop(
+        self, outputs: dict[str, Tensor], origins: Tensor, directions: Tensor, box: OrientedBox
+    ) -> dict[str, Tensor]:
+        enter, leave = crop_interval(origins, directions, box)
+        outside = leave <= enter
+        if self.has_depth:
+            outside = outside | (outputs["depth"] < enter) | (outputs["depth"] > leave)
+        override = renderers.BACKGROUND_COLOR_OVERRIDE
+        color = self.background if override is None else override.to(self.background)
+        cropped = dict(outputs)
+        cropped["rgb"] = torch.where(outside, color, outputs["rgb"])
+        if "accumulation" in outputs:
+            cropped["accumulation"] = outputs["accumulation"].masked_fill(outside, 0.0)
+        return cropped
+
+    def get_rgba_image(self, outputs: dict[str, Tensor], output_name: str = "rgb") -> Float[Tensor, "height width 4"]:
+        """Colour without its background, and opacity, in [0, 1]: what `ns-render --rendered-output-names rgba` saves."""
+        rgb = outputs[output_name]
+        opacity = outputs.get("accumulation", torch.ones_like(rgb[..., :1]))
+        # Where nearly nothing is seen, colour is nearly all rounding: it stays in range, and nobody sees it.
+        color = (rgb - self.background * (1 - opacity)) / opacity.clamp_min(1e-3)
+        return torch.cat([color.clamp(0, 1), opacity], dim=-1)
+
+    def get_metrics_dict(self, outputs: dict[str, Tensor], batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Training PSNR in dB."""
+        truth = batch["image"].to(self.device)
+        error = (outputs["rgb"] - self.blend(truth)).square().mean()
+        return {"psnr": -10 * torch.log10(error.detach().clamp_min(1e-12))}
+
+    def get_loss_dict(
+        self, outputs: dict[str, Tensor], batch: dict[str, Tensor], metrics_dict: dict[str, Tensor] | None = None
+    ) -> dict[str, Tensor]:
+        """Mean squared errors of colour and, where they are known, accumulation and coded depth."""
+        truth = self.blend(batch["image"].to(self.device))
+        weight = batch.get("weight", torch.ones_like(truth[..., :1])).to(self.device)
+        losses = {"rgb_loss": _weighted_mean((outputs["rgb"] - truth).square().mean(-1, keepdim=True), weight)}
+        if "geometry_weight" not in batch:  # Nerfstudio's own evaluation batches: photographs alone
+            return losses
+        known = batch["geometry_weight"]
+        if self.has_accumulation:
+            error = (outputs["accumulation"] - batch["accumulation"]).square()
+            losses["accumulation_loss"] = self.config.accumulation_weight * _weighted_mean(error, known)
+        if self.has_depth:
+            seen = known * batch["accumulation"] * (batch["depth"] > 0)
+            # Compared as positions in [0, 1]: a metre far away counts less than one close by.
+            target = self.ray_code.to_fraction(batch["origins"], batch["directions"], batch["depth"])
+            error = (outputs["depth_fraction"] - target).square()
+            losses["depth_loss"] = self.config.depth_weight * _weighted_mean(error, seen)
+        return losses
+
+    def blend(self, image: Float[Tensor, "*batch channels"]) -> Float[Tensor, "*batch 3"]:
+        """A photograph on the background, if it has an alpha channel."""
+        if image.shape[-1] == 3:
+            return image
+        return image[..., :3] * image[..., 3:] + self.background * (1 - image[..., 3:])
+
+    def get_image_metrics_and_images(
+        self, outputs: dict[str, Tensor], batch: dict[str, Tensor]
+    ) -> tuple[dict[str, float], dict[str, Tensor]]:
+        """PSNR, SSIM (and LPIPS where it can be had); photograph beside render, accumulation and depth in colour."""
+        truth = self.blend(batch["image"].to(self.device))
+        metrics = image_metrics(outputs["rgb"], truth)
+        images = {"img": torch.cat([truth, outputs["rgb"]], dim=1)}
+        if "accumulation" in outputs:
+            images["accumulation"] = colormaps.apply_colormap(outputs["accumulation"])
+        if self.has_depth:
+            images["depth"] = colormaps.apply_depth_colormap(outputs["depth"], outputs.get("accumulation"))
+        return metrics, images
+
+
+def _weighted_mean(errors: Float[Tensor, "*batch 1"], weight: Float[Tensor, "*batch 1"]) -> Float[Tensor, ""]:
+    """Mean over what counts; 0 where nothing does."""
+    return (errors * weight).sum() / weight.sum().clamp_min(1.0)

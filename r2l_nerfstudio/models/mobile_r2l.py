@@ -1,0 +1,141 @@
+"""MobileR2L behind Nerfstudio's Model contract: a small image of rays, then super-resolution."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+from jaxtyping import Float
+from nerfstudio.cameras.cameras import Cameras
+from nerfstudio.cameras.rays import RayBundle
+from torch import Tensor
+from torch.nn.functional import interpolate
+
+from r2l_nerfstudio.models.any_camera import render_by_faces
+from r2l_nerfstudio.models.light_field import LightFieldModel, LightFieldModelConfig
+from r2l_nerfstudio.rays.pinhole import image_rays
+from r2l_nerfstudio.rays.ray_image import MARGIN, ray_image_intrinsics, ray_image_size
+from r2l_nerfstudio.rays.spacing import SceneBounds
+from r2l_nerfstudio.students.mobile import MobileR2L, up_steps
+
+FACTORS = (4, 8, 12)
+CELLS_ACROSS = 100
+"""The ray image's longer side, about: the published networks have 100 cells for 800 pixels and 84 for 1008."""
+
+MAX_CELLS = 1 << 16
+"""Of one frame; where the trained pitch would take more, as for very wide views, it is drawn coarser."""
+
+
+@dataclass
+class MobileR2LModelConfig(LightFieldModelConfig):
+    """MobileR2L: one network evaluation per cell of a ray image, and super-resolution."""
+
+    _target: type = field(default_factory=lambda: MobileR2LModel)
+    num_points: int = 8
+    """Points per ray."""
+    num_frequencies: int = 6
+    """Octaves of the frequency encoding."""
+    blocks: int = 29
+    """Residual blocks of the body."""
+    factor: int = 0
+    """Pixels per cell along each side; 0: 4, 8 or 12, whichever leaves about 100 cells across."""
+    up_width: int = 64
+    """Channels of the super-resolution's steps but the last."""
+    last_width: int = 16
+    """Channels of its last step."""
+
+    def fit_to(self, width: int, height: int) -> None:
+        """Choose the factor for views of this size, unless it is set.
+
+        Raises:
+            InputError: for a factor that cannot be.
+        """
+        if self.factor == 0:
+            self.factor = next((f for f in FACTORS if max(width, height) <= CELLS_ACROSS * f), FACTORS[-1])
+        up_steps(self.factor)
+
+
+class MobileR2LModel(LightFieldModel):
+    """A convolutional student. It draws at the angular pitch it was trained at; other cameras' pictures are resampled."""
+
+    config: MobileR2LModelConfig
+    network: MobileR2L
+    focal: Tensor
+    """Focal length in pixels of the views it learnt from; the pitch at which it draws is 1 / focal."""
+
+    def populate_modules(self) -> None:
+        super().populate_modules()
+        self.register_buffer("focal", torch.ones(()))
+
+    def build_network(self, code_dim: int) -> MobileR2L:
+        config = self.config
+        self.factor = config.factor or FACTORS[0]
+        return MobileR2L(
+            code_dim,
+            5,
+            config.width,
+            config.blocks,
+            self.factor,
+            config.up_width,
+            config.last_width,
+            zero_init=config.zero_init,
+        )
+
+    def set_scene(
+        self,
+        bounds: SceneBounds,
+        axes: Float[Tensor, "3 3"],
+        background: Float[Tensor, "3"],
+        has_accumulation: bool,
+        has_depth: bool,
+        focal: float,
+    ) -> None:
+        super().set_scene(bounds, axes, background, has_accumulation, has_depth, focal)
+        self.focal.fill_(focal)
+
+    def get_outputs(self, ray_bundle: RayBundle) -> dict[str, Tensor]:
+        """Colour, accumulation and coded depth of the pixels of ray images, without their margins.
+
+        Args:
+            ray_bundle: rays of the cells, margin included (crops rows columns).
+
+        Returns:
+            `rgb` (crops height width 3), `accumulation` and `depth_fraction` (crops height width 1).
+        """
+        jitter = self.training and self.config.jitter_points
+        code = self.encode(ray_bundle.origins, ray_bundle.directions, jitter)
+        values = self.network(code.permute(0, 3, 1, 2)).float().permute(0, 2, 3, 1)
+        margin = MARGIN * self.factor
+        values = values[:, margin:-margin, margin:-margin]
+        return {"rgb": values[..., :3], "accumulation": values[..., 3:4], "depth_fraction": values[..., 4:5]}
+
+    def render_pinhole(
+        self, pose: Float[Tensor, "3 4"], intrinsics: Float[Tensor, "4"], height: int, width: int
+    ) -> Float[Tensor, "height width 5"]:
+        """Draws at the trained pitch, rounded to whole pixels across, and resamples if that is another size."""
+        fx, fy = intrinsics[:2].tolist()
+        drawn_width, drawn_height = self.drawn_size(fx, fy, width, height)
+        across, down = drawn_width / width, drawn_height / height
+        values = self._draw(pose, intrinsics * intrinsics.new_tensor([across, down] * 2), drawn_height, drawn_width)
+        if (drawn_height, drawn_width) != (height, width):
+            values = interpolate(values, (height, width), mode="bilinear", antialias=True)
+        return values[0].permute(1, 2, 0)
+
+    def drawn_size(self, fx: float, fy: float, width: int, height: int) -> tuple[int, int]:
+        """Width and height in pixels at which a camera's picture is drawn before it is resampled."""
+        focal = float(self.focal)
+        drawn_width, drawn_height = width * focal / fx, height * focal / fy
+        cells = drawn_width * drawn_height / self.factor**2
+        shrink = min(1.0, math.sqrt(MAX_CELLS / cells))
+        return max(1, round(drawn_width * shrink)), max(1, round(drawn_height * shrink))
+
+    def _draw(self, pose: Tensor, intrinsics: Tensor, height: int, width: int) -> Float[Tensor, "1 5 height width"]:
+        rows, columns = ray_image_size(height, width, self.factor)
+        rays = image_rays(pose, ray_image_intrinsics(intrinsics, self.factor), rows, columns)
+        values = self.run_network(self.encode(*rays).permute(2, 0, 1)[None])
+        margin = MARGIN * self.factor
+        return values[..., margin : margin + height, margin : margin + width]
+
+    def render_other(self, camera: Cameras) -> Float[Tensor, "height width 5"]:
+        return render_by_faces(camera, float(self.focal), self.render_pinhole, self.device)
