@@ -54,10 +54,10 @@ CAMERAS = {
 def test_every_pixel_has_nerfstudios_ray_and_its_colour(kind: str, scale: float, capture: Path) -> None:
     edit(capture, **CAMERAS[kind])
     dataset = dataset_of(capture, scale)
-    photographs = Photographs(dataset, [1, 4], None, "cpu")
+    photographs = Photographs(dataset, [1, 4], None, WHITE, "cpu")
     side = round(24 * scale)
     assert len(photographs.pixels) == 2 * side * side
-    sample = photographs.rays(torch.arange(len(photographs.pixels)), WHITE)
+    sample = photographs.rays(torch.arange(len(photographs.pixels)))
     generator = RayGenerator(dataset.cameras)
     rows, columns = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
     for part, view in enumerate([1, 4]):
@@ -82,9 +82,9 @@ def test_pose_corrections_are_those_of_the_teachers_training(mode: str, tiny_cap
     optimizer = CameraOptimizerConfig(mode=mode).setup(num_cameras=6, device="cpu")
     torch.nn.init.normal_(optimizer.pose_adjustment, std=0.2)
     corrections = optimizer(torch.arange(6)).detach()
-    photographs = Photographs(dataset, [0, 3, 5], corrections, "cpu")
+    photographs = Photographs(dataset, [0, 3, 5], corrections, WHITE, "cpu")
     chosen = torch.randint(3 * 24 * 24, (50,), generator=torch.Generator().manual_seed(2))
-    sample = photographs.rays(chosen, WHITE)
+    sample = photographs.rays(chosen)
     views = torch.tensor([0, 3, 5])[chosen // 576]
     indices = torch.stack([views, chosen % 576 // 24, chosen % 24], dim=-1)
     bundle = RayGenerator(dataset.cameras)(indices)
@@ -98,7 +98,7 @@ def test_pose_corrections_are_those_of_the_teachers_training(mode: str, tiny_cap
 def test_a_trained_teachers_corrections_reach_the_photographs(tiny_teacher: Path, tiny_capture: Path) -> None:
     teacher = Teacher.load(tiny_teacher)
     dataset = dataset_of(tiny_capture)
-    sample = Photographs(dataset, [2], teacher.pose_corrections(), "cpu").rays(torch.tensor([30, 500]), WHITE)
+    sample = Photographs(dataset, [2], teacher.pose_corrections(), WHITE, "cpu").rays(torch.tensor([30, 500]))
     bundle = RayGenerator(dataset.cameras)(torch.tensor([[2, 30 // 24, 30 % 24], [2, 500 // 24, 500 % 24]]))
     before = bundle.origins.clone()
     teacher.model.camera_optimizer.apply_to_raybundle(bundle)
@@ -117,7 +117,7 @@ def test_masked_pixels_are_never_drawn(capture: Path) -> None:
         Image.fromarray(mask).save(capture / frame["mask_path"])
     edit(capture, frames=meta["frames"])
     dataset = dataset_of(capture)
-    photographs = Photographs(dataset, [0, 1, 2, 3, 4, 5], None, "cpu")
+    photographs = Photographs(dataset, [0, 1, 2, 3, 4, 5], None, WHITE, "cpu")
     assert len(photographs.pixels) == 6 * 9 * 14
     for view in range(6):
         rows = photographs.rows[photographs.views == view]
@@ -132,10 +132,10 @@ def test_transparent_photographs_lie_on_the_background(tmp_path: Path) -> None:
     for alpha_color in (None, "white"):
         config = BlenderDataParserConfig(data=capture, alpha_color=alpha_color)
         dataset = InputDataset(config.setup().get_dataparser_outputs("train"))
-        photographs = Photographs(dataset, [0, 1], None, "cpu")
-        assert photographs.pixels.shape[-1] == (4 if alpha_color is None else 3)
         background = torch.tensor([0.1, 0.7, 0.3])
-        sample = photographs.rays(torch.arange(576), background)
+        photographs = Photographs(dataset, [0, 1], None, background, "cpu")
+        assert photographs.pixels.shape[-1] == (4 if alpha_color is None else 3)
+        sample = photographs.rays(torch.arange(576))
         with Image.open(dataset.image_filenames[0]) as image:
             pixels = torch.from_numpy(np.array(image)).reshape(-1, 4).float() / 255
         behind = background if alpha_color is None else WHITE  # already blended by the dataparser's wish
@@ -188,16 +188,16 @@ def test_pixels_of_held_out_views_are_never_drawn(tiny_capture: Path) -> None:
     dataset = dataset_of(tiny_capture)
     kept, held = split_holdout(6, 0.4)
     assert len(held) == 2
-    photographs = Photographs(dataset, kept, None, "cpu")
-    sample = photographs.sample(20000, WHITE)
+    photographs = Photographs(dataset, kept, None, WHITE, "cpu")
+    sample = photographs.sample(20000)
     positions = dataset.cameras.camera_to_worlds[:, :, 3]
     nearest = torch.cdist(sample.origins, positions).argmin(-1)
     assert set(nearest.tolist()) == set(kept)
-    watched = Photographs(dataset, held, None, "cpu").sample(2000, WHITE)
+    watched = Photographs(dataset, held, None, WHITE, "cpu").sample(2000)
     assert set(torch.cdist(watched.origins, positions).argmin(-1).tolist()) == set(held)
 
 
 def test_a_draw_can_be_repeated(tiny_capture: Path) -> None:
-    photographs = Photographs(dataset_of(tiny_capture), [0, 1], None, "cpu")
-    draws = [photographs.sample(30, WHITE, torch.Generator().manual_seed(seed)) for seed in (1, 1, 2)]
+    photographs = Photographs(dataset_of(tiny_capture), [0, 1], None, WHITE, "cpu")
+    draws = [photographs.sample(30, torch.Generator().manual_seed(seed)) for seed in (1, 1, 2)]
     assert torch.equal(draws[0].rgb, draws[1].rgb) and not torch.equal(draws[0].rgb, draws[2].rgb)

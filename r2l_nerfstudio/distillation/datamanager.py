@@ -1,10 +1,11 @@
-"""Pseudo rays from the teacher, then photographs, behind Nerfstudio's DataManager contract."""
+"""Teacher views, then photographs, behind Nerfstudio's DataManager contract: what all students' data have in common."""
 
 from __future__ import annotations
 
 import copy
 import hashlib
 import time
+from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,17 +25,15 @@ from nerfstudio.data.utils.nerfstudio_collate import nerfstudio_collate
 from nerfstudio.utils.rich_utils import CONSOLE
 from torch import Tensor
 
-from r2l_nerfstudio.distillation.hard_rays import HardRayPool
-from r2l_nerfstudio.distillation.photographs import Photographs, split_holdout
+from r2l_nerfstudio.distillation.photographs import split_holdout
 from r2l_nerfstudio.distillation.pose_sampling import CaptureCameras, PoseSampler, PoseSamplerConfig
-from r2l_nerfstudio.distillation.ray_sample import RECORD_WIDTH, RaySample
+from r2l_nerfstudio.distillation.ray_sample import RaySample
 from r2l_nerfstudio.distillation.survey import Survey
 from r2l_nerfstudio.distillation.view_ring import ViewRenderer, ViewRing
 from r2l_nerfstudio.errors import InputError
 from r2l_nerfstudio.teacher import Teacher
 
 HOLDOUT_VIEWS = 4
-HOLDOUT_RAYS = 8192
 HOLDOUT_SEED_OFFSET = 7_654_321
 
 
@@ -46,7 +45,7 @@ class DistillationDataManagerConfig(VanillaDataManagerConfig):
     dataparser: tyro.conf.Suppress[DataParserConfig] = field(default_factory=NerfstudioDataParserConfig)
     """Inherited from the teacher, so that both live in one frame."""
     train_num_rays_per_batch: int = 65536
-    """Rays per training iteration."""
+    """Pixels per training iteration."""
     num_views: int = 300
     """Teacher views held on the device."""
     view_downscale: float = 1.0
@@ -55,14 +54,10 @@ class DistillationDataManagerConfig(VanillaDataManagerConfig):
     """Where teacher views are taken from."""
     refresh_share: float = 0.15
     """Share of the training time that may go into replacing teacher views by new ones; 0 keeps the first ones."""
-    hard_fraction: float = 0.2
-    """Share of every batch drawn from the rays with the largest errors so far."""
-    hard_pool_batches: int = 20
-    """How many iterations' hard rays are remembered."""
     real_iterations: int = 2000
     """The last iterations mix in rays of the photographs; 0 learns from the teacher alone."""
     real_fraction: float = 0.5
-    """Share of photograph rays in those iterations."""
+    """Share of photographs in those iterations."""
     holdout_fraction: float = 0.1
     """Share of the training photographs that is only watched, never learnt."""
     cache_dir: Path | None = None
@@ -82,8 +77,23 @@ class DistillationDataManagerConfig(VanillaDataManagerConfig):
     """Inherited from the teacher."""
 
 
+@dataclass
+class Batch:
+    """Rays for a student, and what is to be learnt of the pixels that they explain."""
+
+    ray_bundle: RayBundle
+    target: RaySample
+    fresh: int = 0
+    """The first so many rays were drawn from teacher views just now."""
+
+    def as_nerfstudio(self) -> tuple[RayBundle, dict[str, Tensor]]:
+        """As Nerfstudio's data managers give it: rays, and a dictionary in which colours are called `image`."""
+        fields = {name: value for name, value in vars(self.target).items() if name != "rgb"}
+        return self.ray_bundle, {"image": self.target.rgb, **fields}
+
+
 class DistillationDataManager(VanillaDataManager[InputDataset]):
-    """Rays of teacher views, hard rays again, and in the end photographs.
+    """A ring of teacher views, and in the end photographs; what a batch is made of them is for subclasses to say.
 
     Evaluation is Nerfstudio's own. Training needs `attach_teacher` first; without it, as in `ns-viewer`, `ns-render` and
     `ns-eval`, no teacher is read.
@@ -120,20 +130,26 @@ class DistillationDataManager(VanillaDataManager[InputDataset]):
         finally:
             self.config.pixel_sampler = kept
 
-    def attach_teacher(self, teacher: Teacher, survey: Survey, background: Float[Tensor, "3"]) -> None:
+    def view_cameras(self) -> CaptureCameras:
+        """The training cameras as pinholes of the size and focal lengths that teacher views have."""
+        return capture_cameras(self.train_dataset.cameras, self.config.view_downscale)
+
+    def attach_teacher(self, teacher: Teacher, survey: Survey, background: Float[Tensor, "3"], factor: int) -> None:
         """Fill the ring of teacher views and read the photographs.
 
         Args:
             teacher: who renders.
             survey: what it shows from its training cameras.
             background: colour behind photographs that have an alpha channel.
+            factor: pixels along each side that one ray of the student explains.
 
         Raises:
             InputError: if no plausible view is found, no view fits the device, or no training view is left.
         """
         config = self.config
         self.background = background
-        sampler = PoseSampler(capture_cameras(self.train_dataset.cameras, config.view_downscale), config.pose_sampler)
+        self.factor = factor
+        sampler = PoseSampler(self.view_cameras(), config.pose_sampler)
         config.pose_sampler.kind = sampler.kind
         CONSOLE.print(f"Pseudo cameras: {sampler.kind} sampler.")
 
@@ -144,26 +160,51 @@ class DistillationDataManager(VanillaDataManager[InputDataset]):
 
         seed = config.seed + self.local_rank
         # Photographs first: a capture that cannot be used must fail before the teacher has rendered for minutes.
-        self.photographs: Photographs | None = None
-        self.held_photographs: RaySample | None = None
-        generator = torch.Generator().manual_seed(config.seed)
+        self.photographs: Any = None
+        self.held_photographs: Batch | None = None
         if config.real_iterations > 0:
             kept, held = split_holdout(len(self.train_dataset), config.holdout_fraction)
             corrections = teacher.pose_corrections()
-            self.photographs = Photographs(self.train_dataset, kept, corrections, self.device)
+            self.photographs = self.read_photographs(kept, corrections)
             if held:
-                watched = Photographs(self.train_dataset, held, corrections, self.device)
-                self.held_photographs = watched.sample(HOLDOUT_RAYS, background, generator)
+                generator = torch.Generator().manual_seed(config.seed)
+                self.held_photographs = self.hold_out(self.read_photographs(held, corrections), generator)
         held_ring = ViewRing(renderer(seed + HOLDOUT_SEED_OFFSET, None), HOLDOUT_VIEWS, self.device)
         held_ring.fill()
-        self.held_views = held_ring.sample(HOLDOUT_RAYS)
+        self.held_views = self.hold_out(held_ring, None)
         self.ring = ViewRing(renderer(seed, self._cache_dir(teacher, sampler)), config.num_views, self.device)
         self.ring.fill()
-        num_hard = int(config.hard_fraction * config.train_num_rays_per_batch)
-        self.hard_rays = HardRayPool(num_hard, config.hard_pool_batches, RECORD_WIDTH, self.device)
         self._training_seconds = 0.0
         self._refresh_seconds = 0.0
         self._last_call: float | None = None
+
+    @abstractmethod
+    def read_photographs(self, indices: list[int], corrections: Float[Tensor, "num_train 3 4"] | None) -> Any:
+        """Some training photographs, as this data manager draws from them.
+
+        Args:
+            indices: which.
+            corrections: the teacher's pose corrections for all training views.
+
+        Raises:
+            InputError: if one cannot be used.
+        """
+
+    @abstractmethod
+    def hold_out(self, source: Any, generator: torch.Generator | None) -> Batch:
+        """A batch to watch, never to learn from.
+
+        Args:
+            source: a ring, or what `read_photographs` gave.
+            generator: for a repeatable draw.
+        """
+
+    @abstractmethod
+    def draw(self, num_real: int) -> Batch:
+        """A batch to learn from, `num_real` of its `train_num_rays_per_batch` pixels from photographs."""
+
+    def learn_from(self, batch: Batch, errors: Float[Tensor, "*batch"]) -> None:  # noqa: B027
+        """Told after each iteration how wrong the student was, per pixel."""
 
     def _cache_dir(self, teacher: Teacher, sampler: PoseSampler) -> Path | None:
         """A folder per teacher, sampler and resolution: views of another kind are never mistaken for these."""
@@ -172,43 +213,20 @@ class DistillationDataManager(VanillaDataManager[InputDataset]):
         key = f"{teacher.fingerprint()} {sampler.config} {sampler.cameras.width}x{sampler.cameras.height}"
         return self.config.cache_dir / hashlib.sha256(key.encode()).hexdigest()[:16]
 
-    def next_train(self, step: int) -> tuple[RayBundle, dict[str, Tensor]]:
+    def next_batch(self, step: int) -> Batch:
         """A batch of rays with what is to be learnt of them.
 
         Args:
             step: training step; photographs are mixed in from `real_start` on.
-
-        Returns:
-            rays, and a dictionary of what `RaySample` holds (`image` its colours), and `records`, the rays that may become
-            hard rays.
         """
         self.train_count += 1
         self._refresh()
-        total = self.config.train_num_rays_per_batch
-        num_hard = min(self.hard_rays.per_step, len(self.hard_rays))
-        num_real = 0
-        if self.photographs is not None and self.real_start is not None and step >= self.real_start:
-            num_real = int(self.config.real_fraction * total)
-            num_hard = int(num_hard * (1 - self.config.real_fraction))
-        fresh = self.ring.sample(total - num_hard - num_real).records()
-        parts = [fresh, self.hard_rays.draw(num_hard)]
-        if num_real:
-            parts.append(self.photographs.sample(num_real, self.background).records())
-        sample = RaySample.from_records(torch.cat(parts))
-        return to_ray_bundle(sample), {
-            "image": sample.rgb,
-            "origins": sample.origins,
-            "directions": sample.directions,
-            "accumulation": sample.accumulation,
-            "depth": sample.depth,
-            "weight": sample.weight,
-            "geometry_weight": sample.geometry_weight,
-            "records": fresh,
-        }
+        real = self.photographs is not None and self.real_start is not None and step >= self.real_start
+        return self.draw(int(self.config.real_fraction * self.config.train_num_rays_per_batch) if real else 0)
 
-    def remember_hard_rays(self, records: Float[Tensor, "rays 13"], errors: Float[Tensor, "rays"]) -> None:
-        """Put the worst of a batch's fresh rays into the hard-ray pool."""
-        self.hard_rays.add(records, errors)
+    def next_train(self, step: int) -> tuple[RayBundle, dict[str, Tensor]]:
+        """As `next_batch`, in Nerfstudio's form."""
+        return self.next_batch(step).as_nerfstudio()
 
     def _refresh(self) -> None:
         """Replace the oldest teacher view whenever the teacher's share of the time allows it."""

@@ -62,6 +62,7 @@ class Photographs:
         dataset: the training views.
         indices: which of them.
         corrections: the teacher's pose corrections for all training views, or None.
+        background: colour behind photographs that have an alpha channel.
         device: where pixels live and rays are made.
     """
 
@@ -70,9 +71,11 @@ class Photographs:
         dataset: InputDataset,
         indices: list[int],
         corrections: Float[Tensor, "num_train 3 4"] | None,
+        background: Float[Tensor, "3"],
         device: torch.device | str,
     ) -> None:
         self.device = torch.device(device)
+        self.background = background.to(self.device)
         self.cameras = dataset.cameras.to(self.device)
         self.corrections = None if corrections is None else corrections.to(self.device)
         pixels, views, rows, columns = [], [], [], []
@@ -92,22 +95,19 @@ class Photographs:
         self.rows = torch.cat(rows).to(self.device)
         self.columns = torch.cat(columns).to(self.device)
 
-    def sample(
-        self, num_rays: int, background: Float[Tensor, "3"], generator: torch.Generator | None = None
-    ) -> RaySample:
+    def sample(self, num_rays: int, generator: torch.Generator | None = None) -> RaySample:
         """Rays drawn uniformly over all pixels.
 
         Args:
             num_rays: how many.
-            background: colour behind photographs that have an alpha channel.
             generator: for a repeatable draw.
         """
         flat = torch.randint(
             len(self.pixels), (num_rays,), generator=generator, device="cpu" if generator else self.device
         )
-        return self.rays(flat.to(self.device), background)
+        return self.rays(flat.to(self.device))
 
-    def rays(self, flat: Int[Tensor, "rays"], background: Float[Tensor, "3"]) -> RaySample:
+    def rays(self, flat: Int[Tensor, "rays"]) -> RaySample:
         """Rays of given pixels, numbered through all photographs."""
         views = self.views[flat].long()
         coords = torch.stack([self.rows[flat], self.columns[flat]], dim=-1).float() + 0.5
@@ -120,6 +120,6 @@ class Photographs:
         color = self.pixels[flat].float() / 255
         if color.shape[-1] == 4:
             alpha = color[:, 3:]
-            color = color[:, :3] * alpha + background.to(color) * (1 - alpha)
+            color = color[:, :3] * alpha + self.background * (1 - alpha)
         ones = torch.ones_like(color[:, :1])
         return RaySample(origins, directions, color, ones, torch.zeros_like(ones), ones, torch.zeros_like(ones))

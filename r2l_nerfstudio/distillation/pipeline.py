@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -10,6 +12,7 @@ from typing import Any, Literal
 import torch
 import tyro
 from jaxtyping import Float
+from nerfstudio.cameras.rays import RayBundle
 from nerfstudio.data.datamanagers.base_datamanager import DataManagerConfig
 from nerfstudio.engine.callbacks import TrainingCallback, TrainingCallbackAttributes, TrainingCallbackLocation
 from nerfstudio.models.base_model import ModelConfig
@@ -18,18 +21,16 @@ from nerfstudio.utils import writer
 from nerfstudio.utils.rich_utils import CONSOLE
 from torch import Tensor
 from torch.amp import GradScaler
+from torch.optim.swa_utils import update_bn
 
-from r2l_nerfstudio.distillation.datamanager import (
-    DistillationDataManager,
-    DistillationDataManagerConfig,
-    capture_cameras,
-    to_ray_bundle,
-)
+from r2l_nerfstudio.distillation.averaging import WeightAverage, normalization_statistics
+from r2l_nerfstudio.distillation.datamanager import Batch, DistillationDataManager, DistillationDataManagerConfig
 from r2l_nerfstudio.distillation.frame_check import check_cameras, check_frame
-from r2l_nerfstudio.distillation.ray_sample import RaySample
 from r2l_nerfstudio.distillation.survey import Survey
 from r2l_nerfstudio.errors import InputError, exit_on_input_error
 from r2l_nerfstudio.teacher import Teacher
+
+STATISTICS_BATCHES = 16
 
 
 @dataclass
@@ -48,6 +49,8 @@ class DistillationPipelineConfig(VanillaPipelineConfig):
     precision means on CUDA. Rays, encoding and losses stay in fp32."""
     steps_per_holdout: int = 500
     """Iterations between looks at the held-out views."""
+    ema_decay: float = 0.0
+    """Decay of a moving average of the weights, which is what training leaves behind; 0 keeps none."""
 
 
 class DistillationPipeline(VanillaPipeline):
@@ -72,9 +75,14 @@ class DistillationPipeline(VanillaPipeline):
         with exit_on_input_error():
             # The teacher first: it knows best what is wrong with a capture.
             teacher = load_teacher(config, device) if test_mode == "val" else None
+            if teacher is not None:
+                config.model.fit_to(*self._view_size(teacher))
             super().__init__(config, device, test_mode, world_size, local_rank, grad_scaler)
+            self.average: WeightAverage | None = None
             if teacher is not None:
                 self._attach_teacher(teacher)
+                if config.ema_decay > 0:
+                    self.average = WeightAverage(self.model, config.ema_decay)
         self.model.teacher_split.teacher_path = config.teacher
         self.model.teacher_split.device = device
         self._best: tuple[float, dict[str, Any]] | None = None
@@ -84,7 +92,7 @@ class DistillationPipeline(VanillaPipeline):
         check_cameras(teacher, self.datamanager.train_dataparser_outputs.cameras)
         if self.config.check_frame:
             check_frame(teacher, self.datamanager.train_dataset)
-        capture = capture_cameras(cameras)
+        capture = self.datamanager.view_cameras()
         survey = Survey.take(teacher, cameras)
         background = background_of(teacher)
         self.model.set_scene(
@@ -96,7 +104,13 @@ class DistillationPipeline(VanillaPipeline):
             focal=float(capture.intrinsics[:, :2].mean()),
         )
         CONSOLE.print(f"Scene: {self.model.describe_scene()}.")
-        self.datamanager.attach_teacher(teacher, survey, background)
+        self.datamanager.attach_teacher(teacher, survey, background, self.model.factor)
+
+    def _view_size(self, teacher: Teacher) -> tuple[int, int]:
+        """Width and height of the views to come, before there is a data manager."""
+        cameras = teacher.dataparser_outputs.cameras
+        scale = self.config.datamanager.camera_res_scale_factor / self.config.datamanager.view_downscale
+        return tuple(round(float(sizes.float().median()) * scale) for sizes in (cameras.width, cameras.height))
 
     def load_pipeline(self, loaded_state: dict[str, Any], step: int) -> None:
         """Load a student, all of it: Nerfstudio's own leaves what does not fit at random, without a word.
@@ -105,6 +119,7 @@ class DistillationPipeline(VanillaPipeline):
             SystemExit: with a paragraph that says why, if it does not fit.
         """
         state = {key.removeprefix("module."): value for key, value in loaded_state.items()}
+        averages = {key: state.pop(key) for key in list(state) if key.startswith("average.")}
         self.model.update_to_step(step)
         with exit_on_input_error():
             try:
@@ -115,29 +130,38 @@ class DistillationPipeline(VanillaPipeline):
                     f" describe ({' '.join(str(error).split())[:300]}). A run's config.yml goes with its own"
                     " checkpoints; to go on from one with --load-dir, give the same --pipeline.model options."
                 ) from error
+        if self.average is not None:
+            if averages:
+                self.average.load_state_dict({key.removeprefix("average."): value for key, value in averages.items()})
+            else:  # a finished run's weights are their average
+                self.average.reset()
 
     def get_train_loss_dict(self, step: int) -> tuple[Any, dict[str, Tensor], dict[str, Tensor]]:
-        """One batch through the student; the worst of its fresh rays are remembered."""
-        ray_bundle, batch = self.datamanager.next_train(step)
-        with torch.autocast(device_type=ray_bundle.origins.device.type, dtype=torch.bfloat16, enabled=self.config.bf16):
-            outputs = self._model(ray_bundle)
-        metrics_dict = self.model.get_metrics_dict(outputs, batch)
-        loss_dict = self.model.get_loss_dict(outputs, batch, metrics_dict)
-        records = batch["records"]
+        """One batch through the student; the data manager is told how wrong it was."""
+        batch = self.datamanager.next_batch(step)
+        outputs = self._predict(batch, self._model)
+        _, truth = batch.as_nerfstudio()
+        metrics_dict = self.model.get_metrics_dict(outputs, truth)
+        loss_dict = self.model.get_loss_dict(outputs, truth, metrics_dict)
         with torch.no_grad():
-            errors = (outputs["rgb"][: len(records)].float() - batch["image"][: len(records)]).square().sum(-1)
-            errors = errors * batch["weight"][: len(records), 0]
-        self.datamanager.remember_hard_rays(records, errors)
+            errors = (outputs["rgb"].float() - batch.target.rgb).square().sum(-1) * batch.target.weight[..., 0]
+        self.datamanager.learn_from(batch, errors)
         return outputs, loss_dict, metrics_dict
 
+    def _predict(self, batch: Batch, model: torch.nn.Module) -> dict[str, Tensor]:
+        bundle = batch.ray_bundle
+        with torch.autocast(device_type=bundle.origins.device.type, dtype=torch.bfloat16, enabled=self.config.bf16):
+            return model(bundle)
+
     @torch.no_grad()
-    def holdout_psnr(self, sample: RaySample) -> float:
-        """PSNR in dB of the student on rays it never learns from."""
+    def holdout_psnr(self, held: Batch) -> float:
+        """PSNR in dB of the student on pixels it never learns from."""
         was_training = self.training
         self.eval()
-        rgb = self.model(to_ray_bundle(sample))["rgb"]
+        rgb = self.model(held.ray_bundle)["rgb"]
         self.train(was_training)
-        error = ((rgb.float() - sample.rgb).square() * sample.weight).sum() / (3 * sample.weight.sum().clamp_min(1))
+        weight = held.target.weight
+        error = ((rgb.float() - held.target.rgb).square() * weight).sum() / (3 * weight.sum().clamp_min(1))
         return -10 * math.log10(max(float(error), 1e-12))
 
     def get_training_callbacks(self, attributes: TrainingCallbackAttributes) -> list[TrainingCallback]:
@@ -148,31 +172,71 @@ class DistillationPipeline(VanillaPipeline):
             self.datamanager.real_start = last - self.datamanager.config.real_iterations
             # Kinds that were "auto" are known only now.
             trainer.config.save_config()
-        watch = TrainingCallback(
-            where_to_run=[TrainingCallbackLocation.AFTER_TRAIN_ITERATION],
-            update_every_num_iters=self.config.steps_per_holdout,
-            func=self._watch_holdout,
-        )
-        return [*super().get_training_callbacks(attributes), watch]
+        return [
+            *super().get_training_callbacks(attributes),
+            self._after_iterations(self._update_average, 1),
+            self._after_iterations(self._watch_holdout, self.config.steps_per_holdout),
+        ]
+
+    def _after_iterations(self, function: Callable[[int], None], every: int) -> TrainingCallback:
+        where = [TrainingCallbackLocation.AFTER_TRAIN_ITERATION]
+        return TrainingCallback(where_to_run=where, update_every_num_iters=every, func=function)
+
+    def _update_average(self, step: int) -> None:
+        if self.average is not None:
+            self.average.update()
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """With the average of the weights, if there is one, and normalization statistics that belong to it."""
+        if self.average is None:
+            yield
+            return
+        statistics = normalization_statistics(self.model)
+        kept = [tensor.clone() for tensor in statistics]
+        self.average.swap()
+        try:
+            self._estimate_statistics()
+            yield
+        finally:
+            self.average.swap()
+            for tensor, value in zip(statistics, kept, strict=True):
+                tensor.copy_(value)
+
+    def _estimate_statistics(self) -> None:
+        def batches() -> Iterator[RayBundle]:
+            for _ in range(STATISTICS_BATCHES):
+                yield self.datamanager.draw(0).ray_bundle
+
+        with torch.autocast(device_type=self.model.device.type, dtype=torch.bfloat16, enabled=self.config.bf16):
+            update_bn(batches(), self.model)
 
     def _watch_holdout(self, step: int) -> None:
         if step == 0:
             return
-        pseudo = self.holdout_psnr(self.datamanager.held_views)
-        writer.put_scalar(name="Holdout PSNR (teacher views)", scalar=pseudo, step=step)
-        line = f"Step {step}: {pseudo:.2f} dB against the teacher on views never trained on"
-        if self.datamanager.held_photographs is not None:
-            real = self.holdout_psnr(self.datamanager.held_photographs)
-            writer.put_scalar(name="Holdout PSNR (photographs)", scalar=real, step=step)
-            line += f", {real:.2f} dB against held-out training photographs"
-            start = self.datamanager.real_start
-            if start is not None and step >= start and (self._best is None or real > self._best[0]):
-                state = {key: value.detach().clone() for key, value in self.model.named_parameters()}
-                self._best = (real, state)
+        with self.averaged():
+            pseudo = self.holdout_psnr(self.datamanager.held_views)
+            writer.put_scalar(name="Holdout PSNR (teacher views)", scalar=pseudo, step=step)
+            line = f"Step {step}: {pseudo:.2f} dB against the teacher on views never trained on"
+            if self.datamanager.held_photographs is not None:
+                real = self.holdout_psnr(self.datamanager.held_photographs)
+                writer.put_scalar(name="Holdout PSNR (photographs)", scalar=real, step=step)
+                line += f", {real:.2f} dB against held-out training photographs"
+                start = self.datamanager.real_start
+                if start is not None and step >= start and (self._best is None or real > self._best[0]):
+                    self._best = (real, self._weights())
         CONSOLE.print(line + ".")
 
-    def restore_best(self, step: int) -> None:
-        """At the end of training, go back to the weights that did best on the held-out training photographs."""
+    def _weights(self) -> dict[str, Tensor]:
+        state = self.model.state_dict()
+        return {key: value.clone() for key, value in state.items() if isinstance(value, Tensor)}
+
+    def finish(self, step: int) -> None:
+        """At the end of training: the average of the weights, or those that did best on the held-out photographs."""
+        if self.average is not None:
+            self.average.swap()
+            self._estimate_statistics()
+            self.average = None
         if self._best is None or self.datamanager.held_photographs is None:
             return
         now = self.holdout_psnr(self.datamanager.held_photographs)

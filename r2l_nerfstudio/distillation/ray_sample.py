@@ -13,26 +13,30 @@ RECORD_WIDTH = 13
 
 @dataclass
 class RaySample:
-    """A batch of rays with colours, and geometry where it is known."""
+    """Rays in any arrangement with colours, and geometry where it is known."""
 
-    origins: Float[Tensor, "rays 3"]
+    origins: Float[Tensor, "*batch 3"]
     """In the teacher's frame."""
-    directions: Float[Tensor, "rays 3"]
+    directions: Float[Tensor, "*batch 3"]
     """Unit length."""
-    rgb: Float[Tensor, "rays 3"]
-    accumulation: Float[Tensor, "rays 1"]
-    depth: Float[Tensor, "rays 1"]
+    rgb: Float[Tensor, "*batch 3"]
+    accumulation: Float[Tensor, "*batch 1"]
+    depth: Float[Tensor, "*batch 1"]
     """Distance along the ray, in the teacher's unit; 0 where there is none."""
-    weight: Float[Tensor, "rays 1"]
+    weight: Float[Tensor, "*batch 1"]
     """1, or 0 where the colour is not to be learnt."""
-    geometry_weight: Float[Tensor, "rays 1"]
+    geometry_weight: Float[Tensor, "*batch 1"]
     """1, or 0 where accumulation and depth are unknown (photographs)."""
 
-    def records(self) -> Float[Tensor, "rays 13"]:
+    def records(self) -> Float[Tensor, "*batch 13"]:
         """All fields side by side."""
-        return torch.cat([getattr(self, field.name) for field in fields(self)], dim=-1)
+        return torch.cat(self.fields(), dim=-1)
+
+    def fields(self) -> list[Tensor]:
+        """All fields, in order."""
+        return [getattr(self, field.name) for field in fields(self)]
 
     @classmethod
-    def from_records(cls, records: Float[Tensor, "rays 13"]) -> RaySample:
+    def from_records(cls, records: Float[Tensor, "*batch 13"]) -> RaySample:
         """Inverse of `records`."""
         return cls(*records.split([3, 3, 3, 1, 1, 1, 1], dim=-1))

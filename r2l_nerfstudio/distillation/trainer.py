@@ -140,7 +140,7 @@ class DistillationTrainer(Trainer):
             self.config.max_num_iterations = total
 
     def _after_train(self) -> None:
-        self.pipeline.restore_best(self.step)
+        self.pipeline.finish(self.step)
         super()._after_train()
 
     @check_main_thread

@@ -190,6 +190,9 @@ class ViewRing:
         device: where they live.
     """
 
+    has_geometry = True
+    """Whether accumulation and depth are known, as far as the teacher has them."""
+
     def __init__(self, renderer: ViewRenderer, num_views: int, device: torch.device | str) -> None:
         self.renderer = renderer
         self.device = torch.device(device)
@@ -251,9 +254,16 @@ class ViewRing:
         self._next_index += 1
         self._filled = min(self._filled + 1, self.capacity)
 
-    def sample(self, num_rays: int) -> RaySample:
-        """Rays drawn uniformly over all pixels of all views in the ring."""
-        flat = torch.randint(self._filled * self.height * self.width, (num_rays,), device=self.device)
+    def sample(self, num_rays: int, generator: torch.Generator | None = None) -> RaySample:
+        """Rays drawn uniformly over all pixels of all views in the ring.
+
+        Args:
+            num_rays: how many.
+            generator: on the ring's device, for a repeatable draw.
+        """
+        flat = torch.randint(
+            self._filled * self.height * self.width, (num_rays,), generator=generator, device=self.device
+        )
         view = flat // (self.height * self.width)
         x = (flat % self.width).float() + 0.5
         y = (flat // self.width % self.height).float() + 0.5

@@ -406,15 +406,15 @@ def test_weights_that_are_still_the_best_stay(
         pipeline.datamanager.real_start = 10
         pipeline._watch_holdout(5)  # before the photographs: not a choice
         assert pipeline._best is None
-        pipeline.restore_best(5)
+        pipeline.finish(5)
         pipeline._watch_holdout(10)
         weights = {key: value.clone() for key, value in pipeline.model.named_parameters()}
-        pipeline.restore_best(11)
+        pipeline.finish(11)
         assert "back from" not in capsys.readouterr().out
         with torch.no_grad():
             pipeline.model.network.tail.bias[:3] += 5.0
         pipeline._watch_holdout(12)
-        pipeline.restore_best(12)
+        pipeline.finish(12)
         assert "back from" in capsys.readouterr().out
         for key, value in pipeline.model.named_parameters():
             assert torch.equal(value, weights[key])

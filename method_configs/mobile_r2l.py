@@ -1,0 +1,31 @@
+"""MobileR2L: a trained Nerfstudio model as a small ray image with super-resolution."""
+
+from __future__ import annotations
+
+from nerfstudio.plugins.types import MethodSpecification
+
+from r2l_nerfstudio.distillation.crop_datamanager import CropDataManagerConfig
+from r2l_nerfstudio.method_configs.common import student_config
+from r2l_nerfstudio.models.mobile_r2l import MobileR2LModelConfig
+
+mobile_r2l = MethodSpecification(
+    config=student_config(
+        "mobile-r2l",
+        CropDataManagerConfig(train_num_rays_per_batch=1 << 20, crop_cells=16),
+        MobileR2LModelConfig(),
+        max_num_iterations=30000,
+        ema_decay=0.995,
+    ),
+    description="MobileR2L: distil --teacher into an 8 MB convolutional student that phones draw in real time.",
+)
+
+mobile_r2l_lite = MethodSpecification(
+    config=student_config(
+        "mobile-r2l-lite",
+        CropDataManagerConfig(train_num_rays_per_batch=65536, crop_cells=8),
+        MobileR2LModelConfig(width=128, blocks=8, up_width=32, jitter_points=False, volume_resolution=40),
+        max_num_iterations=10000,
+        ema_decay=0.99,
+    ),
+    description="MobileR2L, a tenth of the size, with a small learned feature volume: interactive on a CPU.",
+)

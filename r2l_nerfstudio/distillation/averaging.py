@@ -1,0 +1,56 @@
+"""An exponential moving average of a student's weights, which does better than the weights themselves."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+
+
+class WeightAverage(nn.Module):
+    """Follows the parameters of a module; saved with the pipeline, so that a resumed run goes on with it.
+
+    Args:
+        module: whose parameters.
+        decay: share of the average that is kept at each update; fewer at first, so that the beginning is forgotten.
+    """
+
+    def __init__(self, module: nn.Module, decay: float) -> None:
+        super().__init__()
+        self.decay = decay
+        self._followed = list(module.parameters())
+        self.register_buffer("updates", torch.zeros((), dtype=torch.long))
+        for index, parameter in enumerate(self._followed):
+            self.register_buffer(f"weight_{index}", parameter.detach().clone())
+
+    @property
+    def _averages(self) -> list[torch.Tensor]:
+        return [self.get_buffer(f"weight_{index}") for index in range(len(self._followed))]
+
+    @torch.no_grad()
+    def reset(self) -> None:
+        """Begin anew at the parameters as they are."""
+        self.updates.zero_()
+        torch._foreach_copy_(self._averages, [p.detach() for p in self._followed])
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Move the average towards the parameters."""
+        count = int(self.updates)
+        keep = min(self.decay, (1 + count) / (10 + count))
+        torch._foreach_lerp_(self._averages, [p.detach() for p in self._followed], 1 - keep)
+        self.updates += 1
+
+    @torch.no_grad()
+    def swap(self) -> None:
+        """Exchange parameters and average, in place."""
+        kept = [p.detach().clone() for p in self._followed]
+        torch._foreach_copy_([p.detach() for p in self._followed], self._averages)
+        torch._foreach_copy_(self._averages, kept)
+
+
+def normalization_statistics(module: nn.Module) -> list[torch.Tensor]:
+    """The running statistics of all BatchNorm layers, by reference."""
+    norms: Iterable[nn.Module] = (m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm))
+    return [buffer for norm in norms for buffer in norm.buffers()]

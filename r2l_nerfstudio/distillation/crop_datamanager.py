@@ -1,0 +1,80 @@
+"""Crops of teacher views, and in the end of photographs: the data of students of whole images."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from r2l_nerfstudio.distillation.crops import Views, joined, sample_crops
+from r2l_nerfstudio.distillation.datamanager import Batch, DistillationDataManager, DistillationDataManagerConfig
+from r2l_nerfstudio.distillation.photograph_views import PhotographViews, photograph_views
+from r2l_nerfstudio.distillation.pose_sampling import CaptureCameras, PoseSamplerConfig
+from r2l_nerfstudio.errors import InputError
+
+HOLDOUT_PIXELS = 32768
+
+
+@dataclass
+class CropDataManagerConfig(DistillationDataManagerConfig):
+    """Supervision by crops: teacher views, then undistorted photographs."""
+
+    _target: type = field(default_factory=lambda: CropDataManager)
+    pose_sampler: PoseSamplerConfig = field(default_factory=lambda: PoseSamplerConfig(focal_range=(1.0, 1.0)))
+    """Where teacher views are taken from. One focal length: the student draws at the pitch it was trained at."""
+    crop_cells: int = 8
+    """Cells along each side of a crop; fewer where a view has fewer."""
+
+
+class CropDataManager(DistillationDataManager):
+    """Batches of square crops, all of one angular pitch."""
+
+    config: CropDataManagerConfig
+
+    def view_cameras(self) -> CaptureCameras:
+        """As pinholes of one focal length, the capture's mean."""
+        cameras = super().view_cameras()
+        intrinsics = cameras.intrinsics.clone()
+        intrinsics[:, :2] = intrinsics[:, :2].mean()
+        return dataclasses.replace(cameras, intrinsics=intrinsics)
+
+    @property
+    def cells(self) -> int:
+        """Cells along each side of a crop.
+
+        Raises:
+            InputError: if a view is smaller than one cell.
+        """
+        cameras = self.view_cameras()
+        cells = min(self.config.crop_cells, cameras.height // self.factor, cameras.width // self.factor)
+        if cells < 1:
+            raise InputError(
+                f"Views of {cameras.width}x{cameras.height} pixels are smaller than one cell of {self.factor}x{self.factor}:"
+                " lower --pipeline.datamanager.view-downscale or --pipeline.model.factor."
+            )
+        return cells
+
+    def read_photographs(
+        self, indices: list[int], corrections: Float[Tensor, "num_train 3 4"] | None
+    ) -> PhotographViews:
+        cameras = self.view_cameras()
+        size = (cameras.height, cameras.width)
+        return photograph_views(
+            self.train_dataset, indices, cameras.intrinsics, size, corrections, self.background, self.device
+        )
+
+    def hold_out(self, source: Views, generator: torch.Generator | None) -> Batch:
+        return self._crops(source, HOLDOUT_PIXELS, generator)
+
+    def draw(self, num_real: int) -> Batch:
+        """Crops of teacher views, then crops of photographs."""
+        fresh = self._crops(self.ring, self.config.train_num_rays_per_batch - num_real)
+        return joined(fresh, self._crops(self.photographs, num_real)) if num_real else fresh
+
+    def _crops(self, source: Views, num_pixels: int, generator: torch.Generator | None = None) -> Batch:
+        cells = self.cells
+        num_crops = max(1, round(num_pixels / (cells * self.factor) ** 2))
+        return sample_crops(source, num_crops, cells, self.factor, generator)

@@ -1,0 +1,93 @@
+"""Crops of views, with the rays of the cells that explain them."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from jaxtyping import Float, UInt8
+from nerfstudio.cameras.rays import RayBundle
+from torch import Tensor
+
+from r2l_nerfstudio.distillation.datamanager import Batch
+from r2l_nerfstudio.distillation.ray_sample import RaySample
+from r2l_nerfstudio.rays.pinhole import pinhole_rays, pixel_centers
+from r2l_nerfstudio.rays.ray_image import MARGIN, ray_image_intrinsics
+
+
+class Views(Protocol):
+    """Pinhole views of one size: a ring of teacher views, or undistorted photographs."""
+
+    pixels: UInt8[Tensor, "capacity height width 5"]
+    """rgb, accumulation, and 1 where the colour is to be learnt."""
+    depth: Float[Tensor, "capacity height width"]
+    camera_to_worlds: Float[Tensor, "capacity 3 4"]
+    intrinsics: Float[Tensor, "capacity 4"]
+    has_geometry: bool
+    """Whether accumulation and depth are known."""
+
+    def __len__(self) -> int:
+        """The first so many views can be drawn from."""
+
+
+def sample_crops(
+    views: Views, num_crops: int, cells: int, factor: int, generator: torch.Generator | None = None
+) -> Batch:
+    """Square crops at random places of random views.
+
+    A crop may begin at any pixel: the student then learns every alignment of its grid of cells, and a camera that moves by
+    a pixel sees no grid.
+
+    Args:
+        views: where from.
+        num_crops: how many.
+        cells: cells along each side of a crop.
+        factor: pixels along each side of a cell.
+        generator: on the views' device, for a repeatable draw.
+
+    Returns:
+        rays of the cells with their margin (crops cells+2 cells+2), and the pixels inside it
+        (crops cells*factor cells*factor).
+    """
+    device = views.pixels.device
+    side = cells * factor
+    height, width = views.pixels.shape[1:3]
+
+    def draw(end: int) -> Tensor:
+        return torch.randint(end, (num_crops,), generator=generator, device=device)
+
+    chosen, top, left = draw(len(views)), draw(height - side + 1), draw(width - side + 1)
+    poses = views.camera_to_worlds[chosen][:, None, None]
+    intrinsics = views.intrinsics[chosen]
+    corner = torch.stack([left, top], dim=-1)
+    grid = pixel_centers(cells + 2 * MARGIN, cells + 2 * MARGIN, device)
+    in_cells = ray_image_intrinsics(intrinsics, factor, corner)
+    origins, directions = pinhole_rays(poses, in_cells[:, None, None], grid.expand(num_crops, -1, -1, -1))
+    bundle = RayBundle(origins=origins, directions=directions, pixel_area=torch.zeros_like(origins[..., :1]))
+
+    steps = torch.arange(side, device=device)
+    rows, columns = (top[:, None] + steps)[:, :, None], (left[:, None] + steps)[:, None, :]
+    pixels = views.pixels[chosen[:, None, None], rows, columns]
+    at = torch.stack([columns.expand(-1, side, -1), rows.expand(-1, -1, side)], dim=-1) + 0.5
+    pixel_origins, pixel_directions = pinhole_rays(poses, intrinsics[:, None, None], at)
+    weight = pixels[..., 4:5].float()
+    target = RaySample(
+        origins=pixel_origins,
+        directions=pixel_directions,
+        rgb=pixels[..., :3].float() / 255,
+        accumulation=pixels[..., 3:4].float() / 255,
+        depth=views.depth[chosen[:, None, None], rows, columns].float()[..., None],
+        weight=weight,
+        geometry_weight=weight if views.has_geometry else torch.zeros_like(weight),
+    )
+    return Batch(bundle, target)
+
+
+def joined(first: Batch, second: Batch) -> Batch:
+    """Crops of both batches, of the same size."""
+    bundles = [first.ray_bundle, second.ray_bundle]
+    origins, directions, areas = (
+        torch.cat([getattr(bundle, name) for bundle in bundles]) for name in ("origins", "directions", "pixel_area")
+    )
+    target = RaySample(*(torch.cat([a, b]) for a, b in zip(first.target.fields(), second.target.fields(), strict=True)))
+    return Batch(RayBundle(origins=origins, directions=directions, pixel_area=areas), target)

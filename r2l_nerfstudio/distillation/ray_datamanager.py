@@ -1,0 +1,70 @@
+"""Single rays: of teacher views, the hardest ones again, and in the end of photographs. R2L's data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from r2l_nerfstudio.distillation.datamanager import (
+    Batch,
+    DistillationDataManager,
+    DistillationDataManagerConfig,
+    to_ray_bundle,
+)
+from r2l_nerfstudio.distillation.hard_rays import HardRayPool
+from r2l_nerfstudio.distillation.photographs import Photographs
+from r2l_nerfstudio.distillation.ray_sample import RECORD_WIDTH, RaySample
+from r2l_nerfstudio.distillation.survey import Survey
+from r2l_nerfstudio.distillation.view_ring import ViewRing
+from r2l_nerfstudio.teacher import Teacher
+
+HOLDOUT_RAYS = 8192
+
+
+@dataclass
+class RayDataManagerConfig(DistillationDataManagerConfig):
+    """Supervision ray by ray: teacher views, hard rays, then photographs."""
+
+    _target: type = field(default_factory=lambda: RayDataManager)
+    hard_fraction: float = 0.2
+    """Share of every batch drawn from the rays with the largest errors so far."""
+    hard_pool_batches: int = 20
+    """How many iterations' hard rays are remembered."""
+
+
+class RayDataManager(DistillationDataManager):
+    """Batches of single rays."""
+
+    config: RayDataManagerConfig
+
+    def attach_teacher(self, teacher: Teacher, survey: Survey, background: Float[Tensor, "3"], factor: int) -> None:
+        super().attach_teacher(teacher, survey, background, factor)
+        num_hard = int(self.config.hard_fraction * self.config.train_num_rays_per_batch)
+        self.hard_rays = HardRayPool(num_hard, self.config.hard_pool_batches, RECORD_WIDTH, self.device)
+
+    def read_photographs(self, indices: list[int], corrections: Float[Tensor, "num_train 3 4"] | None) -> Photographs:
+        return Photographs(self.train_dataset, indices, corrections, self.background, self.device)
+
+    def hold_out(self, source: Photographs | ViewRing, generator: torch.Generator | None) -> Batch:
+        sample = source.sample(HOLDOUT_RAYS, generator)
+        return Batch(to_ray_bundle(sample), sample)
+
+    def draw(self, num_real: int) -> Batch:
+        """Fresh rays of teacher views first, then hard rays, then rays of photographs."""
+        total = self.config.train_num_rays_per_batch
+        num_hard = min(self.hard_rays.per_step, len(self.hard_rays))
+        if num_real:
+            num_hard = int(num_hard * (1 - self.config.real_fraction))
+        fresh = total - num_hard - num_real
+        parts = [self.ring.sample(fresh).records(), self.hard_rays.draw(num_hard)]
+        if num_real:
+            parts.append(self.photographs.sample(num_real).records())
+        sample = RaySample.from_records(torch.cat(parts))
+        return Batch(to_ray_bundle(sample), sample, fresh)
+
+    def learn_from(self, batch: Batch, errors: Float[Tensor, "rays"]) -> None:
+        """Put the worst of a batch's fresh rays into the hard-ray pool (R2L, sec. 3.3)."""
+        self.hard_rays.add(batch.target.records()[: batch.fresh], errors[: batch.fresh])
