@@ -76,7 +76,7 @@ class DistillationPipeline(VanillaPipeline):
             # The teacher first: it knows best what is wrong with a capture.
             teacher = load_teacher(config, device) if test_mode == "val" else None
             if teacher is not None:
-                config.model.fit_to(*self._view_size(teacher))
+                config.model.fit_to(*view_size(config.datamanager, teacher))
             super().__init__(config, device, test_mode, world_size, local_rank, grad_scaler)
             self.average: WeightAverage | None = None
             if teacher is not None:
@@ -105,12 +105,6 @@ class DistillationPipeline(VanillaPipeline):
         )
         CONSOLE.print(f"Scene: {self.model.describe_scene()}.")
         self.datamanager.attach_teacher(teacher, survey, background, self.model.factor)
-
-    def _view_size(self, teacher: Teacher) -> tuple[int, int]:
-        """Width and height of the views to come, before there is a data manager."""
-        cameras = teacher.dataparser_outputs.cameras
-        scale = self.config.datamanager.camera_res_scale_factor / self.config.datamanager.view_downscale
-        return tuple(round(float(sizes.float().median()) * scale) for sizes in (cameras.width, cameras.height))
 
     def load_pipeline(self, loaded_state: dict[str, Any], step: int) -> None:
         """Load a student, all of it: Nerfstudio's own leaves what does not fit at random, without a word.
@@ -257,6 +251,14 @@ def load_teacher(config: DistillationPipelineConfig, device: str) -> Teacher:
     if config.teacher is None:
         raise InputError("A student needs a teacher: name a trained Nerfstudio run with --teacher …/config.yml.")
     return Teacher.load(config.teacher, device=device, data=config.datamanager.data)
+
+
+def view_size(config: DistillationDataManagerConfig, teacher: Teacher) -> tuple[int, int]:
+    """Width and height in pixels of the teacher views to come, before there is a data manager."""
+    cameras = teacher.dataparser_outputs.cameras
+    scale = config.camera_res_scale_factor / config.view_downscale
+    width, height = (round(float(sizes.float().median()) * scale) for sizes in (cameras.width, cameras.height))
+    return width, height
 
 
 def background_of(teacher: Teacher) -> Float[Tensor, "3"]:

@@ -38,11 +38,12 @@ def render_by_faces(
     spread = (origins - origins[:1, :1]).norm(dim=-1).max()
     if float(spread) > 1e-5 * (1 + float(origins[0, 0].norm())):
         raise InputError(
-            "This student draws from one point at a time, but the rays of a stereo panorama (omnidirectional, VR180) or"
+            "This student draws from one point at a time, but the rays of an omnidirectional stereo panorama or"
             " an orthophoto have many origins: choose a perspective, fisheye or equirectangular camera, or an r2l student,"
             " which answers any ray."
         )
-    pose = camera.camera_to_worlds[0].to(directions)
+    # Where the rays begin, which for one eye of VR180 is not where the camera is.
+    pose = torch.cat([camera.camera_to_worlds[0, :, :3].to(directions), origins[0, 0, :, None]], dim=-1)
     local = directions @ pose[:, :3]
     tangents = local[..., :2] / -local[..., 2:]
     if bool((local[..., 2] < 0).all()) and float(tangents.abs().max()) <= WIDEST:

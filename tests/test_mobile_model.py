@@ -1,0 +1,253 @@
+"""The MobileR2L model: any pinhole at any size, other lenses, and what it learns from."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from nerfstudio.cameras.cameras import Cameras, CameraType
+from nerfstudio.data.scene_box import SceneBox
+from torch import Tensor
+
+from r2l_nerfstudio.distillation.crops import joined, sample_crops
+from r2l_nerfstudio.distillation.photograph_views import PhotographViews
+from r2l_nerfstudio.errors import InputError
+from r2l_nerfstudio.models.any_camera import render_by_faces
+from r2l_nerfstudio.models.mobile_r2l import MAX_CELLS, MobileR2LModel, MobileR2LModelConfig
+from r2l_nerfstudio.rays.pinhole import image_rays
+from r2l_nerfstudio.rays.spacing import SceneBounds
+
+FOCAL = 30.0
+POSE = torch.tensor([[0.96, 0.0, 0.28, 0.9], [0.0, 1.0, 0.0, -0.2], [-0.28, 0.0, 0.96, 3.0]])
+
+
+def model(factor: int = 4, accumulation: bool = True, depth: bool = True, **config) -> MobileR2LModel:
+    """A student with random weights of a scene in the unit ball."""
+    torch.manual_seed(1)
+    made = MobileR2LModelConfig(
+        width=16, blocks=1, factor=factor, up_width=8, last_width=8, zero_init=False, **config
+    ).setup(scene_box=SceneBox(aabb=torch.tensor([[-1.0, -1, -1], [1, 1, 1]])), num_train_data=1, metadata={})
+    torch.nn.init.normal_(made.network.tail.weight, std=0.7)  # so that pixels differ
+    bounds = SceneBounds("sphere", (0.0, 0.0, 0.0), 1.0, 2.0, 4.0)
+    made.set_scene(bounds, torch.eye(3), torch.tensor([0.2, 0.4, 0.9]), accumulation, depth, focal=FOCAL)
+    return made.eval()
+
+
+def camera(width: int = 24, height: int = 17, zoom: float = 1.0, kind=CameraType.PERSPECTIVE, **fields) -> Cameras:
+    """A camera at distance 3 that looks at the scene; at zoom 1 of the trained pitch."""
+    where = {"cx": width / 2, "cy": height / 2, **fields}
+    return Cameras(POSE[None], fx=FOCAL * zoom, fy=FOCAL * zoom, width=width, height=height, camera_type=kind, **where)
+
+
+# Sizes, crops, zoom.
+
+
+@pytest.mark.parametrize("factor", [4, 8, 12])
+@pytest.mark.parametrize(("width", "height"), [(24, 16), (23, 17), (1, 1), (5, 31)])
+def test_any_size_is_drawn_whole(width: int, height: int, factor: int) -> None:
+    outputs = model(factor).get_outputs_for_camera(camera(width, height))
+    assert list(outputs) == ["rgb", "accumulation", "depth"]
+    for key, value in outputs.items():
+        assert value.shape == (height, width, 3 if key == "rgb" else 1) and value.isfinite().all()
+
+
+@pytest.mark.parametrize("factor", [4, 8])
+def test_a_size_that_the_factor_does_not_divide_is_a_crop_of_one_that_it_does(factor: int) -> None:
+    student = model(factor)
+    whole = student.get_outputs_for_camera(camera(32, 24, cx=16.0, cy=12.0))
+    part = student.get_outputs_for_camera(camera(19, 13, cx=16.0, cy=12.0))
+    for key, value in part.items():
+        torch.testing.assert_close(value, whole[key][:13, :19], atol=1e-5, rtol=1e-4)
+    assert whole["rgb"].std() > 0.01
+
+
+def test_pixels_at_the_border_are_as_any_other() -> None:
+    student = model(4)
+    whole = student.get_outputs_for_camera(camera(32, 24, cx=16.0, cy=12.0))["rgb"]
+    inner = student.get_outputs_for_camera(camera(12, 8, cx=16.0 - 8, cy=12.0 - 4))["rgb"]
+    torch.testing.assert_close(inner, whole[4:12, 8:20], atol=1e-5, rtol=1e-4)
+
+
+def test_accumulation_and_depth_are_there_where_the_teacher_had_them() -> None:
+    keys = {(True, False): ["rgb", "accumulation"], (False, False): ["rgb"]}
+    for (accumulation, depth), expected in keys.items():
+        outputs = model(accumulation=accumulation, depth=depth).get_outputs_for_camera(camera())
+        assert list(outputs) == expected
+    outputs = model().get_outputs_for_camera(camera())
+    rgba = model().get_rgba_image(outputs)
+    assert rgba.shape == (17, 24, 4) and torch.equal(rgba[..., 3:], outputs["accumulation"])
+    origins, directions = image_rays(POSE, torch.tensor([FOCAL, FOCAL, 12, 8.5]), 17, 24)
+    inside = (origins + outputs["depth"] * directions).norm(dim=-1)
+    middle = -(origins * directions).sum(-1)
+    reach = (origins + middle[..., None] * directions).norm(dim=-1).clamp_min(1.0)
+    assert (inside <= reach + 1e-3).all()  # in the sphere, or as near as the ray comes
+
+
+@pytest.mark.parametrize("zoom", [0.5, 0.8, 1.25, 2.0])
+def test_other_zooms_are_drawn_at_the_trained_pitch(zoom: float) -> None:
+    student = model(4)
+    # The network, as a function of direction alone that is smooth: a camera's picture is then known at any zoom.
+    student.encode = lambda origins, directions: directions
+    student.network = _Directions(4)
+    width, height = 36, 28
+    rgb = student.get_outputs_for_camera(camera(width, height, zoom))["rgb"]
+    _, directions = image_rays(POSE, torch.tensor([FOCAL * zoom, FOCAL * zoom, 18, 14]), height, width)
+    inner = slice(2, -2)  # resampling has no neighbours beyond the border
+    torch.testing.assert_close(rgb[inner, inner], (0.5 + 0.4 * directions)[inner, inner], atol=0.004, rtol=0)
+
+
+class _Directions(torch.nn.Module):
+    """Rays of cells to colours of pixels, by interpolation: what a trained network comes down to in a smooth scene."""
+
+    def __init__(self, factor: int) -> None:
+        super().__init__()
+        self.factor = factor
+
+    def forward(self, code: Tensor) -> Tensor:
+        up = torch.nn.functional.interpolate(code, scale_factor=self.factor, mode="bilinear")
+        color = 0.5 + 0.4 * up / up.norm(dim=1, keepdim=True)
+        return torch.cat([color, color[:, :2]], dim=1)
+
+
+def test_very_wide_views_are_drawn_coarser() -> None:
+    student = model(4)
+    assert student.drawn_size(FOCAL, FOCAL, 37, 21) == (37, 21)
+    assert student.drawn_size(2 * FOCAL, FOCAL, 37, 21) == (18, 21)
+    width, height = student.drawn_size(0.01, 0.01, 100, 50)
+    assert width * height <= 1.01 * MAX_CELLS * 16 and width == pytest.approx(2 * height, abs=1)
+
+
+# Other lenses.
+
+
+def of_direction(pose: Tensor, intrinsics: Tensor, height: int, width: int) -> Tensor:
+    return image_rays(pose, intrinsics, height, width)[1]
+
+
+@pytest.mark.parametrize(
+    "of",
+    [
+        camera(distortion_params=torch.tensor([[0.2, -0.05, 0.0, 0.0, 0.01, -0.02]])),
+        camera(kind=CameraType.FISHEYE),
+        camera(64, 64, zoom=0.5, kind=CameraType.FISHEYE),
+        camera(40, 20, kind=CameraType.EQUIRECTANGULAR),
+        camera(20, 20, kind=CameraType.VR180_L),
+    ],
+    ids=["distorted", "fisheye", "wide fisheye", "equirectangular", "vr180"],
+)
+def test_other_lenses_see_every_direction_where_it_is(of: Cameras) -> None:
+    rays = of.generate_rays(camera_indices=0, keep_shape=True)
+    expected = rays.directions
+    picture = render_by_faces(of, 60.0, of_direction, torch.device("cpu"))
+    assert picture.shape == expected.shape
+    torch.testing.assert_close(torch.nn.functional.normalize(picture, dim=-1), expected, atol=2e-3, rtol=0)
+    where = render_by_faces(of, 60.0, lambda pose, *_: pose[:, 3].expand(*_[1:], 3), torch.device("cpu"))
+    torch.testing.assert_close(where, rays.origins)
+    outputs = model().get_outputs_for_camera(of)
+    assert outputs["rgb"].shape == expected.shape and outputs["depth"].isfinite().all()
+
+
+@pytest.mark.parametrize("kind", [CameraType.OMNIDIRECTIONALSTEREO_R, CameraType.ORTHOPHOTO])
+def test_rays_of_many_origins_are_refused(kind: CameraType, capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(InputError, match="r2l student"):
+        render_by_faces(camera(16, 16, kind=kind), 30.0, of_direction, torch.device("cpu"))
+    with pytest.raises(SystemExit):
+        model().get_outputs_for_camera(camera(16, 16, kind=kind))
+    assert "Error: " in capsys.readouterr().out
+
+
+# Factors.
+
+
+@pytest.mark.parametrize(
+    ("size", "factor"), [((400, 400), 4), ((100, 60), 4), ((800, 800), 8), ((1008, 756), 12), ((4000, 3000), 12)]
+)
+def test_the_factor_fits_the_capture_unless_it_is_set(size: tuple[int, int], factor: int) -> None:
+    config = MobileR2LModelConfig()
+    config.fit_to(*size)
+    assert config.factor == factor
+    config = MobileR2LModelConfig(factor=6)
+    config.fit_to(*size)
+    assert config.factor == 6
+    with pytest.raises(InputError, match="--pipeline.model.factor"):
+        MobileR2LModelConfig(factor=5).fit_to(*size)
+
+
+# Crops.
+
+
+def views(count: int = 3, height: int = 20, width: int = 28) -> PhotographViews:
+    """Views whose colours are their rays' directions, in 8 bits."""
+    torch.manual_seed(0)
+    poses = torch.cat([torch.linalg.qr(torch.randn(count, 3, 3)).Q, torch.randn(count, 3, 1)], dim=-1)
+    intrinsics = torch.tensor([FOCAL, FOCAL, width / 2, height / 2]).expand(count, 4) + torch.rand(count, 4)
+    pictures = [image_rays(p, i, height, width)[1] for p, i in zip(poses, intrinsics, strict=True)]
+    color = ((0.5 + 0.5 * torch.stack(pictures)) * 255).round().to(torch.uint8)
+    extra = torch.full_like(color[..., :2], 255)
+    extra[..., 1] = 1
+    return PhotographViews(torch.cat([color, extra], dim=-1), torch.ones(color.shape[:3]).half(), poses, intrinsics)
+
+
+@pytest.mark.parametrize("factor", [4, 6])
+def test_pixels_of_crops_are_those_that_their_rays_see(factor: int) -> None:
+    batch = sample_crops(views(), 40, 3, factor)
+    side = 3 * factor
+    assert batch.target.rgb.shape == (40, side, side, 3) and batch.ray_bundle.origins.shape == (40, 5, 5, 3)
+    torch.testing.assert_close(batch.target.rgb, 0.5 + 0.5 * batch.target.directions, atol=0.003, rtol=0)
+    torch.testing.assert_close(batch.target.origins[:, 0, 0], batch.ray_bundle.origins[:, 0, 0])
+    assert len(batch.target.rgb.flatten(1).unique(dim=0)) > 30  # places and views differ
+
+
+@pytest.mark.parametrize("factor", [4, 6])
+def test_a_cells_ray_is_the_middle_of_its_pixels(factor: int) -> None:
+    source = views(1)
+    batch = sample_crops(source, 5, 3, factor)
+    rotation = source.camera_to_worlds[0, :, :3]
+
+    def tangents(directions: Tensor) -> Tensor:
+        local = directions @ rotation
+        return local[..., :2] / -local[..., 2:]
+
+    blocks = tangents(batch.target.directions).unfold(1, factor, factor).unfold(2, factor, factor).mean((-1, -2))
+    cells = tangents(batch.ray_bundle.directions)
+    torch.testing.assert_close(cells[:, 1:-1, 1:-1], blocks, atol=1e-5, rtol=1e-4)
+    step = cells[:, 1:, 1:] - cells[:, :-1, :-1]  # the margin continues the grid
+    torch.testing.assert_close(step, step[:, :1, :1].expand_as(step), atol=1e-5, rtol=1e-4)
+
+
+def test_a_crop_renders_as_the_camera_that_it_is_part_of() -> None:
+    student, source = model(4), views(1, 16, 16)
+    fx, _, cx, cy = source.intrinsics[0].tolist()
+    student.focal.fill_(fx)
+    intrinsics = torch.tensor([fx, fx, cx, cy])
+    source.intrinsics[0] = intrinsics
+    outputs = student(sample_crops(source, 1, 4, 4).ray_bundle)
+    whole = student.render_pinhole(source.camera_to_worlds[0], intrinsics, 16, 16)
+    torch.testing.assert_close(outputs["rgb"][0], whole[..., :3], atol=1e-5, rtol=1e-4)
+
+
+def test_photographs_teach_no_geometry_and_join_teacher_views() -> None:
+    known, unknown = views(), views()
+    known.has_geometry = True
+    both = joined(sample_crops(known, 2, 3, 4), sample_crops(unknown, 3, 3, 4))
+    assert both.ray_bundle.origins.shape == (5, 5, 5, 3) and both.target.rgb.shape == (5, 12, 12, 3)
+    assert both.target.geometry_weight.flatten(1).mean(1).tolist() == [1, 1, 0, 0, 0]
+    bundle, batch = both.as_nerfstudio()
+    losses = model().get_loss_dict(model()(bundle), batch)
+    assert set(losses) == {"rgb_loss", "accumulation_loss", "depth_loss"}
+    assert all(math.isfinite(float(loss)) for loss in losses.values())
+
+
+def test_pixels_without_weight_teach_nothing() -> None:
+    source = views()
+    batch = sample_crops(source, 4, 3, 4)
+    student = model()
+    outputs = student(batch.ray_bundle)
+    loss = student.get_loss_dict(outputs, batch.as_nerfstudio()[1])["rgb_loss"]
+    batch.target.weight[:, :6] = 0
+    batch.target.rgb[:, :6] = 7.0
+    other = student.get_loss_dict(outputs, batch.as_nerfstudio()[1])["rgb_loss"]
+    expected = (outputs["rgb"] - batch.target.rgb)[:, 6:].square().mean()
+    torch.testing.assert_close(other, expected)
+    assert not torch.isclose(loss, other)
