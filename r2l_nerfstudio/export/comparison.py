@@ -1,0 +1,67 @@
+"""An export beside torch, on probe cameras of the trained student."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from jaxtyping import Float
+
+from r2l_nerfstudio.engines.parity import psnr
+from r2l_nerfstudio.engines.protocol import PARITY_DB
+from r2l_nerfstudio.errors import InputError
+from r2l_nerfstudio.export.graph import GraphSpec
+from r2l_nerfstudio.export.probes import probe_intrinsics, probe_poses
+from r2l_nerfstudio.rays.pinhole import image_rays
+from r2l_nerfstudio.student import Student
+
+Arrays = dict[str, Float[np.ndarray, "..."]]
+"""By the names of a graph's inputs, or of its outputs."""
+
+
+def probe_inputs(student: Student, spec: GraphSpec, probe: int) -> tuple[Arrays, Arrays]:
+    """Inputs of a graph for one of the probe cameras, and the outputs that torch makes of them."""
+    pose = probe_poses(student.model)[probe]
+    intrinsics = probe_intrinsics(student.model, spec.width, spec.height)
+    truth = student.render_all(pose.numpy(), intrinsics.numpy(), spec.width, spec.height)
+    if spec.inputs == "camera":
+        return {"camera_to_world": pose.numpy(), "intrinsics": intrinsics.numpy()}, truth
+    rays = image_rays(pose, intrinsics, spec.height, spec.width)
+    origins, directions = (np.ascontiguousarray(tensor.reshape(-1, 3).numpy()) for tensor in rays)
+    flat = {name: value.reshape(-1, value.shape[-1]) for name, value in truth.items()}
+    return {"origins": origins, "directions": directions}, flat
+
+
+def check_export(student: Student, spec: GraphSpec, run: Callable[[Arrays], Arrays], what: str) -> float:
+    """Compare an export with torch.
+
+    Args:
+        student: that was exported.
+        spec: of the graph.
+        run: the export: from its inputs to its outputs.
+        what: its name, for the message.
+
+    Returns:
+        the worst PSNR in dB over all probe cameras and outputs; depths count in units of the scene's far distance.
+
+    Raises:
+        InputError: it is less than the precision explains.
+    """
+    worst = math.inf
+    for probe in range(len(probe_poses(student.model))):
+        inputs, truth = probe_inputs(student, spec, probe)
+        found = run(inputs)
+        for name, value in truth.items():
+            unit = float(student.model.ray_code.far) if name == "depth" else 1.0
+            pair = (torch.from_numpy(np.array(array, dtype=np.float32)) / unit for array in (found[name], value))
+            worst = min(worst, psnr(*pair))
+    needed = PARITY_DB[spec.precision]
+    if not worst >= needed:
+        said = "it gives values that are not finite" if worst == -math.inf else f"it agrees to {worst:.0f} dB only"
+        raise InputError(
+            f"{what} does not render what torch renders: {said} on probe cameras of the student, and {needed:.0f} dB are"
+            f" needed in {spec.precision}. It was not kept; try --precision fp32, or another format."
+        )
+    return worst

@@ -1,0 +1,136 @@
+"""A student's graph as one ONNX file."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from r2l_nerfstudio.errors import InputError
+from r2l_nerfstudio.export.comparison import Arrays, check_export, probe_inputs
+from r2l_nerfstudio.export.graph import GraphSpec
+from r2l_nerfstudio.export.whole_files import whole_files
+from r2l_nerfstudio.models.mobile_r2l import MobileR2LModel
+from r2l_nerfstudio.student import Student
+
+if TYPE_CHECKING:
+    import onnx
+
+OPSET = 18
+
+
+def export_onnx(student: Student, spec: GraphSpec, output: Path, overwrite: bool = False) -> float:
+    """Write an ONNX file that is whole and renders what torch renders.
+
+    Args:
+        student: on the CPU.
+        spec: which graph.
+        output: the file.
+        overwrite: whether it may be there.
+
+    Returns:
+        PSNR in dB against torch.
+
+    Raises:
+        InputError: packages are missing, the file may not be written, or renders something else; nothing is left then.
+    """
+    require_onnx()
+    with whole_files(output, overwrite) as file:
+        write_onnx(student, spec, file)
+        return check_export(student, spec, lambda inputs: run_onnx(file, inputs), f"The ONNX file {output}")
+
+
+def write_onnx(student: Student, spec: GraphSpec, path: Path) -> None:
+    """Write the graph with its weights and `metadata`; see `export_onnx` for one that is compared with torch.
+
+    Raises:
+        InputError: the student cannot take such inputs.
+    """
+    import onnx
+
+    graph = spec.build(student)
+    inputs, _ = probe_inputs(student, spec, 0)
+    rays = {0: torch.export.Dim("rays", min=1)}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about the exporter's own insides
+        program = torch.onnx.export(
+            graph,
+            tuple(torch.from_numpy(value) for value in inputs.values()),
+            dynamo=True,
+            input_names=list(graph.inputs),
+            output_names=list(graph.outputs),
+            dynamic_shapes={name: rays for name in graph.inputs} if spec.inputs == "rays" else None,
+            opset_version=OPSET,
+            external_data=False,
+            verbose=False,
+        )
+    model = program.model_proto
+    forget_source(model)
+    onnx.helper.set_model_props(model, metadata(student, spec))
+    onnx.checker.check_model(model)
+    onnx.save_model(model, str(path))
+
+
+def forget_source(model: onnx.ModelProto) -> None:
+    """Remove what the exporter says of the Python code behind each node, paths of this machine among it."""
+    graph = model.graph
+    del graph.value_info[:]
+    for part in (model, graph, *graph.node, *graph.input, *graph.output, *graph.initializer):
+        part.ClearField("doc_string")
+        part.ClearField("metadata_props")
+
+
+def metadata(student: Student, spec: GraphSpec) -> dict[str, str]:
+    """What another program has to know: words, and numbers or lists of numbers in JSON; lengths in the run's unit."""
+    model, code = student.model, student.model.ray_code
+    found: dict[str, Any] = {
+        "method": student.method_name,
+        "precision": spec.precision,
+        "frame": "the run's, to which its dataparser_transforms.json leads; OpenGL camera axes",
+        "ray_code": code.kind,
+        "spacing": code.spacing,
+        "samples": code.num_points,
+        "frequencies": code.num_frequencies,
+        "near": float(code.near),
+        "far": float(code.far),
+        "center": code.center.tolist(),
+        "scale": float(code.radius),
+        "axes": code.axes.tolist(),
+        "background": model.background.tolist(),
+        "factor": 1,
+    }
+    if isinstance(model, MobileR2LModel):
+        focal = float(model.focal)
+        found |= {"factor": model.factor, "focal": focal, "pitch": 1.0 / focal}
+    if spec.inputs == "camera":
+        found |= {"width": spec.width, "height": spec.height}
+    return {key: value if isinstance(value, str) else json.dumps(value) for key, value in found.items()}
+
+
+def run_onnx(path: Path, inputs: Arrays) -> Arrays:
+    """What ONNX Runtime makes of it on the CPU."""
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    names = [output.name for output in session.get_outputs()]
+    return dict(zip(names, session.run(names, inputs), strict=True))
+
+
+def require_onnx() -> None:
+    """Find the packages that write, check and run ONNX.
+
+    Raises:
+        InputError: one is missing.
+    """
+    try:
+        import onnx  # noqa: F401
+        import onnxruntime  # noqa: F401
+        import onnxscript  # noqa: F401
+    except ImportError as error:
+        raise InputError(
+            f"An export needs the package {error.name}, which is not installed: pip install onnx onnxscript onnxruntime"
+            " (together the extra 'export' of r2l-nerfstudio)."
+        ) from error

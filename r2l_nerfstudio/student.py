@@ -1,0 +1,165 @@
+"""A trained student from its run's folder alone: no capture, no teacher, no data manager."""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from nerfstudio.cameras.cameras import Cameras
+from nerfstudio.data.scene_box import SceneBox
+from torch import Tensor
+
+from r2l_nerfstudio.errors import InputError
+from r2l_nerfstudio.models.light_field import LightFieldModel
+from r2l_nerfstudio.run_config import checkpoint_path, load_run_config, resolve_run
+
+Array = np.ndarray | Tensor
+
+
+class Student:
+    """A trained student.
+
+    Cameras are in the frame of the run: the teacher's, which its dataparser made of the capture's (the run's
+    `dataparser_transforms.json` leads there), with OpenGL axes: x right, y up, looking along -z.
+
+    Args:
+        model: with its trained weights, on its device, in evaluation mode.
+        method_name: as `ns-train` lists it.
+    """
+
+    def __init__(self, model: LightFieldModel, method_name: str) -> None:
+        self.model = model
+        self.method_name = method_name
+
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        """What it can render: `rgb`, and what its teacher could teach of `accumulation` and `depth`."""
+        known = {"rgb": True, "accumulation": self.model.has_accumulation, "depth": self.model.has_depth}
+        return tuple(name for name, is_known in known.items() if is_known)
+
+    def render(
+        self, camera_to_world: Any, intrinsics: Any, width: int, height: int, output: str = "rgb"
+    ) -> Float[Array, "height width channels"]:
+        """One picture of an undistorted perspective camera.
+
+        Args:
+            camera_to_world: [3, 4] or [4, 4], in the run's frame.
+            intrinsics: [4], fx, fy, cx, cy in pixels, or the matrix [3, 3]; the first pixel's centre is at (0.5, 0.5).
+            width: in pixels.
+            height: in pixels.
+            output: one of `outputs`.
+
+        Returns:
+            fp32; a tensor on the student's device where the camera came as a tensor, else a NumPy array. `rgb` has three
+            channels in [0, 1], on the student's background; `accumulation` one in [0, 1]; `depth` one, the distance along
+            the pixel's ray in the run's unit.
+
+        Raises:
+            InputError: for an unknown output, or a camera that is none.
+        """
+        if output not in self.outputs:
+            raise InputError(
+                f"This student renders {', '.join(self.outputs)}, not {output!r}: its teacher has to have an output for it"
+                " to learn it."
+            )
+        return self.render_all(camera_to_world, intrinsics, width, height)[output]
+
+    @torch.no_grad()
+    def render_all(
+        self, camera_to_world: Any, intrinsics: Any, width: int, height: int
+    ) -> dict[str, Float[Array, "height width channels"]]:
+        """All `outputs` of one camera by name; as `render`.
+
+        Raises:
+            InputError: for a camera that is none.
+        """
+        pose = _numbers(camera_to_world, "camera_to_world", {(3, 4), (4, 4)})[:3]
+        lens = _numbers(intrinsics, "intrinsics", {(4,), (3, 3)})
+        fx, fy, cx, cy = lens if lens.ndim == 1 else (lens[0, 0], lens[1, 1], lens[0, 2], lens[1, 2])
+        if min(fx, fy) <= 0:
+            raise InputError(f"intrinsics: focal lengths of {fx:g} and {fy:g} pixels; both must be above 0.")
+        for name, size in (("width", width), ("height", height)):
+            if int(size) != size or size < 1:
+                raise InputError(f"{name}: {size} is not a number of pixels; pass a whole number from 1 on.")
+        camera = Cameras(
+            pose[None], float(fx), float(fy), float(cx), float(cy), width=int(width), height=int(height)
+        ).to(self.model.device)
+        outputs = self.model.get_outputs_for_camera(camera)
+        found = {name: outputs[name] for name in self.outputs}
+        if isinstance(camera_to_world, Tensor):
+            return found
+        return {name: value.cpu().numpy() for name, value in found.items()}
+
+
+def load_student(path: Path | str, device: torch.device | str | None = None, step: int | None = None) -> Student:
+    """Load a trained student from its run's folder; nothing else needs to be on the disk.
+
+    Args:
+        path: the run's config.yml, or the folder that holds it.
+        device: where to run; the GPU if there is one, by default.
+        step: training step of the checkpoint; the newest by default.
+
+    Raises:
+        InputError: there is no such run or checkpoint, it is damaged, or not a student's.
+    """
+    config_path = resolve_run(Path(path))
+    config = load_run_config(config_path)
+    target = getattr(config.pipeline.model, "_target", None)
+    if not (isinstance(target, type) and issubclass(target, LightFieldModel)):
+        raise InputError(
+            f"The run {config_path} is one of '{config.method_name}', not of a student: pass the config.yml of a run of"
+            " r2l, mobile-r2l or a variant of theirs."
+        )
+    checkpoint = checkpoint_path(config, config_path, step)
+    weights, trained_step = _read_weights(checkpoint)
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    # A student keeps its bounds itself: neither the box nor the number of images shapes it.
+    scene_box = SceneBox(torch.tensor([[-1.0, -1.0, -1.0], [1.0, 1.0, 1.0]]))
+    model = config.pipeline.model.setup(
+        scene_box=scene_box, num_train_data=1, metadata={}, device=str(device), grad_scaler=None
+    )
+    try:
+        model.update_to_step(trained_step)
+        model.load_state_dict(weights, strict=True)
+    except (RuntimeError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(
+            f"The checkpoint {checkpoint} does not fit the student that {config_path} describes"
+            f" ({_one_line(error)}): a run's config.yml goes with its own checkpoints; restore both from one copy."
+        ) from error
+    return Student(model.to(device).eval().requires_grad_(False), config.method_name)
+
+
+def _read_weights(checkpoint: Path) -> tuple[dict[str, Any], int]:
+    """The model's part of a checkpoint, and its step."""
+    try:
+        loaded = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
+        state = {key.removeprefix("module."): value for key, value in loaded["pipeline"].items()}
+        step = int(loaded["step"])
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, TypeError, KeyError) as error:
+        raise InputError(
+            f"The student's checkpoint {checkpoint} is damaged or no checkpoint of ns-train ({_one_line(error)}): restore it"
+            " from a copy; or delete it, if an older one is beside it; or train the student again."
+        ) from error
+    return {key.removeprefix("_model."): value for key, value in state.items() if key.startswith("_model.")}, step
+
+
+def _numbers(values: Any, name: str, shapes: set[tuple[int, ...]]) -> Float[Tensor, "..."]:
+    """Finite fp32 numbers of one of some shapes, on the CPU."""
+    try:
+        numbers = torch.as_tensor(values, dtype=torch.float32).detach().cpu()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise InputError(f"{name} is not made of numbers ({_one_line(error)}): pass an array or a tensor.") from error
+    if tuple(numbers.shape) not in shapes:
+        wanted = " or ".join(str(list(shape)) for shape in sorted(shapes))
+        raise InputError(f"{name} has the shape {list(numbers.shape)}: pass {wanted}.")
+    if not bool(numbers.isfinite().all()):
+        raise InputError(f"{name} holds numbers that are not finite: pass a camera's own.")
+    return numbers
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]

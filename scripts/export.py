@@ -1,0 +1,100 @@
+"""A trained student in files that other programs open. Each file is compared with torch before it is kept."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+from nerfstudio.utils.rich_utils import CONSOLE
+
+from r2l_nerfstudio.errors import exit_on_input_error
+from r2l_nerfstudio.export.graph import GraphInputs, GraphPrecision, GraphSpec
+from r2l_nerfstudio.student import Student, load_student
+
+R2L_SIZE = 400
+CELLS = 100
+"""Of a MobileR2L picture without other wishes, along each side, as published."""
+
+
+@dataclass
+class GraphExport:
+    """What all exports of a graph share."""
+
+    load_config: Path
+    """The student's run: its config.yml, or its folder."""
+    output: Path
+    """The file to write."""
+    inputs: GraphInputs = "camera"
+    """What goes in: a camera (camera_to_world [3, 4] and intrinsics fx, fy, cx, cy), or, for r2l, rays (origins and
+    directions, any number)."""
+    precision: GraphPrecision = "fp32"
+    """Of the network's weights and arithmetic; the encoding stays in fp32."""
+    width: int | None = None
+    """Of the picture in pixels, fixed in the file; 400, or 100 cells for a mobile-r2l."""
+    height: int | None = None
+    """Of the picture in pixels, fixed in the file; likewise."""
+    step: int | None = None
+    """Training step of the checkpoint; the newest by default."""
+    overwrite: bool = False
+    """Replace a file that is there."""
+
+    def load(self) -> tuple[Student, GraphSpec]:
+        """The student on the CPU, and the graph that is asked for."""
+        student = load_student(self.load_config, device="cpu", step=self.step)
+        size = CELLS * getattr(student.model, "factor", 0) or R2L_SIZE
+        width = size if self.width is None else self.width
+        height = size if self.height is None else self.height
+        return student, GraphSpec(self.inputs, self.precision, width, height)
+
+
+@dataclass
+class Onnx(GraphExport):
+    """One ONNX file of the whole student: rays, encoding, network."""
+
+    def main(self) -> None:
+        """Write it, compare it, say so."""
+        from r2l_nerfstudio.export.onnx_file import export_onnx
+
+        started = time.perf_counter()
+        student, spec = self.load()
+        psnr = export_onnx(student, spec, self.output, self.overwrite)
+        report(self.output, psnr, started)
+
+
+@dataclass
+class Openvino(GraphExport):
+    """OpenVINO's .xml and .bin of the whole student."""
+
+    def main(self) -> None:
+        """Write them, compare them, say so."""
+        from r2l_nerfstudio.export.openvino_file import export_openvino
+
+        started = time.perf_counter()
+        student, spec = self.load()
+        psnr = export_openvino(student, spec, self.output, self.overwrite)
+        report(self.output, psnr, started, self.output.with_suffix(".bin"))
+
+
+COMMANDS = {"onnx": Onnx, "openvino": Openvino}
+
+
+def report(output: Path, psnr: float, started: float, *more: Path) -> None:
+    """One line on a finished export."""
+    size = sum(file.stat().st_size for file in (output, *more)) / 1e6
+    seconds = time.perf_counter() - started
+    CONSOLE.print(
+        f"Written: {output} ({size:.1f} MB, {psnr:.0f} dB against torch on probe cameras, {seconds:.0f} s).",
+        soft_wrap=True,
+    )
+
+
+def main() -> None:
+    """Console entry point `r2l-export`."""
+    with exit_on_input_error():
+        tyro.extras.subcommand_cli_from_dict(COMMANDS, description=__doc__, prog="r2l-export").main()
+
+
+if __name__ == "__main__":
+    main()
