@@ -1,0 +1,73 @@
+"""What engines leave on disk beside a checkpoint: compiled artefacts, and which engine was the fastest."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+def write_atomically(file: Path, content: bytes) -> None:
+    """All of it or nothing: another process may read the file meanwhile, and this one may be killed."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}-")
+    try:
+        with os.fdopen(handle, "wb") as temporary:
+            temporary.write(content)
+        os.replace(name, file)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+
+
+def device_name(device: torch.device) -> str:
+    """Of the GPU, or the CPU's model and how many threads torch uses of it."""
+    if device.type == "cuda":
+        major, minor = torch.cuda.get_device_capability(device)
+        return f"{torch.cuda.get_device_name(device)} {major}.{minor}"
+    model = platform.processor() or platform.machine()
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return f"{names[0] if names else model} {torch.get_num_threads()} threads"
+
+
+class EngineCache:
+    """A folder for one network on one device. What does not read as it was written is as good as absent.
+
+    Args:
+        folder: beside the checkpoint; made when something is written.
+        weights: `weights_hash` of the network.
+        device: where it runs.
+    """
+
+    def __init__(self, folder: Path, weights: str, device: torch.device) -> None:
+        place = hashlib.sha256(device_name(device).encode()).hexdigest()[:12]
+        self.folder = folder / f"{weights[:16]}-{place}"
+
+    def artefacts(self, name: str, version: str) -> Path:
+        """Folder for what one version of one engine compiles."""
+        return self.folder / f"{name}-{hashlib.sha256(version.encode()).hexdigest()[:12]}"
+
+    def read(self, key: str) -> dict[str, Any] | None:
+        """What was remembered under a key; None for nothing, or nothing that can be trusted."""
+        try:
+            record = json.loads((self.folder / f"{key}.json").read_text())
+        except (OSError, ValueError):
+            return None
+        return record if isinstance(record, dict) else None
+
+    def write(self, key: str, record: dict[str, Any]) -> None:
+        """Remember; a folder that cannot be written to is no reason to fail."""
+        try:
+            write_atomically(self.folder / f"{key}.json", (json.dumps(record, indent=2) + "\n").encode())
+        except OSError:
+            return

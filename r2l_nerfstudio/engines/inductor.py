@@ -1,0 +1,99 @@
+"""TorchInductor, compiled ahead of time: one artefact for all sizes, whose calls trace and compile nothing."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from r2l_nerfstudio.engines import torch_engine
+from r2l_nerfstudio.engines.parity import in_dim
+from r2l_nerfstudio.engines.protocol import EngineName, Order, Precision
+from r2l_nerfstudio.engines.sizes import chunk_rows, in_chunks, is_grid
+from r2l_nerfstudio.engines.weights import FixedNetwork
+
+_MOST_CELLS = 4096
+"""Rows or columns of a ray image."""
+
+
+def version() -> str:
+    return torch.__version__
+
+
+def why_not(device: torch.device, precision: Precision) -> str | None:
+    reason = torch_engine.why_not(device, precision)
+    if reason is not None:
+        return reason
+    if device.type == "cuda":
+        try:
+            import triton  # noqa: F401
+        except Exception as error:
+            return f"Triton does not start ({type(error).__name__}: {error}): install the torch build that has it."
+    if _compiler() is None:
+        return "it needs a C++ compiler: install g++, or name yours in the environment variable CXX."
+    return None
+
+
+def _compiler() -> str | None:
+    return shutil.which(os.environ.get("CXX") or "g++") or shutil.which("clang++")
+
+
+def build(order: Order) -> InductorEngine:
+    """Half a minute for a full-sized student; nearly nothing where the cache holds it. On CUDA: not verified yet."""
+    file = None if order.cache is None else order.cache / f"inductor-{order.precision}.pt2"
+    if file is None:
+        with tempfile.TemporaryDirectory() as folder:
+            return InductorEngine(order, _compiled(order, Path(folder) / "network.pt2"))
+    if not file.exists():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=file.parent) as folder:
+            _compiled(order, Path(folder) / "network.pt2").replace(file)
+    return InductorEngine(order, file)
+
+
+def _compiled(order: Order, file: Path) -> Path:
+    network, device = order.network, order.device
+    sizes: dict[int, torch.export.Dim] | None = None
+    if is_grid(network):
+        example = torch.zeros(1, in_dim(network), 64, 72, device=device)
+        sizes = {axis: torch.export.Dim(name, min=2, max=_MOST_CELLS) for axis, name in ((2, "rows"), (3, "columns"))}
+    else:
+        example = torch.zeros(chunk_rows(device), in_dim(network), device=device)
+    with torch.no_grad():
+        program = torch.export.export(FixedNetwork(network, order.precision), (example,), dynamic_shapes=(sizes,))
+        made = torch._inductor.aoti_compile_and_package(
+            program, package_path=str(file), inductor_configs={"freezing": True}
+        )
+    return Path(made)
+
+
+class InductorEngine:
+    """A network compiled by TorchInductor.
+
+    Args:
+        order: what was built.
+        file: the package; read here and not needed afterwards.
+    """
+
+    name: EngineName = "inductor"
+
+    def __init__(self, order: Order, file: Path) -> None:
+        self.precision: Precision = order.precision
+        self._is_grid = is_grid(order.network)
+        self._out_dim = order.network.tail.weight.shape[0]
+        self._rows = chunk_rows(order.device)
+        self._package = torch._inductor.aoti_load_package(str(file))
+
+    def __call__(self, code: Float[Tensor, "*code"]) -> Float[Tensor, "*values"]:
+        code = code.detach()
+        if self._is_grid:
+            return torch.cat([self._package(frame.contiguous()) for frame in code.split(1)])
+        return in_chunks(self._run, code, self._out_dim, self._rows)
+
+    def _run(self, code: Tensor, values: Tensor) -> None:
+        values.copy_(self._package(code))

@@ -1,0 +1,68 @@
+"""ONNX Runtime on CPUs, in fp32: where OpenVINO is missing."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from r2l_nerfstudio.engines.onnx_graph import INPUT, OUTPUT, network_onnx
+from r2l_nerfstudio.engines.protocol import EngineName, Order, Precision
+from r2l_nerfstudio.engines.sizes import chunk_rows, in_chunks, is_grid
+
+
+def version() -> str:
+    import onnxruntime
+
+    return onnxruntime.__version__
+
+
+def why_not(device: torch.device, precision: Precision) -> str | None:
+    if device.type != "cpu":
+        return "it is used on CPUs only; on a GPU choose tensorrt or inductor."
+    if precision != "fp32":
+        return "on a CPU it is fastest in fp32: choose that."
+    try:
+        import onnx  # noqa: F401 - torch writes the graph with it
+        import onnxruntime  # noqa: F401
+    except ImportError as error:
+        return f"a package is missing ({error}): pip install 'r2l-nerfstudio[onnxruntime]'."
+    except Exception as error:  # a broken installation
+        return f"ONNX Runtime does not start ({type(error).__name__}: {error}): install it again."
+    return None
+
+
+def build(order: Order) -> OnnxRuntimeEngine:
+    return OnnxRuntimeEngine(order.network)
+
+
+class OnnxRuntimeEngine:
+    """A network run by ONNX Runtime's CPU provider.
+
+    Args:
+        network: in fp32, evaluation mode, on the CPU.
+    """
+
+    name: EngineName = "onnxruntime"
+    precision: Precision = "fp32"
+
+    def __init__(self, network: nn.Module) -> None:
+        import onnxruntime
+
+        self._is_grid = is_grid(network)
+        self._out_dim = network.tail.weight.shape[0]
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = torch.get_num_threads()
+        self._session = onnxruntime.InferenceSession(network_onnx(network), options, providers=["CPUExecutionProvider"])
+
+    def __call__(self, code: Float[Tensor, "*code"]) -> Float[Tensor, "*values"]:
+        code = code.detach()
+        if self._is_grid:
+            return self._values(code.contiguous())
+        return in_chunks(self._run, code, self._out_dim, chunk_rows(code.device))
+
+    def _run(self, code: Tensor, values: Tensor) -> None:
+        values.copy_(self._values(code))
+
+    def _values(self, code: Tensor) -> Tensor:
+        return torch.from_numpy(self._session.run([OUTPUT], {INPUT: code.numpy()})[0])

@@ -1,0 +1,127 @@
+"""OpenVINO on CPUs: the fastest and steadiest there."""
+
+from __future__ import annotations
+
+import threading
+import warnings
+from functools import lru_cache
+from typing import TYPE_CHECKING
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from r2l_nerfstudio.engines.parity import in_dim
+from r2l_nerfstudio.engines.protocol import EngineName, Order, Precision
+from r2l_nerfstudio.engines.sizes import chunk_rows, in_chunks, is_grid
+from r2l_nerfstudio.engines.weights import FixedNetwork, RowsLast
+
+if TYPE_CHECKING:
+    import openvino as ov
+
+_HINTS = {"fp32": "f32", "bf16": "bf16", "fp16": "f16"}
+_ABILITIES = {"fp32": "FP32", "bf16": "BF16", "fp16": "FP16"}
+
+
+def version() -> str:
+    import openvino
+
+    return openvino.__version__
+
+
+def why_not(device: torch.device, precision: Precision) -> str | None:
+    if device.type != "cpu":
+        return "it is used on CPUs only; on a GPU choose tensorrt or inductor."
+    try:
+        abilities = _core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    except ImportError as error:
+        return f"OpenVINO cannot be imported ({error}): pip install 'r2l-nerfstudio[openvino]'."
+    except Exception as error:  # a broken installation
+        return f"OpenVINO does not start ({type(error).__name__}: {error}): install it again."
+    if _ABILITIES[precision] not in abilities:
+        return f"OpenVINO knows no {precision} arithmetic on this CPU: choose fp32."
+    return None
+
+
+@lru_cache(maxsize=1)
+def _core() -> ov.Core:
+    import openvino as ov
+
+    return ov.Core()
+
+
+def build(order: Order) -> OpenVinoEngine:
+    return OpenVinoEngine(order.network, order.precision)
+
+
+class OpenVinoEngine:
+    """A network compiled by OpenVINO: a ResMLP for one number of rays, a MobileR2L for any size.
+
+    Args:
+        network: in fp32, evaluation mode, on the CPU.
+        precision: of the arithmetic; weights are given to OpenVINO in fp32.
+    """
+
+    name: EngineName = "openvino"
+
+    def __init__(self, network: nn.Module, precision: Precision) -> None:
+        self.precision = precision
+        self._is_grid = is_grid(network)
+        self._out_dim = network.tail.weight.shape[0]
+        self._factor = network.factor if self._is_grid else 1
+        self._rows = chunk_rows(torch.device("cpu"))
+        fixed = FixedNetwork(network, "fp32")
+        if self._is_grid:
+            example, shape = torch.zeros(1, 5, 6, in_dim(network)), [1, -1, -1, in_dim(network)]
+            fixed = RowsLast(fixed)
+        else:
+            example = torch.zeros(8, in_dim(network))
+            shape = [self._rows, in_dim(network)]
+        model = _converted(fixed, example)
+        model.reshape(shape)
+        self._compiled = _core().compile_model(
+            model,
+            "CPU",
+            {
+                # Without it OpenVINO takes bf16 wherever it is faster, and tells nobody.
+                "INFERENCE_PRECISION_HINT": _HINTS[precision],
+                "PERFORMANCE_HINT": "LATENCY",
+                "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+            },
+        )
+        # One for each thread that renders: a request holds the memory of its inputs and outputs.
+        self._local = threading.local()
+
+    def __call__(self, code: Float[Tensor, "*code"]) -> Float[Tensor, "*values"]:
+        code = code.detach()
+        if not self._is_grid:
+            return in_chunks(self._run, code, self._out_dim, self._rows)
+        frames = []
+        for rays in code.permute(0, 2, 3, 1).split(1):
+            _, rows, columns, _ = rays.shape
+            frames.append(code.new_empty(1, rows * self._factor, columns * self._factor, self._out_dim))
+            self._run(rays.contiguous(), frames[-1])
+        return torch.cat(frames).permute(0, 3, 1, 2) if len(frames) > 1 else frames[0].permute(0, 3, 1, 2)
+
+    def _run(self, code: Tensor, values: Tensor) -> None:
+        """Read and write the tensors' own memory: nothing is copied."""
+        import openvino as ov
+
+        request = getattr(self._local, "request", None)
+        if request is None:
+            request = self._local.request = self._compiled.create_infer_request()
+        request.set_input_tensor(ov.Tensor(code.numpy(), shared_memory=True))
+        request.set_output_tensor(ov.Tensor(values.numpy(), shared_memory=True))
+        request.infer()
+
+
+def _converted(module: nn.Module, example: Tensor) -> ov.Model:
+    from openvino.frontend import FrontEndManager
+    from openvino.frontend.pytorch.ts_decoder import TorchScriptPythonDecoder
+
+    # Not `openvino.convert_model`: that reports each use to its makers.
+    frontend = FrontEndManager().load_by_framework("pytorch")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch.jit, which OpenVINO reads, is deprecated
+        decoder = TorchScriptPythonDecoder(module, example_input=(example,))
+    return frontend.convert(frontend.load(decoder))

@@ -1,0 +1,69 @@
+"""Frames of any size, from engines compiled for few."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn.functional import pad
+
+from r2l_nerfstudio.students.mobile import MobileR2L
+
+
+def is_grid(network: nn.Module) -> bool:
+    """Whether a network reads ray images [batch, in_dim, rows, columns] rather than rays [rays, in_dim]."""
+    return isinstance(network, MobileR2L)
+
+
+def chunk_rows(device: torch.device) -> int:
+    """Rays per call of a ResMLP: its hidden layers stay in the nearest cache that all cores share or have."""
+    return 65536 if device.type == "cuda" else 2048
+
+
+def in_chunks(
+    run: Callable[[Float[Tensor, "chunk in_dim"], Float[Tensor, "chunk out_dim"]], None],
+    code: Float[Tensor, "rays in_dim"],
+    out_dim: int,
+    chunk: int,
+) -> Float[Tensor, "rays out_dim"]:
+    """Values of any number of rays, from calls on exactly `chunk` of them; the last call is filled up with zeros.
+
+    Args:
+        run: reads its first argument and writes its values into its second, both contiguous.
+        code: of all rays.
+        out_dim: values per ray.
+        chunk: rays per call.
+    """
+    code = code.contiguous()
+    count = code.shape[0]
+    values = code.new_empty(count, out_dim)
+    whole = count - count % chunk
+    for start in range(0, whole, chunk):
+        run(code[start : start + chunk], values[start : start + chunk])
+    if whole < count:
+        last = code.new_zeros(chunk, code.shape[1])
+        last[: count - whole] = code[whole:]
+        filled = code.new_empty(chunk, out_dim)
+        run(last, filled)
+        values[whole:] = filled[: count - whole]
+    return values
+
+
+def to_bucket(
+    code: Float[Tensor, "batch in_dim rows columns"], step: int
+) -> Float[Tensor, "batch in_dim more_rows more_columns"]:
+    """A ray image with its last row and column repeated until both sides are multiples of `step`: few shapes for all.
+
+    Pixels beyond the image, and those next to them, are not the image's: see `MobileR2L`.
+    """
+    rows, columns = code.shape[-2:]
+    return pad(code, (0, -columns % step, 0, -rows % step), mode="replicate")
+
+
+def from_bucket(
+    values: Float[Tensor, "batch out_dim more_height more_width"], rows: int, columns: int, factor: int
+) -> Float[Tensor, "batch out_dim height width"]:
+    """The pixels of the first `rows` x `columns` cells."""
+    return values[..., : rows * factor, : columns * factor]

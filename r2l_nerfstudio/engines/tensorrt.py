@@ -1,0 +1,241 @@
+"""TensorRT and TensorRT-RTX through their native API, which both share: ONNX, plan, data pointers of torch tensors.
+
+Building plans, choosing between the two and every refusal were run on a machine without a GPU. What needs one, reading
+a plan back and running it, is written against the documentation and NOT VERIFIED: `TensorRtEngine`.
+"""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass
+from importlib import import_module
+from types import ModuleType
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from r2l_nerfstudio.engines.cache import write_atomically
+from r2l_nerfstudio.engines.onnx_graph import INPUT, OUTPUT, network_onnx
+from r2l_nerfstudio.engines.parity import in_dim
+from r2l_nerfstudio.engines.protocol import BrokenEngine, EngineName, Order, Precision
+from r2l_nerfstudio.engines.sizes import chunk_rows, from_bucket, in_chunks, is_grid, to_bucket
+
+GRID_STEP = 8
+"""Cells; sides of ray images are rounded up to it, so that few sizes are ever planned for."""
+_MOST_CELLS = 512
+_LEAST_CAPABILITY = (7, 5)
+_WORKSPACE_BYTES = 1 << 30
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """Smallest, usual and largest shape of an input; equal ones make a static plan."""
+
+    least: tuple[int, ...]
+    usual: tuple[int, ...]
+    most: tuple[int, ...]
+
+
+def usual_shapes(network: nn.Module, device: torch.device) -> Shapes:
+    """One chunk of rays for a ResMLP, ray images of up to 512x512 cells for a MobileR2L."""
+    if is_grid(network):
+        sides = (GRID_STEP, 104, _MOST_CELLS)
+        return Shapes(*((1, in_dim(network), side, side) for side in sides))
+    return Shapes(*[(chunk_rows(device), in_dim(network))] * 3)
+
+
+def version() -> str:
+    flavour, _ = find_flavour(None)
+    return f"{flavour.__name__}-{flavour.__version__}" if flavour else ""
+
+
+def why_not(device: torch.device, precision: Precision) -> str | None:
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return "it needs an NVIDIA GPU of compute capability 7.5 or newer, and this machine shows none."
+    if precision == "bf16":
+        return "it has no transposed convolution in bf16, and fp16 is closer to fp32: choose fp16."
+    try:
+        import onnx  # noqa: F401 - torch writes the graph with it
+    except Exception as error:
+        return f"a package is missing ({error}): pip install 'r2l-nerfstudio[tensorrt-rtx]'."
+    return find_flavour(torch.cuda.get_device_capability(device))[1]
+
+
+def find_flavour(capability: tuple[int, int] | None) -> tuple[ModuleType | None, str | None]:
+    """TensorRT-RTX where it serves the GPU, else TensorRT: RTX needs no other index to install and plans in a second.
+
+    Args:
+        capability: compute capability of the GPU; None where a plan is built for another machine.
+
+    Returns:
+        The module or None, and why there is none, with the remedy.
+    """
+    if capability is not None and capability < _LEAST_CAPABILITY:
+        return None, (
+            f"the GPU has compute capability {capability[0]}.{capability[1]} and 7.5 is needed: choose inductor."
+        )
+    reasons = []
+    for name, extra in (("tensorrt_rtx", "tensorrt-rtx"), ("tensorrt", "tensorrt")):
+        try:
+            module = import_module(name)
+            module.Builder  # noqa: B018 - the registry's package without libraries imports, and is empty
+        except Exception as error:  # ImportError, OSError, RuntimeError: it depends on what is missing
+            said = str(error).strip().splitlines()
+            reasons.append(
+                f"{name} does not import ({said[0] if said else type(error).__name__});"
+                f" pip install 'r2l-nerfstudio[{extra}]'"
+            )
+            continue
+        if capability is not None and not _serves(module, capability):
+            reasons.append(
+                f"{name} {module.__version__} does not serve compute capability {capability[0]}.{capability[1]}"
+            )
+            continue
+        return module, None
+    return None, "; ".join(reasons) + "; or choose inductor."
+
+
+def _serves(module: ModuleType, capability: tuple[int, int]) -> bool:
+    # TensorRT-RTX lists them; TensorRT has no such list, and serves all from 7.5 on.
+    listed = getattr(getattr(module, "ComputeCapability", None), "__members__", None)
+    return module.__name__ != "tensorrt_rtx" or listed is None or f"SM{capability[0]}{capability[1]}" in listed
+
+
+def build_plan(trt: ModuleType, graph: bytes, shapes: dict[str, Shapes]) -> bytes:
+    """A serialized engine of an ONNX model; needs no GPU with TensorRT-RTX.
+
+    Args:
+        trt: `tensorrt` or `tensorrt_rtx`.
+        graph: the model, in the types it is to be run in.
+        shapes: of each input that has an axis of open size.
+
+    Raises:
+        BrokenEngine: if the graph cannot be read or planned, with the library's own reasons.
+    """
+    log = _Log(trt)
+    builder = trt.Builder(log.logger)
+    # Absent where strong typing is the only typing left.
+    typed = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
+    definition = builder.create_network(0 if typed is None else 1 << int(typed))
+    parser = trt.OnnxParser(definition, log.logger)
+    if not parser.parse(graph):
+        errors = "; ".join(str(parser.get_error(i)) for i in range(parser.num_errors))
+        raise BrokenEngine(f"{trt.__name__} cannot read the graph: {errors}")
+    config = builder.create_builder_config()
+    config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, _WORKSPACE_BYTES)
+    if shapes:
+        profile = builder.create_optimization_profile()
+        for name, shape in shapes.items():
+            profile.set_shape(name, shape.least, shape.usual, shape.most)
+        if config.add_optimization_profile(profile) < 0:
+            raise BrokenEngine(f"{trt.__name__} refuses the shapes {shapes}")
+    plan = builder.build_serialized_network(definition, config)
+    if plan is None:
+        raise BrokenEngine(f"{trt.__name__} built nothing: {'; '.join(log.said) or 'it gave no reason'}")
+    return bytes(plan)
+
+
+class _Log:
+    """Keeps what a TensorRT says when something goes wrong, in place of printing it."""
+
+    def __init__(self, trt: ModuleType) -> None:
+        said = self.said = []
+
+        class Logger(trt.ILogger):
+            def log(self, severity: Any, message: str) -> None:
+                if severity in (trt.ILogger.ERROR, trt.ILogger.INTERNAL_ERROR):
+                    said.append(message)
+
+        self.logger = Logger()
+
+
+def build(order: Order) -> TensorRtEngine:
+    """A plan, from the cache if it holds one that this library and GPU read, and an engine that runs it.
+
+    NOT VERIFIED on a GPU.
+
+    Raises:
+        BrokenEngine: if there is no library for the GPU, or it gives nothing back.
+    """
+    trt, reason = find_flavour(torch.cuda.get_device_capability(order.device))
+    if trt is None:
+        raise BrokenEngine(reason)
+    file = None if order.cache is None else order.cache / f"{trt.__name__}-{order.precision}.plan"
+    if file is not None and file.exists():
+        try:
+            return TensorRtEngine(trt, file.read_bytes(), order)
+        except BrokenEngine:
+            file.unlink()
+    graph = network_onnx(order.network, order.precision)
+    plan = build_plan(trt, graph, {INPUT: usual_shapes(order.network, order.device)})
+    if file is not None:
+        write_atomically(file, plan)
+    return TensorRtEngine(trt, plan, order)
+
+
+class TensorRtEngine:
+    """A plan on a GPU. NOT VERIFIED: no line of this class has run yet.
+
+    Args:
+        trt: `tensorrt` or `tensorrt_rtx`.
+        plan: as `build_plan` makes it.
+        order: what it was built from.
+
+    Raises:
+        BrokenEngine: if the library does not take the plan.
+    """
+
+    name: EngineName = "tensorrt"
+
+    def __init__(self, trt: ModuleType, plan: bytes, order: Order) -> None:
+        self.precision: Precision = order.precision
+        self._is_grid = is_grid(order.network)
+        self._factor = order.network.factor if self._is_grid else 1
+        self._out_dim = order.network.tail.weight.shape[0]
+        self._rows = chunk_rows(order.device)
+        self._device = order.device
+        log = _Log(trt)
+        self._runtime = trt.Runtime(log.logger)
+        self._engine = self._runtime.deserialize_cuda_engine(plan)
+        if self._engine is None:
+            raise BrokenEngine(f"{trt.__name__} does not take the plan: {'; '.join(log.said) or 'it gave no reason'}")
+        # A context and a stream for each thread that renders.
+        self._local = threading.local()
+
+    def __call__(self, code: Float[Tensor, "*code"]) -> Float[Tensor, "*values"]:
+        code = code.detach()
+        if not self._is_grid:
+            return in_chunks(self._run, code, self._out_dim, self._rows)
+        _, _, rows, columns = code.shape
+        padded = to_bucket(code, GRID_STEP).contiguous()
+        if max(padded.shape[-2:]) > _MOST_CELLS:
+            raise BrokenEngine(f"{columns}x{rows} cells are more than the {_MOST_CELLS}x{_MOST_CELLS} planned for")
+        batch, _, more_rows, more_columns = padded.shape
+        values = code.new_empty(batch, self._out_dim, more_rows * self._factor, more_columns * self._factor)
+        for frame, out in zip(padded.split(1), values.split(1), strict=True):
+            self._run(frame, out)
+        return from_bucket(values, rows, columns, self._factor)
+
+    def _run(self, code: Tensor, values: Tensor) -> None:
+        state = getattr(self._local, "state", None)
+        if state is None:
+            context = self._engine.create_execution_context()
+            if context is None:
+                raise BrokenEngine("no execution context: the GPU's memory may be full")
+            state = self._local.state = (context, torch.cuda.Stream(self._device))
+        context, stream = state
+        current = torch.cuda.current_stream(self._device)
+        if not context.set_input_shape(INPUT, tuple(code.shape)):
+            raise BrokenEngine(f"the plan refuses an input of {tuple(code.shape)}")
+        context.set_tensor_address(INPUT, code.data_ptr())
+        context.set_tensor_address(OUTPUT, values.data_ptr())
+        stream.wait_stream(current)
+        started = context.execute_async_v3(stream.cuda_stream)
+        # Whatever interrupts this thread, their memory is not given away before the plan has run.
+        code.record_stream(stream)
+        values.record_stream(stream)
+        current.wait_stream(stream)
+        if not started:
+            raise BrokenEngine("the plan did not start")

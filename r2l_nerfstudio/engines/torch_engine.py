@@ -1,0 +1,73 @@
+"""Eager torch: always there, at once, and the only engine that can follow weights while they are trained."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from r2l_nerfstudio.engines.protocol import EngineName, Order, Precision
+from r2l_nerfstudio.engines.sizes import is_grid
+from r2l_nerfstudio.engines.weights import FixedNetwork, weights_state
+
+CPU_ROWS = 4096
+"""Rays per call on a CPU: the hidden layers of more leave its caches."""
+
+
+def version() -> str:
+    return torch.__version__
+
+
+def why_not(device: torch.device, precision: Precision) -> str | None:
+    if precision == "fp16" and device.type != "cuda":
+        return "CPUs are slow in fp16: choose bf16 or fp32."
+    if precision == "bf16" and not is_bf16_fast(device):
+        return "this machine has no bf16 arithmetic: choose fp32."
+    return None
+
+
+def is_bf16_fast(device: torch.device) -> bool:
+    """Whether the machine itself multiplies bf16, rather than torch in several steps of fp32."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    # Private, and absent from some builds; a CPU of unknown abilities stays with fp32.
+    asks = [getattr(torch.cpu, name, None) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported")]
+    return any(ask is not None and ask() for ask in asks)
+
+
+def build(order: Order) -> TorchEngine:
+    return TorchEngine(order.network, order.precision)
+
+
+class TorchEngine:
+    """Eager torch on a copy of the weights: norms folded, channels last for convolutions.
+
+    Args:
+        network: in fp32 and evaluation mode; its device is the engine's.
+        precision: of weights and arithmetic.
+    """
+
+    name: EngineName = "torch"
+
+    def __init__(self, network: nn.Module, precision: Precision) -> None:
+        self.precision = precision
+        self._seen = weights_state(network)
+        self._fixed = FixedNetwork(network, precision)
+        self._is_grid = is_grid(network)
+
+    def refresh(self, network: nn.Module) -> None:
+        """Take over the network's weights, if they are others than at the last call. May be interrupted anywhere."""
+        state = weights_state(network)
+        if state != self._seen:
+            self._seen = None  # until all are taken over
+            self._fixed.refresh(network)
+            self._seen = state
+
+    def __call__(self, code: Float[Tensor, "*code"]) -> Float[Tensor, "*values"]:
+        # Without a context for gradients: the viewer may interrupt inside one, and it would stay as it is.
+        code = code.detach()
+        if self._is_grid:
+            return self._fixed(code.contiguous(memory_format=torch.channels_last))
+        if code.device.type == "cuda" or code.shape[0] <= CPU_ROWS:
+            return self._fixed(code)
+        return torch.cat([self._fixed(part) for part in code.split(CPU_ROWS)])

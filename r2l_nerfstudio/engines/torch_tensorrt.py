@@ -1,0 +1,94 @@
+"""Torch-TensorRT: a network exported and compiled by `torch_tensorrt.dynamo`. By name only: it pins torch's version.
+
+NOT VERIFIED: it imports nowhere without a GPU and NVIDIA's own package index. Every refusal was run.
+"""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from r2l_nerfstudio.engines.protocol import DTYPES, EngineName, Order, Precision
+from r2l_nerfstudio.engines.sizes import chunk_rows, from_bucket, in_chunks, is_grid, to_bucket
+from r2l_nerfstudio.engines.tensorrt import GRID_STEP, usual_shapes
+from r2l_nerfstudio.engines.weights import FixedNetwork
+
+
+def version() -> str:
+    import torch_tensorrt
+
+    return torch_tensorrt.__version__
+
+
+def why_not(device: torch.device, precision: Precision) -> str | None:
+    # Asked first: without a GPU the import ends in any of four kinds of exception, some of them after seconds.
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return "it needs an NVIDIA GPU of compute capability 7.5 or newer, and this machine shows none."
+    if precision == "bf16":
+        return "TensorRT has no transposed convolution in bf16, and fp16 is closer to fp32: choose fp16."
+    try:
+        import torch_tensorrt  # noqa: F401
+    except Exception as error:
+        said = str(error).strip().splitlines()
+        return (
+            f"torch_tensorrt does not import ({said[0] if said else type(error).__name__}): pip install"
+            " 'r2l-nerfstudio[torch-tensorrt]', in the version of your torch, or choose tensorrt."
+        )
+    return None
+
+
+def build(order: Order) -> TorchTensorRtEngine:
+    """Compile for one chunk of rays, or for ray images of any size in steps. NOT VERIFIED."""
+    import torch_tensorrt
+
+    network, device = order.network, order.device
+    shapes = usual_shapes(network, device)
+    fixed = FixedNetwork(network, order.precision).network
+    example = torch.zeros(shapes.usual, device=device, dtype=DTYPES[order.precision])
+    sizes: dict[int, torch.export.Dim] | None = None
+    if is_grid(network):
+        sizes = {
+            axis: GRID_STEP * torch.export.Dim(name, min=1, max=shapes.most[axis] // GRID_STEP)
+            for axis, name in ((2, "rows"), (3, "columns"))
+        }
+    with torch.no_grad():
+        program = torch.export.export(fixed, (example,), dynamic_shapes=(sizes,))
+        inputs = [
+            torch_tensorrt.Input(
+                min_shape=shapes.least, opt_shape=shapes.usual, max_shape=shapes.most, dtype=example.dtype
+            )
+        ]
+        compiled = torch_tensorrt.dynamo.compile(program, arg_inputs=inputs)
+    return TorchTensorRtEngine(order, compiled)
+
+
+class TorchTensorRtEngine:
+    """A compiled program on a GPU. NOT VERIFIED.
+
+    Args:
+        order: what was built.
+        compiled: reads and gives the precision's own type.
+    """
+
+    name: EngineName = "torch-tensorrt"
+
+    def __init__(self, order: Order, compiled: torch.nn.Module) -> None:
+        self.precision: Precision = order.precision
+        self._dtype = DTYPES[order.precision]
+        self._compiled = compiled
+        self._is_grid = is_grid(order.network)
+        self._factor = order.network.factor if self._is_grid else 1
+        self._out_dim = order.network.tail.weight.shape[0]
+        self._rows = chunk_rows(order.device)
+
+    def __call__(self, code: Float[Tensor, "*code"]) -> Float[Tensor, "*values"]:
+        code = code.detach()
+        if not self._is_grid:
+            return in_chunks(self._run, code, self._out_dim, self._rows)
+        padded = to_bucket(code, GRID_STEP).to(self._dtype).contiguous()
+        values = torch.cat([self._compiled(frame) for frame in padded.split(1)]).float()
+        return from_bucket(values, *code.shape[-2:], self._factor)
+
+    def _run(self, code: Tensor, values: Tensor) -> None:
+        values.copy_(self._compiled(code.to(self._dtype)))
