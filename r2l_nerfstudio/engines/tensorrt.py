@@ -26,7 +26,6 @@ GRID_STEP = 8
 """Cells; sides of ray images are rounded up to it, so that few sizes are ever planned for."""
 _MOST_CELLS = 512
 _LEAST_CAPABILITY = (7, 5)
-_WORKSPACE_BYTES = 1 << 30
 
 
 @dataclass(frozen=True)
@@ -124,7 +123,6 @@ def build_plan(trt: ModuleType, graph: bytes, shapes: dict[str, Shapes]) -> byte
         errors = "; ".join(str(parser.get_error(i)) for i in range(parser.num_errors))
         raise BrokenEngine(f"{trt.__name__} cannot read the graph: {errors}")
     config = builder.create_builder_config()
-    config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, _WORKSPACE_BYTES)
     if shapes:
         profile = builder.create_optimization_profile()
         for name, shape in shapes.items():
