@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from importlib import metadata
+
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -12,9 +14,8 @@ from r2l_nerfstudio.engines.sizes import chunk_rows, in_chunks, is_grid
 
 
 def version() -> str:
-    import onnxruntime
-
-    return onnxruntime.__version__
+    # Not the module's own: that would import it.
+    return metadata.version("onnxruntime")
 
 
 def why_not(device: torch.device, precision: Precision) -> str | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import warnings
 from functools import lru_cache
+from importlib import metadata
 from typing import TYPE_CHECKING
 
 import torch
@@ -24,9 +25,8 @@ _ABILITIES = {"fp32": "FP32", "bf16": "BF16", "fp16": "FP16"}
 
 
 def version() -> str:
-    import openvino
-
-    return openvino.__version__
+    # Not the module's own: that would import it.
+    return metadata.version("openvino")
 
 
 def why_not(device: torch.device, precision: Precision) -> str | None:

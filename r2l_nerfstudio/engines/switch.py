@@ -1,0 +1,283 @@
+"""What a model calls for every picture: torch at once, a faster engine as soon as one is ready and agrees."""
+
+from __future__ import annotations
+
+import _thread
+import atexit
+import copy
+import threading
+import time
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from r2l_nerfstudio.engines.choice import Candidate, Choice, Task, candidates, choose, named
+from r2l_nerfstudio.engines.parity import parity, random_code
+from r2l_nerfstudio.engines.protocol import PARITY_DB, Engine, EngineName
+from r2l_nerfstudio.engines.registry import engine_module
+from r2l_nerfstudio.engines.torch_engine import TorchEngine, is_bf16_fast
+from r2l_nerfstudio.engines.weights import weights_state
+from r2l_nerfstudio.errors import InputError
+
+EngineChoice = Literal["auto", EngineName]
+
+SECONDS_AT_REST = 1.0
+SECONDS_AT_REST_AFTER_TRAINING = 5.0
+"""Weights that were seen to change may do so again: a step may take seconds."""
+SECONDS_BEFORE_EXACT = 2.0
+"""Of work for figures and files before `auto` looks for something faster: that costs about as much."""
+_SECONDS_BETWEEN_LOOKS = 0.25
+
+
+@dataclass
+class _Ready:
+    """An engine, and the weights it was built from. Never changed, only replaced: readers need no lock."""
+
+    state: int
+    engine: Engine
+
+
+@dataclass
+class _Lane:
+    """Pictures for the eye, or for figures and files: each has an engine of its own."""
+
+    is_exact: bool
+    live: TorchEngine | None = None
+    """Follows the weights."""
+    ready: _Ready | None = None
+    choice: Choice | None = None
+    error: str = ""
+    """Why the engine that was asked for by name does not run."""
+    asked: tuple[int, str] | None = None
+    """Weights and name for which a worker was started last."""
+    shape: tuple[int, ...] = ()
+    """Of the newest code."""
+    seconds: float = 0.0
+    """Spent by `live` on weights at rest."""
+    lock: threading.Lock = field(default_factory=threading.Lock)
+    """Held by the worker; a render thread looks at it and never waits for it."""
+
+
+class EngineSwitch:
+    """Runs a student's network on the engine that suits the machine, the purpose and the state of its weights.
+
+    A render thread may be interrupted at any line: here it takes no lock, waits for nothing, builds nothing but the copy
+    of the weights for torch, and changes state by single assignments.
+
+    Args:
+        network: the student's, in fp32; it may be trained on, moved and loaded meanwhile.
+        choice: `auto`, or an engine's name.
+        probe: gives the code to compare engines on; by default one of numbers of order one.
+        interrupts: exceptions that a caller's own machinery raises in the middle of a call, and that are no engine's fault.
+        say: told in one line what was chosen, and what went wrong.
+
+    Raises:
+        InputError: for an engine that cannot run here, with the reason and the remedy.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        choice: EngineChoice = "auto",
+        probe: Callable[[], Tensor] | None = None,
+        interrupts: tuple[type[BaseException], ...] = (),
+        say: Callable[[str], None] = lambda line: None,
+    ) -> None:
+        if choice != "auto":
+            engine_module(choice)  # knows its name
+        self.network = network
+        self.cache_folder: Path | None = None
+        """Beside the checkpoint; set by who knows where that is."""
+        self.choice: EngineChoice = choice
+        self._probe = probe
+        self._interrupts = interrupts
+        self._say = say
+        self._lanes = {False: _Lane(is_exact=False), True: _Lane(is_exact=True)}
+        self.newest: Engine | None = None
+        """That gave the newest values."""
+
+    def choose(self, choice: EngineChoice) -> None:
+        """Change to another engine, or to `auto`; pictures go on with torch until it is ready.
+
+        Raises:
+            InputError: for an engine that cannot run here, with the reason and the remedy; nothing changes then.
+        """
+        if choice != "auto":
+            self._check(choice)
+        self.choice = choice
+        for lane in self._lanes.values():
+            lane.ready, lane.choice, lane.asked, lane.error = None, None, None, ""
+
+    def _check(self, name: EngineName) -> None:
+        device = self.network.head.weight.device
+        module = engine_module(name)
+        reasons = [module.why_not(device, c.precision) for c in named(name, device, is_exact=False)]
+        if all(reason is not None for reason in reasons):
+            raise InputError(f"The engine {name} cannot run on this machine: {reasons[-1]}")
+
+    def __call__(self, code: Float[Tensor, "*code"], is_exact: bool = True) -> Float[Tensor, "*values"]:
+        """The network's values, by the best engine that is ready.
+
+        Args:
+            code: as the network reads it, fp32.
+            is_exact: for figures and files: fp32 (on GPUs fp16, if it agrees); else as fast as agrees with it.
+
+        Returns:
+            fp32.
+
+        Raises:
+            InputError: if an engine was asked for by name and fails, and the picture is not for a viewer.
+        """
+        lane = self._lanes[is_exact]
+        lane.shape = tuple(code.shape)
+        state = weights_state(self.network)
+        if is_exact and self.choice != "auto" and lane.asked is None:
+            # Asked for by name, and nobody watches: wait for it. Should training change the weights, it is built again
+            # when they rest.
+            lane.asked = (state, self.choice)
+            self._prepare(lane, state)
+        if lane.error and is_exact:
+            raise InputError(lane.error)
+        ready = lane.ready
+        if ready is not None and ready.state == state:
+            try:
+                values = ready.engine(code)
+                self.newest = ready.engine
+                return values
+            except self._interrupts:
+                raise
+            except Exception as error:  # each library raises its own, and the picture must come
+                self._give_up(lane, ready.engine, error)
+        self._call_worker(lane, state)
+        if lane.live is None:
+            lane.live = TorchEngine(self.network, "fp32")
+        live = lane.live
+        live.refresh(self.network)
+        start = time.perf_counter()
+        values = live(code)
+        lane.seconds += time.perf_counter() - start
+        self.newest = live
+        return values
+
+    def describe(self) -> str:
+        """What draws, for a viewer: engine and precision, and what is on its way or in its way."""
+        lane, engine = self._lanes[False], self.newest
+        name = "torch" if engine is None else f"{engine.name} {engine.precision}"
+        if lane.error:
+            return f"{name} ({lane.error})"
+        return f"{name} (choosing…)" if lane.lock.locked() else name
+
+    def _give_up(self, lane: _Lane, engine: Engine, error: Exception) -> None:
+        """Torch from here on; the worker is not asked again for the same weights."""
+        lane.ready = None
+        said = f"The engine {engine.name} failed ({type(error).__name__}: {error}): pictures come from torch."
+        self._say(said)
+        if self.choice != "auto":
+            lane.error = said
+
+    def _call_worker(self, lane: _Lane, state: int) -> None:
+        key = (state, self.choice)
+        if lane.asked == key or lane.lock.locked():
+            return
+        if self.choice == "auto" and lane.is_exact and lane.seconds < SECONDS_BEFORE_EXACT:
+            return
+        # One call that cannot be interrupted half-way, as `threading.Thread.start` can. Should the line below not be
+        # reached, the next picture starts another worker, which finds the first one's lock.
+        _thread.start_new_thread(self._work, (lane,))
+        lane.asked = key
+
+    def _work(self, lane: _Lane) -> None:
+        """The worker's life: wait until the weights rest, choose, hand over."""
+        if not lane.lock.acquire(blocking=False):
+            return
+        _WORKING.add(lane.lock)
+        try:
+            if not lane.is_exact:
+                self._lower_precision_of_live(lane)
+            state = self._wait_for_rest()
+            if state is not None:
+                self._prepare(lane, state)
+        except Exception as error:  # a thread has nobody to raise to
+            self._say(f"No engine could be chosen ({type(error).__name__}: {error}): pictures come from torch.")
+        finally:
+            lane.lock.release()
+
+    def _wait_for_rest(self) -> int | None:
+        state, since, patience = weights_state(self.network), time.monotonic(), SECONDS_AT_REST
+        while time.monotonic() - since < patience:
+            time.sleep(_SECONDS_BETWEEN_LOOKS)
+            if _STOPPING.is_set():
+                return None
+            now = weights_state(self.network)
+            if now != state:
+                state, since, patience = now, time.monotonic(), SECONDS_AT_REST_AFTER_TRAINING
+        return state
+
+    def _lower_precision_of_live(self, lane: _Lane) -> None:
+        """bf16 for weights in training, where the machine is good at it and it agrees. It overflows no earlier than fp32."""
+        device = self.network.head.weight.device
+        if not is_bf16_fast(device):
+            return
+        snapshot, _ = self._snapshot()
+        if snapshot is None:
+            return
+        lower = TorchEngine(snapshot, "bf16")
+        if parity(lower, snapshot, device, self._probe_code()) >= PARITY_DB["bf16"]:
+            lane.live = lower
+
+    def _prepare(self, lane: _Lane, state: int) -> None:
+        """Choose for the weights as they are, and hand over if they still are so afterwards."""
+        choice_wanted = self.choice
+        snapshot, found = self._snapshot()
+        if snapshot is None or found != state:
+            return
+        device = snapshot.head.weight.device
+        if choice_wanted == "auto":
+            wanted: list[Candidate] = candidates(device, lane.is_exact)
+        else:
+            wanted = named(choice_wanted, device, lane.is_exact)
+
+        def is_stopped() -> bool:
+            return _STOPPING.is_set() or self.choice != choice_wanted or weights_state(self.network) != state
+
+        task = Task(snapshot, device, self._probe_code(), lane.shape, self.cache_folder, is_stopped)
+        choice = choose(task, wanted)
+        if is_stopped():
+            return
+        lane.choice = choice
+        if choice.engine is None and choice_wanted != "auto":
+            lane.error = (
+                f"The engine {choice_wanted} cannot run: {'; '.join(choice.others)}. Choose another one, or auto."
+            )
+            self._say(lane.error)
+            return
+        if choice.engine is not None:
+            lane.ready = _Ready(state, choice.engine)
+        self._say(choice.describe())
+
+    def _snapshot(self) -> tuple[nn.Module | None, int]:
+        """A copy of the network and its state; None if the weights were written to meanwhile."""
+        state = weights_state(self.network)
+        snapshot = copy.deepcopy(self.network).eval().requires_grad_(False)
+        return (snapshot if weights_state(self.network) == state else None), state
+
+    def _probe_code(self) -> Tensor:
+        device = self.network.head.weight.device
+        return random_code(self.network, device) if self._probe is None else self._probe()
+
+
+_STOPPING = threading.Event()
+_WORKING: weakref.WeakSet = weakref.WeakSet()
+
+
+@atexit.register
+def _let_workers_end() -> None:
+    """Libraries that are still compiling while the process ends may crash it: give them a while."""
+    _STOPPING.set()
+    for lock in list(_WORKING):
+        lock.acquire(timeout=20.0)
