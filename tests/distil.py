@@ -28,9 +28,14 @@ TINY_STUDENT = {
     "pipeline.datamanager.train_num_rays_per_batch": 256,
     "pipeline.datamanager.real_iterations": 4,
     "pipeline.model.width": 16,
-    "pipeline.model.depth": 4,
 }
 """What makes a student small enough for a test, as dotted names in its configuration."""
+
+TINY_NETWORK = {
+    "r2l": {"pipeline.model.depth": 4},
+    "mobile": {"pipeline.model.blocks": 1, "pipeline.datamanager.crop_cells": 3},
+}
+"""The same of each kind of network, by the first word of the method's name."""
 
 
 def student_config(
@@ -47,7 +52,8 @@ def student_config(
     from nerfstudio.configs.method_configs import all_methods
 
     config = copy.deepcopy(all_methods[method])
-    for name, value in {"teacher": teacher, "output_dir": output, **TINY_STUDENT, **overrides}.items():
+    tiny = {**TINY_STUDENT, **TINY_NETWORK[method.partition("-")[0]]}
+    for name, value in {"teacher": teacher, "output_dir": output, **tiny, **overrides}.items():
         *parents, field = name.split(".")
         holder = config
         for parent in parents:

@@ -137,3 +137,14 @@ def test_bounds_live_in_the_checkpoint(tmp_path) -> None:
 def test_unknown_ray_code_is_an_error_that_lists_the_known() -> None:
     with pytest.raises(InputError, match="points, plucker, two-plane"):
         RayCode("pluecker")
+
+
+def test_rays_that_miss_a_bounded_scene() -> None:
+    code = RayCode()
+    code.set_bounds(SceneBounds("sphere", (1.0, 0.0, 0.0), 0.5, 1.0, 4.0), torch.eye(3))
+    forward = torch.tensor([0.0, 0.0, -1.0])
+    origins = torch.tensor([[1.0, 0, 3], [1.49, 0, 3], [1.51, 0, 3], [1.0, 0, -3], [1.0, 0, 0.2], [1.0, 0, -0.2]])
+    missed = code.misses_scene(origins, forward.expand(6, 3))
+    assert missed[:, 0].tolist() == [False, False, True, True, False, False]
+    code.set_bounds(SceneBounds("disparity", (1.0, 0.0, 0.0), 0.5, 1.0, 4.0), torch.eye(3))
+    assert not code.misses_scene(origins, forward.expand(6, 3)).any()

@@ -237,12 +237,16 @@ class LightFieldModel(Model):
         return outputs
 
     def to_outputs(self, values: Float[Tensor, "height width 5"], camera: Cameras) -> dict[str, Tensor]:
-        """Nerfstudio's outputs, of the network's numbers for all pixels of a camera."""
-        outputs = {"rgb": values[..., :3]}
+        """Nerfstudio's outputs, of the network's numbers for all pixels of a camera.
+
+        Rays that miss a bounded scene's sphere see the background: nobody taught the student, but there is nothing.
+        """
+        origins, directions = camera_rays(camera, self.device)
+        missed = self.ray_code.misses_scene(origins, directions)
+        outputs = {"rgb": torch.where(missed, self.background, values[..., :3])}
         if self.has_accumulation:
-            outputs["accumulation"] = values[..., 3:4]
+            outputs["accumulation"] = values[..., 3:4].masked_fill(missed, 0.0)
         if self.has_depth:
-            origins, directions = camera_rays(camera, self.device)
             outputs["depth"] = self.ray_code.to_distance(origins, directions, values[..., 4:5]).clamp_min(0.0)
             outputs.setdefault("accumulation", torch.ones_like(outputs["depth"]))
         return outputs

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, Literal, get_args
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from r2l_nerfstudio.errors import InputError
@@ -153,6 +153,18 @@ class RayCode(nn.Module):
             return ((1.0 / distances.clamp_min(1e-6) - near) / (far - near)).clamp(0.0, 1.0)
         start, end = self._interval(origins, directions)
         return ((distances - start) / (end - start)).clamp(0.0, 1.0)
+
+    def misses_scene(
+        self, origins: Float[Tensor, "*batch 3"], directions: Float[Tensor, "*batch 3"]
+    ) -> Bool[Tensor, "*batch 1"]:
+        """Which unit rays pass by a bounded scene's sphere, or leave it behind; none in a scene that has no sphere."""
+        if self.spacing != "sphere":
+            return torch.zeros_like(origins[..., :1], dtype=torch.bool)
+        offset = origins - self.center
+        along = (offset * directions).sum(-1, keepdim=True)
+        distance_squared = offset.square().sum(-1, keepdim=True)
+        beside = distance_squared - along.square() > self.radius**2
+        return beside | ((along > 0) & (distance_squared > self.radius**2))
 
     def _interval(self, origins: Tensor, directions: Tensor) -> tuple[Tensor, Tensor]:
         if self.spacing == "sphere":

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from distil import distil, student_config
 
 TRAIN_TIMEOUT = 600
 """Seconds for a tiny training, most of them imports; a busy machine takes minutes."""
@@ -75,3 +76,15 @@ def tiny_student(
     )
     assert result.returncode == 0, f"ns-train r2l-lite failed:\n{result.stdout[-4000:]}"
     return output / "tiny" / "r2l-lite" / "run"
+
+
+@pytest.fixture(scope="session")
+def tiny_mobile_student(tiny_teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a run: `mobile-r2l-lite` distilled from `tiny_teacher`. Read only: copy it to change it."""
+    config = student_config(
+        tiny_teacher,
+        tmp_path_factory.mktemp("students"),
+        "mobile-r2l-lite",
+        **{"max_num_iterations": 30, "pipeline.datamanager.real_iterations": 10},
+    )
+    return distil(config)

@@ -28,11 +28,12 @@ from r2l_nerfstudio.run_config import load_run_config
 from r2l_nerfstudio.teacher import Teacher
 
 
-@pytest.fixture(scope="module")
-def orphan(tiny_student: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny student's config.yml as it is elsewhere, with no teacher to be found."""
+@pytest.fixture(scope="module", params=["tiny_student", "tiny_mobile_student"])
+def orphan(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny student's config.yml as it is elsewhere, with no teacher to be found."""
     output = tmp_path_factory.mktemp("orphans")
-    run = Path(shutil.copytree(tiny_student, output / "tiny" / "r2l-lite" / "run"))
+    trained: Path = request.getfixturevalue(request.param)
+    run = Path(shutil.copytree(trained, output.joinpath(*trained.parts[-3:])))
     config = load_run_config(run)
     config.output_dir = output
     config.teacher = config.pipeline.teacher = output / "deleted" / "config.yml"
@@ -47,7 +48,7 @@ def copied(orphan: Path, tmp_path: Path) -> Callable[..., Path]:
     def copy_with(
         checkpoint: Callable[[dict], Any] = lambda content: None, config: Callable[[Any], Any] = lambda config: None
     ) -> Path:
-        run = Path(shutil.copytree(orphan.parent, tmp_path / "tiny" / "r2l-lite" / "run"))
+        run = Path(shutil.copytree(orphan.parent, tmp_path.joinpath(*orphan.parts[-4:-1])))
         changed = load_run_config(run)
         changed.output_dir = tmp_path
         config(changed)
@@ -104,7 +105,7 @@ def test_eval(orphan: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     ComputePSNR(orphan, tmp_path / "result.json", tmp_path / "renders").main()
     metrics._lpips.cache_clear()
     result = json.loads((tmp_path / "result.json").read_text())
-    assert result["method_name"] == "r2l-lite" and result["experiment_name"] == "tiny"
+    assert result["method_name"] == orphan.parts[-3] and result["experiment_name"] == "tiny"
     assert result["checkpoint"] == str(orphan.parent / "nerfstudio_models" / "step-000000029.ckpt")
     figures = result["results"]
     assert set(figures) == {
@@ -122,13 +123,21 @@ def test_eval(orphan: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert figures["psnr"] == pytest.approx(np.mean(expected), abs=1e-3)
 
 
+def _deepened(config: Any) -> None:
+    model = config.pipeline.model
+    if hasattr(model, "depth"):
+        model.depth += 2
+    else:
+        model.blocks += 1
+
+
 def test_checkpoint_of_other_options(copied: Callable[..., Path], capsys: pytest.CaptureFixture) -> None:
-    deeper = copied(config=lambda config: setattr(config.pipeline.model, "depth", 8))
+    deeper = copied(config=_deepened)
     with pytest.raises(SystemExit) as caught:
         eval_setup(deeper)
     assert caught.value.code == 1
     *_, last = capsys.readouterr().out.rstrip().splitlines()
-    assert last.startswith("Error: ") and "network.blocks.2" in last and "config.yml" in last
+    assert last.startswith("Error: ") and "network.blocks." in last and "config.yml" in last
 
 
 def test_capture_that_is_gone(copied: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

@@ -19,7 +19,7 @@ import yaml
 from distil import distil, own_writers, set_up, student_config
 from nerfstudio.utils.eval_utils import eval_setup
 
-from r2l_nerfstudio.distillation import datamanager
+from r2l_nerfstudio.distillation import ray_datamanager
 from r2l_nerfstudio.distillation.trainer import DistillationTrainer
 from r2l_nerfstudio.run_config import load_run_config
 from r2l_nerfstudio.teacher import Teacher
@@ -354,7 +354,7 @@ def test_no_room_for_a_batch(tiny_teacher: Path, tmp_path: Path, capsys: pytest.
 def test_the_best_weights_on_held_out_photographs_are_kept(
     tiny_teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(datamanager, "HOLDOUT_RAYS", 512)
+    monkeypatch.setattr(ray_datamanager, "HOLDOUT_RAYS", 512)
     config = student_config(
         tiny_teacher,
         tmp_path,
