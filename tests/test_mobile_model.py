@@ -158,6 +158,19 @@ def test_rays_of_many_origins_are_refused(kind: CameraType, capsys: pytest.Captu
     assert "Error: " in capsys.readouterr().out
 
 
+def test_single_rays_are_answered_as_pictures_of_one_pixel() -> None:
+    student = model(4)
+    of = camera(1, 1)
+    bundle = of.generate_rays(camera_indices=0, keep_shape=True).flatten()
+    assert POSE[1, 0] == POSE[1, 2] == 0  # an upright camera
+    outputs = student(bundle)
+    expected = student.get_outputs_for_camera(of)
+    for key in ("rgb", "accumulation", "depth"):
+        torch.testing.assert_close(outputs[key], expected[key][0], atol=1e-5, rtol=1e-4)
+    straight_up = bundle.origins * 0, torch.tensor([[0.0, 1.0, 0.0]])
+    assert student._answer_rays(*straight_up)["rgb"].isfinite().all()
+
+
 # Factors.
 
 

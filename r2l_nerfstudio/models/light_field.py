@@ -14,15 +14,20 @@ from nerfstudio.data.scene_box import OrientedBox
 from nerfstudio.model_components import renderers
 from nerfstudio.models.base_model import Model, ModelConfig
 from nerfstudio.utils import colormaps
+from nerfstudio.utils.rich_utils import CONSOLE
+from nerfstudio.viewer_legacy.server.viewer_utils import IOChangeException
 from torch import Tensor
 from torch.nn import Parameter
 
+from r2l_nerfstudio.engines.probe import probe_code
+from r2l_nerfstudio.engines.switch import EngineChoice, EngineSwitch
 from r2l_nerfstudio.errors import InputError, exit_on_input_error
 from r2l_nerfstudio.models.camera_rays import camera_rays, crop_interval, is_pinhole, pinhole_parameters
 from r2l_nerfstudio.models.metrics import image_metrics
 from r2l_nerfstudio.rays.ray_code import RayCode, RayCodeKind
 from r2l_nerfstudio.rays.spacing import SceneBounds, SpacingKind
 from r2l_nerfstudio.students.ray_features import FeatureVolume
+from r2l_nerfstudio.viewer.engine_menu import EngineMenu, in_render_thread
 from r2l_nerfstudio.viewer.panel import FrameTime, ViewerPanel
 from r2l_nerfstudio.viewer.teacher_split import TeacherSplit
 
@@ -61,6 +66,8 @@ class LightFieldModelConfig(ModelConfig):
     """Weight of the accumulation loss."""
     depth_weight: float = 0.1
     """Weight of the depth loss, on positions in [0, 1] along the ray."""
+    engine: EngineChoice = "auto"
+    """What runs the network of a trained student; auto: the fastest that agrees with torch on the machine at hand."""
 
     def fit_to(self, width: int, height: int) -> None:  # noqa: B027
         """Settle what depends on the size of the views to learn from, in pixels, before a model is made."""
@@ -108,7 +115,16 @@ class LightFieldModel(Model):
         self.has_depth = True
         self.frame_time = FrameTime()
         self.teacher_split = TeacherSplit()
+        self.engines = EngineSwitch(
+            self.network,
+            self.config.engine,
+            probe=lambda: probe_code(self.ray_code, self.encode, self.network),
+            interrupts=(IOChangeException,),
+            say=lambda line: CONSOLE.print(line, markup=False, highlight=False),
+        )
         # Nerfstudio's viewer looks for these among the attributes of modules.
+        self.engine_menu = EngineMenu(self.engines)
+        self.engine_dropdown = self.engine_menu.dropdown
         self.viewer_panel = ViewerPanel(self.frame_time)
         self.split_checkbox = self.teacher_split.checkbox
 
@@ -208,7 +224,8 @@ class LightFieldModel(Model):
 
     def run_network(self, code: Float[Tensor, "*in"]) -> Float[Tensor, "*out"]:
         """The network on encoded rays, as rendering calls it; fp32 in and out."""
-        return self.network(code).float()
+        with self.frame_time.network():
+            return self.engines(code, is_exact=not in_render_thread())
 
     @torch.no_grad()
     def get_outputs_for_camera(self, camera: Cameras, obb_box: OrientedBox | None = None) -> dict[str, Tensor]:

@@ -14,7 +14,7 @@ from torch.nn.functional import interpolate
 
 from r2l_nerfstudio.models.any_camera import render_by_faces
 from r2l_nerfstudio.models.light_field import LightFieldModel, LightFieldModelConfig
-from r2l_nerfstudio.rays.pinhole import image_rays
+from r2l_nerfstudio.rays.pinhole import image_rays, pinhole_rays, pixel_centers
 from r2l_nerfstudio.rays.ray_image import MARGIN, ray_image_intrinsics, ray_image_size
 from r2l_nerfstudio.rays.spacing import SceneBounds
 from r2l_nerfstudio.students.mobile import MobileR2L, up_steps
@@ -98,17 +98,44 @@ class MobileR2LModel(LightFieldModel):
         """Colour, accumulation and coded depth of the pixels of ray images, without their margins.
 
         Args:
-            ray_bundle: rays of the cells, margin included (crops rows columns).
+            ray_bundle: rays of the cells, margin included (crops rows columns); or single rays (rays), as `ns-render` asks
+                to find out what hides a camera.
 
         Returns:
-            `rgb` (crops height width 3), `accumulation` and `depth_fraction` (crops height width 1).
+            `rgb` (crops height width 3), `accumulation` and `depth_fraction` (crops height width 1); for single rays
+            without height and width, and with `depth`, the distance along the ray.
         """
+        if ray_bundle.origins.ndim == 2:
+            return self._answer_rays(ray_bundle.origins, ray_bundle.directions)
         jitter = self.training and self.config.jitter_points
         code = self.encode(ray_bundle.origins, ray_bundle.directions, jitter)
         values = self.network(code.permute(0, 3, 1, 2)).float().permute(0, 2, 3, 1)
         margin = MARGIN * self.factor
         values = values[:, margin:-margin, margin:-margin]
         return {"rgb": values[..., :3], "accumulation": values[..., 3:4], "depth_fraction": values[..., 4:5]}
+
+    @torch.no_grad()
+    def _answer_rays(self, origins: Float[Tensor, "rays 3"], directions: Float[Tensor, "rays 3"]) -> dict[str, Tensor]:
+        """Each ray as a picture of one pixel, seen along it by an upright camera."""
+        right = torch.linalg.cross(directions, self.ray_code.axes[:, 1].expand_as(directions))
+        # Straight up or down, any right will do.
+        other = torch.linalg.cross(directions, self.ray_code.axes[:, 0].expand_as(directions))
+        right = torch.where(right.norm(dim=-1, keepdim=True) > 1e-3, right, other)
+        right = right / right.norm(dim=-1, keepdim=True)
+        axes = torch.stack([right, torch.linalg.cross(right, directions), -directions, origins], dim=-1)
+        intrinsics = torch.stack([self.focal, self.focal, *torch.full_like(self.focal.expand(2), 0.5)])
+        cells = 1 + 2 * MARGIN
+        grid = pixel_centers(cells, cells, self.device)
+        rays = pinhole_rays(axes[:, None, None], ray_image_intrinsics(intrinsics, self.factor), grid)
+        values = self.run_network(self.encode(*rays).permute(0, 3, 1, 2))[:, :, MARGIN * self.factor]
+        values = values[:, :, MARGIN * self.factor]
+        fraction = values[:, 4:5]
+        return {
+            "rgb": values[:, :3],
+            "accumulation": values[:, 3:4],
+            "depth": self.ray_code.to_distance(origins, directions, fraction),
+            "depth_fraction": fraction,
+        }
 
     def render_pinhole(
         self, pose: Float[Tensor, "3 4"], intrinsics: Float[Tensor, "4"], height: int, width: int
