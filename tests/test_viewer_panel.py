@@ -315,7 +315,7 @@ def open_viewer(tmp_path: Path) -> Iterator[Callable[[R2LModel], Viewer]]:
 
 def test_viewer_finds_the_split_and_leaves_depth_alone(open_viewer: Callable[[R2LModel], Viewer]):
     viewer = open_viewer(tiny_model())
-    assert [element.name for _, element in viewer.viewer_elements] == ["Split with teacher"]
+    assert [element.name for _, element in viewer.viewer_elements] == ["Engine", "Split with teacher"]
     assert not viewer.control_panel.layer_depth
     assert not viewer.control_panel._layer_depth.gui_handle.disabled
 

@@ -70,7 +70,7 @@ class EngineSwitch:
     of the weights for torch, and changes state by single assignments.
 
     Args:
-        network: the student's, in fp32; it may be trained on, moved and loaded meanwhile.
+        network: gives the student's network, in fp32; it may be trained on, moved and loaded meanwhile.
         choice: `auto`, or an engine's name.
         probe: gives the code to compare engines on; by default one of numbers of order one.
         interrupts: exceptions that a caller's own machinery raises in the middle of a call, and that are no engine's fault.
@@ -82,7 +82,7 @@ class EngineSwitch:
 
     def __init__(
         self,
-        network: nn.Module,
+        network: Callable[[], nn.Module],
         choice: EngineChoice = "auto",
         probe: Callable[[], Tensor] | None = None,
         interrupts: tuple[type[BaseException], ...] = (),
@@ -90,7 +90,7 @@ class EngineSwitch:
     ) -> None:
         if choice != "auto":
             engine_module(choice)  # knows its name
-        self.network = network
+        self._network = network
         self.cache_folder: Path | None = None
         """Beside the checkpoint; set by who knows where that is."""
         self.choice: EngineChoice = choice
@@ -101,19 +101,31 @@ class EngineSwitch:
         self.newest: Engine | None = None
         """That gave the newest values."""
 
+    @property
+    def network(self) -> nn.Module:
+        """The student's own."""
+        return self._network()
+
     def choose(self, choice: EngineChoice) -> None:
         """Change to another engine, or to `auto`; pictures go on with torch until it is ready.
 
         Raises:
             InputError: for an engine that cannot run here, with the reason and the remedy; nothing changes then.
         """
-        if choice != "auto":
-            self._check(choice)
+        self.check(choice)
         self.choice = choice
         for lane in self._lanes.values():
             lane.ready, lane.choice, lane.asked, lane.error = None, None, None, ""
 
-    def _check(self, name: EngineName) -> None:
+    def check(self, choice: EngineChoice | None = None) -> None:
+        """See whether an engine, by default the chosen one, can run on this machine as far as can be seen without trying.
+
+        Raises:
+            InputError: if not, with the reason and the remedy.
+        """
+        name = choice or self.choice
+        if name == "auto":
+            return
         device = self.network.head.weight.device
         module = engine_module(name)
         reasons = [module.why_not(device, c.precision) for c in named(name, device, is_exact=False)]

@@ -72,8 +72,9 @@ class RowsLast(nn.Module):
 
 
 def weights_state(network: nn.Module) -> int:
-    """A number that changes whenever a weight is written in place or replaced: optimizers, norms and loading all do."""
-    return hash(tuple((id(t), t._version) for t in itertools.chain(network.parameters(), network.buffers())))
+    """A number that changes whenever a weight is written in place, replaced or moved, by whoever does it."""
+    tensors = itertools.chain(network.parameters(), network.buffers())
+    return hash(tuple((t.data_ptr(), t._version) for t in tensors))
 
 
 def weights_hash(network: nn.Module) -> str:

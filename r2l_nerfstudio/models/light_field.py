@@ -116,7 +116,7 @@ class LightFieldModel(Model):
         self.frame_time = FrameTime()
         self.teacher_split = TeacherSplit()
         self.engines = EngineSwitch(
-            self.network,
+            lambda: self.network,
             self.config.engine,
             probe=lambda: probe_code(self.ray_code, self.encode, self.network),
             interrupts=(IOChangeException,),

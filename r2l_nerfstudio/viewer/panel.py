@@ -27,13 +27,25 @@ class FrameTime:
 
     def __init__(self) -> None:
         self._newest: tuple[float, int, int] | None = None
+        self._newest_network: float | None = None
+        # Several browsers, several threads: each adds up its own frame.
+        self._frame = threading.local()
 
     @contextmanager
     def measure(self, height: int, width: int) -> Iterator[None]:
         """Time a frame of this many pixels. One that is interrupted leaves the frame before it standing."""
+        self._frame.network = None
         start = _now()
         yield
         self._newest = (_now() - start, height, width)
+        self._newest_network = self._frame.network
+
+    @contextmanager
+    def network(self) -> Iterator[None]:
+        """Time the network's share of the frame that this thread draws; each time it is called."""
+        start = _now()
+        yield
+        self._frame.network = (getattr(self._frame, "network", None) or 0.0) + _now() - start
 
     @property
     def size(self) -> tuple[int, int] | None:
@@ -56,6 +68,17 @@ class FrameTime:
         taken = f"{1e3 * seconds:.0f} ms" if seconds < 1 else f"{seconds:.1f} s"
         # The frame's size stands a line above; with it this would not fit into one.
         return f"**{name}**: {1 / seconds:.3g} fps ({taken})"
+
+
+    def describe_network(self, engine: str) -> str:
+        """One line of Markdown on the network's share of the newest frame; empty before the first.
+
+        Args:
+            engine: what ran it.
+        """
+        if self._newest_network is None:
+            return ""
+        return f"Network: {1e3 * self._newest_network:.3g} ms, {engine}"
 
 
 class _RenderThreads(dict):
@@ -106,8 +129,12 @@ class ViewerPanel(ViewerControl):
             viewer.camera_handles = {}
 
     def _text(self) -> str:
+        model = self.viewer.get_model()
         lines = [self.frame_time.describe("Student")]
-        split = getattr(self.viewer.get_model(), "teacher_split", None)
+        menu = getattr(model, "engine_menu", None)
+        if menu is not None:
+            lines.append(self.frame_time.describe_network(menu.describe()))
+        split = getattr(model, "teacher_split", None)
         if split is not None:
             lines.append(split.describe(self.frame_time.size))
         return "  \n".join(filter(None, lines))

@@ -1,0 +1,72 @@
+"""Which engine draws: a drop-down in the viewer's panel."""
+
+from __future__ import annotations
+
+import threading
+from typing import TYPE_CHECKING
+
+from nerfstudio.utils.rich_utils import CONSOLE
+from nerfstudio.viewer.render_state_machine import RenderStateMachine
+from nerfstudio.viewer.viewer_elements import ViewerControl, ViewerDropdown
+
+from r2l_nerfstudio.engines.switch import EngineSwitch
+from r2l_nerfstudio.errors import InputError, exit_on_input_error
+
+if TYPE_CHECKING:
+    from nerfstudio.viewer.viewer import Viewer
+
+CACHE_FOLDER = "engines"
+"""In a run's folder."""
+_ON_CPU = ["auto", "torch", "openvino", "onnxruntime", "inductor"]
+_ON_GPU = ["auto", "torch", "tensorrt", "inductor", "torch-tensorrt"]
+
+
+class EngineMenu(ViewerControl):
+    """A drop-down that changes the engine while pictures go on; which is ready, the panel's line of speed tells.
+
+    Args:
+        engines: what it changes.
+    """
+
+    def __init__(self, engines: EngineSwitch) -> None:
+        self.engines = engines
+        self._complaint = ""
+        self.dropdown = ViewerDropdown(
+            "Engine",
+            engines.choice,
+            sorted({*_ON_CPU, *_ON_GPU}),
+            cb_hook=self._chosen,
+            hint="What runs the network. auto: the fastest that agrees with torch on this machine.",
+        )
+
+    def _setup(self, viewer: Viewer) -> None:
+        """Called once by Nerfstudio's viewer, before the first frame."""
+        super()._setup(viewer)
+        with exit_on_input_error():
+            self.engines.check()
+        on_gpu = self.engines.network.head.weight.device.type == "cuda"
+        names = _ON_GPU if on_gpu else _ON_CPU
+        self.dropdown.set_options([*names, *({self.engines.choice} - {*names})])
+        run = viewer.log_filename.parent
+        if (run / "config.yml").exists():
+            self.engines.cache_folder = run / CACHE_FOLDER
+
+    def _chosen(self, dropdown: ViewerDropdown) -> None:
+        if dropdown.value == self.engines.choice:
+            return
+        try:
+            self.engines.choose(dropdown.value)
+            self._complaint = ""
+        except InputError as error:
+            self._complaint = str(error)
+            CONSOLE.print(self._complaint, style="bold yellow", markup=False)
+            dropdown.value = self.engines.choice
+
+    def describe(self) -> str:
+        """What draws, what is on its way, and why the engine asked for last does not run: Markdown."""
+        return self.engines.describe() + (f"  \n{self._complaint}" if self._complaint else "")
+
+
+def in_render_thread() -> bool:
+    """Whether the viewer asks: the picture is for the eye, in haste, and may be interrupted at any line."""
+    return isinstance(threading.current_thread(), RenderStateMachine)
