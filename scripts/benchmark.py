@@ -25,7 +25,9 @@ from r2l_nerfstudio.scripts.small_nerfacto import small_nerfacto
 from torch import Tensor
 
 from r2l_nerfstudio.errors import InputError, exit_on_input_error
+from r2l_nerfstudio.models.light_field import LightFieldModel
 from r2l_nerfstudio.models.metrics import psnr, ssim
+from r2l_nerfstudio.students.mobile import MobileR2L
 
 UNSEEN_SEED = 31_415_926
 UNSEEN_VIEWS = 8
@@ -70,7 +72,7 @@ class Distil:
     iterations: int = 3000
     """Iterations of the student."""
     rays: int = 4096
-    """Rays per iteration of the student."""
+    """Pixels per iteration of the student."""
     num_views: int = 150
     """Teacher views in the ring."""
     view_downscale: float = 1.0
@@ -169,7 +171,7 @@ def measure(
     from nerfstudio.utils.eval_utils import eval_setup
 
     from r2l_nerfstudio.distillation.datamanager import capture_cameras
-    from r2l_nerfstudio.distillation.pose_sampling import PoseSampler
+    from r2l_nerfstudio.distillation.pose_sampling import PoseSampler, PoseSamplerConfig
     from r2l_nerfstudio.distillation.survey import Survey
     from r2l_nerfstudio.distillation.view_ring import ViewRenderer
     from r2l_nerfstudio.teacher import Teacher
@@ -201,7 +203,9 @@ def measure(
             scores[f"{who}_ssim"].append(ssim(images[-1], truth))
         if index in chosen[:: max(1, math.ceil(len(chosen) / 3))]:
             rows.append(("", [*images, (4 * (images[1] - images[0]).abs()).clamp(0, 1)]))
-    sampler = PoseSampler(capture_cameras(datamanager.train_dataset.cameras), config.pipeline.datamanager.pose_sampler)
+    # One way to draw unseen poses for all methods, so that their figures compare.
+    poses = PoseSamplerConfig(kind=config.pipeline.datamanager.pose_sampler.kind)
+    sampler = PoseSampler(capture_cameras(datamanager.train_dataset.cameras), poses)
     survey = Survey.take(teacher, datamanager.train_dataset.cameras)
     size = (sampler.cameras.height, sampler.cameras.width)
     renderer = ViewRenderer(teacher, sampler, survey, *size, seed=UNSEEN_SEED)
@@ -222,7 +226,7 @@ def measure(
         "student_train_rays_per_second": train_rays_per_second(config_path.parent),
         "network_parameters": parameters,
         "network_megabytes_fp16": round(2 * parameters / 1e6, 2),
-        "flop_per_ray": model.network.flops_per_ray,
+        "flop_per_pixel": round(flops_per_pixel(model)),
         "student_checkpoint_megabytes": round(checkpoint.stat().st_size / 1e6, 1),
         "teacher_checkpoint_megabytes": round(teacher.checkpoint.stat().st_size / 1e6, 1),
         "teacher_method": teacher.config.method_name,
@@ -230,6 +234,13 @@ def measure(
         "pose_sampler": config.pipeline.datamanager.pose_sampler.kind,
         "scene": model.describe_scene(),
     }, rows
+
+
+def flops_per_pixel(model: LightFieldModel) -> float:
+    """Floating-point operations of the network for one pixel at the trained pitch."""
+    if isinstance(model.network, MobileR2L):
+        return model.network.flops_per_cell / model.network.factor**2
+    return model.network.flops_per_ray
 
 
 def train_rays_per_second(run: Path) -> float | None:

@@ -133,3 +133,16 @@ def test_a_single_training_camera_is_enough() -> None:
 def test_unknown_sampler_is_an_error_that_lists_the_known() -> None:
     with pytest.raises(InputError, match="auto, neighbour, sphere, box"):
         PoseSamplerConfig(kind="spiral")
+
+
+@pytest.mark.parametrize(("kind", "moved"), [("neighbour", True), ("box", True), ("sphere", False)])
+def test_overscan_looks_past_the_field_of_view(kind: str, moved: bool) -> None:
+    cameras = object_capture()
+    sampler = PoseSampler(cameras, PoseSamplerConfig(kind=kind, overscan=0.5))
+    generator = torch.Generator().manual_seed(0)
+    middles = torch.stack([sampler.sample(generator)[1][2:] for _ in range(400)]) - cameras.intrinsics[0, 2:]
+    size = torch.tensor([cameras.width, cameras.height])
+    assert (middles.abs() <= 0.5 * size).all()
+    reached = (middles.abs().amax(0) > 0.4 * size).all()
+    assert bool(reached) == moved
+    assert (middles.abs() < 0.17 * size).float().mean() > 0.5  # more often near the middle

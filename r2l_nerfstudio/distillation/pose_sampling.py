@@ -29,6 +29,9 @@ class PoseSamplerConfig:
     """Random displacement, as a share of the distance to neighbouring cameras."""
     focal_range: tuple[float, float] = (0.95, 1.25)
     """Focal lengths, as multiples of the training cameras'."""
+    overscan: float = 0.0
+    """neighbour, box: how far teacher views look past the training cameras' field of view, as a share of it: what a
+    wider picture of the same place shows, as a viewer's window is."""
 
     def __post_init__(self) -> None:
         self.check()
@@ -173,6 +176,11 @@ class PoseSampler:
         intrinsics = self.cameras.intrinsics[base].clone()
         intrinsics[:2] *= zoom
         pose = {"neighbour": self._neighbour, "sphere": self._sphere, "box": self._box}[self.kind](base, generator)
+        if self.config.overscan > 0 and self.kind != "sphere":
+            # The difference of two uniform draws: more often near the middle.
+            first, second = torch.rand(2, 2, generator=generator)
+            size = torch.tensor([self.cameras.width, self.cameras.height])
+            intrinsics[2:] += self.config.overscan * size * (first - second)
         return pose, intrinsics
 
     def _neighbour(self, base: int, generator: torch.Generator) -> Tensor:
