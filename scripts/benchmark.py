@@ -81,6 +81,8 @@ class Distil:
     """Last iterations, with photographs."""
     test_views: int = 25
     """At most this many test views, evenly spaced, for the final figures."""
+    cache_dir: Path | None = None
+    """Folder to keep the teacher's views in, for the next run with this teacher."""
     output_dir: Path = Path("outputs/benchmark")
     """Where runs go."""
     results_dir: Path = Path("benchmarks/results")
@@ -150,6 +152,7 @@ class Distil:
         datamanager.num_views = self.num_views
         datamanager.view_downscale = self.view_downscale
         datamanager.real_iterations = self.real_iterations
+        datamanager.cache_dir = self.cache_dir
         start = time.perf_counter()
         main(config)
         return config.get_base_dir() / "config.yml", time.perf_counter() - start

@@ -1,4 +1,4 @@
-"""From nothing to a distilled student: a procedural scene, a nerfacto teacher, an R2L student, one picture, one table."""
+"""From nothing to distilled students: a procedural scene, a nerfacto teacher, r2l, mobile-r2l, one picture, one table."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import random
 import shutil
 import sys
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -30,6 +31,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from torch import Tensor
 
+from r2l_nerfstudio.distillation.pose_sampling import PoseSamplerConfig
 from r2l_nerfstudio.errors import exit_on_input_error
 from r2l_nerfstudio.lpips import without_lpips
 from r2l_nerfstudio.models.metrics import psnr, ssim
@@ -41,6 +43,8 @@ if TYPE_CHECKING:
 
 UNSEEN_SEED = 2_718_281
 EXPERIMENT = "procedural-scene"
+STUDENTS = {"R2L student": "r2l-lite", "MobileR2L student": "mobile-r2l-lite"}
+"""Stages, and the methods that they train."""
 
 
 @dataclass(frozen=True)
@@ -54,13 +58,16 @@ class Sizes:
     teacher_iterations: int = 2800
     teacher_rays: int = 256
     """Per iteration: many small steps learn more per second on two cores than few large ones."""
-    student_iterations: int = 2400
-    student_rays: int = 4096
-    student_width: int = 128
-    student_depth: int = 12
-    student_frequencies: int = 6
-    student_volume: int = 40
-    """Grid points a side of the feature volume; 0 is the paper's network alone."""
+    width: int = 128
+    """Of both students."""
+    volume: int = 40
+    """Grid points a side of their feature volumes."""
+    r2l_iterations: int = 2000
+    r2l_rays: int = 4096
+    r2l_depth: int = 12
+    mobile_iterations: int = 1500
+    mobile_pixels: int = 8192
+    mobile_blocks: int = 8
     ring_views: int = 100
     """Teacher views to learn from."""
     real_iterations: int = 150
@@ -77,11 +84,14 @@ FAST = Sizes(
     test_views=2,
     teacher_iterations=60,
     teacher_rays=128,
-    student_iterations=40,
-    student_rays=512,
-    student_width=32,
-    student_depth=6,
-    student_volume=12,
+    width=32,
+    volume=12,
+    r2l_iterations=40,
+    r2l_rays=512,
+    r2l_depth=6,
+    mobile_iterations=40,
+    mobile_pixels=512,
+    mobile_blocks=1,
     ring_views=6,
     real_iterations=10,
     unseen_views=3,
@@ -91,7 +101,7 @@ FAST = Sizes(
 
 @dataclass
 class Quickstart:
-    """Write a capture of a small scene, train a teacher on it, distil a student, and compare both with the truth.
+    """Write a capture of a small scene, train a teacher on it, distil two students, and compare all with the truth.
 
     Finished stages are found again and kept. Runs on CUDA if there is any, else on the CPU.
     """
@@ -129,19 +139,22 @@ class Quickstart:
             teacher_key,
             lambda: train_in_one_thread(teacher_config(capture.parent, root / "outputs", sizes, device, self.seed)),
         )
-        student_key = digest(teacher_key, str(teacher), *dataclasses.astuple(sizes))
-        student = stages.run(
-            "Student",
-            student_key,
-            lambda: train(student_config(teacher, root / "outputs", sizes, device, self.seed)),
-        )
+        students, keys = {}, []
+        for stage, method in STUDENTS.items():
+            keys.append(digest(teacher_key, str(teacher), method, *dataclasses.astuple(sizes)))
+            students[method] = stages.run(
+                stage,
+                keys[-1],
+                lambda method=method: train(student_config(method, teacher, root, sizes, device, self.seed)),
+            )
         stages.run(
             "Evaluation",
-            digest(student_key, str(student)),
-            lambda: evaluate(root, teacher, student, sizes),
+            digest(*keys, *(str(student) for student in students.values())),
+            lambda: evaluate(root, teacher, students, sizes),
         )
         report(root, stages.seconds)
-        show(f"Open the viewer: {command('ns-viewer')} --load-config {shown(student)}")
+        for method, student in students.items():
+            show(f"Open the viewer on {method}: {command('ns-viewer')} --load-config {shown(student)}")
 
 
 class Stages:
@@ -232,23 +245,30 @@ def teacher_config(capture: Path, output_dir: Path, sizes: Sizes, device: str, s
     return config
 
 
-def student_config(teacher: Path, output_dir: Path, sizes: Sizes, device: str, seed: int) -> TrainerConfig:
-    """What `ns-train r2l --teacher …` builds, with a network that two cores can train."""
-    from r2l_nerfstudio.method_configs import r2l
+def student_config(method: str, teacher: Path, root: Path, sizes: Sizes, device: str, seed: int) -> TrainerConfig:
+    """What `ns-train METHOD --teacher …` builds, sized for two cores."""
+    from r2l_nerfstudio import method_configs
 
-    config = copy.deepcopy(r2l.config)
+    config = copy.deepcopy(getattr(method_configs, method.replace("-", "_")).config)
     config.teacher = teacher
-    config.output_dir = output_dir
-    config.max_num_iterations = sizes.student_iterations
-    quieten(config, device, seed)
+    config.output_dir = root / "outputs"
     datamanager, model = config.pipeline.datamanager, config.pipeline.model
-    datamanager.train_num_rays_per_batch = sizes.student_rays
+    model.width = sizes.width
+    model.volume_resolution = sizes.volume
+    if method == "r2l-lite":
+        config.max_num_iterations = sizes.r2l_iterations
+        datamanager.train_num_rays_per_batch = sizes.r2l_rays
+        model.depth = sizes.r2l_depth
+    else:
+        config.max_num_iterations = sizes.mobile_iterations
+        datamanager.train_num_rays_per_batch = sizes.mobile_pixels
+        model.blocks = sizes.mobile_blocks
+    quieten(config, device, seed)
     datamanager.num_views = sizes.ring_views
     datamanager.real_iterations = sizes.real_iterations
-    model.width, model.depth = sizes.student_width, sizes.student_depth
-    model.num_frequencies = sizes.student_frequencies
-    model.volume_resolution = sizes.student_volume
-    model.jitter_points = False
+    # Both learn from the same views: what the teacher has rendered for the one, the other finds.
+    datamanager.pose_sampler = PoseSamplerConfig(focal_range=(1.0, 1.0))
+    datamanager.cache_dir = root / "teacher_views"
     return config
 
 
@@ -307,8 +327,8 @@ def train(config: TrainerConfig) -> Path:
 
 
 @torch.no_grad()
-def evaluate(root: Path, teacher_path: Path, student_path: Path, sizes: Sizes) -> Path:
-    """Figures and picture of student, teacher and truth at poses that no training saw.
+def evaluate(root: Path, teacher_path: Path, students: dict[str, Path], sizes: Sizes) -> Path:
+    """Figures and picture of students, teacher and truth at poses that no training saw.
 
     Returns:
         The figures' file, result.json; result.png lies beside it.
@@ -317,45 +337,56 @@ def evaluate(root: Path, teacher_path: Path, student_path: Path, sizes: Sizes) -
 
     from r2l_nerfstudio.teacher import Teacher
 
-    # Through Nerfstudio's own door: what is judged is the saved run, not what happens to be in memory.
-    _, pipeline, _, _ = eval_setup(student_path, test_mode="inference")
-    model = pipeline.model
-    teacher = Teacher.load(teacher_path, device=model.device)
+    # Through Nerfstudio's own door: what is judged is the saved runs, not what happens to be in memory.
+    models = {name: eval_setup(path, test_mode="inference")[1].model for name, path in students.items()}
+    device = next(iter(models.values())).device
+    teacher = Teacher.load(teacher_path, device=device)
     world = band_cameras(band_poses(sizes.unseen_views, seed=UNSEEN_SEED), sizes.image)
     cameras = camera_in_dataparser_frame(world, teacher.dataparser_outputs)
     scene = Scene()
-    scores: dict[str, list[float]] = {}
-    rows: list[tuple[str, list[Tensor]]] = []
     render: dict[str, Callable[[Cameras], Float[Tensor, "height width 3"]]] = {
         "teacher": lambda camera: teacher.view(camera).rgb.cpu(),
-        "student": lambda camera: model.get_outputs_for_camera(camera)["rgb"].cpu(),
+        **{
+            name: lambda camera, model=model: model.get_outputs_for_camera(camera)["rgb"].cpu()
+            for name, model in models.items()
+        },
     }
+    scores: dict[str, dict[str, list[float]]] = {name: defaultdict(list) for name in render}
+    rows: list[tuple[str, list[Tensor]]] = []
     with progress_bar() as bar:
         for index in bar.track(range(sizes.unseen_views), description="Unseen poses"):
-            images = {"truth": scene.render(world[index]).rgb}
-            for who, view in render.items():
+            truth = scene.render(world[index]).rgb
+            images = {}
+            for name, view in render.items():
                 start = time.perf_counter()
-                images[who] = view(cameras[index : index + 1].to(model.device)).clamp(0, 1)
-                scores.setdefault(f"{who}_seconds", []).append(time.perf_counter() - start)
-                scores.setdefault(f"{who}_psnr", []).append(psnr(images[who], images["truth"]))
-                scores.setdefault(f"{who}_ssim", []).append(ssim(images[who], images["truth"]))
-            scores.setdefault("student_psnr_against_teacher", []).append(psnr(images["student"], images["teacher"]))
+                images[name] = view(cameras[index : index + 1].to(device)).clamp(0, 1)
+                score = scores[name]
+                score["seconds"].append(time.perf_counter() - start)
+                score["psnr"].append(psnr(images[name], truth))
+                score["ssim"].append(ssim(images[name], truth))
+                if name in models:
+                    score["psnr_against_teacher"].append(psnr(images[name], images["teacher"]))
             if index < sizes.picture_rows:
-                error = (4 * (images["student"] - images["truth"]).abs()).clamp(0, 1)
-                label = f"{scores['student_psnr'][-1]:.1f} dB"
-                rows.append((label, [images["truth"], images["teacher"], images["student"], error]))
+                errors = [(4 * (images[name] - truth).abs()).clamp(0, 1) for name in models]
+                rows.append((f"pose {index + 1}", [truth, *images.values(), *errors]))
+    networks = {"teacher": teacher.model, **models}
     figures = {
         "unseen_poses": sizes.unseen_views,
         "image_size": sizes.image,
-        **{
-            # The first frame pays for warming up, so the middle one speaks for the speed.
-            name: round(sorted(values)[len(values) // 2] if name.endswith("seconds") else sum(values) / len(values), 4)
-            for name, values in scores.items()
+        "methods": {
+            name: {
+                # The first frame pays for warming up, so the middle one speaks for the speed.
+                **{
+                    key: round(sorted(v)[len(v) // 2] if key == "seconds" else sum(v) / len(v), 4)
+                    for key, v in score.items()
+                },
+                "parameters": sum(p.numel() for p in networks[name].parameters()),
+            }
+            for name, score in scores.items()
         },
-        "teacher_parameters": sum(p.numel() for p in teacher.model.parameters()),
-        "student_parameters": sum(p.numel() for p in model.parameters()),
     }
-    contact_sheet(rows, ["truth", "teacher", "student", "|student - truth| x4"]).save(root / "result.png")
+    titles = ["truth", *render, *(f"|{name} - truth| x4" for name in models)]
+    contact_sheet(rows, titles).save(root / "result.png")
     result = root / "result.json"
     result.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
     return result
@@ -366,16 +397,16 @@ def report(root: Path, seconds: dict[str, float]) -> None:
     figures = json.loads((root / "result.json").read_text(encoding="utf-8"))
     titles = ["", "PSNR against truth", "SSIM against truth", "PSNR against teacher", "seconds a frame", "parameters"]
     lines = []
-    for who in ("teacher", "student"):
-        against = figures.get(f"{who}_psnr_against_teacher")
+    for name, score in figures["methods"].items():
+        against = score.get("psnr_against_teacher")
         lines.append(
             [
-                who,
-                f"{figures[f'{who}_psnr']:.2f} dB",
-                f"{figures[f'{who}_ssim']:.3f}",
+                name,
+                f"{score['psnr']:.2f} dB",
+                f"{score['ssim']:.3f}",
                 "" if against is None else f"{against:.2f} dB",
-                f"{figures[f'{who}_seconds']:.3f}",
-                f"{figures[f'{who}_parameters']:,}",
+                f"{score['seconds']:.3f}",
+                f"{score['parameters']:,}",
             ]
         )
     size = figures["image_size"]

@@ -40,28 +40,35 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
 def test_miniature_leaves_picture_table_and_runs(finished):
     folder, printed = finished
     root = folder / "quick" / "fast"
-    for stage in ("Capture", "Teacher", "Student", "Evaluation"):
+    for stage in ("Capture", "Teacher", "R2L student", "MobileR2L student", "Evaluation"):
         assert re.search(rf"^{stage}: \d+ s\.", printed, re.MULTILINE)
     figures = json.loads((root / "result.json").read_text())
-    for name in ("teacher_psnr", "student_psnr", "student_psnr_against_teacher"):
-        assert 5 < figures[name] < 60
     table = (root / "result.md").read_text()
-    assert f"{figures['student_psnr_against_teacher']:.2f} dB" in table and "minutes in all" in table
-    assert f"{figures['student_psnr_against_teacher']:.2f} dB" in printed
+    assert "minutes in all" in table
+    for name in ("r2l-lite", "mobile-r2l-lite"):
+        score = figures["methods"][name]
+        assert 5 < figures["methods"]["teacher"]["psnr"] < 60 and 5 < score["psnr"] < 60
+        assert f"{score['psnr_against_teacher']:.2f} dB" in table
+        assert f"{score['psnr_against_teacher']:.2f} dB" in printed
+    # The second student finds what the teacher rendered for the first.
+    assert len(list((root / "teacher_views").iterdir())) == 1
     with Image.open(root / "result.png") as picture:
-        # Two poses, four columns, and the margins for labels.
-        assert picture.width > 4 * 192 and picture.height > 2 * 192
+        # Two poses, six columns, and the margins for labels.
+        assert picture.width > 6 * 192 and picture.height > 2 * 192
         assert len(picture.getcolors(maxcolors=1 << 20)) > 100
 
 
-def test_last_line_opens_a_run_that_exists(finished):
+def test_last_lines_open_runs_that_exist(finished):
     folder, printed = finished
-    last = printed.rstrip().splitlines()[-1]
-    found = re.fullmatch(r"Open the viewer: (\S*ns-viewer) --load-config (\S+/r2l/\S+/config\.yml)", last)
-    assert found, last
-    assert (folder / found[2]).exists()
-    checkpoints = list((folder / found[2]).parent.glob("nerfstudio_models/*.ckpt"))
-    assert len(checkpoints) == 1
+    last = printed.rstrip().splitlines()[-2:]
+    for method, line in zip(("r2l-lite", "mobile-r2l-lite"), last, strict=True):
+        found = re.fullmatch(
+            rf"Open the viewer on {method}: (\S*ns-viewer) --load-config (\S+/{method}/\S+/config\.yml)", line
+        )
+        assert found, line
+        assert (folder / found[2]).exists()
+        checkpoints = list((folder / found[2]).parent.glob("nerfstudio_models/*.ckpt"))
+        assert len(checkpoints) == 1
 
 
 def test_rerun_finds_everything_and_trains_nothing(finished, monkeypatch, capsys):
@@ -71,8 +78,8 @@ def test_rerun_finds_everything_and_trains_nothing(finished, monkeypatch, capsys
     monkeypatch.chdir(folder)
     Quickstart(folder=Path("quick"), fast=True).main()
     again = capsys.readouterr().out
-    assert again.count("Found: ") == 4
-    assert again.rstrip().splitlines()[-1] == printed.rstrip().splitlines()[-1]
+    assert again.count("Found: ") == 5
+    assert again.rstrip().splitlines()[-2:] == printed.rstrip().splitlines()[-2:]
     assert sorted((folder / "quick").rglob("*.ckpt")) == runs
     assert [path.stat().st_mtime_ns for path in runs] == stamps
 

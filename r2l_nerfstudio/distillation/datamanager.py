@@ -210,8 +210,11 @@ class DistillationDataManager(VanillaDataManager[InputDataset]):
         """A folder per teacher, sampler and resolution: views of another kind are never mistaken for these."""
         if self.config.cache_dir is None:
             return None
-        key = f"{teacher.fingerprint()} {sampler.config} {sampler.cameras.width}x{sampler.cameras.height}"
-        return self.config.cache_dir / hashlib.sha256(key.encode()).hexdigest()[:16]
+        cameras = sampler.cameras
+        digest = hashlib.sha256(f"{teacher.fingerprint()} {sampler.config} {cameras.width}x{cameras.height}".encode())
+        for tensor in (cameras.camera_to_worlds, cameras.intrinsics):
+            digest.update(tensor.numpy().tobytes())
+        return self.config.cache_dir / digest.hexdigest()[:16]
 
     def next_batch(self, step: int) -> Batch:
         """A batch of rays with what is to be learnt of them.
