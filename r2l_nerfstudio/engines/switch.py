@@ -29,7 +29,7 @@ EngineChoice = Literal["auto", EngineName]
 SECONDS_AT_REST = 1.0
 SECONDS_AT_REST_AFTER_TRAINING = 5.0
 """Weights that were seen to change may do so again: a step may take seconds."""
-SECONDS_BEFORE_EXACT = 2.0
+SECONDS_BEFORE_EXACT = 5.0
 """Of work for figures and files before `auto` looks for something faster: that costs about as much."""
 _SECONDS_BETWEEN_LOOKS = 0.25
 

@@ -35,22 +35,22 @@ class FixedNetwork(nn.Module):
             self.network.to(memory_format=torch.channels_last)
         self.refresh(network)
 
-    @torch.no_grad()
     def refresh(self, network: nn.Module) -> None:
-        """Take over the weights of a network of the same shape, in place. Interrupted, it may be called again."""
-        pairs = itertools.chain.from_iterable(
-            ((mine.first, its.first, its.first_norm), (mine.second, its.second, its.second_norm))
-            for mine, its in zip(self._blocks(self.network), self._blocks(network), strict=True)
-        )
+        """Take over the weights of a network of the same shape, in place. Interrupted, it may be called again.
+
+        Gradients are kept out by detaching: a context for it stays open when the viewer interrupts inside one.
+        """
         folded = set()
-        for mine, its, norm in pairs:
-            scale = norm.weight * torch.rsqrt(norm.running_var + norm.eps)
-            mine.weight.copy_(its.weight * scale[:, None, None, None])
-            mine.bias.copy_((its.bias - norm.running_mean) * scale + norm.bias)
-            folded |= {id(mine.weight), id(mine.bias)}
+        for block, its in zip(self._blocks(self.network), self._blocks(network), strict=True):
+            for mine, conv, norm in ((block.first, its.first, its.first_norm), (block.second, its.second, its.second_norm)):
+                scale = norm.weight.detach() * torch.rsqrt(norm.running_var + norm.eps)
+                mine.weight.copy_(conv.weight.detach() * scale[:, None, None, None])
+                mine.bias.copy_((conv.bias.detach() - norm.running_mean) * scale + norm.bias.detach())
+                folded |= {id(mine.weight), id(mine.bias)}
         theirs = dict(network.named_parameters())
-        rest = [(p, theirs[name]) for name, p in self.network.named_parameters() if id(p) not in folded]
-        torch._foreach_copy_([mine for mine, _ in rest], [its.detach() for _, its in rest])
+        for name, mine in self.network.named_parameters():
+            if id(mine) not in folded:
+                mine.copy_(theirs[name].detach())
 
     def forward(self, code: Float[Tensor, "*code"]) -> Float[Tensor, "*values"]:
         return self.network(code.to(self.dtype)).float()

@@ -1,0 +1,444 @@
+"""`auto` starts at once, chooses what is fastest and right, remembers it, and no interrupt or failure breaks it."""
+
+from __future__ import annotations
+
+import json
+import random
+import sys
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from networks import code, network
+from torch import Tensor, nn
+
+from r2l_nerfstudio.engines import cache as cache_module
+from r2l_nerfstudio.engines import choice as choice_module
+from r2l_nerfstudio.engines import switch as switch_module
+from r2l_nerfstudio.engines.cache import write_atomically
+from r2l_nerfstudio.engines.choice import Candidate, Choice, Task, candidates, choose
+from r2l_nerfstudio.engines.protocol import Order
+from r2l_nerfstudio.engines.switch import EngineSwitch
+from r2l_nerfstudio.errors import InputError
+
+CPU = torch.device("cpu")
+
+
+class Interrupt(Exception):
+    """As a viewer raises it."""
+
+
+@dataclass
+class Fake:
+    """An engine and its module: the network with an error, a duration, and a failure at will."""
+
+    name: str
+    precision: str = "fp32"
+    error: float = 0.0
+    seconds: float = 0.0
+    reason: str | None = None
+    build_seconds: float = 0.0
+    build_error: Exception | None = None
+    run_error: Exception | None = None
+    release: str = "1"
+    builds: int = 0
+    artefact: bytes | None = None
+    network: nn.Module | None = None
+
+    def version(self) -> str:
+        return self.release
+
+    def why_not(self, device: torch.device, precision: str) -> str | None:
+        return self.reason
+
+    def build(self, order: Order) -> Fake:
+        self.builds += 1
+        time.sleep(self.build_seconds)
+        if self.build_error is not None:
+            raise self.build_error
+        if self.artefact is not None and order.cache is not None:
+            file = order.cache / "artefact"
+            if file.exists() and file.read_bytes() != self.artefact:
+                raise RuntimeError("not an artefact of mine")
+            write_atomically(file, self.artefact)
+        self.network, self.precision = order.network, order.precision
+        return self
+
+    def __call__(self, read: Tensor) -> Tensor:
+        if self.run_error is not None and threading.current_thread() is threading.main_thread():
+            raise self.run_error
+        time.sleep(self.seconds)
+        return self.network(read) + self.error
+
+
+@pytest.fixture
+def engines(monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict[str, Fake]]:
+    """Puts fakes in place of all engines, which `auto` tries in the order given, and takes all waiting out."""
+    monkeypatch.setattr(switch_module, "SECONDS_AT_REST", 0.02)
+    monkeypatch.setattr(switch_module, "SECONDS_AT_REST_AFTER_TRAINING", 0.2)
+    monkeypatch.setattr(switch_module, "_SECONDS_BETWEEN_LOOKS", 0.01)
+    monkeypatch.setattr(choice_module, "SECONDS_PER_TIMING", 0.01)
+
+    def put(*fakes: Fake) -> dict[str, Fake]:
+        by_name = {fake.name: fake for fake in fakes}
+        monkeypatch.setattr(choice_module, "engine_module", by_name.__getitem__)
+        monkeypatch.setattr(switch_module, "engine_module", by_name.__getitem__)
+        wanted = [Candidate(fake.name, fake.precision) for fake in fakes]
+        monkeypatch.setattr(switch_module, "candidates", lambda device, is_exact: wanted)
+        return by_name
+
+    return put
+
+
+def task(folder: Path | None = None, net: nn.Module | None = None) -> Task:
+    return Task(net or network("r2l"), CPU, code("r2l", 50), (50, 40), folder)
+
+
+def wanted(fakes: dict[str, Fake]) -> list[Candidate]:
+    return [Candidate(fake.name, fake.precision) for fake in fakes.values()]
+
+
+def wait_for(condition: Callable[[], bool], seconds: float = 30.0) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited too long"
+        time.sleep(0.01)
+
+
+def viewing(switch: EngineSwitch) -> switch_module._Lane:
+    return switch._lanes[False]
+
+
+def test_the_fastest_that_agrees_is_chosen_and_the_others_are_told(engines: Callable[..., dict[str, Fake]]):
+    fakes = engines(
+        Fake("slow", seconds=0.02),
+        Fake("wrong", error=1e-3),
+        Fake("rough", "bf16", error=1e-3, seconds=0.01),
+        Fake("nan", error=float("nan")),
+        Fake("absent", reason="it needs a GPU."),
+        Fake("broken", build_error=OSError("libfoo.so is missing\nlong story")),
+        Fake("fast", error=1e-6, seconds=0.001),
+        Fake("late", seconds=0.03),
+    )
+    chosen = choose(task(), wanted(fakes))
+    assert chosen.engine is fakes["fast"] and chosen.psnr == pytest.approx(120, abs=1)
+    line = chosen.describe()
+    assert "\n" not in line and line.startswith("Engine: fast fp32, ") and " ms, 120 dB (" in line
+    for part in (
+        "wrong fp32: only 60 dB",
+        "nan fp32: values that are not finite",
+        "absent fp32: it needs a GPU",
+        "broken fp32: OSError: libfoo.so is missing",
+        "slow fp32: 2",
+        "rough bf16: 1",
+        "late fp32: 3",
+    ):
+        assert part in line, part
+
+
+def test_nothing_that_runs_is_no_failure(engines: Callable[..., dict[str, Fake]]):
+    fakes = engines(Fake("broken", build_error=RuntimeError("no")))
+    chosen = choose(task(), wanted(fakes))
+    assert chosen.engine is None and "torch fp32" in chosen.describe() and "RuntimeError: no" in chosen.describe()
+
+
+def test_what_takes_long_to_build_is_tried_only_without_the_others(engines: Callable[..., dict[str, Fake]]):
+    fakes = engines(Fake("quick"), Fake("long"))
+    order = [Candidate("quick", "fp32"), Candidate("long", "fp32", frozenset({"quick"}))]
+    assert "long fp32: not tried beside quick" in choose(task(), order).describe()
+    fakes["quick"].reason = "absent"
+    assert choose(task(), order).engine is fakes["long"]
+
+
+@pytest.mark.parametrize("is_exact", [True, False])
+def test_precisions_are_those_that_suit(is_exact: bool, monkeypatch: pytest.MonkeyPatch):
+    found = {(c.name, c.precision) for c in candidates(CPU, is_exact)}
+    assert (("openvino", "bf16") in found) == (not is_exact) and ("openvino", "fp32") in found
+    on_gpu = candidates(torch.device("cuda"), is_exact)
+    assert {c.precision for c in on_gpu} == {"fp16"} and {"tensorrt", "inductor"} < {c.name for c in on_gpu}
+
+
+def test_the_choice_is_remembered(engines: Callable[..., dict[str, Fake]], tmp_path: Path):
+    fakes = engines(Fake("slow", seconds=0.01), Fake("fast", artefact=b"code"))
+    first = choose(task(tmp_path), wanted(fakes))
+    assert (fakes["slow"].builds, fakes["fast"].builds) == (1, 1)
+    again = choose(task(tmp_path), wanted(fakes))
+    assert (fakes["slow"].builds, fakes["fast"].builds) == (1, 2)
+    assert again.engine is first.engine and "remembered" in again.describe() and "slow fp32: 1" in again.describe()
+
+
+def _record(folder: Path) -> Path:
+    (file,) = folder.glob("*/*.json")
+    return file
+
+
+def _other_weights(folder: Path, fakes: dict[str, Fake]) -> Task:
+    return task(folder, network("r2l", seed=9))
+
+
+def _new_version(folder: Path, fakes: dict[str, Fake]) -> Task:
+    fakes["slow"].release = "2"
+    return task(folder)
+
+
+def _other_device(folder: Path, fakes: dict[str, Fake]) -> Task:
+    return task(folder)
+
+
+def _torn_record(folder: Path, fakes: dict[str, Fake]) -> Task:
+    text = _record(folder).read_text()
+    _record(folder).write_text(text[: len(text) // 2])
+    return task(folder)
+
+
+def _foreign_record(folder: Path, fakes: dict[str, Fake]) -> Task:
+    _record(folder).write_text(json.dumps({"engine": "fast", "precision": 7}))
+    return task(folder)
+
+
+def _list_record(folder: Path, fakes: dict[str, Fake]) -> Task:
+    _record(folder).write_text("[1, 2]")
+    return task(folder)
+
+
+def _now_wrong(folder: Path, fakes: dict[str, Fake]) -> Task:
+    fakes["fast"].error = 0.1
+    return task(folder)
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [_other_weights, _new_version, _other_device, _torn_record, _foreign_record, _list_record, _now_wrong],
+)
+def test_what_is_remembered_of_something_else_is_chosen_anew(
+    spoil: Callable, engines: Callable[..., dict[str, Fake]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    fakes = engines(Fake("slow", seconds=0.01), Fake("fast"))
+    choose(task(tmp_path), wanted(fakes))
+    if spoil is _other_device:
+        monkeypatch.setattr(cache_module, "device_name", lambda device: "another machine")
+    chosen = choose(spoil(tmp_path, fakes), wanted(fakes))
+    assert fakes["slow"].builds == 2 and "remembered" not in chosen.describe()
+    assert chosen.engine is fakes["slow" if spoil is _now_wrong else "fast"]
+
+
+def test_a_broken_artefact_is_built_anew(engines: Callable[..., dict[str, Fake]], tmp_path: Path):
+    fakes = engines(Fake("fast", artefact=b"the whole artefact"))
+    choose(task(tmp_path), wanted(fakes))
+    (file,) = tmp_path.rglob("artefact")
+    file.write_bytes(b"the who")
+    chosen = choose(task(tmp_path), wanted(fakes))
+    assert chosen.engine is fakes["fast"] and file.read_bytes() == b"the whole artefact"
+
+
+def test_a_write_that_fails_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    file = tmp_path / "record"
+    write_atomically(file, b"before")
+
+    def fail(*_):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(cache_module.os, "replace", fail)
+    with pytest.raises(OSError, match="disk full"):
+        write_atomically(file, b"after")
+    assert file.read_bytes() == b"before" and list(tmp_path.iterdir()) == [file]
+
+
+def test_a_folder_that_cannot_be_written_to_costs_the_memory_alone(
+    engines: Callable[..., dict[str, Fake]], tmp_path: Path
+):
+    fakes = engines(Fake("fast"))
+    (tmp_path / "file").write_text("in the way")
+    assert choose(task(tmp_path / "file"), wanted(fakes)).engine is fakes["fast"]
+
+
+def test_auto_draws_at_once_and_changes_when_it_is_ready(engines: Callable[..., dict[str, Fake]]):
+    fakes = engines(Fake("fast", build_seconds=0.5))
+    said: list[str] = []
+    net = network("r2l")
+    switch = EngineSwitch(lambda: net, say=said.append)
+    read = code("r2l", 30)
+    start = time.monotonic()
+    torch.testing.assert_close(switch(read, is_exact=False), net(read))
+    assert time.monotonic() - start < 0.4, "it waited for the engine"
+    assert switch.newest.name == "torch" and "choosing" in switch.describe()
+    wait_for(lambda: viewing(switch).ready is not None)
+    torch.testing.assert_close(switch(read, is_exact=False), net(read))
+    assert switch.newest is fakes["fast"] and switch.describe() == "fast fp32"
+    wait_for(lambda: bool(said))
+    assert said == [viewing(switch).choice.describe()]
+
+
+def test_figures_come_from_torch_until_it_has_taken_long(
+    engines: Callable[..., dict[str, Fake]], monkeypatch: pytest.MonkeyPatch
+):
+    fakes = engines(Fake("fast"))
+    net = network("r2l")
+    switch = EngineSwitch(lambda: net)
+    read = code("r2l", 30)
+    for _ in range(5):
+        assert torch.equal(switch(read), net(read)), "torch fp32 is to give the very same numbers"
+    assert not fakes["fast"].builds
+    monkeypatch.setattr(switch_module, "SECONDS_BEFORE_EXACT", 0.0)
+    switch(read)
+    wait_for(lambda: switch._lanes[True].ready is not None)
+    switch(read)
+    assert switch.newest is fakes["fast"]
+
+
+def test_weights_in_training_are_shown_as_they_are(engines: Callable[..., dict[str, Fake]]):
+    fakes = engines(Fake("fast"))
+    net = network("r2l")
+    switch = EngineSwitch(lambda: net)
+    read = code("r2l", 30)
+    switch(read, is_exact=False)
+    wait_for(lambda: viewing(switch).ready is not None)
+    builds = fakes["fast"].builds
+    optimizer = torch.optim.Adam(net.parameters(), lr=0.01)
+    for _ in range(10):
+        net(read).square().mean().backward()
+        optimizer.step()
+        with torch.no_grad():
+            # bf16 where the machine has it
+            torch.testing.assert_close(switch(read, is_exact=False), net(read), atol=0.02, rtol=0)
+        assert switch.newest.name == "torch"
+        time.sleep(0.02)
+    assert fakes["fast"].builds == builds, "built for weights that do not rest"
+    wait_for(lambda: switch(read, is_exact=False) is not None and switch.newest is fakes["fast"])
+    torch.testing.assert_close(switch(read, is_exact=False), net(read).detach())
+
+
+def test_an_engine_that_fails_while_drawing_is_given_up(engines: Callable[..., dict[str, Fake]]):
+    fakes = engines(Fake("fast"))
+    said: list[str] = []
+    net = network("r2l")
+    switch = EngineSwitch(lambda: net, say=said.append)
+    read = code("r2l", 30)
+    switch(read, is_exact=False)
+    wait_for(lambda: viewing(switch).ready is not None)
+    fakes["fast"].run_error = RuntimeError("device lost")
+    for _ in range(3):
+        torch.testing.assert_close(switch(read, is_exact=False), net(read), atol=0.02, rtol=0)
+        assert switch.newest.name == "torch"
+    assert len([line for line in said if "device lost" in line]) == 1
+
+
+def test_an_engine_by_name_that_cannot_run_is_an_error_with_the_reason(engines: Callable[..., dict[str, Fake]]):
+    engines(Fake("fast"), Fake("tensorrt", reason="it needs an NVIDIA GPU."))
+    net = network("r2l")
+    switch = EngineSwitch(lambda: net)
+    with pytest.raises(InputError, match="tensorrt cannot run on this machine: it needs an NVIDIA GPU"):
+        switch.choose("tensorrt")
+    assert switch.choice == "auto"
+    configured = EngineSwitch(lambda: net, "tensorrt")
+    with pytest.raises(InputError, match="needs an NVIDIA GPU"):
+        configured.check()
+    with pytest.raises(InputError, match="needs an NVIDIA GPU"):
+        configured(code("r2l", 30))
+    # A viewer says so and draws.
+    torch.testing.assert_close(configured(code("r2l", 30), is_exact=False), net(code("r2l", 30)))
+    wait_for(lambda: "needs an NVIDIA GPU" in configured.describe())
+
+
+def test_an_engine_by_name_gives_all_figures(engines: Callable[..., dict[str, Fake]]):
+    fakes = engines(Fake("fast"), Fake("named", seconds=0.01))
+    net = network("r2l")
+    switch = EngineSwitch(lambda: net, "named")
+    switch(code("r2l", 30))
+    assert switch.newest is fakes["named"] and fakes["named"].precision == "fp32"
+    assert not fakes["fast"].builds
+
+
+def test_the_engine_is_changed_between_pictures(engines: Callable[..., dict[str, Fake]]):
+    fakes = engines(Fake("fast"), Fake("named"))
+    net = network("r2l")
+    switch = EngineSwitch(lambda: net)
+    read = code("r2l", 30)
+    for choice, expected in (("named", "named"), ("auto", None), ("fast", "fast")):
+        switch.choose(choice)
+        wait_for(lambda: switch(read, is_exact=False) is not None and viewing(switch).ready is not None)
+        switch(read, is_exact=False)
+        assert switch.newest in fakes.values() and expected in (None, switch.newest.name)
+
+
+class Interrupter:
+    """Raises at one of the lines that run inside it, counted from 0; None only counts."""
+
+    def __init__(self, at: int | None) -> None:
+        self.at, self.lines = at, 0
+
+    def __enter__(self) -> Interrupter:
+        self.before = sys.gettrace()
+        sys.settrace(self._trace)
+        return self
+
+    def __exit__(self, *_) -> None:
+        sys.settrace(self.before)
+
+    def _trace(self, frame, event, arg):
+        if frame.f_code is Interrupter.__exit__.__code__:
+            return None
+        if event == "line":
+            self.lines += 1
+            if self.at is not None and self.lines > self.at:
+                self.at = None
+                raise Interrupt
+        return self._trace
+
+
+@pytest.mark.parametrize("kind", ["r2l", "mobile-r2l"])
+@pytest.mark.parametrize("engine", ["torch", "openvino", "onnxruntime"])
+def test_an_interrupt_at_any_line_leaves_no_broken_engine(kind: str, engine: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(switch_module, "SECONDS_AT_REST", 0.02)
+    monkeypatch.setattr(switch_module, "_SECONDS_BETWEEN_LOOKS", 0.01)
+    monkeypatch.setattr(choice_module, "SECONDS_PER_TIMING", 0.01)
+    net = network(kind)
+    said: list[str] = []
+    switch = EngineSwitch(lambda: net, engine, interrupts=(Interrupt,), say=said.append)
+    read = code(kind, 13, 14)
+    truth = net(read).detach()
+
+    def draw(line: int | None) -> int:
+        with Interrupter(line) as counter:
+            values = switch(read, is_exact=False)
+        torch.testing.assert_close(values, truth, atol=0.05, rtol=0)
+        return counter.lines
+
+    # From the very first call on: copying weights, starting the worker, changing over, and thereafter.
+    first = draw(None)
+    switch = EngineSwitch(lambda: net, engine, interrupts=(Interrupt,), say=said.append)
+    chance = random.Random(0)
+    for line in sorted(chance.sample(range(first), 25)):
+        with pytest.raises(Interrupt):
+            draw(line)
+            raise Interrupt  # it was shorter this time
+    wait_for(lambda: draw(None) > 0 and viewing(switch).ready is not None)
+    for line in range(draw(None)):
+        with pytest.raises(Interrupt):
+            draw(line)
+        assert torch.is_grad_enabled()
+    draw(None)
+    assert switch.newest.name == engine
+    # Weights that change meanwhile are taken over whole.
+    with torch.no_grad():
+        net.tail.bias += 0.3
+    truth = net(read).detach()
+    lines = draw(None)
+    for line in chance.sample(range(lines), min(20, lines)):
+        with torch.no_grad():
+            net.tail.bias += 0.1
+        truth = net(read).detach()
+        with pytest.raises(Interrupt):
+            draw(line)
+            raise Interrupt
+        draw(None)
+    assert not [line for line in said if "failed" in line], said
+    wait_for(lambda: not viewing(switch).lock.locked())
+
+
+def test_describe_without_an_engine():
+    assert "torch fp32" in Choice(others=["openvino bf16: absent"]).describe()
