@@ -17,6 +17,7 @@ def student_config(
     datamanager: DistillationDataManagerConfig,
     model: LightFieldModelConfig,
     max_num_iterations: int,
+    ends_lr: float = 1e-3,
     ema_decay: float = 0.0,
 ) -> DistillationTrainerConfig:
     """A method's configuration for `ns-train`."""
@@ -35,7 +36,10 @@ def student_config(
                 "optimizer": AdamOptimizerConfig(lr=1e-2, eps=1e-15),
                 "scheduler": WarmupCosineSchedulerConfig(),
             },
-            "ends": {"optimizer": AdamOptimizerConfig(lr=1e-3, eps=1e-8), "scheduler": WarmupCosineSchedulerConfig()},
+            "ends": {
+                "optimizer": AdamOptimizerConfig(lr=ends_lr, eps=1e-8),
+                "scheduler": WarmupCosineSchedulerConfig(),
+            },
         },
         viewer=ViewerConfig(num_rays_per_chunk=1 << 16, default_composite_depth=False),
         vis="viewer",

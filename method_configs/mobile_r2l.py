@@ -14,6 +14,7 @@ mobile_r2l = MethodSpecification(
         CropDataManagerConfig(train_num_rays_per_batch=1 << 20, crop_cells=16),
         MobileR2LModelConfig(),
         max_num_iterations=30000,
+        ends_lr=2e-3,
         ema_decay=0.995,
     ),
     description="MobileR2L: distil --teacher into an 8 MB convolutional student that phones draw in real time.",
@@ -22,9 +23,10 @@ mobile_r2l = MethodSpecification(
 mobile_r2l_lite = MethodSpecification(
     config=student_config(
         "mobile-r2l-lite",
-        CropDataManagerConfig(train_num_rays_per_batch=65536, crop_cells=8),
+        CropDataManagerConfig(train_num_rays_per_batch=8192, crop_cells=6),
         MobileR2LModelConfig(width=128, blocks=8, up_width=32, jitter_points=False, volume_resolution=40),
-        max_num_iterations=10000,
+        max_num_iterations=20000,
+        ends_lr=2e-3,
         ema_decay=0.99,
     ),
     description="MobileR2L, a tenth of the size, with a small learned feature volume: interactive on a CPU.",
