@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from r2l_nerfstudio.engines.cache import EngineCache
 from r2l_nerfstudio.engines.parity import parity
 from r2l_nerfstudio.engines.protocol import PARITY_DB, Engine, EngineName, Order, Precision
-from r2l_nerfstudio.engines.registry import engine_module
+from r2l_nerfstudio.engines.registry import engine_module, make
 from r2l_nerfstudio.engines.sizes import is_grid
 from r2l_nerfstudio.engines.weights import weights_hash
 
@@ -192,16 +192,16 @@ def _built_from_cache(task: Task, candidate: Candidate, folder: Path | None) -> 
     module = engine_module(candidate.name)
     order = Order(task.network, candidate.precision, task.device, folder)
     if folder is None or not folder.exists():
-        return module.build(order)
+        return make(module, order)
     try:
-        engine = module.build(order)
+        engine = make(module, order)
         if parity(engine, task.network, task.device, task.probe) >= PARITY_DB[candidate.precision]:
             return engine
     except Exception:  # a file that is cut short, or of another make: build it anew
         pass
     for file in folder.iterdir():
         file.unlink()
-    return module.build(order)
+    return make(module, order)
 
 
 def _remembered(task: Task, wanted: list[Candidate], cache: EngineCache, key: str) -> Choice | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 from importlib import import_module
 from pathlib import Path
 
@@ -23,6 +24,9 @@ _MODULES = {
 }
 
 
+_ONE_AT_A_TIME = threading.Lock()
+
+
 def engine_module(name: str) -> EngineModule:
     """The module that makes an engine.
 
@@ -32,6 +36,16 @@ def engine_module(name: str) -> EngineModule:
     if name not in _MODULES:
         raise InputError(f"There is no engine {name!r}: choose one of auto, {', '.join(ENGINE_NAMES)}.")
     return import_module(f"r2l_nerfstudio.engines.{_MODULES[name]}")
+
+
+def make(module: EngineModule, order: Order) -> Engine:
+    """Build an engine, one at a time in a process: torch's exporters and tracers keep what they are doing in globals.
+
+    Raises:
+        Exception: of any kind, as the library beneath raises it.
+    """
+    with _ONE_AT_A_TIME:
+        return module.build(order)
 
 
 def build_engine(
@@ -60,7 +74,7 @@ def build_engine(
     if reason is not None:
         raise InputError(f"The engine {name} cannot run in {precision} on {device.type}: {reason}")
     try:
-        engine = module.build(Order(network, precision, device, cache))
+        engine = make(module, Order(network, precision, device, cache))
         found = parity(engine, network, device)
     except InputError:
         raise
