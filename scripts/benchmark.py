@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import os
@@ -23,6 +24,7 @@ from nerfstudio.utils.rich_utils import CONSOLE
 from r2l_nerfstudio.scripts.contact_sheet import contact_sheet
 from r2l_nerfstudio.scripts.small_nerfacto import small_nerfacto
 from torch import Tensor
+from torch.nn.functional import interpolate
 
 from r2l_nerfstudio.errors import InputError, exit_on_input_error
 from r2l_nerfstudio.models.light_field import LightFieldModel
@@ -31,6 +33,7 @@ from r2l_nerfstudio.students.mobile import MobileR2L
 
 UNSEEN_SEED = 31_415_926
 UNSEEN_VIEWS = 8
+ZOOMED_VIEWS = 3
 
 
 @dataclass(frozen=True)
@@ -213,11 +216,18 @@ def measure(
     size = (sampler.cameras.height, sampler.cameras.width)
     renderer = ViewRenderer(teacher, sampler, survey, *size, seed=UNSEEN_SEED)
     unseen = []
+    zoomed: dict[float, list[float]] = {0.5: [], 2.0: []}
+    steady: list[float] = []
     for index in range(UNSEEN_VIEWS):
         view = renderer.render(index)
         fx, fy, cx, cy = view.intrinsics.tolist()
         camera = Cameras(view.camera_to_world[None], fx, fy, cx, cy, width=size[1], height=size[0]).to(model.device)
         unseen.append(psnr(student_view(camera), view.pixels[..., :3].cpu().float() / 255))
+        if index < ZOOMED_VIEWS:
+            for zoom, values in zoomed.items():
+                nearer = Cameras(camera.camera_to_worlds, zoom * fx, zoom * fy, cx, cy, width=size[1], height=size[0])
+                values.append(psnr(student_view(nearer.to(model.device)), teacher_view(nearer.to(model.device))))
+            steady += between_sizes(student_view, camera)
     seconds = {who: sorted(scores.pop(f"{who}_seconds")) for who in views}
     parameters = sum(p.numel() for p in model.parameters())
     return {
@@ -225,6 +235,11 @@ def measure(
         "test_views": f"{len(chosen)} of {len(dataset)}",
         **{key: round(sum(values) / len(values), 4) for key, values in scores.items()},
         "student_psnr_against_teacher_unseen": round(sum(unseen) / len(unseen), 4),
+        **{
+            f"student_psnr_against_teacher_zoom_{zoom}": round(sum(values) / len(values), 4)
+            for zoom, values in zoomed.items()
+        },
+        "student_lowest_psnr_between_sizes": round(min(steady), 4),
         **{f"{who}_seconds_per_frame": round(values[len(values) // 2], 4) for who, values in seconds.items()},
         "student_train_rays_per_second": train_rays_per_second(config_path.parent),
         "network_parameters": parameters,
@@ -237,6 +252,20 @@ def measure(
         "pose_sampler": config.pipeline.datamanager.pose_sampler.kind,
         "scene": model.describe_scene(),
     }, rows
+
+
+def between_sizes(view: Callable[[Cameras], Tensor], camera: Cameras) -> list[float]:
+    """PSNR in dB between pictures of one camera at its own size and at others, all resampled to the smaller of the two."""
+    own = view(camera)
+    found = []
+    for scale in (0.4, 0.75, 1.5):
+        other = copy.deepcopy(camera)
+        other.rescale_output_resolution(scale)
+        pictures = [own.permute(2, 0, 1)[None], view(other).permute(2, 0, 1)[None]]
+        size = min((picture.shape[2:] for picture in pictures), key=lambda shape: shape[0])
+        resampled = [interpolate(picture, size, mode="bilinear", antialias=True)[0] for picture in pictures]
+        found.append(psnr(*(picture.permute(1, 2, 0) for picture in resampled)))
+    return found
 
 
 def flops_per_pixel(model: LightFieldModel) -> float:

@@ -77,16 +77,16 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[BrowserContext
         yield context
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="module", params=["tiny_student", "tiny_mobile_student"])
 def viewer(
+    request: pytest.FixtureRequest,
     browser: BrowserContext,
-    tiny_student: Path,
     command: Callable[..., list[str]],
     environment: dict[str, str],
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[Served]:
-    """`ns-viewer` on the tiny student."""
-    arguments = command("ns-viewer", "--load-config", tiny_student / "config.yml")
+    """`ns-viewer` on a tiny student of either kind."""
+    arguments = command("ns-viewer", "--load-config", request.getfixturevalue(request.param) / "config.yml")
     with serve(arguments, environment, tmp_path_factory.mktemp("viewer")) as served:
         yield served
 
