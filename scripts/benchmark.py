@@ -21,6 +21,7 @@ from nerfstudio.data.dataparsers.base_dataparser import DataParserConfig
 from nerfstudio.data.dataparsers.blender_dataparser import BlenderDataParserConfig
 from nerfstudio.data.dataparsers.nerfstudio_dataparser import NerfstudioDataParserConfig
 from nerfstudio.utils.rich_utils import CONSOLE
+from r2l_nerfstudio.scripts.benchmark_render import Render
 from r2l_nerfstudio.scripts.contact_sheet import contact_sheet
 from r2l_nerfstudio.scripts.small_nerfacto import small_nerfacto
 from torch import Tensor
@@ -309,7 +310,8 @@ def as_table(figures: dict[str, Any]) -> str:
 def main() -> None:
     """Console entry point `r2l-benchmark`."""
     with exit_on_input_error():
-        tyro.extras.subcommand_cli_from_dict({"distil": Distil}, description=__doc__, prog="r2l-benchmark").main()
+        commands = {"distil": Distil, "render": Render}
+        tyro.extras.subcommand_cli_from_dict(commands, description=__doc__, prog="r2l-benchmark").main()
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -124,20 +124,18 @@ def choose(task: Task, wanted: Iterable[Candidate]) -> Choice:
         choice = _remembered(task, wanted, cache, key)
         if choice is not None:
             return choice
-    choice = Choice()
-    passed: set[EngineName] = set()
-    for candidate, engine, said, found in _passing(task, wanted, cache, passed):
+    choice, built = Choice(), []
+    for candidate, engine, said, found in _passing(task, wanted, cache):
         if engine is None:
             choice.others.append(f"{candidate}: {said}")
-            continue
-        taken = milliseconds(engine, _timing_code(task))
-        if taken < choice.milliseconds:
-            if choice.engine is not None:
-                before = f"{choice.engine.name} {choice.engine.precision}"
-                choice.others.append(f"{before}: {choice.milliseconds:.1f} ms")
-            choice.engine, choice.milliseconds, choice.psnr = engine, taken, found
         else:
-            choice.others.append(f"{candidate}: {taken:.1f} ms")
+            built.append((candidate, engine, found))
+    taken = milliseconds([engine for _, engine, _ in built], _timing_code(task))
+    for (candidate, engine, found), time_taken in sorted(zip(built, taken, strict=True), key=lambda pair: pair[1]):
+        if choice.engine is None:
+            choice.engine, choice.milliseconds, choice.psnr = engine, time_taken, found
+        else:
+            choice.others.append(f"{candidate}: {time_taken:.1f} ms")
     if cache is not None and choice.engine is not None and not task.is_stopped():
         cache.write(
             key,
@@ -154,9 +152,10 @@ def choose(task: Task, wanted: Iterable[Candidate]) -> Choice:
 
 
 def _passing(
-    task: Task, wanted: list[Candidate], cache: EngineCache | None, passed: set[EngineName]
+    task: Task, wanted: list[Candidate], cache: EngineCache | None
 ) -> Iterator[tuple[Candidate, Engine | None, str, float]]:
     """Each candidate with its engine and PSNR, or without one and with the reason."""
+    passed: set[EngineName] = set()
     for candidate in wanted:
         if task.is_stopped():
             return
@@ -242,18 +241,19 @@ def _timing_code(task: Task) -> Tensor:
     return torch.rand(shape, device=task.device)
 
 
-def milliseconds(engine: Callable[[Tensor], Any], code: Tensor) -> float:
-    """Of one call: the fastest of some. The first ones, which allocate, are left out."""
-    for _ in range(2):
-        engine(code)
-    times: list[float] = []
-    while len(times) < 3 or sum(times) < SECONDS_PER_TIMING:
-        _synchronize(code.device)
-        start = time.perf_counter()
-        engine(code)
-        _synchronize(code.device)
-        times.append(time.perf_counter() - start)
-    return 1e3 * min(times)
+def milliseconds(calls: Sequence[Callable[[Tensor], Any]], code: Tensor) -> list[float]:
+    """Of one call of each: the fastest of some, taken in turns, so that other work on the machine meets all alike."""
+    times: list[list[float]] = [[] for _ in calls]
+    for call in calls:  # the first one, which allocates
+        call(code)
+    while calls and (len(times[0]) < 4 or sum(map(sum, times)) < SECONDS_PER_TIMING * len(calls)):
+        for call, taken in zip(calls, times, strict=True):
+            _synchronize(code.device)
+            start = time.perf_counter()
+            call(code)
+            _synchronize(code.device)
+            taken.append(time.perf_counter() - start)
+    return [1e3 * min(taken) for taken in times]
 
 
 def _synchronize(device: torch.device) -> None:

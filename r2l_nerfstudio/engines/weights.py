@@ -42,7 +42,10 @@ class FixedNetwork(nn.Module):
         """
         folded = set()
         for block, its in zip(self._blocks(self.network), self._blocks(network), strict=True):
-            for mine, conv, norm in ((block.first, its.first, its.first_norm), (block.second, its.second, its.second_norm)):
+            for mine, conv, norm in (
+                (block.first, its.first, its.first_norm),
+                (block.second, its.second, its.second_norm),
+            ):
                 scale = norm.weight.detach() * torch.rsqrt(norm.running_var + norm.eps)
                 mine.weight.copy_(conv.weight.detach() * scale[:, None, None, None])
                 mine.bias.copy_((conv.bias.detach() - norm.running_mean) * scale + norm.bias.detach())

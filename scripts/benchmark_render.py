@@ -1,0 +1,306 @@
+"""How fast every engine of this machine draws both students, beside the machine's own multiplication, in one run."""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from nerfstudio.cameras.cameras import Cameras
+from nerfstudio.data.scene_box import SceneBox
+from nerfstudio.utils.rich_utils import CONSOLE
+from torch import nn
+
+from r2l_nerfstudio.engines.cache import device_name
+from r2l_nerfstudio.engines.parity import parity
+from r2l_nerfstudio.engines.probe import probe_code
+from r2l_nerfstudio.engines.protocol import ENGINE_NAMES, Engine, EngineName, Precision
+from r2l_nerfstudio.engines.registry import build_engine, engine_module
+from r2l_nerfstudio.errors import InputError
+from r2l_nerfstudio.lpips import without_lpips
+from r2l_nerfstudio.models.light_field import LightFieldModel
+from r2l_nerfstudio.rays.spacing import SceneBounds
+
+SIZES = {"r2l": 100, "r2l-lite": 400, "mobile-r2l": 800, "mobile-r2l-lite": 400}
+"""Pixels along each side of the frame that each method draws."""
+TEACHER_SIDE = 64
+"""Pixels along each side of the teacher's frame, whose time is scaled up: a whole one takes minutes on a CPU."""
+_FIELD_OF_VIEW = 0.6
+"""Radians, nearly: half a frame over the focal length, doubled."""
+_CHUNKS = (2048, 8192, 65536)
+"""Rows at a time in which bare multiplication is tried as well: engines may keep a chunk in a cache."""
+
+
+@dataclass
+class Render:
+    """Milliseconds of every engine that runs here, network alone and whole frame with rays and encoding, beside bare
+    matrix products of the network's own shapes. Weights are random: they make no difference to the time."""
+
+    methods: tuple[str, ...] = tuple(SIZES)
+    """Which students."""
+    engines: tuple[EngineName, ...] = ENGINE_NAMES
+    """Which engines; those that cannot run here are listed with the reason."""
+    seconds: float = 20.0
+    """Seconds of measuring for each student; the fastest call of all rounds counts."""
+    teacher: bool = True
+    """Time a nerfacto of default size beside each student."""
+    results_dir: Path = Path("benchmarks/results")
+    """Where figures go."""
+
+    def main(self) -> None:
+        """Measure and write `render_DEVICE.{json,md}`."""
+        unknown = set(self.methods) - set(SIZES)
+        if unknown:
+            raise InputError(f"--methods {', '.join(sorted(unknown))}: choose from {', '.join(SIZES)}.")
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = device_name(device)
+        figures: dict[str, Any] = {
+            "device": name,
+            "torch": torch.__version__,
+            "weights": "random",
+            "students": [self._student(method, device) for method in self.methods],
+        }
+        self.results_dir.mkdir(parents=True, exist_ok=True)
+        stem = self.results_dir / f"render_{re.sub(r'[^a-z0-9]+', '-', name.lower()).strip('-')}"
+        stem.with_suffix(".json").write_text(json.dumps(figures, indent=2) + "\n")
+        stem.with_suffix(".md").write_text(as_markdown(figures))
+        CONSOLE.print(as_markdown(figures), markup=False, highlight=False, soft_wrap=True)
+        CONSOLE.print(f"Written: {stem}.json, .md")
+
+    @torch.no_grad()
+    def _student(self, method: str, device: torch.device) -> dict[str, Any]:
+        CONSOLE.print(f"{method} …")
+        side = SIZES[method]
+        model, camera = student(method, side, device)
+        code = frame_code(model, camera)
+        truth = build_engine("torch", model.network, "fp32", device)
+        engines, absent = self._built(model.network, device)
+        calls: dict[str, Callable[[], Any]] = {}
+        for label, engine in engines.items():
+            calls[f"network {label}"] = lambda engine=engine: engine(code)
+
+            def frame(engine: Engine = engine) -> None:
+                model.run_network = engine
+                model.get_outputs_for_camera(camera)
+
+            calls[f"frame {label}"] = frame
+        values = truth(code)
+
+        def rays_and_encoding() -> None:
+            model.run_network = lambda read: values[: len(read)]
+            model.get_outputs_for_camera(camera)
+
+        calls["rays and encoding"] = rays_and_encoding
+        low = torch.float16 if device.type == "cuda" else torch.bfloat16
+        bare = {"bare": low, "bare fp32": torch.float32}
+        for label, dtype in bare.items():
+            for number, call in enumerate(bare_products(model.network, code, dtype)):
+                calls[f"{label} {number}"] = call
+        taken = fastest(calls, self.seconds, device)
+        limit = {label: min(ms for call, ms in taken.items() if re.fullmatch(rf"{label} \d", call)) for label in bare}
+        rows = []
+        probe = probe_code(model.ray_code, model.encode, model.network)
+        for label, engine in engines.items():
+            network, frame_ms = taken[f"network {label}"], taken[f"frame {label}"]
+            rows.append(
+                {
+                    "engine": engine.name,
+                    "precision": engine.precision,
+                    "network_ms": round(network, 2),
+                    "share_of_bare_low_precision": round(limit["bare"] / network, 3),
+                    "share_of_bare_fp32": round(limit["bare fp32"] / network, 3),
+                    "frame_ms": round(frame_ms, 2),
+                    "fps": round(1e3 / frame_ms, 2),
+                    "psnr_db": round(min(parity(engine, model.network, device, probe), 999.0), 1),
+                }
+            )
+        rows.sort(key=lambda row: row["frame_ms"])
+        found = {
+            "method": method,
+            "frame": f"{side}x{side}",
+            "factor": model.factor,
+            "parameters": sum(p.numel() for p in model.network.parameters()),
+            "gflop": round(flops(model.network, code) / 1e9, 2),
+            "bare_low_precision": str(low).removeprefix("torch."),
+            "bare_low_precision_ms": round(limit["bare"], 2),
+            "bare_fp32_ms": round(limit["bare fp32"], 2),
+            "rays_and_encoding_ms": round(taken["rays and encoding"], 2),
+            "engines": rows,
+            "not_run": absent,
+        }
+        if self.teacher:
+            found["nerfacto_frame_ms"] = round(teacher_milliseconds(device) * (side / TEACHER_SIDE) ** 2)
+        return found
+
+    def _built(self, network: nn.Module, device: torch.device) -> tuple[dict[str, Engine], dict[str, str]]:
+        low: Precision = "fp16" if device.type == "cuda" else "bf16"
+        engines: dict[str, Engine] = {}
+        absent: dict[str, str] = {}
+        for name in self.engines:
+            for precision in (low, "fp32"):
+                reason = engine_module(name).why_not(device, precision)
+                if reason is not None:
+                    absent[f"{name} {precision}"] = reason
+                    continue
+                try:
+                    engines[f"{name} {precision}"] = build_engine(name, network, precision, device)
+                except InputError as error:
+                    absent[f"{name} {precision}"] = str(error)
+        return engines, absent
+
+
+def student(method: str, side: int, device: torch.device) -> tuple[LightFieldModel, Cameras]:
+    """A student of a method's size with random weights, and a camera whose frame it draws without resampling."""
+    from nerfstudio.configs.method_configs import all_methods
+
+    torch.manual_seed(0)
+    config = all_methods[method].pipeline.model
+    config.fit_to(side, side)
+    config.zero_init = False
+    box = SceneBox(aabb=torch.tensor([[-1.0] * 3, [1.0] * 3]))
+    model = config.setup(scene_box=box, num_train_data=1).to(device).eval()
+    focal = side / _FIELD_OF_VIEW
+    bounds = SceneBounds("sphere", (0.0, 0.0, 0.0), 1.0, 2.0, 6.0)
+    model.set_scene(bounds, torch.eye(3), torch.ones(3), has_accumulation=True, has_depth=True, focal=focal)
+    pose = torch.eye(4)[None, :3]
+    pose[:, 2, 3] = 4.0
+    camera = Cameras(pose, focal, focal, side / 2, side / 2, side, side)
+    return model, camera.to(device)
+
+
+def frame_code(model: LightFieldModel, camera: Cameras) -> torch.Tensor:
+    """Everything that the network reads for one frame."""
+    codes: list[torch.Tensor] = []
+    own = model.run_network
+
+    def record(code: torch.Tensor) -> torch.Tensor:
+        codes.append(code)
+        return own(code)
+
+    model.run_network = record
+    model.get_outputs_for_camera(camera)
+    model.run_network = own
+    return torch.cat(codes)
+
+
+def products(network: nn.Module, code: torch.Tensor) -> list[tuple[int, int, int]]:
+    """Rows, inner and outer width of the matrix product that each layer comes down to, for this code."""
+    found, scale = [], 1
+    rows = code.numel() // code.shape[1]
+    for layer in network.modules():
+        if isinstance(layer, nn.ConvTranspose2d):
+            inner, outer, *kernel = layer.weight.shape
+            found.append((rows * scale**2, inner, outer * kernel[0] * kernel[1]))
+            scale *= layer.stride[0]
+        elif isinstance(layer, (nn.Linear, nn.Conv2d)):
+            outer, inner = layer.weight.shape[:2]
+            found.append((rows * scale**2, inner, outer))
+    return found
+
+
+def flops(network: nn.Module, code: torch.Tensor) -> int:
+    """Of one frame, a multiply-add counted as two."""
+    return sum(2 * rows * inner * outer for rows, inner, outer in products(network, code))
+
+
+def bare_products(network: nn.Module, code: torch.Tensor, dtype: torch.dtype) -> list[Callable[[], None]]:
+    """`torch.matmul` at the shapes of all layers, one after the other: on all rows at once, and in chunks of rows."""
+    shapes = products(network, code)
+    matrices = {
+        shape: (
+            torch.rand(shape[0], shape[1], device=code.device, dtype=dtype),
+            torch.rand(shape[1], shape[2], device=code.device, dtype=dtype),
+            torch.empty(shape[0], shape[2], device=code.device, dtype=dtype),
+        )
+        for shape in set(shapes)
+    }
+
+    def multiply(chunk: int) -> None:
+        for shape in shapes:
+            rows, weights, out = matrices[shape]
+            for start in range(0, shape[0], chunk):
+                torch.matmul(rows[start : start + chunk], weights, out=out[start : start + chunk])
+
+    most = max(rows for rows, _, _ in shapes)
+    chunks = [chunk for chunk in _CHUNKS if chunk < most] + [most]
+    return [lambda chunk=chunk: multiply(chunk) for chunk in chunks]
+
+
+def fastest(calls: dict[str, Callable[[], Any]], seconds: float, device: torch.device) -> dict[str, float]:
+    """Milliseconds of each call at its fastest, all of them in turns, for so many seconds or five rounds at least."""
+
+    def finish() -> float:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return time.perf_counter()
+
+    taken = dict.fromkeys(calls, float("inf"))
+    for call in calls.values():
+        call()
+    end, rounds = time.perf_counter() + seconds, 0
+    while rounds < 5 or time.perf_counter() < end:
+        rounds += 1
+        for name, call in calls.items():
+            start = finish()
+            call()
+            taken[name] = min(taken[name], 1e3 * (finish() - start))
+    return taken
+
+
+@torch.no_grad()
+def teacher_milliseconds(device: torch.device) -> float:
+    """Of a nerfacto of default size, in torch, for a frame of `TEACHER_SIDE` pixels a side."""
+    from nerfstudio.models.nerfacto import NerfactoModelConfig
+
+    box = SceneBox(aabb=torch.tensor([[-1.0] * 3, [1.0] * 3]))
+    with without_lpips():
+        model = NerfactoModelConfig(implementation="torch").setup(scene_box=box, num_train_data=1).to(device).eval()
+    pose = torch.eye(4)[None, :3]
+    pose[:, 2, 3] = 1.0
+    focal = TEACHER_SIDE / _FIELD_OF_VIEW
+    camera = Cameras(pose, focal, focal, TEACHER_SIDE / 2, TEACHER_SIDE / 2, TEACHER_SIDE, TEACHER_SIDE).to(device)
+    return fastest({"teacher": lambda: model.get_outputs_for_camera(camera)}, 3.0, device)["teacher"]
+
+
+def as_markdown(figures: dict[str, Any]) -> str:
+    """The figures as one table for each student."""
+    lines = [
+        f"# Drawing on {figures['device']}",
+        "",
+        f"`r2l-benchmark render`, torch {figures['torch']}, one run, random weights: the fastest call of many in turns.",
+        "*Network* is the compiled unit alone, *frame* all of `get_outputs_for_camera`: rays, encoding, network, depth.",
+        "*Bare matmul* is `torch.matmul` at the shapes of the network's layers, in the fastest of several chunk sizes.",
+        "",
+    ]
+    for found in figures["students"]:
+        low = {"bfloat16": "bf16", "float16": "fp16"}[found["bare_low_precision"]]
+        lines += [
+            f"## {found['method']}, {found['frame']} pixels",
+            "",
+            f"{found['parameters'] / 1e6:.2f} M parameters, {found['gflop']:g} GFLOP a frame. Bare matmul:"
+            f" {found['bare_low_precision_ms']:g} ms in {low}, {found['bare_fp32_ms']:g} ms in fp32. Rays and encoding:"
+            f" {found['rays_and_encoding_ms']:g} ms."
+            + (
+                f" A nerfacto's frame: {found['nerfacto_frame_ms'] / 1e3:.1f} s (scaled from"
+                f" {TEACHER_SIDE}x{TEACHER_SIDE})."
+                if "nerfacto_frame_ms" in found
+                else ""
+            ),
+            "",
+            f"| engine | network ms | of bare {low} matmul | of bare fp32 matmul | frame ms | fps | PSNR to fp32 |",
+            "|---|---|---|---|---|---|---|",
+        ]
+        for row in found["engines"]:
+            agreement = "equal" if row["psnr_db"] == 999.0 else f"{row['psnr_db']:g} dB"
+            lines.append(
+                f"| {row['engine']} {row['precision']} | {row['network_ms']:g} |"
+                f" {row['share_of_bare_low_precision']:.0%} | {row['share_of_bare_fp32']:.0%} |"
+                f" {row['frame_ms']:g} | {row['fps']:g} | {agreement} |"
+            )
+        lines += ["", *(f"- {name}: {reason}" for name, reason in found["not_run"].items()), ""]
+    return "\n".join(lines).rstrip() + "\n"

@@ -1,0 +1,75 @@
+"""The benchmark of engines measures what it says, on frames small enough for a test."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from networks import code, network
+from r2l_nerfstudio.scripts import benchmark_render
+from r2l_nerfstudio.scripts.benchmark_render import Render, fastest, flops, frame_code, student
+from torch.utils.flop_counter import FlopCounterMode
+
+from r2l_nerfstudio.errors import InputError
+from r2l_nerfstudio.rays.ray_image import MARGIN
+
+SIDE = 16
+
+
+@pytest.mark.parametrize("kind", ["r2l", "mobile-r2l"])
+def test_bare_products_are_all_that_the_network_multiplies(kind: str):
+    net = network(kind)
+    read = code(kind, 9, 7)
+    with FlopCounterMode(display=False) as counter:
+        net(read)
+    assert flops(net, read) == counter.get_total_flops()
+
+
+@pytest.mark.parametrize("method", ["r2l-lite", "mobile-r2l-lite"])
+def test_a_student_draws_the_frame_it_is_asked_for_without_resampling(method: str):
+    model, camera = student(method, SIDE, torch.device("cpu"))
+    read = frame_code(model, camera)
+    if method == "r2l-lite":
+        assert len(read) == SIDE**2
+    else:
+        assert read.shape[-2:] == (SIDE // model.factor + 2 * MARGIN,) * 2
+    assert float(model.network(read).std(dim=0).max()) > 0, "nothing to compare engines on"
+
+
+def test_the_fastest_of_many_calls_counts():
+    pauses = iter([0.0] + [0.03, 0.01, 0.02, 0.03, 0.03] * 20)
+    taken = fastest({"call": lambda: time.sleep(next(pauses))}, 0.0, torch.device("cpu"))
+    assert 10 <= taken["call"] < 20
+
+
+def test_figures_and_tables_are_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(benchmark_render, "SIZES", {"r2l-lite": SIDE, "mobile-r2l-lite": SIDE})
+    Render(
+        methods=("r2l-lite", "mobile-r2l-lite"),
+        engines=("torch", "openvino", "tensorrt"),
+        seconds=0.0,
+        teacher=False,
+        results_dir=tmp_path,
+    ).main()
+    (written,) = tmp_path.glob("render_*.json")
+    figures = json.loads(written.read_text())
+    table = written.with_suffix(".md").read_text()
+    assert figures["weights"] == "random" and "random weights" in table
+    for found in figures["students"]:
+        rows = {(row["engine"], row["precision"]): row for row in found["engines"]}
+        assert {("torch", "fp32"), ("openvino", "fp32")} <= set(rows)
+        for row in rows.values():
+            assert 0 < row["network_ms"] and 0 < row["frame_ms"] == pytest.approx(1e3 / row["fps"], rel=0.05)
+            share = found["bare_low_precision_ms"] / row["network_ms"]
+            assert row["share_of_bare_low_precision"] == pytest.approx(share, rel=0.3, abs=0.02)
+        assert "needs an NVIDIA GPU" in found["not_run"]["tensorrt fp32"]
+        assert f"## {found['method']}, 16x16 pixels" in table
+    assert "| openvino fp32 |" in table
+
+
+def test_unknown_method_is_an_error():
+    with pytest.raises(InputError, match="--methods r3l"):
+        Render(methods=("r3l",)).main()
