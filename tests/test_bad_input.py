@@ -16,7 +16,7 @@ from nerfstudio.cameras.cameras import Cameras
 from nerfstudio.data.dataparsers.nerfstudio_dataparser import NerfstudioDataParserConfig
 from nerfstudio.data.datasets.base_dataset import InputDataset
 from nerfstudio.models.nerfacto import NerfactoModel, NerfactoModelConfig
-from teachers import write_capture
+from teachers import train_teacher, write_capture
 
 from r2l_nerfstudio.distillation.frame_check import check_frame
 from r2l_nerfstudio.distillation.pose_sampling import PoseSamplerConfig
@@ -287,3 +287,31 @@ def test_going_on_from_a_checkpoint_cut_short(refused, tiny_teacher: Path, tmp_p
     (folder / "step-000000010.ckpt").write_bytes(b"PK")
     message = refused(tiny_teacher, load_dir=folder)
     assert str(folder) in message and "--load-dir" in message
+
+
+# Students of whole images.
+
+
+def test_impossible_factor(refused, tiny_teacher: Path, tmp_path: Path) -> None:
+    config = student_config(tiny_teacher, tmp_path / "students", "mobile-r2l-lite", **{"pipeline.model.factor": 5})
+    assert "--pipeline.model.factor 5" in refused.config(config)
+
+
+def test_views_smaller_than_a_cell(refused, tiny_teacher: Path, tmp_path: Path) -> None:
+    overrides = {"pipeline.model.factor": 12, "pipeline.datamanager.view_downscale": 3.0}
+    config = student_config(tiny_teacher, tmp_path / "students", "mobile-r2l-lite", **overrides)
+    said = refused.config(config)
+    assert "8x8" in said and "--pipeline.datamanager.view-downscale" in said
+
+
+def test_lens_that_cannot_be_undistorted(refused, capture: Path, tmp_path: Path) -> None:
+    edit(capture / "transforms.json", '"w"', '"camera_model": "EQUIRECTANGULAR", "w"')
+    teacher = train_teacher("nerfacto", capture, tmp_path / "runs", iterations=2)
+    config = student_config(teacher, tmp_path / "students", "mobile-r2l-lite")
+    assert "--pipeline.datamanager.real-iterations 0" in refused.config(config)
+
+
+@pytest.mark.parametrize("option", ["real_fraction", "hard_fraction", "holdout_fraction", "refresh_share"])
+def test_shares_out_of_range(option: str, refused, tiny_teacher: Path) -> None:
+    said = refused(tiny_teacher, **{f"pipeline.datamanager.{option}": 1.5})
+    assert f"--pipeline.datamanager.{option.replace('_', '-')} 1.5" in said

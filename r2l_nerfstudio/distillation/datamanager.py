@@ -34,6 +34,8 @@ from r2l_nerfstudio.errors import InputError
 from r2l_nerfstudio.teacher import Teacher
 
 HOLDOUT_VIEWS = 4
+SHARES = ("real_fraction", "hard_fraction", "holdout_fraction", "refresh_share")
+"""Settings that are shares of something."""
 HOLDOUT_SEED_OFFSET = 7_654_321
 
 
@@ -105,8 +107,14 @@ class DistillationDataManager(VanillaDataManager[InputDataset]):
         """As `VanillaDataManager`.
 
         Raises:
-            InputError: if the capture cannot be read.
+            InputError: if a share is out of range, or the capture cannot be read.
         """
+        for name in SHARES:
+            if not 0.0 <= getattr(config, name, 0.0) <= 1.0:
+                raise InputError(
+                    f"--pipeline.datamanager.{name.replace('_', '-')} {getattr(config, name)} is no share: give a number"
+                    " from 0 to 1."
+                )
         try:
             super().__init__(config, *args, **kwargs)
         except Exception as error:  # every dataparser has failures of its own
