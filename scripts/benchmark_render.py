@@ -16,11 +16,12 @@ from nerfstudio.data.scene_box import SceneBox
 from nerfstudio.utils.rich_utils import CONSOLE
 from torch import nn
 
-from r2l_nerfstudio.engines.cache import device_name
+from r2l_nerfstudio.engines.cache import EngineCache, device_name
 from r2l_nerfstudio.engines.parity import parity
 from r2l_nerfstudio.engines.probe import probe_code
 from r2l_nerfstudio.engines.protocol import ENGINE_NAMES, Engine, EngineName, Precision
 from r2l_nerfstudio.engines.registry import build_engine, engine_module
+from r2l_nerfstudio.engines.weights import weights_hash
 from r2l_nerfstudio.errors import InputError
 from r2l_nerfstudio.lpips import without_lpips
 from r2l_nerfstudio.models.light_field import LightFieldModel
@@ -51,6 +52,8 @@ class Render:
     """Time a nerfacto of default size beside each student."""
     results_dir: Path = Path("benchmarks/results")
     """Where figures go."""
+    cache_dir: Path = Path("outputs/benchmark/engines")
+    """Where compiled networks are kept for the next run."""
 
     def main(self) -> None:
         """Measure and write `render_DEVICE.{json,md}`."""
@@ -141,6 +144,7 @@ class Render:
         low: Precision = "fp16" if device.type == "cuda" else "bf16"
         engines: dict[str, Engine] = {}
         absent: dict[str, str] = {}
+        cache = EngineCache(self.cache_dir, weights_hash(network), device)
         for name in self.engines:
             for precision in (low, "fp32"):
                 reason = engine_module(name).why_not(device, precision)
@@ -148,7 +152,8 @@ class Render:
                     absent[f"{name} {precision}"] = reason
                     continue
                 try:
-                    engines[f"{name} {precision}"] = build_engine(name, network, precision, device)
+                    folder = cache.artefacts(name, engine_module(name).version())
+                    engines[f"{name} {precision}"] = build_engine(name, network, precision, device, folder)
                 except InputError as error:
                     absent[f"{name} {precision}"] = str(error)
         return engines, absent
