@@ -310,6 +310,7 @@ def test_weights_in_training_are_shown_as_they_are(engines: Callable[..., dict[s
             torch.testing.assert_close(switch(read, is_exact=False), net(read), atol=0.02, rtol=0)
         assert switch.newest.name == "torch"
         time.sleep(0.02)
+    assert switch.describe().endswith("(live weights)")
     assert fakes["fast"].builds == builds, "built for weights that do not rest"
     wait_for(lambda: switch(read, is_exact=False) is not None and switch.newest is fakes["fast"])
     torch.testing.assert_close(switch(read, is_exact=False), net(read).detach())

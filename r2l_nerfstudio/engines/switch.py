@@ -59,6 +59,8 @@ class _Lane:
     """Of the newest code."""
     seconds: float = 0.0
     """Spent by `live` on weights at rest."""
+    stage: str = ""
+    """What the worker is at, in a word or two; empty when it is not."""
     lock: threading.Lock = field(default_factory=threading.Lock)
     """Held by the worker; a render thread looks at it and never waits for it."""
 
@@ -182,7 +184,7 @@ class EngineSwitch:
         name = "torch" if engine is None else f"{engine.name} {engine.precision}"
         if lane.error:
             return f"{name} ({lane.error})"
-        return f"{name} (choosing…)" if lane.lock.locked() else name
+        return f"{name} ({lane.stage})" if lane.stage else name
 
     def _give_up(self, lane: _Lane, engine: Engine, error: Exception) -> None:
         """Torch from here on; the worker is not asked again for the same weights."""
@@ -208,18 +210,21 @@ class EngineSwitch:
         if not lane.lock.acquire(blocking=False):
             return
         _WORKING.add(lane.lock)
+        lane.stage = "choosing…"
         try:
             if not lane.is_exact:
                 self._lower_precision_of_live(lane)
-            state = self._wait_for_rest()
+            state = self._wait_for_rest(lane)
+            lane.stage = "choosing…"
             if state is not None:
                 self._prepare(lane, state)
         except Exception as error:  # a thread has nobody to raise to
             self._say(f"No engine could be chosen ({type(error).__name__}: {error}): pictures come from torch.")
         finally:
+            lane.stage = ""
             lane.lock.release()
 
-    def _wait_for_rest(self) -> int | None:
+    def _wait_for_rest(self, lane: _Lane) -> int | None:
         state, since, patience = weights_state(self.network), time.monotonic(), SECONDS_AT_REST
         while time.monotonic() - since < patience:
             time.sleep(_SECONDS_BETWEEN_LOOKS)
@@ -228,6 +233,7 @@ class EngineSwitch:
             now = weights_state(self.network)
             if now != state:
                 state, since, patience = now, time.monotonic(), SECONDS_AT_REST_AFTER_TRAINING
+                lane.stage = "live weights"
         return state
 
     def _lower_precision_of_live(self, lane: _Lane) -> None:
