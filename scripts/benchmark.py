@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import math
 import os
@@ -260,8 +259,11 @@ def between_sizes(view: Callable[[Cameras], Tensor], camera: Cameras) -> list[fl
     own = view(camera)
     found = []
     for scale in (0.4, 0.75, 1.5):
-        other = copy.deepcopy(camera)
-        other.rescale_output_resolution(scale)
+        width, height = (round(scale * size) for size in own.shape[1::-1])
+        across, down = width / own.shape[1], height / own.shape[0]  # exactly the same field of view
+        cx, cy = camera.cx * across, camera.cy * down
+        fx, fy = camera.fx * across, camera.fy * down
+        other = Cameras(camera.camera_to_worlds, fx, fy, cx, cy, width=width, height=height)
         pictures = [own.permute(2, 0, 1)[None], view(other).permute(2, 0, 1)[None]]
         size = min((picture.shape[2:] for picture in pictures), key=lambda shape: shape[0])
         resampled = [interpolate(picture, size, mode="bilinear", antialias=True)[0] for picture in pictures]
