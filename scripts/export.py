@@ -11,6 +11,7 @@ from nerfstudio.utils.rich_utils import CONSOLE
 
 from r2l_nerfstudio.errors import exit_on_input_error
 from r2l_nerfstudio.export.graph import GraphInputs, GraphPrecision, GraphSpec
+from r2l_nerfstudio.run_config import load_run_config
 from r2l_nerfstudio.student import Student, load_student
 
 R2L_SIZE = 400
@@ -77,7 +78,73 @@ class Openvino(GraphExport):
         report(self.output, psnr, started, self.output.with_suffix(".bin"))
 
 
-COMMANDS = {"onnx": Onnx, "openvino": Openvino}
+@dataclass
+class Web:
+    """A static web page that draws the student in a visitor's browser, offline."""
+
+    output: tyro.conf.Positional[Path]
+    """The folder to make."""
+    load_config: Path
+    """The student's run: its config.yml, or its folder."""
+    title: str | None = None
+    """Of the page; the run's experiment name by default."""
+    data: Path | None = None
+    """Where the student's capture is now; where it was in training, by default. Its cameras say where a visitor may go."""
+    runtime: Path | None = None
+    """The npm package onnxruntime-web as a .tgz file; fetched by npm once, by default."""
+    step: int | None = None
+    """Training step of the checkpoint; the newest by default."""
+    overwrite: bool = False
+    """Replace an export that is there."""
+    serve: bool = False
+    """Serve the folder when it is made, until interrupted; one that holds an export is served as it is, unless
+    --overwrite is given."""
+    host: str = "127.0.0.1"
+    """Interface to serve on: this machine alone by default, 0.0.0.0 for all its networks."""
+    port: int = 8090
+    """Port to serve on; 0 for any free one."""
+
+    def main(self) -> None:
+        """Write the folder, and serve it if asked to."""
+        from r2l_nerfstudio.export.web_folder import SCENE
+        from r2l_nerfstudio.export.web_server import WebServer
+
+        if not (self.serve and not self.overwrite and (self.output / SCENE).is_file()):
+            self.write()
+        if self.serve:
+            with WebServer(self.output, self.host, self.port) as server:
+                CONSOLE.print(f"Serving {self.output} at {server.address} until Ctrl+C.", soft_wrap=True)
+                try:
+                    server.serve_forever()
+                except KeyboardInterrupt:
+                    CONSOLE.print("Stopped.")
+
+    def write(self) -> None:
+        """Write the folder."""
+        from r2l_nerfstudio.export.capture_view import read_capture
+        from r2l_nerfstudio.export.web_folder import RUNTIME, export_web
+        from r2l_nerfstudio.export.web_runtime import fetch_runtime
+
+        started = time.perf_counter()
+        cameras = read_capture(self.load_config, self.data)
+        student = load_student(self.load_config, device="cpu", step=self.step)
+        runtime = fetch_runtime(self.runtime)
+        title = self.title or load_run_config(self.load_config).experiment_name or student.method_name
+        made = export_web(student, cameras, runtime, self.output, title, self.overwrite)
+        for name, size in made.bytes.items():
+            if not name.startswith(f"{RUNTIME}/"):
+                quality = f", {made.psnr[name]:.0f} dB against torch" if name in made.psnr else ""
+                CONSOLE.print(f"  {name}: {size / 1e6:.2f} MB{quality}", soft_wrap=True, highlight=False)
+        total = sum(made.bytes.values())
+        runtimes = sum(size for name, size in made.bytes.items() if name.startswith(f"{RUNTIME}/"))
+        CONSOLE.print(
+            f"Written: {self.output} ({total / 1e6:.1f} MB, {runtimes / 1e6:.1f} MB of them two builds of ONNX Runtime Web,"
+            f" of which a visitor loads one; {time.perf_counter() - started:.0f} s).",
+            soft_wrap=True,
+        )
+
+
+COMMANDS = {"onnx": Onnx, "openvino": Openvino, "web": Web}
 
 
 def report(output: Path, psnr: float, started: float, *more: Path) -> None:

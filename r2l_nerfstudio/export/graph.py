@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -11,6 +12,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from r2l_nerfstudio.engines.protocol import DTYPES
+from r2l_nerfstudio.engines.weights import FixedNetwork
 from r2l_nerfstudio.errors import InputError
 from r2l_nerfstudio.export.gathered_volume import GatheredVolume
 from r2l_nerfstudio.models.light_field import LightFieldModel
@@ -27,21 +29,29 @@ RAYS_AT_ONCE = 1 << 16
 """A whole picture's codes would take gigabytes: beyond this many rays a camera's graph goes through it in parts."""
 
 
+TURN = (6.28125, 2 * math.pi - 6.28125)
+"""2 pi, as eight bits and the rest."""
+
+
 class EncodedNetwork(nn.Module):
     """From rays to the student's five numbers: rgb, accumulation, depth as a position along the ray; all in (0, 1).
 
     Args:
         model: copied, its feature volume into plain gathers.
-        dtype: of the network's weights and arithmetic; encoding, input and output are fp32.
+        precision: of the network's weights and arithmetic; encoding, input and output are fp32.
+        reduce_angles: bring the encoding's angles near zero first, for machines whose sines are good only there.
     """
 
-    def __init__(self, model: LightFieldModel, dtype: torch.dtype) -> None:
+    background: Tensor
+
+    def __init__(self, model: LightFieldModel, precision: GraphPrecision, reduce_angles: bool = False) -> None:
         super().__init__()
         self.ray_code = copy.deepcopy(model.ray_code)
-        self.volume = None if model.volume is None else GatheredVolume(model.volume, dtype)
+        self.volume = None if model.volume is None else GatheredVolume(model.volume, DTYPES[precision])
+        self.register_buffer("background", model.background.clone())
         self.volume_points = model.config.volume_points
-        self.network = copy.deepcopy(model.network).to(dtype)
-        self.dtype = dtype
+        self.network = FixedNetwork(model.network, precision)
+        self.encode = reduced_frequency_encode if reduce_angles else frequency_encode
         self.factor = model.factor if isinstance(model, MobileR2LModel) else 1
         self.is_image = isinstance(model, MobileR2LModel)
 
@@ -57,14 +67,27 @@ class EncodedNetwork(nn.Module):
         Returns:
             as many as there are rays, or [rows * factor, columns * factor, 5], the margin's pixels among them.
         """
-        code = frequency_encode(self.ray_code.values(origins, directions), self.ray_code.num_frequencies)
+        code = self.encode(self.ray_code.values(origins, directions), self.ray_code.num_frequencies)
         if self.volume is not None:
             features = self.volume(self.ray_code.points(origins, directions, self.volume_points))
             code = torch.cat([code, features], dim=-1)
-        code = code.to(self.dtype)
         if not self.is_image:
-            return self.network(code).float()
-        return self.network(code.permute(2, 0, 1)[None])[0].permute(1, 2, 0).float()
+            return self.network(code)
+        return self.network(code.permute(2, 0, 1)[None])[0].permute(1, 2, 0)
+
+
+def reduced_frequency_encode(
+    values: Float[Tensor, "*batch dim"], num_frequencies: int
+) -> Float[Tensor, "*batch encoded"]:
+    """As `frequency_encode`, with sines and cosines of angles within half a turn of zero only.
+
+    A turn is taken off in two parts, the first of so few bits that its multiples are exact (Cody and Waite).
+    """
+    frequencies = 2.0 ** torch.arange(num_frequencies, device=values.device, dtype=torch.float32)
+    phases = (values[..., None, :] * frequencies[:, None]).flatten(-2)
+    turns = (phases / (2 * math.pi) + 0.5).floor()
+    phases = (phases - turns * TURN[0]) - turns * TURN[1]
+    return torch.cat([values, phases.sin(), phases.cos()], dim=-1)
 
 
 class RayGraph(nn.Module):
@@ -72,14 +95,14 @@ class RayGraph(nn.Module):
 
     Args:
         model: copied.
-        dtype: of the network.
+        precision: of the network.
     """
 
     inputs = ("origins", "directions")
 
-    def __init__(self, model: LightFieldModel, dtype: torch.dtype) -> None:
+    def __init__(self, model: LightFieldModel, precision: GraphPrecision) -> None:
         super().__init__()
-        self.encoded_network = EncodedNetwork(model, dtype)
+        self.encoded_network = EncodedNetwork(model, precision)
         self.outputs = output_names(model)
 
     def forward(self, origins: Float[Tensor, "rays 3"], directions: Float[Tensor, "rays 3"]) -> tuple[Tensor, ...]:
@@ -101,16 +124,16 @@ class CameraGraph(nn.Module):
 
     Args:
         model: copied.
-        dtype: of the network.
+        precision: of the network.
         height: of the picture in pixels.
         width: of the picture in pixels.
     """
 
     inputs = ("camera_to_world", "intrinsics")
 
-    def __init__(self, model: LightFieldModel, dtype: torch.dtype, height: int, width: int) -> None:
+    def __init__(self, model: LightFieldModel, precision: GraphPrecision, height: int, width: int) -> None:
         super().__init__()
-        self.encoded_network = EncodedNetwork(model, dtype)
+        self.encoded_network = EncodedNetwork(model, precision)
         self.outputs = output_names(model)
         self.height = height
         self.width = width
@@ -149,10 +172,18 @@ def split_values(
     encoded_network: EncodedNetwork,
     outputs: tuple[str, ...],
 ) -> tuple[Tensor, ...]:
-    """The network's five numbers per pixel as what was asked for, `depth` as a distance along the pixel's ray."""
+    """The network's five numbers per pixel as what was asked for, `depth` as a distance along the pixel's ray.
+
+    Rays that miss a bounded scene see its background.
+    """
+    ray_code = encoded_network.ray_code
     found = {"rgb": values[..., :3], "accumulation": values[..., 3:4]}
+    if ray_code.spacing == "sphere":
+        missed = ray_code.misses_scene(origins, directions)
+        found["rgb"] = torch.where(missed, encoded_network.background, found["rgb"])
+        found["accumulation"] = torch.where(missed, 0.0, found["accumulation"])
     if "depth" in outputs:
-        distance = encoded_network.ray_code.to_distance(origins, directions, values[..., 4:5])
+        distance = ray_code.to_distance(origins, directions, values[..., 4:5])
         found["depth"] = distance.clamp_min(0.0)
     return tuple(found[name] for name in outputs)
 
@@ -177,12 +208,11 @@ class GraphSpec:
         """
         if min(self.width, self.height) < 1:
             raise InputError(f"--width {self.width} --height {self.height}: pass whole numbers of pixels from 1 on.")
-        dtype = DTYPES[self.precision]
         if self.inputs == "camera":
-            return CameraGraph(student.model, dtype, self.height, self.width).eval()
+            return CameraGraph(student.model, self.precision, self.height, self.width).eval()
         if isinstance(student.model, MobileR2LModel):
             raise InputError(
                 f"--inputs rays: a {student.method_name} student draws whole pictures and answers no single rays; choose"
                 " --inputs camera, or export an r2l student."
             )
-        return RayGraph(student.model, dtype).eval()
+        return RayGraph(student.model, self.precision).eval()

@@ -19,7 +19,7 @@ from r2l_nerfstudio.student import Student
 if TYPE_CHECKING:
     import onnx
 
-OPSET = 18
+OPSET = 20
 
 
 def export_onnx(student: Student, spec: GraphSpec, output: Path, overwrite: bool = False) -> float:

@@ -1,0 +1,44 @@
+// Files of this folder, whole or with a sentence that says what is wrong.
+
+export class MissingFile extends Error {}
+
+/**
+ * @param {URL} url
+ * @param {number} bytes that it has
+ * @param {string | null} sha256 in hexadecimal; null to check the size alone
+ * @param {(done: number) => void} progress told the bytes so far
+ * @returns {Promise<Uint8Array<ArrayBuffer>>}
+ */
+export async function fetchWhole(url, bytes, sha256, progress) {
+  const name = url.pathname.split("/").pop();
+  const again = "copy the whole folder of the export to the server again, or load the page again.";
+  let response;
+  try {
+    response = await fetch(url);
+  } catch {
+    throw new MissingFile(`The file ${name} did not arrive: check the connection, then load the page again.`);
+  }
+  if (!response.ok || !response.body) throw new MissingFile(`The file ${name} is missing on the server: ${again}`);
+  const found = new Uint8Array(bytes);
+  let done = 0;
+  try {
+    for (const reader = response.body.getReader(); ; ) {
+      const { done: isOver, value } = await reader.read();
+      if (isOver) break;
+      if (done + value.length > bytes) throw new MissingFile(`The file ${name} is not the one that was exported: ${again}`);
+      found.set(value, done);
+      progress((done += value.length));
+    }
+  } catch (error) {
+    if (error instanceof MissingFile) throw error;
+    throw new MissingFile(`The file ${name} did not arrive whole: check the connection, then load the page again.`);
+  }
+  if (done !== bytes) throw new MissingFile(`The file ${name} is cut short: ${again}`);
+  // Browsers offer this to pages from https and from this machine only.
+  if (sha256 && globalThis.crypto?.subtle) {
+    const digest = new Uint8Array(await crypto.subtle.digest("SHA-256", found));
+    const hexadecimal = Array.from(digest, (byte) => byte.toString(16).padStart(2, "0")).join("");
+    if (hexadecimal !== sha256) throw new MissingFile(`The file ${name} is damaged: ${again}`);
+  }
+  return found;
+}

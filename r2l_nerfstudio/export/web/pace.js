@@ -1,0 +1,63 @@
+// How large to draw so that the picture keeps up with the hand, and how fast it came out.
+
+const AIM_MS = 40;
+const SMALLEST = 0.18;
+const PATIENCE_MS = 1500;
+
+/** Chooses the scale of the next picture from what the last ones took. */
+export class Pace {
+  /**
+   * @param {boolean} scalable whether the student draws at any size
+   * @param {number} pixels of a picture at scale 1
+   * @param {number} largest scale
+   */
+  constructor(scalable, pixels, largest) {
+    this.scalable = scalable;
+    this.pixels = pixels;
+    this.largest = largest;
+    /** @type {number | null} */
+    this.perPixel = null;
+    /** @type {number[]} */
+    this.times = [];
+    this.milliseconds = 0;
+  }
+
+  /**
+   * @param {number} pixels drawn
+   * @param {number} milliseconds that it took
+   * @param {number} now
+   */
+  took(pixels, milliseconds, now) {
+    const found = milliseconds / pixels;
+    this.perPixel = this.perPixel === null ? found : 0.7 * this.perPixel + 0.3 * found;
+    this.milliseconds = milliseconds;
+    this.times = [...this.times.filter((time) => now - time < 1000), now];
+  }
+
+  /** Scale while the camera moves. */
+  moving() {
+    if (!this.scalable) return 1;
+    if (this.perPixel === null) return SMALLEST;
+    const scale = Math.sqrt(AIM_MS / (this.perPixel * this.pixels));
+    // Steps rather than every size: less work for the runtime, less flicker.
+    const stepped = 2 ** (Math.floor(4 * Math.log2(scale)) / 4);
+    return Math.min(this.largest, Math.max(SMALLEST, stepped));
+  }
+
+  /**
+   * Scale once the camera rests, no farther than what is still worth waiting for.
+   *
+   * @param {number} shown scale of what is on the stage
+   */
+  resting(shown) {
+    if (!this.scalable) return 1;
+    let scale = this.largest;
+    while (scale > 2 * shown && (this.perPixel ?? 0) * this.pixels * scale ** 2 > PATIENCE_MS) scale /= 2;
+    return Math.max(scale, Math.min(shown, this.largest));
+  }
+
+  /** Pictures in the last second. @param {number} now */
+  framesPerSecond(now) {
+    return this.times.filter((time) => now - time < 1000).length;
+  }
+}

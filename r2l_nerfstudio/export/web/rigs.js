@@ -1,0 +1,260 @@
+// Where the camera is, and how hands and keys move it. Beyond what the student knows it goes softly, and comes back.
+
+/** @import {OrbitLimits, Pose, Range, Vector, WalkLimits} from "./types.d.ts" */
+
+const RETURN_MS = 120;
+
+/** @type {(a: Vector, b: Vector, share: number) => Vector} */
+const addScaled = (a, b, share) => [a[0] + share * b[0], a[1] + share * b[1], a[2] + share * b[2]];
+/** @type {(a: Vector, b: Vector) => number} */
+const distanceBetween = (a, b) => Math.hypot(a[0] - b[0], a[1] - b[1], a[2] - b[2]);
+/** @type {(value: number, range: Range) => number} */
+const clamp = (value, range) => Math.min(range[1], Math.max(range[0], value));
+
+/**
+ * A step as it is felt: in full inside a range, less and less beyond it, never farther out than `give`.
+ *
+ * @param {number} value
+ * @param {number} step
+ * @param {Range} range
+ * @param {number} give
+ */
+export function softStep(value, step, range, give) {
+  const next = value + step;
+  const inside = clamp(next, range);
+  const beyond = next - inside;
+  const outwards = Math.abs(beyond) > Math.abs(value - clamp(value, range));
+  if (!beyond || !outwards) return next;
+  // From where it is: repeated steps outwards come ever less far.
+  const before = Math.min(Math.abs(value - clamp(value, range)), give);
+  const travelled = Math.abs(beyond) - before;
+  return inside + Math.sign(beyond) * (before + (give - before) * (1 - Math.exp(-travelled / give)));
+}
+
+/** @type {(value: number, range: Range, milliseconds: number) => number} */
+function comeBack(value, range, milliseconds) {
+  const target = clamp(value, range);
+  const left = (value - target) * Math.exp(-milliseconds / RETURN_MS);
+  return Math.abs(left) < 1e-5 ? target : target + left;
+}
+
+/**
+ * Axes of a camera on a sphere around something, looking at its centre.
+ *
+ * @param {[Vector, Vector, Vector]} frame
+ * @param {number} azimuth
+ * @param {number} elevation
+ * @returns {{right: Vector, up: Vector, backward: Vector}}
+ */
+function axesTowards(frame, azimuth, elevation) {
+  const [sinA, cosA, sinE, cosE] = [Math.sin(azimuth), Math.cos(azimuth), Math.sin(elevation), Math.cos(elevation)];
+  /** @type {(x: number, y: number, z: number) => Vector} */
+  const turn = (x, y, z) => addScaled(addScaled(addScaled([0, 0, 0], frame[0], x), frame[1], y), frame[2], z);
+  return {
+    right: turn(cosA, 0, -sinA),
+    up: turn(-sinA * sinE, cosE, -cosA * sinE),
+    backward: turn(sinA * cosE, sinE, cosA * cosE),
+  };
+}
+
+/** Around a centre that the training cameras looked at. */
+export class OrbitRig {
+  /** @param {OrbitLimits} limits */
+  constructor(limits) {
+    this.limits = limits;
+    this.azimuth = this.elevation = this.distance = 0;
+    this.shift = [0, 0];
+    this.reset();
+  }
+
+  reset() {
+    ({ azimuth: this.azimuth, elevation: this.elevation, distance: this.distance } = this.limits.start);
+    this.shift = [0, 0];
+  }
+
+  /** @param {URLSearchParams} query angles in degrees */
+  startFrom(query) {
+    const { azimuth, elevation, distance } = this.limits;
+    const angle = number(query, "azimuth");
+    if (angle !== null) this.azimuth = nearestTurn((angle * Math.PI) / 180, azimuth);
+    const height = number(query, "elevation");
+    if (height !== null) this.elevation = clamp((height * Math.PI) / 180, elevation);
+    const far = number(query, "distance");
+    if (far !== null) this.distance = clamp(far, distance);
+  }
+
+  /** The view as an address asks for it. */
+  address() {
+    return `azimuth=${degrees(this.azimuth)}&elevation=${degrees(this.elevation)}&distance=${this.distance.toFixed(4)}`;
+  }
+
+  /**
+   * @param {number} right share of the stage's height
+   * @param {number} down
+   */
+  turn(right, down) {
+    const { azimuth, elevation } = this.limits;
+    this.azimuth = azimuth ? softStep(this.azimuth, -2.6 * right, azimuth, 0.12) : this.azimuth - 2.6 * right;
+    this.elevation = softStep(this.elevation, 2.6 * down, elevation, 0.12);
+  }
+
+  /**
+   * @param {number} right
+   * @param {number} down
+   */
+  move(right, down) {
+    const most = this.limits.shift;
+    this.shift = [
+      softStep(this.shift[0], -right * this.distance * 0.7, [-most, most], 0.2 * most),
+      softStep(this.shift[1], down * this.distance * 0.7, [-most, most], 0.2 * most),
+    ];
+  }
+
+  /** @param {number} steps above 0: closer */
+  zoom(steps) {
+    const { distance } = this.limits;
+    this.distance = softStep(this.distance, this.distance * (Math.exp(-0.16 * steps) - 1), distance, 0.06 * distance[0]);
+  }
+
+  /**
+   * Go back towards what the student knows.
+   *
+   * @param {number} milliseconds since the last call
+   * @returns {boolean} whether anything moved
+   */
+  settle(milliseconds) {
+    const { azimuth, elevation, distance, shift } = this.limits;
+    const before = [this.azimuth, this.elevation, this.distance, ...this.shift].join();
+    if (azimuth) this.azimuth = comeBack(this.azimuth, azimuth, milliseconds);
+    this.elevation = comeBack(this.elevation, elevation, milliseconds);
+    this.distance = comeBack(this.distance, distance, milliseconds);
+    this.shift = this.shift.map((value) => comeBack(value, [-shift, shift], milliseconds));
+    return before !== [this.azimuth, this.elevation, this.distance, ...this.shift].join();
+  }
+
+  /** @returns {Pose} */
+  pose() {
+    const axes = axesTowards(this.limits.frame, this.azimuth, this.elevation);
+    let position = addScaled(this.limits.center, axes.backward, this.distance);
+    position = addScaled(addScaled(position, axes.right, this.shift[0]), axes.up, this.shift[1]);
+    return { ...axes, position };
+  }
+}
+
+/** Among the places where the training cameras stood. */
+export class WalkRig {
+  /** @param {WalkLimits} limits */
+  constructor(limits) {
+    this.limits = limits;
+    this.azimuth = this.elevation = 0;
+    /** @type {Vector} */
+    this.position = [0, 0, 0];
+    this.reset();
+  }
+
+  reset() {
+    ({ azimuth: this.azimuth, elevation: this.elevation, position: this.position } = this.limits.start);
+  }
+
+  /** @param {URLSearchParams} query angles in degrees */
+  startFrom(query) {
+    const { azimuth, elevation } = this.limits;
+    const angle = number(query, "azimuth");
+    if (angle !== null) this.azimuth = nearestTurn((angle * Math.PI) / 180, azimuth);
+    const height = number(query, "elevation");
+    if (height !== null) this.elevation = clamp((height * Math.PI) / 180, elevation);
+  }
+
+  address() {
+    return `azimuth=${degrees(this.azimuth)}&elevation=${degrees(this.elevation)}`;
+  }
+
+  /**
+   * @param {number} right
+   * @param {number} down
+   */
+  turn(right, down) {
+    const { azimuth, elevation } = this.limits;
+    // The scene follows the hand, as it does around a centre.
+    this.azimuth = azimuth ? softStep(this.azimuth, 1.2 * right, azimuth, 0.08) : this.azimuth + 1.2 * right;
+    this.elevation = softStep(this.elevation, -1.2 * down, elevation, 0.08);
+  }
+
+  /**
+   * @param {number} right
+   * @param {number} down
+   */
+  move(right, down) {
+    const { right: across, up } = this.pose();
+    this.#go(addScaled(addScaled([0, 0, 0], across, -2 * this.limits.reach * right), up, 2 * this.limits.reach * down));
+  }
+
+  /** @param {number} steps above 0: forward */
+  zoom(steps) {
+    this.#go(addScaled([0, 0, 0], this.pose().backward, -0.15 * this.limits.reach * steps));
+  }
+
+  /** @param {Vector} step */
+  #go(step) {
+    const { reach, positions } = this.limits;
+    const next = addScaled(this.position, step, 1);
+    const [, now] = nearest(positions, this.position);
+    const [, then] = nearest(positions, next);
+    if (then <= reach || then <= now) this.position = next;
+    else this.position = addScaled(this.position, step, Math.max(0, 1 - now / (1.2 * reach)));
+  }
+
+  /**
+   * @param {number} milliseconds
+   * @returns {boolean}
+   */
+  settle(milliseconds) {
+    const { azimuth, elevation, positions, reach } = this.limits;
+    const before = [this.azimuth, this.elevation, ...this.position].join();
+    if (azimuth) this.azimuth = comeBack(this.azimuth, azimuth, milliseconds);
+    this.elevation = comeBack(this.elevation, elevation, milliseconds);
+    const [place, far] = nearest(positions, this.position);
+    if (far > reach) {
+      const share = comeBack(far, [0, reach], milliseconds) / far;
+      this.position = addScaled(addScaled([0, 0, 0], place, 1 - share), this.position, share);
+    }
+    return before !== [this.azimuth, this.elevation, ...this.position].join();
+  }
+
+  /** @returns {Pose} */
+  pose() {
+    return { ...axesTowards(this.limits.frame, this.azimuth, this.elevation), position: this.position };
+  }
+}
+
+/** @type {(places: Vector[], place: Vector) => [Vector, number]} */
+function nearest(places, place) {
+  let found = places[0];
+  let least = Infinity;
+  for (const candidate of places) {
+    const far = distanceBetween(candidate, place);
+    if (far < least) [found, least] = [candidate, far];
+  }
+  return [found, least];
+}
+
+/**
+ * An angle, or it and whole turns, or what is nearest to it in a range.
+ *
+ * @param {number} angle
+ * @param {Range | null} range
+ */
+function nearestTurn(angle, range) {
+  if (!range) return angle;
+  const middle = (range[0] + range[1]) / 2;
+  return clamp(angle - 2 * Math.PI * Math.round((angle - middle) / (2 * Math.PI)), range);
+}
+
+/** @type {(angle: number) => string} */
+const degrees = (angle) => ((angle * 180) / Math.PI).toFixed(2);
+
+/** @type {(query: URLSearchParams, name: string) => number | null} */
+function number(query, name) {
+  const text = query.get(name);
+  return text === null || text.trim() === "" || !Number.isFinite(Number(text)) ? null : Number(text);
+}

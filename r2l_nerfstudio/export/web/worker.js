@@ -1,0 +1,211 @@
+// Loads the runtime and the student, and draws; apart from the page, which stays responsive meanwhile.
+
+import { fetchWhole, MissingFile } from "./fetching.js";
+import { cellRays, missTest, plane, seenCells } from "./rays.js";
+
+/** @import {Answer, FrameRequest, Runtime, Scene, Session, StartRequest} from "./types.d.ts" */
+
+/** Rays of one evaluation of a student that answers rays one by one: their codes take some 30 MB. */
+const RAYS_AT_ONCE = 12288;
+const COLUMNS = 64;
+/** Mean error, in steps of 8-bit colour, beyond which a backend does not draw what the student draws. */
+const WRONG = 4;
+
+/** @type {Scene} */
+let scene;
+/** @type {Runtime} */
+let runtime;
+/** @type {Session} */
+let session;
+let newest = -1;
+/** @type {Promise<void>} */
+let drawing = Promise.resolve();
+
+self.addEventListener("message", (/** @type {MessageEvent<StartRequest | FrameRequest>} */ { data }) => {
+  if (data.kind === "start") void start(data);
+  else {
+    newest = data.id;
+    drawing = drawing.then(() => draw(data)).catch((error) => fail("This browser stopped drawing", error));
+  }
+});
+
+/** @param {Answer} answer @param {Transferable[]} [moved] */
+function say(answer, moved = []) {
+  self.postMessage(answer, { transfer: moved });
+}
+
+/** @param {string} what @param {unknown} error */
+function fail(what, error) {
+  say({ kind: "failed", sentence: `${what} (${reason(error)}): load the page again, or try another browser.` });
+}
+
+/** @param {unknown} error */
+function reason(error) {
+  return String(error instanceof Error ? error.message : error).replace(/\s+/g, " ").slice(0, 160);
+}
+
+/** @param {StartRequest} request */
+async function start(request) {
+  scene = request.scene;
+  const files = scene.runtime[request.backend];
+  try {
+    const features = request.backend === "webgpu" ? await gpuFeatures() : null;
+    if (request.backend === "webgpu" && !features) return say({ kind: "refused", reason: "there is no GPU for it" });
+    const isHalf = features?.has("shader-f16");
+    const model = scene.models[isHalf ? "fp16" : "fp32"];
+    const total = files.bytes + model.bytes;
+    /** @param {number} done */
+    const progress = (done) => say({ kind: "progress", text: "Loading …", done: (0.97 * done) / total });
+    const wasm = await fetchWhole(new URL(files.wasm, request.base), files.bytes, null, progress);
+    const weights = await fetchWhole(new URL(model.file, request.base), model.bytes, model.sha256, (done) =>
+      progress(files.bytes + done),
+    );
+    say({ kind: "progress", text: "Starting …", done: 0.97 });
+    runtime = await import(new URL(files.module, request.base).href);
+    runtime.env.logLevel = "error";
+    runtime.env.wasm.wasmPaths = { mjs: new URL(files.loader, request.base).href };
+    runtime.env.wasm.wasmBinary = /** @type {ArrayBuffer} */ (wasm.buffer);
+    runtime.env.wasm.numThreads = request.threads;
+    try {
+      session = await runtime.InferenceSession.create(weights, {
+        executionProviders: [request.backend],
+        graphOptimizationLevel: "all",
+      });
+    } catch (error) {
+      if (request.backend === "webgpu") return say({ kind: "refused", reason: reason(error) });
+      throw new Error(`the student cannot be opened: ${reason(error)}`);
+    }
+    const difference = await probe();
+    if (!(difference < WRONG)) {
+      if (request.backend === "webgpu") return say({ kind: "refused", reason: `wrong by ${difference}` });
+      throw new Error("it draws something else than the student");
+    }
+    say({ kind: "ready", backend: request.backend === "webgpu" ? "WebGPU" : `WebAssembly, ${threads(request.threads)}` });
+  } catch (error) {
+    if (error instanceof MissingFile) say({ kind: "failed", sentence: error.message });
+    else if (request.backend === "webgpu") say({ kind: "refused", reason: reason(error) });
+    else fail("This browser cannot draw the scene", error);
+  }
+}
+
+/** @param {number} count */
+function threads(count) {
+  return count === 1 ? "1 thread" : `${count} threads`;
+}
+
+/** What the GPU offers beyond the usual; null without one. */
+async function gpuFeatures() {
+  const gpu = /** @type {{gpu?: {requestAdapter(): Promise<{features: Set<string>} | null>}}} */ (navigator).gpu;
+  return (await gpu?.requestAdapter())?.features ?? null;
+}
+
+/** Mean difference from pixels that are known, in steps of 8-bit colour: some drivers compute wrongly, and say nothing. */
+async function probe() {
+  const { origin, rows, columns, directions, pixels } = scene.probe;
+  const found = await evaluate(Float32Array.from(origin), Float32Array.from(directions), rows, columns);
+  const [got, wanted] = [new Uint8Array(found.buffer), new Uint8Array(Int32Array.from(pixels).buffer)];
+  return wanted.reduce((sum, value, index) => sum + Math.abs(value - got[index]), 0) / wanted.length;
+}
+
+/**
+ * @param {Float32Array} origin
+ * @param {Float32Array} directions
+ * @param {number} rows
+ * @param {number} columns
+ * @returns {Promise<Int32Array<ArrayBuffer>>} red, green, blue, 255 per pixel
+ */
+async function evaluate(origin, directions, rows, columns) {
+  const { pixels } = await session.run({
+    origin: new runtime.Tensor("float32", origin, [3]),
+    directions: new runtime.Tensor("float32", directions, [rows, columns, 3]),
+  });
+  return /** @type {Int32Array<ArrayBuffer>} */ (pixels.data.slice());
+}
+
+/** @param {FrameRequest} request */
+async function draw(request) {
+  if (request.id !== newest) return;
+  const started = performance.now();
+  const { pose, width, height } = request;
+  const where = plane(width, height, request.focal);
+  const misses = missTest(pose, scene.sphere);
+  const origin = Float32Array.from(pose.position);
+  const pixels = new Int32Array(width * height).fill(background());
+  const cells = seenCells(width, height, scene.factor, where, misses);
+  if (cells) {
+    const drawn = scene.factor > 1 ? drawImage : drawRays;
+    if (!(await drawn(request, origin, where, cells, misses, pixels))) return;
+  }
+  const milliseconds = performance.now() - started;
+  say({ kind: "frame", id: request.id, width, height, pixels, milliseconds }, [pixels.buffer]);
+}
+
+function background() {
+  const [red, green, blue] = scene.background.map((value) => Math.round(255 * value));
+  return red + 256 * green + 65536 * blue - 2 ** 24;
+}
+
+/**
+ * One evaluation for all cells.
+ *
+ * @param {FrameRequest} request
+ * @param {Float32Array} origin
+ * @param {import("./rays.js").Plane} where
+ * @param {import("./rays.js").Cells} cells
+ * @param {(x: number, y: number) => boolean} misses
+ * @param {Int32Array} pixels to draw on
+ * @returns {Promise<boolean>} whether the picture is whole
+ */
+async function drawImage(request, origin, where, cells, misses, pixels) {
+  const { factor, margin } = scene;
+  const { width, height } = request;
+  const [rows, columns] = [cells.rows + 2 * margin, cells.columns + 2 * margin];
+  const all = { top: cells.top - margin, left: cells.left - margin, rows, columns };
+  const found = await evaluate(origin, cellRays(request.pose, where, factor, all), rows, columns);
+  const stride = cells.columns * factor;
+  const [top, left] = [cells.top * factor, cells.left * factor];
+  const [bottom, right] = [Math.min(height, top + cells.rows * factor), Math.min(width, left + stride)];
+  for (let row = top; row < bottom; row++) {
+    const y = where.y(row + 0.5);
+    const from = (row - top) * stride - left;
+    for (let column = left; column < right; column++) {
+      if (!misses(where.x(column + 0.5), y)) pixels[row * width + column] = found[from + column];
+    }
+  }
+  return true;
+}
+
+/**
+ * Only the rays that see the scene, some at a time. As `drawImage`; given up when a newer picture is asked for.
+ *
+ * @type {typeof drawImage}
+ */
+async function drawRays(request, origin, where, cells, misses, pixels) {
+  const { width } = request;
+  const directions = cellRays(request.pose, where, 1, cells);
+  const places = new Int32Array(cells.rows * cells.columns);
+  let count = 0;
+  for (let row = 0; row < cells.rows; row++) {
+    const y = where.y(cells.top + row + 0.5);
+    for (let column = 0; column < cells.columns; column++) {
+      if (misses(where.x(cells.left + column + 0.5), y)) continue;
+      const from = 3 * (row * cells.columns + column);
+      // Seen rays move to the front.
+      directions.copyWithin(3 * count, from, from + 3);
+      places[count++] = (cells.top + row) * width + cells.left + column;
+    }
+  }
+  for (let first = 0; first < count; first += RAYS_AT_ONCE) {
+    const number = Math.min(RAYS_AT_ONCE, count - first);
+    // A grid of no picture: the student's graph takes rows and columns, and answers each ray by itself.
+    const rows = Math.max(3, Math.ceil(number / COLUMNS));
+    const part = new Float32Array(3 * rows * COLUMNS).fill(directions[3 * first]);
+    part.set(directions.subarray(3 * first, 3 * (first + number)));
+    const found = await evaluate(origin, part, rows, COLUMNS);
+    for (let ray = 0; ray < number; ray++) pixels[places[first + ray]] = found[ray];
+    // Let a newer request come in.
+    await new Promise((resolve) => setTimeout(resolve));
+    if (request.id !== newest) return false;
+  }
+  return true;
+}

@@ -1,0 +1,110 @@
+"""ONNX Runtime Web: fetched once from its npm package, checked, and kept for the next export."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import os
+import shutil
+import subprocess
+import tarfile
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from r2l_nerfstudio.errors import InputError
+
+PACKAGE = "onnxruntime-web"
+VERSION = "1.30.0"
+INTEGRITY = "q0y+JrrtukXSzsBWEMccVfqX25LRmosXHF+CaRJmg8pZClzcV7svNc4rKY3jL02Vb7QmRMDs1SigqR4CXAfKYQ=="
+"""SHA-512 of that version's package, in base64."""
+BACKENDS = {
+    "webgpu": ("ort.webgpu.min.mjs", "ort-wasm-simd-threaded.asyncify.mjs", "ort-wasm-simd-threaded.asyncify.wasm"),
+    "wasm": ("ort.wasm.min.mjs", "ort-wasm-simd-threaded.mjs", "ort-wasm-simd-threaded.wasm"),
+}
+"""Module, loader and WebAssembly of each."""
+
+
+def fetch_runtime(package: Path | None = None) -> Path:
+    """Folder with the files of `BACKENDS`.
+
+    Args:
+        package: the npm package as a .tgz file; fetched by npm, unless it was before, when None.
+
+    Raises:
+        InputError: it cannot be had, or is not the one that the page is made for.
+    """
+    folder = cache_folder() / f"{PACKAGE}-{VERSION}"
+    if package is None and _is_whole(folder):
+        return folder
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
+            file = Path(package) if package is not None else _npm_pack(Path(scratch))
+            _check(file)
+            made = Path(scratch) / "files"
+            _unpack(file, made)
+            shutil.rmtree(folder, ignore_errors=True)
+            made.replace(folder)
+    except OSError as error:
+        raise InputError(
+            f"{PACKAGE} cannot be kept in {folder.parent} ({error}): make room there, or set XDG_CACHE_HOME to a folder that"
+            " can be written to."
+        ) from error
+    return folder
+
+
+def describe_runtime(folder: str, files: Path) -> dict[str, Any]:
+    """What the page has to know of the files, once they are in a subfolder of it."""
+    found: dict[str, Any] = {"version": VERSION}
+    for backend, (module, loader, wasm) in BACKENDS.items():
+        size = (files / wasm).stat().st_size
+        paths = {"module": module, "loader": loader, "wasm": wasm}
+        found[backend] = {**{key: f"{folder}/{name}" for key, name in paths.items()}, "bytes": size}
+    return found
+
+
+def cache_folder() -> Path:
+    """Of this package, for what can be fetched again."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "r2l-nerfstudio"
+
+
+def _is_whole(folder: Path) -> bool:
+    return all((folder / name).is_file() for names in BACKENDS.values() for name in names)
+
+
+def _npm_pack(folder: Path) -> Path:
+    remedy = (
+        f"install Node.js, which has npm, and let it reach its registry; or fetch {PACKAGE}-{VERSION}.tgz elsewhere"
+        f" (npm pack {PACKAGE}@{VERSION}) and name it with --runtime."
+    )
+    npm = shutil.which("npm")
+    if npm is None:
+        raise InputError(f"The page needs the npm package {PACKAGE} {VERSION}, and there is no npm here: {remedy}")
+    command = [npm, "pack", f"{PACKAGE}@{VERSION}", "--silent", "--pack-destination", str(folder)]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=folder)
+    files = list(folder.glob("*.tgz"))
+    if result.returncode or not files:
+        said = " ".join(result.stderr.split())[-300:]
+        raise InputError(f"npm could not fetch {PACKAGE} {VERSION} ({said}): {remedy}")
+    return files[0]
+
+
+def _check(file: Path) -> None:
+    if not file.is_file():
+        raise InputError(f"--runtime {file}: there is no such file.")
+    digest = base64.b64encode(hashlib.sha512(file.read_bytes()).digest()).decode()
+    if digest != INTEGRITY:
+        raise InputError(
+            f"{file} is not the npm package {PACKAGE} {VERSION}, or it is damaged: fetch it again with"
+            f" npm pack {PACKAGE}@{VERSION}."
+        )
+
+
+def _unpack(file: Path, folder: Path) -> None:
+    folder.mkdir()
+    with tarfile.open(file) as archive:
+        for names in BACKENDS.values():
+            for name in names:
+                content = archive.extractfile(f"package/dist/{name}")
+                (folder / name).write_bytes(content.read())

@@ -1,0 +1,445 @@
+"""`r2l-export web` in a real browser: what a visitor sees, and what they are told where there is nothing to see."""
+
+from __future__ import annotations
+
+import base64
+import functools
+import io
+import json
+import math
+import os
+import re
+import shutil
+import subprocess
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+import yaml
+from browser import PATIENCE, chromium, find_chromium
+from PIL import Image
+from r2l_nerfstudio.scripts import export as script
+
+from r2l_nerfstudio import load_student
+from r2l_nerfstudio.errors import InputError
+from r2l_nerfstudio.export.capture_view import read_capture, start_pose, view_limits
+from r2l_nerfstudio.export.web_runtime import fetch_runtime
+from r2l_nerfstudio.export.web_server import WebServer
+from r2l_nerfstudio.run_config import load_run_config
+from r2l_nerfstudio.student import Student
+
+if TYPE_CHECKING:
+    from playwright.sync_api import BrowserContext, Page
+
+SCREENSHOTS = Path(__file__).parents[2] / "artifacts" / "web"
+WEB = Path(script.__file__).parents[1] / "r2l_nerfstudio" / "export" / "web"
+TYPESCRIPT = "typescript@5.9.3"
+SIDE = 24
+POSES = ((-60, 25, 1.0), (-180, 15, 1.04), (110, 29, 0.97))
+"""Azimuth and elevation in degrees, distance as a share of the start's; all where the capture's cameras were."""
+
+
+def lacks(what: str) -> None:
+    """Fail in CI, skip elsewhere."""
+    (pytest.fail if os.environ.get("CI") == "true" else pytest.skip)(what)
+
+
+@pytest.fixture(scope="module")
+def runtime() -> Path:
+    """ONNX Runtime Web, fetched once for all exports of this machine."""
+    try:
+        return fetch_runtime()
+    except InputError as error:
+        lacks(str(error))
+
+
+@pytest.fixture(scope="module")
+def pages(
+    tiny_student: Path, tiny_mobile_student: Path, runtime: Path, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, tuple[Path, Student]]:
+    """Web folders by student, made by the command line, and the students."""
+    made = {}
+    for name, run in (("r2l", tiny_student), ("mobile-r2l", tiny_mobile_student)):
+        folder = tmp_path_factory.mktemp("web") / name
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("sys.argv", ["r2l-export", "web", str(folder), "--load-config", str(run), "--title", name])
+            script.main()
+        made[name] = (folder, load_student(run, device="cpu"))
+    return made
+
+
+@contextmanager
+def served(folder: Path) -> Iterator[str]:
+    """The address of a folder, served as `r2l-export web --serve` does it."""
+    with WebServer(folder) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_address[1]}/"
+        server.shutdown()
+
+
+@pytest.fixture(scope="module")
+def addresses(pages: dict[str, tuple[Path, Student]]) -> Iterator[dict[str, str]]:
+    """Of the served web folders, by student."""
+    with served(pages["r2l"][0]) as r2l, served(pages["mobile-r2l"][0]) as mobile:
+        yield {"r2l": r2l, "mobile-r2l": mobile}
+
+
+@pytest.fixture(scope="module")
+def requested() -> list[str]:
+    """The address of every request that any page made."""
+    return []
+
+
+@pytest.fixture(scope="module")
+def context(requested: list[str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[BrowserContext]:
+    """A browser without a GPU."""
+    with chromium(tmp_path_factory.mktemp("profile")) as context:
+        context.on("request", lambda request: requested.append(request.url))
+        yield context
+
+
+@pytest.fixture
+def visit(context: BrowserContext) -> Iterator[Callable[..., Page]]:
+    """A function that opens an address in a page of its own, of `width` x `height`."""
+    opened = []
+
+    def open_page(address: str, width: int = 320, height: int = 320, wait: bool = True) -> Page:
+        page = context.new_page()
+        opened.append(page)
+        page.set_viewport_size({"width": width, "height": height})
+        page.goto(address)
+        if wait:
+            settle(page)
+        return page
+
+    yield open_page
+    for page in opened:
+        page.close()
+
+
+def state(page: Page) -> dict[str, str]:
+    """What the page says of itself."""
+    return page.evaluate("({...document.body.dataset})")
+
+
+def settle(page: Page) -> None:
+    """Wait until the picture is as good as it gets."""
+    page.wait_for_function("['resting', 'failed'].includes(document.body.dataset.state)", timeout=1e3 * PATIENCE)
+    assert state(page)["state"] == "resting", sentence(page)
+
+
+def sentence(page: Page) -> str:
+    """What the page says instead of a picture; waits for it."""
+    page.wait_for_selector("#message:not([hidden])", timeout=1e3 * PATIENCE)
+    return page.locator("#message").inner_text()
+
+
+def picture(page: Page) -> np.ndarray:
+    """What is on the canvas, [height, width, 3] in [0, 1]."""
+    url = page.evaluate("document.querySelector('canvas').toDataURL('image/png')")
+    image = Image.open(io.BytesIO(base64.b64decode(url.partition(",")[2])))
+    return np.asarray(image.convert("RGB"), dtype=np.float32) / 255
+
+
+def psnr(one: np.ndarray, other: np.ndarray) -> float:
+    assert one.shape == other.shape
+    return -10 * math.log10(max(float(np.square(one - other).mean()), 1e-12))
+
+
+def change(one: np.ndarray, other: np.ndarray) -> float:
+    """Mean absolute difference in steps of 8-bit colour."""
+    return 255 * float(np.abs(one - other).mean())
+
+
+def rendered(student: Student, run: Path, angles: tuple[float, float, float]) -> np.ndarray:
+    """The picture that torch makes of a view of the page."""
+    cameras = read_capture(run)
+    code = student.model.ray_code
+    view = view_limits(cameras, code.spacing == "sphere", float(code.radius))
+    view["start"] = {
+        "azimuth": math.radians(angles[0]),
+        "elevation": math.radians(angles[1]),
+        "distance": view["start"]["distance"] * angles[2],
+    }
+    focal = float(cameras.intrinsics[:, :2].mean())
+    return student.render(start_pose(view).numpy(), [focal, focal, SIDE / 2, SIDE / 2], SIDE, SIDE)
+
+
+@pytest.mark.parametrize("name", ["r2l", "mobile-r2l"])
+def test_draws_what_torch_draws(
+    name: str,
+    pages: dict[str, tuple[Path, Student]],
+    addresses: dict[str, str],
+    tiny_student: Path,
+    visit: Callable[..., Page],
+) -> None:
+    """On the processor, and from poses in the address."""
+    folder, student = pages[name]
+
+    scene = json.loads((folder / "scene.json").read_text())
+    assert (scene["picture"]["width"], scene["picture"]["height"]) == (SIDE, SIDE)
+    page = visit(f"{addresses[name]}?size={SIDE}")
+    assert state(page)["backend"].startswith("WebAssembly")
+    distance = scene["view"]["start"]["distance"]
+    for azimuth, elevation, share in POSES:
+        frames = int(state(page)["frames"])
+        page.evaluate(f"location.hash = 'azimuth={azimuth}&elevation={elevation}&distance={share * distance}'")
+        page.wait_for_function(f"document.body.dataset.frames > {frames}")
+        settle(page)
+        view = dict(part.split("=") for part in state(page)["view"].split("&"))
+        angles = (float(view["azimuth"]), float(view["elevation"]), float(view["distance"]) / distance)
+        assert math.remainder(angles[0] - azimuth, 360) == pytest.approx(0, abs=0.01)
+        truth = rendered(student, tiny_student, angles)
+        assert truth.std() > 0.01 and psnr(picture(page), truth) > 45
+
+
+def test_draws_on_webgpu(pages: dict[str, tuple[Path, Student]], addresses: dict[str, str], tiny_student: Path) -> None:
+    """On a GPU that Chromium imitates."""
+    with ThreadPoolExecutor(1) as other_thread:  # Playwright takes one browser of this kind per thread
+        found = other_thread.submit(_draw_on_webgpu, f"{addresses['mobile-r2l']}?size={SIDE}").result()
+    if found is None:
+        pytest.skip("this Chromium imitates no GPU")
+    said, drawn = found
+    assert said["backend"] == "WebGPU"
+    view = {key: float(value) for key, value in (part.split("=") for part in said["view"].split("&"))}
+    truth = rendered(pages["mobile-r2l"][1], tiny_student, (view["azimuth"], view["elevation"], 1.0))
+    assert psnr(drawn, truth) > 40
+
+
+def _draw_on_webgpu(address: str) -> tuple[dict[str, str], np.ndarray] | None:
+    from playwright.sync_api import sync_playwright
+
+    switches = ["--no-sandbox", "--disable-quic", "--no-first-run", "--disable-background-networking"]
+    switches += ["--enable-unsafe-webgpu", "--enable-features=Vulkan", "--use-webgpu-adapter=swiftshader"]
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=find_chromium(), args=switches)
+        try:
+            page = browser.new_page(viewport={"width": 320, "height": 320})
+            page.goto(address)
+            if not page.evaluate("navigator.gpu?.requestAdapter().then(Boolean)"):
+                return None
+            settle(page)
+            return state(page), picture(page)
+        finally:
+            browser.close()
+
+
+def test_moves_by_mouse_wheel_and_keys_within_limits(addresses: dict[str, str], visit: Callable[..., Page]) -> None:
+    page = visit(f"{addresses['mobile-r2l']}?size={SIDE}")
+
+    def after(act: Callable[[], Any]) -> tuple[np.ndarray, dict[str, float]]:
+        frames = int(state(page)["frames"])
+        act()
+        page.wait_for_function(f"document.body.dataset.frames > {frames}")
+        settle(page)
+        view = dict(part.split("=") for part in state(page)["view"].split("&"))
+        return picture(page), {key: float(value) for key, value in view.items()}
+
+    def drag(right: int, down: int, button: str = "left") -> None:
+        page.mouse.move(160, 160)
+        page.mouse.down(button=button)
+        page.mouse.move(160 + right, 160 + down, steps=6)
+        page.mouse.up(button=button)
+
+    first, start = after(lambda: page.keyboard.press("r"))
+    turned, view = after(lambda: drag(80, 0))
+    assert view["azimuth"] < start["azimuth"] - 10 and change(first, turned) > 0.5
+    _, view = after(lambda: page.keyboard.press("ArrowRight"))
+    _, nearer = after(lambda: page.mouse.wheel(0, -200))
+    assert nearer["distance"] < start["distance"]
+    shifted, same = after(lambda: drag(30, 10, "right"))
+    assert same["azimuth"] == nearer["azimuth"] and change(shifted, turned) > 0.1
+    # Far beyond what the student knows: it gives way a little, and comes back.
+    for _ in range(3):
+        _, view = after(lambda: drag(0, 150))
+    _, top = after(lambda: page.keyboard.press("ArrowDown"))
+    assert top["elevation"] == pytest.approx(view["elevation"], abs=0.5) and top["elevation"] < 89
+    for _ in range(3):
+        _, view = after(lambda: page.mouse.wheel(0, 900))
+    assert view["distance"] < 2 * start["distance"]
+    back, view = after(lambda: page.mouse.dblclick(160, 160))
+    assert view == start and np.array_equal(back, first)
+
+
+def test_moves_by_touch(addresses: dict[str, str], visit: Callable[..., Page]) -> None:
+    page = visit(f"{addresses['mobile-r2l']}?size={SIDE}")
+    before = dict(part.split("=") for part in state(page)["view"].split("&"))
+    client = page.context.new_cdp_session(page)
+
+    def touch(kind: str, *points: tuple[float, float]) -> None:
+        fingers = [{"x": x, "y": y, "id": number} for number, (x, y) in enumerate(points)]
+        client.send("Input.dispatchTouchEvent", {"type": kind, "touchPoints": fingers})
+
+    touch("touchStart", (130, 160), (190, 160))
+    for spread in (40, 60, 80):
+        touch("touchMove", (160 - spread, 160), (160 + spread, 160))
+    touch("touchEnd")
+    page.wait_for_function(f"document.body.dataset.view !== {'&'.join(f'{k}={v}' for k, v in before.items())!r}")
+    settle(page)
+    after = dict(part.split("=") for part in state(page)["view"].split("&"))
+    assert float(after["distance"]) < float(before["distance"]) and after["azimuth"] == before["azimuth"]
+
+
+def test_resizes_reloads_and_shares_the_machine(addresses: dict[str, str], visit: Callable[..., Page]) -> None:
+    page = visit(f"{addresses['r2l']}?size=32", 480, 320)
+    other = visit(f"{addresses['mobile-r2l']}?size={SIDE}", 320, 320)
+    assert picture(page).shape[1] / picture(page).shape[0] == pytest.approx(1.5, abs=0.1)
+    frames = int(state(page)["frames"])
+    page.bring_to_front()
+    page.set_viewport_size({"width": 240, "height": 400})
+    page.wait_for_function(f"document.body.dataset.frames > {frames}")
+    settle(page)
+    assert picture(page).shape[1] / picture(page).shape[0] == pytest.approx(0.6, abs=0.1)
+    before = picture(page)
+    page.reload()
+    settle(page)
+    assert np.array_equal(picture(page), before)
+    other.bring_to_front()
+    other.keyboard.press("ArrowLeft")
+    settle(other)
+
+
+@pytest.mark.parametrize(
+    ("file", "body", "said"),
+    [
+        ("student.fp32.onnx", "flipped", "student.fp32.onnx is damaged: copy the whole folder"),
+        ("student.fp32.onnx", "cut", "student.fp32.onnx is cut short"),
+        ("student.fp32.onnx", None, "student.fp32.onnx is missing on the server"),
+        ("ort/ort-wasm-simd-threaded.wasm", None, "ort-wasm-simd-threaded.wasm is missing"),
+        ("ort/ort.wasm.min.mjs", None, "cannot draw the scene"),
+        ("scene.json", "cut", "scene.json is missing or damaged"),
+        ("worker.js", None, "A part of this page did not load"),
+    ],
+)
+def test_says_what_is_wrong_with_a_file(
+    file: str,
+    body: str | None,
+    said: str,
+    pages: dict[str, tuple[Path, Student]],
+    addresses: dict[str, str],
+    context: BrowserContext,
+    visit: Callable[..., Page],
+) -> None:
+    content = bytearray((pages["mobile-r2l"][0] / file).read_bytes())
+    if body == "flipped":
+        content[len(content) // 2] ^= 255
+    elif body == "cut":
+        del content[len(content) // 2 :]
+    pattern = re.compile(rf"/{re.escape(file)}$")
+    answer = {"status": 404} if body is None else {"body": bytes(content)}
+    context.route(pattern, lambda route: route.fulfill(**answer))
+    try:
+        page = visit(addresses["mobile-r2l"], wait=False)
+        assert said in sentence(page)
+        assert page.locator("#loading").is_hidden()
+    finally:
+        context.unroute(pattern)
+
+
+def test_says_when_the_browser_cannot(addresses: dict[str, str], context: BrowserContext) -> None:
+    page = context.new_page()
+    page.add_init_script("delete globalThis.WebAssembly")
+    page.goto(addresses["r2l"])
+    assert "This browser cannot draw the scene" in sentence(page)
+    page.close()
+
+
+def test_says_when_opened_as_a_file(pages: dict[str, tuple[Path, Student]], visit: Callable[..., Page]) -> None:
+    page = visit((pages["r2l"][0] / "index.html").as_uri(), wait=False)
+    assert "only from a web server" in sentence(page)
+
+
+def test_works_from_any_server_and_in_a_frame(
+    pages: dict[str, tuple[Path, Student]], visit: Callable[..., Page], tmp_path: Path
+) -> None:
+    """Without the headers that allow threads, in a subfolder, inside another page."""
+    site = tmp_path / "site"
+    shutil.copytree(pages["mobile-r2l"][0], site / "below", copy_function=os.link)
+    (site / "index.html").write_text(f'<iframe src="below/?size={SIDE}&plain" width="300" height="300"></iframe>')
+    handler = functools.partial(_Quiet, directory=str(site))
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        page = visit(f"http://127.0.0.1:{server.server_address[1]}/", wait=False)
+        frame = page.frames[1]
+        frame.wait_for_function("document.body.dataset.state === 'resting'", timeout=1e3 * PATIENCE)
+        assert frame.evaluate("document.body.dataset.backend") == "WebAssembly, 1 thread"
+        assert frame.locator("#buttons").is_hidden() and frame.locator("#figures").is_hidden()
+        server.shutdown()
+
+
+class _Quiet(SimpleHTTPRequestHandler):
+    extensions_map = {**SimpleHTTPRequestHandler.extensions_map, ".mjs": "text/javascript"}
+
+    def log_message(self, format: str, *args: object) -> None:
+        pass
+
+
+@pytest.mark.parametrize(
+    ("name", "width", "height"), [("desktop", 1280, 800), ("phone", 390, 844), ("sideways", 844, 390)]
+)
+def test_looks_right(name: str, width: int, height: int, addresses: dict[str, str], visit: Callable[..., Page]) -> None:
+    """Nothing lies over another, nothing is cut off, nothing is moved by what is loaded."""
+    page = visit(f"{addresses['r2l']}?size=64", width, height)
+    SCREENSHOTS.mkdir(parents=True, exist_ok=True)
+    page.screenshot(path=SCREENSHOTS / f"{name}.png")
+    boxes = [page.locator(selector).bounding_box() for selector in ("#figures", "#buttons")]
+    for box in boxes:
+        assert box["x"] >= 0 and box["y"] >= 0
+        assert box["x"] + box["width"] <= width and box["y"] + box["height"] <= height
+    assert boxes[0]["x"] + boxes[0]["width"] <= boxes[1]["x"]
+    assert re.match(r"[\d.]+ fps · [\d.]+ ms", page.locator("#figures").inner_text())
+    page.get_by_role("button", name="Keys").click()
+    dialog = page.locator("dialog").bounding_box()
+    assert dialog["x"] >= 0 and dialog["y"] >= 0 and dialog["y"] + dialog["height"] <= height
+    page.screenshot(path=SCREENSHOTS / f"{name}_keys.png")
+
+
+def test_no_request_leaves_the_origin(addresses: dict[str, str], requested: list[str]) -> None:
+    """Of all that the tests above asked for."""
+    assert len(requested) > 50
+    elsewhere = [url for url in requested if not re.match(r"(http://127\.0\.0\.1:\d+/|file:|blob:|data:)", url)]
+    assert not elsewhere
+
+
+def test_scripts_pass_the_type_checker() -> None:
+    npm = shutil.which("npm")
+    if npm is None:
+        lacks("the page's types are checked by TypeScript: apt install npm")
+    command = [npm, "exec", "--yes", f"--package={TYPESCRIPT}", "--", "tsc", "-p", str(WEB)]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
+def test_command_line_tells_what_is_wrong(
+    pages: dict[str, tuple[Path, Student]],
+    tiny_student: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+) -> None:
+    def call(*arguments: object) -> str:
+        monkeypatch.setattr("sys.argv", ["r2l-export", "web", *map(str, arguments)])
+        with pytest.raises(SystemExit) as caught:
+            script.main()
+        assert caught.value.code == 1
+        return " ".join(capsys.readouterr().out.split())
+
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "letter.txt").write_text("dear")
+    assert "not empty, and holds no web export" in call(tmp_path / "mine", "--load-config", tiny_student, "--overwrite")
+    assert "replace it with --overwrite" in call(pages["r2l"][0], "--load-config", tiny_student)
+    run = Path(shutil.copytree(tiny_student, tmp_path / "run"))
+    config = load_run_config(run)
+    config.pipeline.datamanager.data = tmp_path / "gone"
+    (run / "config.yml").write_text(yaml.dump(config))
+    assert "cannot be read" in call(tmp_path / "new", "--load-config", run)
+    assert "there is no such file" in call(
+        tmp_path / "new", "--load-config", tiny_student, "--runtime", tmp_path / "gone.tgz"
+    )
+    assert not (tmp_path / "new").exists()
