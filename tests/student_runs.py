@@ -26,7 +26,15 @@ def tiny_r2l(**overrides: Any) -> R2LModelConfig:
 
 def tiny_mobile_r2l(**overrides: Any) -> MobileR2LModelConfig:
     """4 pixels per cell."""
-    sizes = {"width": 16, "blocks": 2, "up_width": 8, "last_width": 8, "factor": 4, "num_points": 4, "num_frequencies": 4}
+    sizes = {
+        "width": 16,
+        "blocks": 2,
+        "up_width": 8,
+        "last_width": 8,
+        "factor": 4,
+        "num_points": 4,
+        "num_frequencies": 4,
+    }
     return MobileR2LModelConfig(**{**sizes, **overrides})
 
 
@@ -83,5 +91,3 @@ def fill(model: LightFieldModel) -> None:
             part.weight.add_(1.0)
             part.running_mean.normal_(0.0, 0.1, generator=generator)
             part.running_var.uniform_(0.5, 1.5, generator=generator)
-
-
