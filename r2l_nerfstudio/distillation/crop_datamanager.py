@@ -23,8 +23,11 @@ class CropDataManagerConfig(DistillationDataManagerConfig):
     """Supervision by crops: teacher views, then undistorted photographs."""
 
     _target: type = field(default_factory=lambda: CropDataManager)
-    pose_sampler: PoseSamplerConfig = field(default_factory=lambda: PoseSamplerConfig(focal_range=(1.0, 1.0)))
-    """Where teacher views are taken from. One focal length: the student draws at the pitch it was trained at."""
+    pose_sampler: PoseSamplerConfig = field(
+        default_factory=lambda: PoseSamplerConfig(focal_range=(1.0, 1.0), overscan=0.25)
+    )
+    """Where teacher views are taken from. One focal length: the student draws at the pitch it was trained at, and zooming
+    out shows more of what it knows, not the same coarser."""
     crop_cells: int = 8
     """Cells along each side of a crop; fewer where a view has fewer."""
 

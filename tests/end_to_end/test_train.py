@@ -427,3 +427,49 @@ def test_nothing_is_watched_where_nothing_is_held_out(tiny_teacher: Path, tmp_pa
         assert len(trainer.pipeline.datamanager.photographs.pixels) == 6 * 24 * 24
         trainer.train()
     assert trainer.pipeline._best is None
+
+
+def test_the_average_of_the_weights_survives_a_kill_and_is_what_training_leaves(
+    tiny_teacher: Path, tmp_path: Path
+) -> None:
+    overrides = {"steps_per_save": 5, "save_only_latest_checkpoint": False, "pipeline.steps_per_holdout": 4}
+    config = student_config(tiny_teacher, tmp_path / "whole", "mobile-r2l-lite", **overrides)
+    with set_up(config) as trainer:
+        trainer.train()
+        assert trainer.pipeline.average is None
+        left = {key: value.clone() for key, value in trainer.pipeline.model.state_dict().items() if "network" in key}
+    *_, middle, last = checkpoints(config.get_base_dir() / "nerfstudio_models")
+    assert not [key for key in read(last)["pipeline"] if key.startswith("average.")]
+    for key, value in left.items():
+        assert torch.equal(read(last)["pipeline"][f"_model.{key}"], value)
+    saved = read(middle)["pipeline"]
+    assert int(saved["average.updates"]) == 11
+
+    # A checkpoint from the middle can be gone on from, with its average, and looked at, without.
+    last.unlink()
+    resumed = student_config(
+        tiny_teacher, tmp_path / "resumed", "mobile-r2l-lite", load_dir=config.get_base_dir() / "nerfstudio_models"
+    )
+    with set_up(resumed) as trainer:
+        for key, value in trainer.pipeline.average.state_dict().items():
+            assert torch.equal(value, saved[f"average.{key}"])
+    _, restored, _, _ = eval_setup(config.get_base_dir() / "config.yml")
+    for key, value in restored.model.state_dict().items():
+        if isinstance(value, torch.Tensor):
+            assert torch.equal(value, saved[f"_model.{key}"])
+
+
+def test_watching_with_the_average_leaves_training_as_it_was(tiny_teacher: Path, tmp_path: Path) -> None:
+    with set_up(student_config(tiny_teacher, tmp_path, "mobile-r2l-lite")) as trainer:
+        pipeline = trainer.pipeline
+        for step in range(3):
+            pipeline.model.network.tail.bias.data.add_(0.5)
+            pipeline._update_average(step)
+        before = {k: v.clone() for k, v in pipeline.state_dict().items() if isinstance(v, torch.Tensor)}
+        with pipeline.averaged():
+            assert not torch.equal(pipeline.model.network.tail.bias, before["_model.network.tail.bias"])
+            statistics = "network.blocks.0.first_norm.running_var"
+            assert not torch.equal(pipeline.model.state_dict()[statistics], before[f"_model.{statistics}"])
+        for key, value in pipeline.state_dict().items():
+            if isinstance(value, torch.Tensor):
+                assert torch.equal(value, before[key]), key
