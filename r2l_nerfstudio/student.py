@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,11 @@ from nerfstudio.cameras.cameras import Cameras
 from nerfstudio.data.scene_box import SceneBox
 from torch import Tensor
 
+from r2l_nerfstudio.engines.switch import EngineChoice
 from r2l_nerfstudio.errors import InputError
 from r2l_nerfstudio.models.light_field import LightFieldModel
 from r2l_nerfstudio.run_config import checkpoint_path, load_run_config, resolve_run
+from r2l_nerfstudio.viewer.engine_menu import CACHE_FOLDER
 
 Array = np.ndarray | Tensor
 
@@ -59,7 +62,7 @@ class Student:
             the pixel's ray in the run's unit.
 
         Raises:
-            InputError: for an unknown output, or a camera that is none.
+            InputError: for an unknown output, a camera that is none, or an engine asked for by name that fails.
         """
         if output not in self.outputs:
             raise InputError(
@@ -88,23 +91,36 @@ class Student:
         camera = Cameras(
             pose[None], float(fx), float(fy), float(cx), float(cy), width=int(width), height=int(height)
         ).to(self.model.device)
-        outputs = self.model.get_outputs_for_camera(camera)
+        try:
+            outputs = self.model.get_outputs_for_camera(camera)
+        except SystemExit as error:
+            # Made for Nerfstudio's commands; in Python it is the error itself that is wanted.
+            if isinstance(error.__cause__, InputError):
+                raise error.__cause__ from None
+            raise
         found = {name: outputs[name] for name in self.outputs}
         if isinstance(camera_to_world, Tensor):
             return found
         return {name: value.cpu().numpy() for name, value in found.items()}
 
 
-def load_student(path: Path | str, device: torch.device | str | None = None, step: int | None = None) -> Student:
+def load_student(
+    path: Path | str,
+    device: torch.device | str | None = None,
+    step: int | None = None,
+    engine: EngineChoice = "auto",
+) -> Student:
     """Load a trained student from its run's folder; nothing else needs to be on the disk.
 
     Args:
         path: the run's config.yml, or the folder that holds it.
         device: where to run; the GPU if there is one, by default.
         step: training step of the checkpoint; the newest by default.
+        engine: what the network runs on: one by name, or `auto`: torch at once, and a faster one once rendering has taken
+            long enough to be worth it. All in fp32, or on GPUs in fp16 where it agrees.
 
     Raises:
-        InputError: there is no such run or checkpoint, it is damaged, or not a student's.
+        InputError: there is no such run or checkpoint, it is damaged, not a student's, or the engine cannot run here.
     """
     config_path = resolve_run(Path(path))
     config = load_run_config(config_path)
@@ -117,6 +133,7 @@ def load_student(path: Path | str, device: torch.device | str | None = None, ste
     checkpoint = checkpoint_path(config, config_path, step)
     weights, trained_step = _read_weights(checkpoint)
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    config.pipeline.model.engine = engine
     # A student keeps its bounds itself: neither the box nor the number of images shapes it.
     scene_box = SceneBox(torch.tensor([[-1.0, -1.0, -1.0], [1.0, 1.0, 1.0]]))
     model = config.pipeline.model.setup(
@@ -130,7 +147,11 @@ def load_student(path: Path | str, device: torch.device | str | None = None, ste
             f"The checkpoint {checkpoint} does not fit the student that {config_path} describes"
             f" ({_one_line(error)}): a run's config.yml goes with its own checkpoints; restore both from one copy."
         ) from error
-    return Student(model.to(device).eval().requires_grad_(False), config.method_name)
+    model = model.to(device).eval().requires_grad_(False)
+    model.engines.check()
+    if os.access(config_path.parent, os.W_OK):
+        model.engines.cache_folder = config_path.parent / CACHE_FOLDER
+    return Student(model, config.method_name)
 
 
 def _read_weights(checkpoint: Path) -> tuple[dict[str, Any], int]:

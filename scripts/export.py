@@ -1,10 +1,11 @@
-"""A trained student in files that other programs open. Each file is compared with torch before it is kept."""
+"""A trained student in files that other programs open. Each is compared with torch before it is kept, where it can run."""
 
 from __future__ import annotations
 
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import tyro
 from nerfstudio.utils.rich_utils import CONSOLE
@@ -43,7 +44,7 @@ class GraphExport:
 
     def load(self) -> tuple[Student, GraphSpec]:
         """The student on the CPU, and the graph that is asked for."""
-        student = load_student(self.load_config, device="cpu", step=self.step)
+        student = load_student(self.load_config, device="cpu", step=self.step, engine="torch")
         size = CELLS * getattr(student.model, "factor", 0) or R2L_SIZE
         width = size if self.width is None else self.width
         height = size if self.height is None else self.height
@@ -76,6 +77,47 @@ class Openvino(GraphExport):
         student, spec = self.load()
         psnr = export_openvino(student, spec, self.output, self.overwrite)
         report(self.output, psnr, started, self.output.with_suffix(".bin"))
+
+
+@dataclass
+class Tensorrt(GraphExport):
+    """A plan for TensorRT, for the GPU of this machine; its metadata beside it in a .json."""
+
+    def main(self) -> None:
+        """Build it, compare it, say so."""
+        self.build("tensorrt")
+
+    def build(self, flavour: Literal["tensorrt", "tensorrt-rtx"]) -> None:
+        """Either library's plan."""
+        from r2l_nerfstudio.export.tensorrt_plan import export_plan
+
+        started = time.perf_counter()
+        student, spec = self.load()
+        psnr = export_plan(student, spec, self.output, flavour, self.overwrite)
+        report(self.output, psnr, started)
+
+
+@dataclass
+class TensorrtRtx(Tensorrt):
+    """A plan for TensorRT-RTX, built without a GPU for any that it serves; its metadata beside it in a .json."""
+
+    def main(self) -> None:
+        """Build it, compare it where there is a GPU, say so."""
+        self.build("tensorrt-rtx")
+
+
+@dataclass
+class TorchTensorrt(GraphExport):
+    """A Torch-TensorRT program, for the GPU of this machine."""
+
+    def main(self) -> None:
+        """Build it, compare it, say so."""
+        from r2l_nerfstudio.export.tensorrt_plan import export_torch_tensorrt
+
+        started = time.perf_counter()
+        student, spec = self.load()
+        psnr = export_torch_tensorrt(student, spec, self.output, self.overwrite)
+        report(self.output, psnr, started)
 
 
 @dataclass
@@ -127,7 +169,7 @@ class Web:
 
         started = time.perf_counter()
         cameras = read_capture(self.load_config, self.data)
-        student = load_student(self.load_config, device="cpu", step=self.step)
+        student = load_student(self.load_config, device="cpu", step=self.step, engine="torch")
         runtime = fetch_runtime(self.runtime)
         title = self.title or load_run_config(self.load_config).experiment_name or student.method_name
         made = export_web(student, cameras, runtime, self.output, title, self.overwrite)
@@ -144,17 +186,26 @@ class Web:
         )
 
 
-COMMANDS = {"onnx": Onnx, "openvino": Openvino, "web": Web}
+COMMANDS = {
+    "onnx": Onnx,
+    "openvino": Openvino,
+    "tensorrt": Tensorrt,
+    "tensorrt-rtx": TensorrtRtx,
+    "torch-tensorrt": TorchTensorrt,
+    "web": Web,
+}
 
 
-def report(output: Path, psnr: float, started: float, *more: Path) -> None:
-    """One line on a finished export."""
+def report(output: Path, psnr: float | None, started: float, *more: Path) -> None:
+    """One line on a finished export; a PSNR of None: it could not be run here."""
     size = sum(file.stat().st_size for file in (output, *more)) / 1e6
     seconds = time.perf_counter() - started
-    CONSOLE.print(
-        f"Written: {output} ({size:.1f} MB, {psnr:.0f} dB against torch on probe cameras, {seconds:.0f} s).",
-        soft_wrap=True,
+    quality = (
+        "not compared with torch, for it runs on a GPU only"
+        if psnr is None
+        else f"{psnr:.0f} dB against torch on probe cameras"
     )
+    CONSOLE.print(f"Written: {output} ({size:.1f} MB, {quality}, {seconds:.0f} s).", soft_wrap=True)
 
 
 def main() -> None:

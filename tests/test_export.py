@@ -15,13 +15,15 @@ from r2l_nerfstudio.scripts import export as script
 from student_runs import tiny_mobile_r2l, tiny_r2l, write_run
 
 from r2l_nerfstudio import load_student
+from r2l_nerfstudio.engines.protocol import BrokenEngine
 from r2l_nerfstudio.errors import InputError
-from r2l_nerfstudio.export import graph, onnx_file, openvino_file
+from r2l_nerfstudio.export import graph, onnx_file, openvino_file, tensorrt_plan
 from r2l_nerfstudio.export.comparison import check_export, probe_inputs
 from r2l_nerfstudio.export.gathered_volume import GatheredVolume
 from r2l_nerfstudio.export.graph import GraphSpec
 from r2l_nerfstudio.export.onnx_file import export_onnx, run_onnx
 from r2l_nerfstudio.export.openvino_file import export_openvino
+from r2l_nerfstudio.export.tensorrt_plan import export_plan, export_torch_tensorrt
 from r2l_nerfstudio.student import Student
 from r2l_nerfstudio.students.ray_features import FeatureVolume
 
@@ -51,7 +53,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
 @pytest.fixture(scope="module")
 def student(run: Callable[..., Path]) -> Callable[..., Student]:
     """A function from a name in `CONFIGS` to a student."""
-    return lambda name: load_student(run(name), device="cpu")
+    return lambda name: load_student(run(name), device="cpu", engine="torch")
 
 
 @pytest.mark.parametrize("resolution", [1, 2, 5])
@@ -69,7 +71,7 @@ def test_gathers_read_what_the_volume_reads(resolution: int) -> None:
 @pytest.mark.parametrize("spacing", ["sphere", "near-far", "disparity"])
 @pytest.mark.parametrize("name", ["r2l", "mobile-r2l"])
 def test_camera_graph_is_what_torch_renders(name: str, spacing: str, tmp_path: Path) -> None:
-    student = load_student(write_run(tmp_path / "run", CONFIGS[name], spacing), device="cpu")
+    student = load_student(write_run(tmp_path / "run", CONFIGS[name], spacing), device="cpu", engine="torch")
     module = CAMERA.build(student)
 
     def run_module(inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -195,6 +197,47 @@ def test_tells_a_package_that_is_missing(
     monkeypatch.setitem(sys.modules, missing, None)
     with pytest.raises(InputError, match="not installed: pip install"):
         export_openvino(student("r2l"), RAYS, tmp_path / "student.xml")
+
+
+@pytest.mark.parametrize(("name", "inputs"), [("r2l", "rays"), ("mobile-r2l", "camera")])
+def test_tensorrt_rtx_plans_are_built_without_a_gpu(
+    name: str, inputs: str, student: Callable[..., Student], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("tensorrt_rtx", reason="pip install tensorrt-rtx (Linux on x86-64)")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    psnr = export_plan(student(name), GraphSpec(inputs, "fp16", 27, 18), tmp_path / "student.plan", "tensorrt-rtx")
+    assert psnr is None  # nothing here runs it
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["student.json", "student.plan"]
+    assert (tmp_path / "student.plan").stat().st_size > 1000
+    about = json.loads((tmp_path / "student.json").read_text())
+    assert about["precision"] == "fp16" and about["library"].startswith("tensorrt_rtx")
+
+
+def test_tells_what_needs_a_gpu_or_a_library(
+    student: Callable[..., Student], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(InputError, match="TensorRT plan is built for the GPU that is there"):
+        export_plan(student("r2l"), RAYS, tmp_path / "student.plan", "tensorrt")
+    with pytest.raises(InputError, match="Torch-TensorRT program cannot be built here: it needs an NVIDIA GPU"):
+        export_torch_tensorrt(student("r2l"), CAMERA, tmp_path / "student.ep")
+    monkeypatch.setitem(sys.modules, "tensorrt_rtx", None)
+    with pytest.raises(InputError, match="needs the package tensorrt-rtx.*pip install tensorrt-rtx"):
+        export_plan(student("r2l"), RAYS, tmp_path / "student.plan", "tensorrt-rtx")
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_graph_that_a_library_refuses_leaves_nothing(
+    student: Callable[..., Student], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> bytes:
+        raise BrokenEngine("it cannot read the graph")
+
+    monkeypatch.setattr(tensorrt_plan, "import_flavour", lambda _: sys)
+    monkeypatch.setattr(tensorrt_plan, "build_plan", refuse)
+    with pytest.raises(InputError, match="No plan could be built: it cannot read the graph"):
+        export_plan(student("mobile-r2l"), CAMERA, tmp_path / "student.plan", "tensorrt-rtx")
+    assert not any(tmp_path.iterdir())
 
 
 def call(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> None:

@@ -119,6 +119,20 @@ def test_tells_weights_of_another_student(change: str, tmp_path: Path) -> None:
         load_student(config)
 
 
+def test_runs_on_an_engine_by_name(run: Path) -> None:
+    truth = load_student(run, device="cpu", engine="torch")
+    pose = probe_poses(truth.model)[0]
+    image = load_student(run, device="cpu", engine="onnxruntime").render(pose, LENS, 24, 18)
+    assert torch.allclose(image, truth.render(pose, LENS, 24, 18), atol=1e-5)
+
+
+@pytest.mark.parametrize(("engine", "said"), [("warp", "no engine 'warp'"), ("tensorrt", "needs an NVIDIA GPU")])
+def test_tells_an_engine_that_cannot_run(engine: str, said: str, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(InputError, match=said):
+        load_student(run, device="cpu", engine=engine)
+
+
 def test_importing_the_package_stays_light() -> None:
     probe = "import sys, r2l_nerfstudio; print('torch' in sys.modules or 'nerfstudio' in sys.modules)"
     result = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, timeout=60)

@@ -70,7 +70,7 @@ def pages(
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr("sys.argv", ["r2l-export", "web", str(folder), "--load-config", str(run), "--title", name])
             script.main()
-        made[name] = (folder, load_student(run, device="cpu"))
+        made[name] = (folder, load_student(run, device="cpu", engine="torch"))
     return made
 
 
