@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import sys
 import threading
 import time
@@ -116,14 +117,14 @@ def viewing(switch: EngineSwitch) -> switch_module._Lane:
 
 def test_the_fastest_that_agrees_is_chosen_and_the_others_are_told(engines: Callable[..., dict[str, Fake]]):
     fakes = engines(
-        Fake("slow", seconds=0.02),
+        Fake("slow", seconds=0.1),
         Fake("wrong", error=1e-3),
-        Fake("rough", "bf16", error=1e-3, seconds=0.01),
+        Fake("rough", "bf16", error=1e-3, seconds=0.08),
         Fake("nan", error=float("nan")),
         Fake("absent", reason="it needs a GPU."),
         Fake("broken", build_error=OSError("libfoo.so is missing\nlong story")),
         Fake("fast", error=1e-6, seconds=0.001),
-        Fake("late", seconds=0.03),
+        Fake("late", seconds=0.15),
     )
     chosen = choose(task(), wanted(fakes))
     assert chosen.engine is fakes["fast"] and chosen.psnr == pytest.approx(120, abs=1)
@@ -134,11 +135,10 @@ def test_the_fastest_that_agrees_is_chosen_and_the_others_are_told(engines: Call
         "nan fp32: values that are not finite",
         "absent fp32: it needs a GPU",
         "broken fp32: OSError: libfoo.so is missing",
-        "slow fp32: 2",
-        "rough bf16: 1",
-        "late fp32: 3",
     ):
         assert part in line, part
+    for other in ("slow fp32", "rough bf16", "late fp32"):
+        assert re.search(rf"{other}: \d+\.\d ms", line), other
 
 
 def test_nothing_that_runs_is_no_failure(engines: Callable[..., dict[str, Fake]]):
@@ -164,12 +164,12 @@ def test_precisions_are_those_that_suit(is_exact: bool, monkeypatch: pytest.Monk
 
 
 def test_the_choice_is_remembered(engines: Callable[..., dict[str, Fake]], tmp_path: Path):
-    fakes = engines(Fake("slow", seconds=0.01), Fake("fast", artefact=b"code"))
+    fakes = engines(Fake("slow", seconds=0.05), Fake("fast", artefact=b"code"))
     first = choose(task(tmp_path), wanted(fakes))
     assert (fakes["slow"].builds, fakes["fast"].builds) == (1, 1)
     again = choose(task(tmp_path), wanted(fakes))
     assert (fakes["slow"].builds, fakes["fast"].builds) == (1, 2)
-    assert again.engine is first.engine and "remembered" in again.describe() and "slow fp32: 1" in again.describe()
+    assert again.engine is first.engine and "remembered" in again.describe() and "slow fp32: " in again.describe()
 
 
 def _record(folder: Path) -> Path:
@@ -218,7 +218,7 @@ def _now_wrong(folder: Path, fakes: dict[str, Fake]) -> Task:
 def test_what_is_remembered_of_something_else_is_chosen_anew(
     spoil: Callable, engines: Callable[..., dict[str, Fake]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    fakes = engines(Fake("slow", seconds=0.01), Fake("fast"))
+    fakes = engines(Fake("slow", seconds=0.05), Fake("fast"))
     choose(task(tmp_path), wanted(fakes))
     if spoil is _other_device:
         monkeypatch.setattr(cache_module, "device_name", lambda device: "another machine")
@@ -293,7 +293,9 @@ def test_figures_come_from_torch_until_it_has_taken_long(
     assert switch.newest is fakes["fast"]
 
 
-def test_weights_in_training_are_shown_as_they_are(engines: Callable[..., dict[str, Fake]]):
+def test_weights_in_training_are_shown_as_they_are(
+    engines: Callable[..., dict[str, Fake]], monkeypatch: pytest.MonkeyPatch
+):
     fakes = engines(Fake("fast"))
     net = network("r2l")
     switch = EngineSwitch(lambda: net)
@@ -301,6 +303,8 @@ def test_weights_in_training_are_shown_as_they_are(engines: Callable[..., dict[s
     switch(read, is_exact=False)
     wait_for(lambda: viewing(switch).ready is not None)
     builds = fakes["fast"].builds
+    for name in ("SECONDS_AT_REST", "SECONDS_AT_REST_AFTER_TRAINING"):  # however busy the machine is
+        monkeypatch.setattr(switch_module, name, 600.0)
     optimizer = torch.optim.Adam(net.parameters(), lr=0.01)
     for _ in range(10):
         net(read).square().mean().backward()
@@ -312,6 +316,8 @@ def test_weights_in_training_are_shown_as_they_are(engines: Callable[..., dict[s
         time.sleep(0.02)
     assert switch.describe().endswith("(live weights)")
     assert fakes["fast"].builds == builds, "built for weights that do not rest"
+    for name in ("SECONDS_AT_REST", "SECONDS_AT_REST_AFTER_TRAINING"):
+        monkeypatch.setattr(switch_module, name, 0.1)
     wait_for(lambda: switch(read, is_exact=False) is not None and switch.newest is fakes["fast"])
     torch.testing.assert_close(switch(read, is_exact=False), net(read).detach())
 
@@ -349,7 +355,7 @@ def test_an_engine_by_name_that_cannot_run_is_an_error_with_the_reason(engines: 
 
 
 def test_an_engine_by_name_gives_all_figures(engines: Callable[..., dict[str, Fake]]):
-    fakes = engines(Fake("fast"), Fake("named", seconds=0.01))
+    fakes = engines(Fake("fast"), Fake("named", seconds=0.05))
     net = network("r2l")
     switch = EngineSwitch(lambda: net, "named")
     switch(code("r2l", 30))

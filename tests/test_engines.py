@@ -20,7 +20,7 @@ from r2l_nerfstudio.engines.protocol import ENGINE_NAMES, PARITY_DB, Engine
 from r2l_nerfstudio.engines.registry import build_engine, engine_module
 from r2l_nerfstudio.engines.sizes import from_bucket, in_chunks, to_bucket
 from r2l_nerfstudio.engines.torch_engine import TorchEngine
-from r2l_nerfstudio.engines.weights import FixedNetwork, weights_hash, weights_state
+from r2l_nerfstudio.engines.weights import FixedNetwork, weights_hash, weights_of, weights_state
 from r2l_nerfstudio.errors import InputError
 from r2l_nerfstudio.rays.ray_code import RayCode
 from r2l_nerfstudio.rays.spacing import SceneBounds
@@ -118,7 +118,8 @@ def test_a_fixed_network_is_the_network_and_no_part_of_it(kind: str):
     mine = {p.data_ptr() for p in fixed.parameters()}
     assert not mine & {p.data_ptr() for p in net.parameters()}
     other = network(kind, seed=5)
-    fixed.refresh(other)
+    fixed.follow(other)
+    fixed.refresh()
     torch.testing.assert_close(fixed(read), other(read), atol=2e-6, rtol=0)
     assert torch.equal(net(read), before)
 
@@ -127,6 +128,7 @@ def test_a_fixed_network_is_the_network_and_no_part_of_it(kind: str):
 def test_torch_follows_weights_in_training(kind: str):
     net = network(kind)
     engine = TorchEngine(net, "fp32")
+    engine.refresh()
     read = code(kind, 11, 13)
     optimizer = torch.optim.Adam(net.parameters(), lr=0.01)
     for _ in range(3):
@@ -135,7 +137,7 @@ def test_torch_follows_weights_in_training(kind: str):
         optimizer.step()
         net.eval()
         assert not torch.allclose(engine(read), net(read), atol=1e-4), "not stale before it is told"
-        engine.refresh(net)
+        engine.refresh()
         torch.testing.assert_close(engine(read), net(read), atol=2e-6, rtol=0)
 
 
@@ -178,10 +180,11 @@ CHANGES = {
 @pytest.mark.parametrize("change", CHANGES)
 def test_every_change_of_weights_is_seen(change: str):
     net = network("mobile-r2l")
-    state = weights_state(net)
-    assert weights_state(net) == state
+    weights = weights_of(net)
+    state = weights_state(weights)
+    assert weights_state(weights) == state
     CHANGES[change](net)
-    assert weights_state(net) != state
+    assert weights_state(weights) != state
 
 
 def test_weights_hash_is_of_the_numbers():

@@ -21,7 +21,7 @@ from r2l_nerfstudio.engines.parity import parity, random_code
 from r2l_nerfstudio.engines.protocol import PARITY_DB, Engine, EngineName
 from r2l_nerfstudio.engines.registry import engine_module
 from r2l_nerfstudio.engines.torch_engine import TorchEngine, is_bf16_fast
-from r2l_nerfstudio.engines.weights import weights_state
+from r2l_nerfstudio.engines.weights import weights_of, weights_state
 from r2l_nerfstudio.errors import InputError
 
 EngineChoice = Literal["auto", EngineName]
@@ -68,8 +68,8 @@ class _Lane:
 class EngineSwitch:
     """Runs a student's network on the engine that suits the machine, the purpose and the state of its weights.
 
-    A render thread may be interrupted at any line: here it takes no lock, waits for nothing, builds nothing but the copy
-    of the weights for torch, and changes state by single assignments.
+    A render thread may be interrupted at any line: here it takes no lock, waits for nothing, builds nothing, and changes
+    state by single assignments.
 
     Args:
         network: gives the student's network, in fp32; it may be trained on, moved and loaded meanwhile.
@@ -99,6 +99,7 @@ class EngineSwitch:
         self._probe = probe
         self._interrupts = interrupts
         self._say = say
+        self._listed: tuple[nn.Module, list[Tensor]] | None = None
         self._lanes = {False: _Lane(is_exact=False), True: _Lane(is_exact=True)}
         self.newest: Engine | None = None
         """That gave the newest values."""
@@ -107,6 +108,13 @@ class EngineSwitch:
     def network(self) -> nn.Module:
         """The student's own."""
         return self._network()
+
+    def _state(self) -> int:
+        """`weights_state` of the network. Its weights are listed once: the viewer traces each line of that."""
+        network, listed = self.network, self._listed
+        if listed is None or listed[0] is not network:
+            listed = self._listed = (network, weights_of(network))
+        return weights_state(listed[1])
 
     def choose(self, choice: EngineChoice) -> None:
         """Change to another engine, or to `auto`; pictures go on with torch until it is ready.
@@ -149,7 +157,7 @@ class EngineSwitch:
         """
         lane = self._lanes[is_exact]
         lane.shape = tuple(code.shape)
-        state = weights_state(self.network)
+        state = self._state()
         if is_exact and self.choice != "auto" and lane.asked is None:
             # Asked for by name, and nobody watches: wait for it. Should training change the weights, it is built again
             # when they rest.
@@ -168,12 +176,15 @@ class EngineSwitch:
             except Exception as error:  # each library raises its own, and the picture must come
                 self._give_up(lane, ready.engine, error)
         self._call_worker(lane, state)
-        if lane.live is None:
+        if lane.live is None and is_exact:
             lane.live = TorchEngine(self.network, "fp32")
         live = lane.live
-        live.refresh(self.network)
         start = time.perf_counter()
-        values = live(code)
+        if live is None:  # the viewer's worker is still copying the weights
+            values = self.network(code).float()
+        else:
+            live.refresh()
+            values = live(code)
         lane.seconds += time.perf_counter() - start
         self.newest = live
         return values
@@ -181,7 +192,7 @@ class EngineSwitch:
     def describe(self) -> str:
         """What draws, for a viewer: engine and precision, and what is on its way or in its way."""
         lane, engine = self._lanes[False], self.newest
-        name = "torch" if engine is None else f"{engine.name} {engine.precision}"
+        name = "torch fp32" if engine is None else f"{engine.name} {engine.precision}"
         if lane.error:
             return f"{name} ({lane.error})"
         return f"{name} ({lane.stage})" if lane.stage else name
@@ -213,7 +224,7 @@ class EngineSwitch:
         lane.stage = "choosing…"
         try:
             if not lane.is_exact:
-                self._lower_precision_of_live(lane)
+                self._make_live(lane)
             state = self._wait_for_rest(lane)
             lane.stage = "choosing…"
             if state is not None:
@@ -225,28 +236,32 @@ class EngineSwitch:
             lane.lock.release()
 
     def _wait_for_rest(self, lane: _Lane) -> int | None:
-        state, since, patience = weights_state(self.network), time.monotonic(), SECONDS_AT_REST
-        while time.monotonic() - since < patience:
+        state, since, is_trained = self._state(), time.monotonic(), False
+        while time.monotonic() - since < (SECONDS_AT_REST_AFTER_TRAINING if is_trained else SECONDS_AT_REST):
             time.sleep(_SECONDS_BETWEEN_LOOKS)
             if _STOPPING.is_set():
                 return None
-            now = weights_state(self.network)
+            now = self._state()
             if now != state:
-                state, since, patience = now, time.monotonic(), SECONDS_AT_REST_AFTER_TRAINING
+                state, since, is_trained = now, time.monotonic(), True
                 lane.stage = "live weights"
         return state
 
-    def _lower_precision_of_live(self, lane: _Lane) -> None:
-        """bf16 for weights in training, where the machine is good at it and it agrees. It overflows no earlier than fp32."""
+    def _make_live(self, lane: _Lane) -> None:
+        """Torch for a viewer: in bf16 where the machine is good at it and it agrees; it overflows no earlier than fp32."""
         device = self.network.head.weight.device
-        if not is_bf16_fast(device):
-            return
-        snapshot, _ = self._snapshot()
+        snapshot = None
+        while lane.live is None and snapshot is None and not _STOPPING.is_set():
+            snapshot, _ = self._snapshot()  # None in the middle of a step of training
         if snapshot is None:
             return
-        lower = TorchEngine(snapshot, "bf16")
-        if parity(lower, snapshot, device, self._probe_code()) >= PARITY_DB["bf16"]:
-            lane.live = lower
+        live = TorchEngine(snapshot, "fp32")
+        if is_bf16_fast(device):
+            lower = TorchEngine(snapshot, "bf16")
+            if parity(lower, snapshot, device, self._probe_code()) >= PARITY_DB["bf16"]:
+                live = lower
+        live.follow(self.network)
+        lane.live = live
 
     def _prepare(self, lane: _Lane, state: int) -> None:
         """Choose for the weights as they are, and hand over if they still are so afterwards."""
@@ -261,7 +276,7 @@ class EngineSwitch:
             wanted = named(choice_wanted, device, lane.is_exact)
 
         def is_stopped() -> bool:
-            return _STOPPING.is_set() or self.choice != choice_wanted or weights_state(self.network) != state
+            return _STOPPING.is_set() or self.choice != choice_wanted or self._state() != state
 
         task = Task(snapshot, device, self._probe_code(), lane.shape, self.cache_folder, is_stopped)
         choice = choose(task, wanted)
@@ -280,9 +295,9 @@ class EngineSwitch:
 
     def _snapshot(self) -> tuple[nn.Module | None, int]:
         """A copy of the network and its state; None if the weights were written to meanwhile."""
-        state = weights_state(self.network)
+        state = self._state()
         snapshot = copy.deepcopy(self.network).eval().requires_grad_(False)
-        return (snapshot if weights_state(self.network) == state else None), state
+        return (snapshot if self._state() == state else None), state
 
     def _probe_code(self) -> Tensor:
         device = self.network.head.weight.device

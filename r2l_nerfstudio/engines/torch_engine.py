@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from r2l_nerfstudio.engines.protocol import EngineName, Order, Precision
 from r2l_nerfstudio.engines.sizes import is_grid
-from r2l_nerfstudio.engines.weights import FixedNetwork, weights_state
+from r2l_nerfstudio.engines.weights import FixedNetwork, weights_of, weights_state
 
 CPU_ROWS = 4096
 """Rays per call on a CPU: the hidden layers of more leave its caches."""
@@ -51,16 +51,22 @@ class TorchEngine:
 
     def __init__(self, network: nn.Module, precision: Precision) -> None:
         self.precision = precision
-        self._seen = weights_state(network)
         self._fixed = FixedNetwork(network, precision)
         self._is_grid = is_grid(network)
+        self._seen: int | None = None
+        self._weights = weights_of(network)
 
-    def refresh(self, network: nn.Module) -> None:
-        """Take over the network's weights, if they are others than at the last call. May be interrupted anywhere."""
-        state = weights_state(network)
+    def follow(self, network: nn.Module) -> None:
+        """Say whose weights `refresh` takes over: a network of the same shape, by default the one it was made from."""
+        self._fixed.follow(network)
+        self._weights, self._seen = weights_of(network), None
+
+    def refresh(self) -> None:
+        """Take over the weights, if they are others than at the last call. May be interrupted anywhere."""
+        state = weights_state(self._weights)
         if state != self._seen:
             self._seen = None  # until all are taken over
-            self._fixed.refresh(network)
+            self._fixed.refresh()
             self._seen = state
 
     def __call__(self, code: Float[Tensor, "*code"]) -> Float[Tensor, "*values"]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import itertools
 
 import torch
 from jaxtyping import Float
@@ -28,39 +27,43 @@ class FixedNetwork(nn.Module):
         super().__init__()
         self.dtype = DTYPES[precision]
         self.network = copy.deepcopy(network).requires_grad_(False).eval()
-        for block in self._blocks(self.network):
+        for block in _blocks(self.network):
             block.first_norm = block.second_norm = nn.Identity()
         self.network.to(self.dtype)
         if isinstance(network, MobileR2L):
             self.network.to(memory_format=torch.channels_last)
-        self.refresh(network)
+        self.follow(network)
+        self.refresh()
 
-    def refresh(self, network: nn.Module) -> None:
-        """Take over the weights of a network of the same shape, in place. Interrupted, it may be called again.
+    def follow(self, network: nn.Module) -> None:
+        """Say whose weights `refresh` takes over: a network of the same shape."""
+        # In tuples: as an attribute the network would be a part of this one.
+        self._convolutions: list[tuple[nn.Conv2d, nn.Conv2d, nn.BatchNorm2d]] = []
+        for mine, its in zip(_blocks(self.network), _blocks(network), strict=True):
+            self._convolutions.append((mine.first, its.first, its.first_norm))
+            self._convolutions.append((mine.second, its.second, its.second_norm))
+        folded = {id(p) for mine, _, _ in self._convolutions for p in mine.parameters()}
+        theirs = dict(network.named_parameters())
+        self._others = [(p, theirs[name]) for name, p in self.network.named_parameters() if id(p) not in folded]
+
+    def refresh(self) -> None:
+        """Take over the weights as they are, in place. Interrupted, it may be called again.
 
         Gradients are kept out by detaching: a context for it stays open when the viewer interrupts inside one.
         """
-        folded = set()
-        for block, its in zip(self._blocks(self.network), self._blocks(network), strict=True):
-            for mine, conv, norm in (
-                (block.first, its.first, its.first_norm),
-                (block.second, its.second, its.second_norm),
-            ):
-                scale = norm.weight.detach() * torch.rsqrt(norm.running_var + norm.eps)
-                mine.weight.copy_(conv.weight.detach() * scale[:, None, None, None])
-                mine.bias.copy_((conv.bias.detach() - norm.running_mean) * scale + norm.bias.detach())
-                folded |= {id(mine.weight), id(mine.bias)}
-        theirs = dict(network.named_parameters())
-        for name, mine in self.network.named_parameters():
-            if id(mine) not in folded:
-                mine.copy_(theirs[name].detach())
+        for mine, conv, norm in self._convolutions:
+            scale = norm.weight.detach() * torch.rsqrt(norm.running_var + norm.eps)
+            mine.weight.copy_(conv.weight.detach() * scale[:, None, None, None])
+            mine.bias.copy_((conv.bias.detach() - norm.running_mean) * scale + norm.bias.detach())
+        for mine, its in self._others:
+            mine.copy_(its.detach())
 
     def forward(self, code: Float[Tensor, "*code"]) -> Float[Tensor, "*values"]:
         return self.network(code.to(self.dtype)).float()
 
-    @staticmethod
-    def _blocks(network: nn.Module) -> list[ConvBlock]:
-        return [module for module in network.modules() if isinstance(module, ConvBlock)]
+
+def _blocks(network: nn.Module) -> list[ConvBlock]:
+    return [module for module in network.modules() if isinstance(module, ConvBlock)]
 
 
 class RowsLast(nn.Module):
@@ -74,10 +77,14 @@ class RowsLast(nn.Module):
         return self.network(code.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
 
 
-def weights_state(network: nn.Module) -> int:
-    """A number that changes whenever a weight is written in place, replaced or moved, by whoever does it."""
-    tensors = itertools.chain(network.parameters(), network.buffers())
-    return hash(tuple((t.data_ptr(), t._version) for t in tensors))
+def weights_of(network: nn.Module) -> list[Tensor]:
+    """All numbers of a network that may change: parameters and buffers, by reference."""
+    return [*network.parameters(), *network.buffers()]
+
+
+def weights_state(weights: list[Tensor]) -> int:
+    """A number that changes whenever a weight is written in place or its data replaced, by whoever does it."""
+    return hash(tuple([(t.data_ptr(), t._version) for t in weights]))
 
 
 def weights_hash(network: nn.Module) -> str:
