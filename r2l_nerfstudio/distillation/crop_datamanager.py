@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from jaxtyping import Float
@@ -44,7 +45,7 @@ class CropDataManager(DistillationDataManager):
         intrinsics[:, :2] = intrinsics[:, :2].mean()
         return dataclasses.replace(cameras, intrinsics=intrinsics)
 
-    @property
+    @cached_property
     def cells(self) -> int:
         """Cells along each side of a crop.
 
