@@ -30,7 +30,18 @@ from r2l_nerfstudio.rays.pinhole import image_rays
 from r2l_nerfstudio.rays.ray_image import ray_image_intrinsics, ray_image_size
 from r2l_nerfstudio.student import Student
 
-PAGE = ("index.html", "style.css", "main.js", "hands.js", "rigs.js", "pace.js", "rays.js", "fetching.js", "worker.js")
+PAGE = (
+    "README.txt",
+    "index.html",
+    "style.css",
+    "main.js",
+    "hands.js",
+    "rigs.js",
+    "pace.js",
+    "rays.js",
+    "fetching.js",
+    "worker.js",
+)
 LICENSE = "LICENSE.onnxruntime-web.txt"
 SCENE = "scene.json"
 RUNTIME = "ort"

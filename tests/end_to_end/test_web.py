@@ -202,7 +202,7 @@ def test_draws_what_torch_draws(
 def test_draws_on_webgpu(pages: dict[str, tuple[Path, Student]], addresses: dict[str, str], tiny_student: Path) -> None:
     """On a GPU that Chromium imitates."""
     with ThreadPoolExecutor(1) as other_thread:  # Playwright takes one browser of this kind per thread
-        found = other_thread.submit(_draw_on_webgpu, f"{addresses['mobile-r2l']}?size={SIDE}").result()
+        found = other_thread.submit(_draw_on_webgpu, f"{addresses['mobile-r2l']}").result()
     if found is None:
         pytest.skip("this Chromium imitates no GPU")
     said, drawn = found
@@ -231,7 +231,7 @@ def _draw_on_webgpu(address: str) -> tuple[dict[str, str], np.ndarray] | None:
 
 
 def test_moves_by_mouse_wheel_and_keys_within_limits(addresses: dict[str, str], visit: Callable[..., Page]) -> None:
-    page = visit(f"{addresses['mobile-r2l']}?size={SIDE}")
+    page = visit(f"{addresses['mobile-r2l']}")
 
     def after(act: Callable[[], Any]) -> tuple[np.ndarray, dict[str, float]]:
         frames = int(state(page)["frames"])
@@ -268,7 +268,7 @@ def test_moves_by_mouse_wheel_and_keys_within_limits(addresses: dict[str, str], 
 
 
 def test_moves_by_touch(addresses: dict[str, str], visit: Callable[..., Page]) -> None:
-    page = visit(f"{addresses['mobile-r2l']}?size={SIDE}")
+    page = visit(f"{addresses['mobile-r2l']}")
     before = dict(part.split("=") for part in state(page)["view"].split("&"))
     client = page.context.new_cdp_session(page)
 
@@ -288,7 +288,7 @@ def test_moves_by_touch(addresses: dict[str, str], visit: Callable[..., Page]) -
 
 def test_resizes_reloads_and_shares_the_machine(addresses: dict[str, str], visit: Callable[..., Page]) -> None:
     page = visit(f"{addresses['r2l']}?size=32", 480, 320)
-    other = visit(f"{addresses['mobile-r2l']}?size={SIDE}", 320, 320)
+    other = visit(f"{addresses['mobile-r2l']}", 320, 320)
     assert picture(page).shape[1] / picture(page).shape[0] == pytest.approx(1.5, abs=0.1)
     frames = int(state(page)["frames"])
     page.bring_to_front()
@@ -361,7 +361,7 @@ def test_works_from_any_server_and_in_a_frame(
     """Without the headers that allow threads, in a subfolder, inside another page."""
     site = tmp_path / "site"
     shutil.copytree(pages["mobile-r2l"][0], site / "below", copy_function=os.link)
-    (site / "index.html").write_text(f'<iframe src="below/?size={SIDE}&plain" width="300" height="300"></iframe>')
+    (site / "index.html").write_text(f'<iframe src="below/?plain" width="300" height="300"></iframe>')
     handler = functools.partial(_Quiet, directory=str(site))
     with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()

@@ -130,14 +130,15 @@ function play(scene, worker, backend) {
   const rig = scene.view.kind === "orbit" ? new OrbitRig(scene.view) : new WalkRig(scene.view);
   rig.startFrom(query);
   const own = scene.picture;
-  const size = Math.min(4096, Number(query.get("size")) || 0);
   // As fine as the screen, but no finer than twice what the student learnt from.
   const largest = () => {
-    if (size > 0) return size / Math.sqrt(own.width * own.height);
     const pixels = stage.clientWidth * stage.clientHeight * Math.min(devicePixelRatio, 2) ** 2;
     return Math.min(2, Math.max(0.25, Math.sqrt(pixels / (own.width * own.height))));
   };
-  const pace = new Pace(scene.factor === 1 && !size, own.width * own.height, largest());
+  const side = Math.min(2048, Number(query.get("size")) || 0);
+  // Whole images are drawn at the pitch they were learnt at, or not well.
+  const fixed = scene.factor > 1 ? 1 : side > 0 ? side / Math.sqrt(own.width * own.height) : null;
+  const pace = new Pace(fixed, own.width * own.height, largest());
   const context = /** @type {CanvasRenderingContext2D} */ (canvas.getContext("2d"));
   let [id, isBusy, wantsFrame, shown, asked, lastMove, lastTick] = [0, false, true, 0, 0, -1e9, performance.now()];
   let isFirst = true;

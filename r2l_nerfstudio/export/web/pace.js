@@ -7,12 +7,12 @@ const PATIENCE_MS = 1500;
 /** Chooses the scale of the next picture from what the last ones took. */
 export class Pace {
   /**
-   * @param {boolean} scalable whether the student draws at any size
+   * @param {number | null} fixed the only scale there is; null where the student draws at any
    * @param {number} pixels of a picture at scale 1
    * @param {number} largest scale
    */
-  constructor(scalable, pixels, largest) {
-    this.scalable = scalable;
+  constructor(fixed, pixels, largest) {
+    this.fixed = fixed;
     this.pixels = pixels;
     this.largest = largest;
     /** @type {number | null} */
@@ -36,7 +36,7 @@ export class Pace {
 
   /** Scale while the camera moves. */
   moving() {
-    if (!this.scalable) return 1;
+    if (this.fixed !== null) return this.fixed;
     if (this.perPixel === null) return SMALLEST;
     const scale = Math.sqrt(AIM_MS / (this.perPixel * this.pixels));
     // Steps rather than every size: less work for the runtime, less flicker.
@@ -50,7 +50,7 @@ export class Pace {
    * @param {number} shown scale of what is on the stage
    */
   resting(shown) {
-    if (!this.scalable) return 1;
+    if (this.fixed !== null) return this.fixed;
     let scale = this.largest;
     while (scale > 2 * shown && (this.perPixel ?? 0) * this.pixels * scale ** 2 > PATIENCE_MS) scale /= 2;
     return Math.max(scale, Math.min(shown, this.largest));

@@ -1,0 +1,140 @@
+"""What a web export knows of its capture, and the parts of it that need no browser."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import subprocess
+import tarfile
+import threading
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from r2l_nerfstudio.distillation.pose_sampling import CaptureCameras, look_along
+from r2l_nerfstudio.errors import InputError
+from r2l_nerfstudio.export import web_runtime
+from r2l_nerfstudio.export.capture_view import start_pose, view_limits
+from r2l_nerfstudio.export.graph import reduced_frequency_encode
+from r2l_nerfstudio.export.web_folder import to_rgb
+from r2l_nerfstudio.export.web_runtime import BACKENDS, fetch_runtime
+from r2l_nerfstudio.export.web_server import WebServer
+from r2l_nerfstudio.rays.encoding import frequency_encode
+
+UP = torch.tensor([0.0, 0.0, 1.0])
+
+
+def cameras_at(positions: torch.Tensor, axes: torch.Tensor) -> CaptureCameras:
+    rotations = torch.stack([look_along(axis, UP) for axis in axes])
+    poses = torch.cat([rotations, positions[..., None]], dim=-1)
+    return CaptureCameras(poses, torch.tensor([[50.0, 50.0, 20.0, 15.0]]).expand(len(poses), 4), 40, 30)
+
+
+def around(azimuths: torch.Tensor, elevations: torch.Tensor, distance: float = 2.0) -> CaptureCameras:
+    """Cameras that look at (1, 2, 3), azimuths and elevations in degrees."""
+    a, e = azimuths.deg2rad(), elevations.deg2rad()
+    outwards = torch.stack([a.cos() * e.cos(), a.sin() * e.cos(), e.sin()], dim=-1)
+    return cameras_at(torch.tensor([1.0, 2.0, 3.0]) + distance * outwards, -outwards)
+
+
+def test_all_the_way_around_an_object() -> None:
+    view = view_limits(around(torch.arange(0.0, 360, 30), torch.tensor([10.0, 40.0]).repeat(6)), True, 0.5)
+    assert view["kind"] == "orbit" and view["azimuth"] is None
+    assert view["center"] == pytest.approx([1, 2, 3], abs=1e-3)
+    assert np.degrees(view["elevation"]) == pytest.approx([8, 42], abs=0.1)
+    assert view["distance"] == pytest.approx([1.5, 2.6], rel=1e-3) and view["shift"] == pytest.approx(0.175)
+
+
+def test_a_capture_from_one_side_ends_where_its_cameras_end() -> None:
+    cameras = around(torch.linspace(150, 210, 9), torch.linspace(0, 20, 9))
+    view = view_limits(cameras, False, 0.5)
+    low, high = np.degrees(view["azimuth"])
+    assert high - low == pytest.approx(64, abs=0.2)
+    assert low < math.degrees(view["start"]["azimuth"]) < high
+    assert view["distance"] == pytest.approx([1.9, 2.1], rel=1e-3)
+
+
+def test_the_start_is_a_training_camera() -> None:
+    cameras = around(torch.linspace(-40, 70, 12), torch.linspace(5, 30, 12))
+    pose = start_pose(view_limits(cameras, True, 0.5))
+    distances = (cameras.camera_to_worlds - pose).abs().amax(dim=(1, 2))
+    assert float(distances.min()) < 5e-3
+
+
+def test_cameras_that_look_around_are_walked_among() -> None:
+    angles = torch.linspace(0, 2 * math.pi, 13)[:-1]
+    axes = torch.stack([angles.cos(), angles.sin(), 0.1 * torch.ones(12)], dim=-1)
+    positions = 0.3 * axes + torch.tensor([0.0, 0.0, 1.0])
+    view = view_limits(cameras_at(positions, axes), False, 4.0)
+    assert view["kind"] == "walk" and view["azimuth"] is None and len(view["positions"]) == 12
+    assert 0.1 < view["reach"] < 0.2
+    pose = start_pose(view)
+    match = (cameras_at(positions, axes).camera_to_worlds - pose).abs().amax(dim=(1, 2)).argmin()
+    assert torch.allclose(pose, cameras_at(positions, axes).camera_to_worlds[match], atol=1e-3)
+
+
+def test_angles_are_reduced_without_loss() -> None:
+    values = torch.randn(500, 6, generator=torch.Generator().manual_seed(0)) * 2
+    exact = frequency_encode(values, 10)
+    assert torch.allclose(reduced_frequency_encode(values, 10), exact, atol=2e-6)
+
+
+def test_pixels_are_bytes() -> None:
+    pixels = np.array([[0x00CC8010 - 2**24, -(2**24)]], dtype=np.int32)
+    assert to_rgb(pixels).tolist() == [[[0x10, 0x80, 0xCC], [0, 0, 0]]]
+
+
+def test_the_runtime_is_what_the_page_was_made_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    with pytest.raises(InputError, match="--runtime .*there is no such file"):
+        fetch_runtime(tmp_path / "gone.tgz")
+    package = tmp_path / "package.tgz"
+    with tarfile.open(package, "w:gz") as archive:
+        for names in BACKENDS.values():
+            for name in names:
+                (tmp_path / name).write_text(name)
+                archive.add(tmp_path / name, f"package/dist/{name}")
+    with pytest.raises(InputError, match="is not the npm package onnxruntime-web"):
+        fetch_runtime(package)
+    assert not list((tmp_path / "cache" / "r2l-nerfstudio").iterdir())
+    digest = hashlib.sha512(package.read_bytes()).digest()
+    monkeypatch.setattr(web_runtime, "INTEGRITY", web_runtime.base64.b64encode(digest).decode())
+    folder = fetch_runtime(package)
+    assert sorted(path.name for path in folder.iterdir()) == sorted(n for names in BACKENDS.values() for n in names)
+    # Kept: the next export needs neither npm nor a network.
+    monkeypatch.setattr(web_runtime.shutil, "which", lambda name: pytest.fail("npm was looked for"))
+    assert fetch_runtime() == folder
+
+
+@pytest.mark.parametrize(("has_npm", "said"), [(False, "there is no npm here"), (True, r"npm could not fetch .*E404")])
+def test_tells_when_npm_cannot(has_npm: bool, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(web_runtime.shutil, "which", lambda name: "npm" if has_npm else None)
+    failed = subprocess.CompletedProcess([], 1, "", "npm error code E404")
+    monkeypatch.setattr(web_runtime.subprocess, "run", lambda *_, **__: failed)
+    with pytest.raises(InputError, match=f"{said}.*--runtime"):
+        fetch_runtime()
+
+
+def test_the_server_lets_pages_use_threads(tmp_path: Path) -> None:
+    (tmp_path / "index.html").write_text("here")
+    (tmp_path / "a.mjs").write_text("1")
+    with WebServer(tmp_path) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        try:
+            with urllib.request.urlopen(server.address, timeout=10) as response:
+                assert response.read() == b"here"
+                assert response.headers["Cross-Origin-Opener-Policy"] == "same-origin"
+                assert response.headers["Cross-Origin-Embedder-Policy"] == "require-corp"
+            with urllib.request.urlopen(server.address + "a.mjs", timeout=10) as response:
+                assert response.headers["Content-Type"] == "text/javascript"
+            with pytest.raises(urllib.error.HTTPError):
+                urllib.request.urlopen(server.address + "../secret", timeout=10)
+            with pytest.raises(InputError, match="Nothing can be served at --host 127.0.0.1 --port"):
+                WebServer(tmp_path, port=server.server_address[1])
+        finally:
+            server.shutdown()
