@@ -36,7 +36,7 @@ def test_a_student_draws_the_frame_it_is_asked_for_without_resampling(method: st
         assert len(read) == SIDE**2
     else:
         assert read.shape[-2:] == (SIDE // model.factor + 2 * MARGIN,) * 2
-    assert float(model.network(read).std()) > 0, "nothing to compare engines on"
+    assert float(model.network(read).detach().std()) > 0, "nothing to compare engines on"
 
 
 def test_the_fastest_of_many_calls_counts():
@@ -63,9 +63,11 @@ def test_figures_and_tables_are_written(tmp_path: Path, monkeypatch: pytest.Monk
         rows = {(row["engine"], row["precision"]): row for row in found["engines"]}
         assert {("torch", "fp32"), ("openvino", "fp32")} <= set(rows)
         for row in rows.values():
-            assert 0 < row["network_ms"] and 0 < row["frame_ms"] == pytest.approx(1e3 / row["fps"], rel=0.05)
+            assert 0 < row["network_ms"]
+            assert row["frame_ms"] is None or 0 < row["frame_ms"] == pytest.approx(1e3 / row["fps"], rel=0.05)
             share = found["bare_low_precision_ms"] / row["network_ms"]
             assert row["share_of_bare_low_precision"] == pytest.approx(share, rel=0.3, abs=0.02)
+        assert sum(row["frame_ms"] is not None for row in found["engines"]) == 2
         assert "needs an NVIDIA GPU" in found["not_run"]["tensorrt fp32"]
         assert f"## {found['method']}, 16x16 pixels" in table
     assert "| openvino fp32 |" in table
