@@ -59,7 +59,7 @@ class OnnxRuntimeEngine:
     def __call__(self, code: Float[Tensor, "*code"]) -> Float[Tensor, "*values"]:
         code = code.detach()
         if self._is_grid:
-            return self._values(code.contiguous())
+            return torch.cat([self._values(frame.contiguous()) for frame in code.split(1)])
         return in_chunks(self._run, code, self._out_dim, chunk_rows(code.device))
 
     def _run(self, code: Tensor, values: Tensor) -> None:
