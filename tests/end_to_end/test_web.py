@@ -361,7 +361,7 @@ def test_works_from_any_server_and_in_a_frame(
     """Without the headers that allow threads, in a subfolder, inside another page."""
     site = tmp_path / "site"
     shutil.copytree(pages["mobile-r2l"][0], site / "below", copy_function=os.link)
-    (site / "index.html").write_text(f'<iframe src="below/?plain" width="300" height="300"></iframe>')
+    (site / "index.html").write_text('<iframe src="below/?plain" width="300" height="300"></iframe>')
     handler = functools.partial(_Quiet, directory=str(site))
     with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()

@@ -173,7 +173,7 @@ function play(scene, worker, backend) {
   fullscreen.addEventListener("click", toggleFullscreen, { signal });
   fullscreen.hidden = !document.fullscreenEnabled;
   element("about", HTMLParagraphElement).textContent =
-    `${scene.title}, drawn by a ${scene.method} network: ${backend}, ONNX Runtime Web ${scene.runtime.version}.`;
+    `${scene.title}: ${scene.method}, drawn with ${backend} by ONNX Runtime Web ${scene.runtime.version}.`;
   new ResizeObserver(() => {
     pace.largest = largest();
     wantsFrame = true;
