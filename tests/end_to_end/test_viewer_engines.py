@@ -1,0 +1,109 @@
+"""Engines in the viewer, seen through a real browser: chosen by themselves, changed by hand, told in the panel."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from browser import SAME, ViewerPage, chromium, difference
+from test_viewer import MAX_RES, SCREENSHOTS, Served, serve
+
+STUDENTS = {"r2l-lite": "tiny_student", "mobile-r2l-lite": "tiny_mobile_student"}
+BY_HAND = {"r2l-lite": ["torch", "onnxruntime", "inductor", "openvino"], "mobile-r2l-lite": ["torch", "openvino"]}
+"""Inductor compiles for a quarter of a minute: once is enough, and `test_engines` has it on the other student."""
+
+
+def running(page: ViewerPage) -> str:
+    """The panel's line about the network: what ran it, in which precision, and what is on its way."""
+    found = re.search(r"Network: ([\d.e+-]+) ms, (.+)", page.panel())
+    return "" if found is None else found[2]
+
+
+@pytest.fixture(scope="module", params=STUDENTS)
+def student(request: pytest.FixtureRequest) -> tuple[str, Path]:
+    """A method and the folder of a run: the viewer leaves in it which engine is the fastest."""
+    return request.param, request.getfixturevalue(STUDENTS[request.param])
+
+
+@pytest.fixture(scope="module")
+def page(
+    student: tuple[str, Path],
+    command: Callable[..., list[str]],
+    environment: dict[str, str],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[tuple[ViewerPage, Served]]:
+    SCREENSHOTS.mkdir(parents=True, exist_ok=True)
+    arguments = command("ns-viewer", "--load-config", student[1] / "config.yml")
+    folder = tmp_path_factory.mktemp("viewer")
+    with serve(arguments, environment, folder) as served, chromium(tmp_path_factory.mktemp("browser")) as browser:
+        opened = ViewerPage(browser.new_page(), served.port)
+        opened.limit_resolution(MAX_RES)
+        yield opened, served
+        served.check()
+        assert not opened.crashes
+
+
+def test_engines_are_chosen_told_and_changed(page: tuple[ViewerPage, Served], student: tuple[str, Path]):
+    method, run = student
+    page, served = page
+    # Idle, a viewer draws nothing: a picture more, once the choice has been made, shows what came of it.
+    page.wait_until(lambda: "Engine: " in served.log.read_text(), "auto to choose")
+    page.drag(60, 10)
+    page.drag(-60, -10)
+    before = page.settle()
+    line = next(line for line in served.log.read_text().splitlines() if line.startswith("Engine: "))
+    chosen = re.match(r"Engine: (\S+ \S+), ([\d.]+) ms, (\d+ dB|equal to fp32) \(", line)
+    assert chosen, line
+    page.wait_until(lambda: running(page) == chosen[1], "the chosen engine to draw")
+    page.save(SCREENSHOTS / f"engine_auto_{method}.png")
+    assert list((run / "engines").glob("*/*.json")), "the choice was not remembered"
+
+    for name in BY_HAND[method]:
+        page.row("Engine").first.click()
+        page.page.get_by_role("option", name=name, exact=True).click()
+
+        def is_drawing(name: str = name) -> bool:
+            # What is ready draws from the next picture on.
+            page.start_drag(4, 0)
+            page.page.mouse.up()
+            page.start_drag(-4, 0)
+            page.page.mouse.up()
+            return re.fullmatch(rf"{name} (bf16|fp32)", running(page)) is not None
+
+        page.wait_until(is_drawing, f"{name} to draw", pause=1.0)
+        page.drag(80, 10)
+        page.drag(-80, -10)
+        assert difference(before, page.settle()) < SAME, f"{name} draws another picture"
+        served.check()
+    page.save(SCREENSHOTS / f"engine_by_hand_{method}.png")
+    assert page.pace("Student") > 0
+
+
+def test_ns_eval_gives_the_same_figures_by_every_engine(student: tuple[str, Path], tmp_path: Path):
+    from nerfstudio.scripts.eval import ComputePSNR
+
+    text = (student[1] / "config.yml").read_text()
+    psnr = {}
+    for name in ("auto", "torch", "openvino", "onnxruntime"):
+        config, figures = tmp_path / "config.yml", tmp_path / f"{name}.json"
+        config.write_text(text.replace("engine: auto", f"engine: {name}"))
+        assert f"engine: {name}" in config.read_text()
+        ComputePSNR(load_config=config, output_path=figures).main()
+        psnr[name] = json.loads(figures.read_text())["results"]["psnr"]
+    assert max(psnr.values()) - min(psnr.values()) < 1e-3, psnr
+
+
+def test_ns_eval_with_an_engine_that_cannot_run_says_why(
+    student: tuple[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture
+):
+    from nerfstudio.scripts.eval import ComputePSNR
+
+    config = tmp_path / "config.yml"
+    config.write_text((student[1] / "config.yml").read_text().replace("engine: auto", "engine: tensorrt"))
+    with pytest.raises(SystemExit):
+        ComputePSNR(load_config=config, output_path=tmp_path / "figures.json").main()
+    said = " ".join(capsys.readouterr().out.split())
+    assert "The engine tensorrt cannot run" in said and "NVIDIA GPU" in said and "Traceback" not in said
