@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from nerfstudio.plugins.types import MethodSpecification
+from r2l_nerfstudio.method_configs.common import student_config
 
 from r2l_nerfstudio.distillation.crop_datamanager import CropDataManagerConfig
-from r2l_nerfstudio.method_configs.common import student_config
 from r2l_nerfstudio.models.mobile_r2l import MobileR2LModelConfig
 
 mobile_r2l = MethodSpecification(
