@@ -94,6 +94,8 @@ def viewer(
 @pytest.fixture(scope="module")
 def open_page(browser: BrowserContext, viewer: Served) -> ViewerPage:
     page = ViewerPage(browser.new_page(), viewer.port)
+    # Pictures are compared to the last bit or so: let one engine draw them all.
+    page.wait_until(lambda: "Engine: " in viewer.log.read_text(errors="replace"), "an engine to be chosen")
     page.limit_resolution(MAX_RES)
     return page
 
