@@ -39,10 +39,10 @@ class CropDataManager(DistillationDataManager):
     config: CropDataManagerConfig
 
     def view_cameras(self) -> CaptureCameras:
-        """As pinholes of one focal length, the capture's mean."""
+        """As pinholes of one focal length, the capture's median."""
         cameras = super().view_cameras()
         intrinsics = cameras.intrinsics.clone()
-        intrinsics[:, :2] = intrinsics[:, :2].mean()
+        intrinsics[:, :2] = intrinsics[:, :2].median()  # of equal ones exactly their value: views are kept by it
         return dataclasses.replace(cameras, intrinsics=intrinsics)
 
     @cached_property

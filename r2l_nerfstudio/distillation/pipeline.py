@@ -101,7 +101,7 @@ class DistillationPipeline(VanillaPipeline):
             background=background,
             has_accumulation=survey.has_accumulation,
             has_depth=survey.has_depth,
-            focal=float(capture.intrinsics[:, :2].mean()),
+            focal=float(capture.intrinsics[:, :2].median()),
         )
         CONSOLE.print(f"Scene: {self.model.describe_scene()}.")
         self.datamanager.attach_teacher(teacher, survey, background, self.model.factor)
