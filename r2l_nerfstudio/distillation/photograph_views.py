@@ -15,8 +15,6 @@ from torch import Tensor
 from r2l_nerfstudio.distillation.photographs import read_photograph
 from r2l_nerfstudio.errors import InputError
 
-FISHEYE = (CameraType.FISHEYE.value,)
-
 
 @dataclass
 class PhotographViews:
@@ -113,7 +111,7 @@ def _where(
     shape = size[::-1]
     if kind == CameraType.PERSPECTIVE.value and k4 == 0:
         return cv2.initUndistortRectifyMap(matrix, np.array([k1, k2, p1, p2, k3]), None, target, shape, cv2.CV_32FC1)
-    if kind in FISHEYE and p1 == 0 and p2 == 0:
+    if kind == CameraType.FISHEYE.value and p1 == 0 and p2 == 0:
         lens_array = np.array([k1, k2, k3, k4])
         return cv2.fisheye.initUndistortRectifyMap(matrix, lens_array, np.eye(3), target, shape, cv2.CV_32FC1)
     raise InputError(
