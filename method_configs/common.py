@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from nerfstudio.configs.base_config import ViewerConfig
-from nerfstudio.engine.optimizers import AdamOptimizerConfig
+from nerfstudio.engine.optimizers import AdamOptimizerConfig, OptimizerConfig
+from torch.optim import Adam, AdamW
 
 from r2l_nerfstudio.distillation.datamanager import DistillationDataManagerConfig
-from r2l_nerfstudio.distillation.optimization import MuonOptimizerConfig, WarmupCosineSchedulerConfig
+from r2l_nerfstudio.distillation.optimization import (
+    MuonOptimizerConfig,
+    PublishedSchedulerConfig,
+    WarmupCosineSchedulerConfig,
+)
 from r2l_nerfstudio.distillation.pipeline import DistillationPipelineConfig
 from r2l_nerfstudio.distillation.trainer import DistillationTrainerConfig
 from r2l_nerfstudio.models.light_field import LightFieldModelConfig
@@ -17,8 +24,9 @@ def student_config(
     datamanager: DistillationDataManagerConfig,
     model: LightFieldModelConfig,
     max_num_iterations: int,
-    ends_lr: float = 1e-3,
+    optimizers: dict[str, Any],
     ema_decay: float = 0.0,
+    bf16: bool = True,
 ) -> DistillationTrainerConfig:
     """A method's configuration for `ns-train`."""
     return DistillationTrainerConfig(
@@ -29,18 +37,37 @@ def student_config(
         steps_per_eval_image=0,
         steps_per_eval_all_images=0,
         mixed_precision=False,  # the pipeline's own bf16 instead
-        pipeline=DistillationPipelineConfig(datamanager=datamanager, model=model, ema_decay=ema_decay),
-        optimizers={
-            "hidden": {"optimizer": MuonOptimizerConfig(lr=2e-3), "scheduler": WarmupCosineSchedulerConfig()},
-            "volume": {
-                "optimizer": AdamOptimizerConfig(lr=1e-2, eps=1e-15),
-                "scheduler": WarmupCosineSchedulerConfig(),
-            },
-            "ends": {
-                "optimizer": AdamOptimizerConfig(lr=ends_lr, eps=1e-8),
-                "scheduler": WarmupCosineSchedulerConfig(),
-            },
-        },
+        pipeline=DistillationPipelineConfig(datamanager=datamanager, model=model, ema_decay=ema_decay, bf16=bf16),
+        optimizers=optimizers,
         viewer=ViewerConfig(num_rays_per_chunk=1 << 16, default_composite_depth=False),
         vis="viewer",
     )
+
+
+def our_optimizers(ends_lr: float = 1e-3) -> dict[str, Any]:
+    """Muon for the hidden matrices, Adam for the rest, half a cosine."""
+    optimizers: dict[str, OptimizerConfig] = {
+        "hidden": MuonOptimizerConfig(lr=2e-3),
+        "volume": AdamOptimizerConfig(lr=1e-2, eps=1e-15),
+        "ends": AdamOptimizerConfig(lr=ends_lr, eps=1e-8),
+    }
+    return {
+        group: {"optimizer": optimizer, "scheduler": WarmupCosineSchedulerConfig()}
+        for group, optimizer in optimizers.items()
+    }
+
+
+def published_optimizers(weight_decay: float = 0.0) -> dict[str, Any]:
+    """One Adam, with R2L's rate and schedule.
+
+    Args:
+        weight_decay: decoupled from the gradient, as AdamW has it; 0 for plain Adam.
+    """
+    target = AdamW if weight_decay > 0 else Adam
+    return {
+        group: {
+            "optimizer": AdamOptimizerConfig(_target=target, lr=5e-4, eps=1e-8, weight_decay=weight_decay),
+            "scheduler": PublishedSchedulerConfig(),
+        }
+        for group in ("hidden", "volume", "ends")
+    }

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from nerfstudio.plugins.types import MethodSpecification
-from r2l_nerfstudio.method_configs.common import student_config
+from r2l_nerfstudio.method_configs.common import our_optimizers, published_optimizers, student_config
 
 from r2l_nerfstudio.distillation.crop_datamanager import CropDataManagerConfig
+from r2l_nerfstudio.distillation.pose_sampling import PoseSamplerConfig
 from r2l_nerfstudio.models.mobile_r2l import MobileR2LModelConfig
 
 mobile_r2l = MethodSpecification(
@@ -14,7 +15,7 @@ mobile_r2l = MethodSpecification(
         CropDataManagerConfig(train_num_rays_per_batch=1 << 20, crop_cells=16),
         MobileR2LModelConfig(),
         max_num_iterations=30000,
-        ends_lr=2e-3,
+        optimizers=our_optimizers(ends_lr=2e-3),
         ema_decay=0.995,
     ),
     description="MobileR2L: distil --teacher into an 8 MB convolutional student that phones draw in real time.",
@@ -26,8 +27,24 @@ mobile_r2l_lite = MethodSpecification(
         CropDataManagerConfig(train_num_rays_per_batch=8192, crop_cells=6),
         MobileR2LModelConfig(width=128, blocks=8, up_width=32, jitter_points=False, volume_resolution=40),
         max_num_iterations=20000,
-        ends_lr=2e-3,
+        optimizers=our_optimizers(ends_lr=2e-3),
         ema_decay=0.99,
     ),
     description="MobileR2L, a tenth of the size, with a small learned feature volume: interactive on a CPU.",
+)
+
+mobile_r2l_paper = MethodSpecification(
+    config=student_config(
+        "mobile-r2l-paper",
+        CropDataManagerConfig(
+            train_num_rays_per_batch=10 * 800 * 800,
+            crop_cells=100,
+            pose_sampler=PoseSamplerConfig(focal_range=(1.0, 1.0)),
+            real_iterations=0,
+        ),
+        MobileR2LModelConfig(spacing="near-far", accumulation_weight=0.0, depth_weight=0.0),
+        max_num_iterations=600_000,
+        optimizers=published_optimizers(weight_decay=0.01),
+    ),
+    description="MobileR2L as published (CVPR 2023), to compare with: days of training on several GPUs.",
 )

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from nerfstudio.plugins.types import MethodSpecification
-from r2l_nerfstudio.method_configs.common import student_config
+from r2l_nerfstudio.method_configs.common import our_optimizers, published_optimizers, student_config
 
+from r2l_nerfstudio.distillation.pose_sampling import PoseSamplerConfig
 from r2l_nerfstudio.distillation.ray_datamanager import RayDataManagerConfig
 from r2l_nerfstudio.models.r2l import R2LModelConfig
 
@@ -14,6 +15,7 @@ r2l = MethodSpecification(
         RayDataManagerConfig(train_num_rays_per_batch=32768),
         R2LModelConfig(),
         max_num_iterations=30000,
+        optimizers=our_optimizers(),
     ),
     description="R2L: distil --teacher into a neural light field, one network evaluation per pixel.",
 )
@@ -24,6 +26,24 @@ r2l_lite = MethodSpecification(
         RayDataManagerConfig(train_num_rays_per_batch=4096),
         R2LModelConfig(width=128, depth=12, num_frequencies=6, jitter_points=False, volume_resolution=40),
         max_num_iterations=20000,
+        optimizers=our_optimizers(),
     ),
     description="R2L, a tenth of the size, with a small learned feature volume: minutes on a CPU, interactive there.",
+)
+
+r2l_paper = MethodSpecification(
+    config=student_config(
+        "r2l-paper",
+        RayDataManagerConfig(
+            train_num_rays_per_batch=98304,
+            pose_sampler=PoseSamplerConfig(focal_range=(1.0, 2.0)),
+            real_iterations=1000,
+            real_fraction=1.0,
+        ),
+        R2LModelConfig(zero_init=False, spacing="near-far", accumulation_weight=0.0, depth_weight=0.0),
+        max_num_iterations=600_000,
+        optimizers=published_optimizers(),
+        bf16=False,
+    ),
+    description="R2L as published (ECCV 2022), to compare with: days of training.",
 )

@@ -15,7 +15,7 @@ import yaml
 
 from r2l_nerfstudio.run_config import load_run_config
 
-METHODS = {"r2l", "r2l-lite", "mobile-r2l", "mobile-r2l-lite"}
+METHODS = {"r2l", "r2l-lite", "r2l-paper", "mobile-r2l", "mobile-r2l-lite", "mobile-r2l-paper"}
 
 _IMPORT_PROBE = """
 import json, sys

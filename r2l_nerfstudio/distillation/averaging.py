@@ -9,7 +9,8 @@ from torch import nn
 
 
 class WeightAverage(nn.Module):
-    """Follows the parameters of a module; saved with the pipeline, so that a resumed run goes on with it.
+    """Follows the parameters and normalization statistics of a module; saved with the pipeline, so that a resumed run goes
+    on with it, and a viewer can show it of a run that was killed.
 
     Args:
         module: whose parameters.
@@ -19,7 +20,7 @@ class WeightAverage(nn.Module):
     def __init__(self, module: nn.Module, decay: float) -> None:
         super().__init__()
         self.decay = decay
-        self._followed = list(module.parameters())
+        self._followed = [*module.parameters(), *normalization_statistics(module)]
         self.register_buffer("updates", torch.zeros((), dtype=torch.long))
         for index, parameter in enumerate(self._followed):
             self.register_buffer(f"weight_{index}", parameter.detach().clone())
@@ -30,13 +31,13 @@ class WeightAverage(nn.Module):
 
     @torch.no_grad()
     def reset(self) -> None:
-        """Begin anew at the parameters as they are."""
+        """Begin anew at the weights as they are."""
         self.updates.zero_()
         torch._foreach_copy_(self._averages, [p.detach() for p in self._followed])
 
     @torch.no_grad()
     def update(self) -> None:
-        """Move the average towards the parameters."""
+        """Move the average towards the weights."""
         count = int(self.updates)
         keep = min(self.decay, (1 + count) / (10 + count))
         torch._foreach_lerp_(self._averages, [p.detach() for p in self._followed], 1 - keep)
@@ -44,13 +45,13 @@ class WeightAverage(nn.Module):
 
     @torch.no_grad()
     def swap(self) -> None:
-        """Exchange parameters and average, in place."""
+        """Exchange weights and average, in place."""
         kept = [p.detach().clone() for p in self._followed]
         torch._foreach_copy_([p.detach() for p in self._followed], self._averages)
         torch._foreach_copy_(self._averages, kept)
 
 
 def normalization_statistics(module: nn.Module) -> list[torch.Tensor]:
-    """The running statistics of all BatchNorm layers, by reference."""
+    """The running means and variances of all BatchNorm layers, by reference."""
     norms: Iterable[nn.Module] = (m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm))
-    return [buffer for norm in norms for buffer in norm.buffers()]
+    return [buffer for norm in norms for buffer in norm.buffers() if buffer.is_floating_point()]

@@ -66,6 +66,8 @@ class DistillationDataManagerConfig(VanillaDataManagerConfig):
     """Folder to keep rendered teacher views in, so that another run with this teacher starts at once."""
     seed: int = 42
     """Of the pseudo cameras."""
+    fill_minutes: tyro.conf.Suppress[float | None] = None
+    """Training begins after so long, however few views there are; set from --max-minutes."""
 
     # What a photograph-driven data manager reads and this one does not.
     masks_on_gpu: tyro.conf.Suppress[bool] = False
@@ -126,7 +128,8 @@ class DistillationDataManager(VanillaDataManager[InputDataset]):
 
     def setup_train(self) -> None:
         """Nothing is loaded here: the teacher is attached by the pipeline."""
-        self.real_start: int | None = None
+        self.photographs_now = False
+        """Whether batches take photographs in."""
         self.background = torch.ones(3)
 
     def _get_pixel_sampler(self, dataset: InputDataset, num_rays_per_batch: int) -> PixelSampler:
@@ -181,7 +184,7 @@ class DistillationDataManager(VanillaDataManager[InputDataset]):
         held_ring.fill()
         self.held_views = self.hold_out(held_ring, None)
         self.ring = ViewRing(renderer(seed, self._cache_dir(teacher, sampler)), config.num_views, self.device)
-        self.ring.fill()
+        self.ring.fill(None if config.fill_minutes is None else 60 * config.fill_minutes)
         self._training_seconds = 0.0
         self._refresh_seconds = 0.0
         self._last_call: float | None = None
@@ -211,6 +214,15 @@ class DistillationDataManager(VanillaDataManager[InputDataset]):
     def draw(self, num_real: int) -> Batch:
         """A batch to learn from, `num_real` of its `train_num_rays_per_batch` pixels from photographs."""
 
+    def restart(self, config: DistillationDataManagerConfig) -> None:
+        """Begin anew with the teacher views and photographs at hand, for another student.
+
+        Args:
+            config: what differs of it from the former one must not concern views and photographs.
+        """
+        self.config = config
+        self.photographs_now = False
+
     def learn_from(self, batch: Batch, errors: Float[Tensor, "*batch"]) -> None:  # noqa: B027
         """Told after each iteration how wrong the student was, per pixel."""
 
@@ -228,11 +240,11 @@ class DistillationDataManager(VanillaDataManager[InputDataset]):
         """A batch of rays with what is to be learnt of them.
 
         Args:
-            step: training step; photographs are mixed in from `real_start` on.
+            step: training step.
         """
         self.train_count += 1
         self._refresh()
-        real = self.photographs is not None and self.real_start is not None and step >= self.real_start
+        real = self.photographs is not None and self.photographs_now
         return self.draw(int(self.config.real_fraction * self.config.train_num_rays_per_batch) if real else 0)
 
     def next_train(self, step: int) -> tuple[RayBundle, dict[str, Tensor]]:
@@ -240,7 +252,7 @@ class DistillationDataManager(VanillaDataManager[InputDataset]):
         return self.next_batch(step).as_nerfstudio()
 
     def _refresh(self) -> None:
-        """Replace the oldest teacher view whenever the teacher's share of the time allows it."""
+        """Add a teacher view, in a full ring in place of the oldest, whenever the teacher's share of the time allows it."""
         now = time.perf_counter()
         if self._last_call is not None:
             self._training_seconds += now - self._last_call

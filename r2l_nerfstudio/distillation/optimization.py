@@ -12,7 +12,7 @@ from nerfstudio.engine.optimizers import OptimizerConfig
 from nerfstudio.engine.schedulers import Scheduler, SchedulerConfig
 from torch.nn import Parameter
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LambdaLR, LRScheduler
+from torch.optim.lr_scheduler import LRScheduler
 
 
 class MatrixMuon(torch.optim.Muon):
@@ -54,7 +54,7 @@ class MuonOptimizerConfig(OptimizerConfig):
 class WarmupCosineSchedulerConfig(SchedulerConfig):
     """Linear warm-up, then half a cosine down to a share of the learning rate."""
 
-    _target: type = field(default_factory=lambda: WarmupCosineScheduler)
+    _target: type = field(default_factory=lambda: ProgressScheduler)
     warmup_steps: int = 200
     """Iterations of warm-up, from a fifth of the learning rate (R2L's)."""
     final_share: float = 0.01
@@ -62,19 +62,66 @@ class WarmupCosineSchedulerConfig(SchedulerConfig):
     max_steps: int = 30000
     """Iterations in all; set from --max-num-iterations."""
 
+    def share(self, step: int, progress: float) -> float:
+        """Of the learning rate, at an iteration and a share of the whole training."""
+        cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+        return warmup(step, self.warmup_steps) * (self.final_share + (1 - self.final_share) * cosine)
 
-class WarmupCosineScheduler(Scheduler):
-    """See `WarmupCosineSchedulerConfig`."""
 
-    config: WarmupCosineSchedulerConfig
+@dataclass
+class PublishedSchedulerConfig(SchedulerConfig):
+    """R2L's: linear warm-up from a fifth of the learning rate, then a tenth of it every so many iterations."""
 
-    def get_scheduler(self, optimizer: Optimizer, lr_init: float) -> LRScheduler:
-        """Schedule as a multiple of `lr_init`, in Python floats: checkpoints then load with `weights_only`."""
-        config = self.config
+    _target: type = field(default_factory=lambda: ProgressScheduler)
+    warmup_steps: int = 200
+    """Iterations of warm-up."""
+    decay_steps: int = 500_000
+    """Iterations to a tenth of the learning rate, whatever the length of the training."""
+    max_steps: int = 1_200_000
+    """Iterations in all; set from --max-num-iterations."""
 
-        def share(step: int) -> float:
-            warmup = min(1.0, 0.2 + 0.8 * step / max(1, config.warmup_steps))
-            progress = min(1.0, step / max(1, config.max_steps))
-            return warmup * (config.final_share + (1 - config.final_share) * 0.5 * (1 + math.cos(math.pi * progress)))
+    def share(self, step: int, progress: float) -> float:
+        """Of the learning rate, at an iteration."""
+        return warmup(step, self.warmup_steps) * 0.1 ** (step / self.decay_steps)
 
-        return LambdaLR(optimizer, lr_lambda=share)
+
+def warmup(step: int, warmup_steps: int) -> float:
+    """Share of the learning rate in a linear warm-up from a fifth of it."""
+    return min(1.0, 0.2 + 0.8 * step / max(1, warmup_steps))
+
+
+class ProgressScheduler(Scheduler):
+    """See `WarmupCosineSchedulerConfig` and `PublishedSchedulerConfig`."""
+
+    config: WarmupCosineSchedulerConfig | PublishedSchedulerConfig
+
+    def get_scheduler(self, optimizer: Optimizer, lr_init: float) -> ScheduledRate:
+        return ScheduledRate(optimizer, self.config)
+
+
+class ScheduledRate(LRScheduler):
+    """The learning rate by iteration and progress.
+
+    Args:
+        optimizer: whose.
+        config: says what share of the learning rate.
+    """
+
+    def __init__(self, optimizer: Optimizer, config: WarmupCosineSchedulerConfig | PublishedSchedulerConfig) -> None:
+        self._config = config
+        self.progress: Callable[[], float] | None = None
+        """Share of the training that is done; None: counted in iterations."""
+        super().__init__(optimizer)
+
+    def get_lr(self) -> list[float]:
+        step = self.last_epoch
+        progress = step / max(1, self._config.max_steps) if self.progress is None else self.progress()
+        # In Python floats: checkpoints then load with `weights_only`.
+        return [rate * self._config.share(step, progress) for rate in self.base_lrs]
+
+    def state_dict(self) -> dict[str, Any]:
+        """The iteration alone: all else is the configuration's."""
+        return {"last_epoch": self.last_epoch}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.last_epoch = state_dict["last_epoch"]

@@ -23,9 +23,10 @@ from torch import Tensor
 from torch.amp import GradScaler
 from torch.optim.swa_utils import update_bn
 
-from r2l_nerfstudio.distillation.averaging import WeightAverage, normalization_statistics
+from r2l_nerfstudio.distillation.averaging import WeightAverage
 from r2l_nerfstudio.distillation.datamanager import Batch, DistillationDataManager, DistillationDataManagerConfig
 from r2l_nerfstudio.distillation.frame_check import check_cameras, check_frame
+from r2l_nerfstudio.distillation.progress import TrainingProgress
 from r2l_nerfstudio.distillation.survey import Survey
 from r2l_nerfstudio.errors import InputError, exit_on_input_error
 from r2l_nerfstudio.teacher import Teacher
@@ -86,15 +87,23 @@ class DistillationPipeline(VanillaPipeline):
         self.model.teacher_split.teacher_path = config.teacher
         self.model.teacher_split.device = device
         self._best: tuple[float, dict[str, Any]] | None = None
+        self.progress: TrainingProgress | None = None
+        self.register_buffer("done", torch.zeros(()))
 
     def _attach_teacher(self, teacher: Teacher) -> None:
         cameras = self.datamanager.train_dataset.cameras
         check_cameras(teacher, self.datamanager.train_dataparser_outputs.cameras)
         if self.config.check_frame:
             check_frame(teacher, self.datamanager.train_dataset)
-        capture = self.datamanager.view_cameras()
         survey = Survey.take(teacher, cameras)
         background = background_of(teacher)
+        self._set_scene(survey, background)
+        CONSOLE.print(f"Scene: {self.model.describe_scene()}.")
+        self.datamanager.attach_teacher(teacher, survey, background, self.model.factor)
+        self._survey = survey
+
+    def _set_scene(self, survey: Survey, background: Float[Tensor, "3"]) -> None:
+        capture = self.datamanager.view_cameras()
         self.model.set_scene(
             bounds=survey.bounds(capture, self.model.config.forced_spacing),
             axes=capture.mean_axes,
@@ -103,8 +112,22 @@ class DistillationPipeline(VanillaPipeline):
             has_depth=survey.has_depth,
             focal=float(capture.intrinsics[:, :2].median()),
         )
-        CONSOLE.print(f"Scene: {self.model.describe_scene()}.")
-        self.datamanager.attach_teacher(teacher, survey, background, self.model.factor)
+
+    def restart(self, config: DistillationPipelineConfig) -> None:
+        """Begin anew with another student on the teacher views at hand.
+
+        Args:
+            config: of the same method, and with the same views to learn from.
+        """
+        self.config = config
+        dataset = self.datamanager.train_dataset
+        self._model = config.model.setup(
+            scene_box=dataset.scene_box, num_train_data=len(dataset), metadata=dataset.metadata
+        ).to(self.datamanager.device)
+        self._set_scene(self._survey, self.datamanager.background)
+        self.datamanager.restart(config.datamanager)
+        self.average = WeightAverage(self.model, config.ema_decay) if config.ema_decay > 0 else None
+        self._best = None
 
     def load_pipeline(self, loaded_state: dict[str, Any], step: int) -> None:
         """Load a student, all of it: Nerfstudio's own leaves what does not fit at random, without a word.
@@ -114,6 +137,8 @@ class DistillationPipeline(VanillaPipeline):
         """
         state = {key.removeprefix("module."): value for key, value in loaded_state.items()}
         averages = {key: state.pop(key) for key in list(state) if key.startswith("average.")}
+        averages = {key.removeprefix("average."): value for key, value in averages.items()}
+        state.setdefault("done", torch.zeros(()))
         self.model.update_to_step(step)
         with exit_on_input_error():
             try:
@@ -126,9 +151,13 @@ class DistillationPipeline(VanillaPipeline):
                 ) from error
         if self.average is not None:
             if averages:
-                self.average.load_state_dict({key.removeprefix("average."): value for key, value in averages.items()})
+                self.average.load_state_dict(averages)
             else:  # a finished run's weights are their average
                 self.average.reset()
+        elif averages and self.test_mode != "val":  # of a run that was killed
+            average = WeightAverage(self.model, self.config.ema_decay)
+            average.load_state_dict(averages)
+            average.swap()
 
     def get_train_loss_dict(self, step: int) -> tuple[Any, dict[str, Tensor], dict[str, Tensor]]:
         """One batch through the student; the data manager is told how wrong it was."""
@@ -160,17 +189,26 @@ class DistillationPipeline(VanillaPipeline):
 
     def get_training_callbacks(self, attributes: TrainingCallbackAttributes) -> list[TrainingCallback]:
         """Nerfstudio's own, and the watch over the held-out views."""
-        trainer = attributes.trainer
-        if trainer is not None:
-            last = trainer.config.max_num_iterations
-            self.datamanager.real_start = last - self.datamanager.config.real_iterations
+        if attributes.trainer is not None:
             # Kinds that were "auto" are known only now.
-            trainer.config.save_config()
+            attributes.trainer.config.save_config()
         return [
             *super().get_training_callbacks(attributes),
             self._after_iterations(self._update_average, 1),
             self._after_iterations(self._watch_holdout, self.config.steps_per_holdout),
         ]
+
+    def follow(self, progress: TrainingProgress) -> None:
+        """Go by this progress: when photographs come in, and what is said of the time left."""
+        self.progress = progress
+        self.note_progress()
+
+    def note_progress(self) -> None:
+        """After the progress has moved on: take photographs in for the last share of the training."""
+        assert self.progress is not None
+        self.done.fill_(self.progress.fraction)
+        share = self.datamanager.config.real_iterations / max(1, self.progress.steps)
+        self.datamanager.photographs_now = share > 0 and self.progress.fraction >= 1 - share - 1e-9
 
     def _after_iterations(self, function: Callable[[int], None], every: int) -> TrainingCallback:
         where = [TrainingCallbackLocation.AFTER_TRAIN_ITERATION]
@@ -186,16 +224,12 @@ class DistillationPipeline(VanillaPipeline):
         if self.average is None:
             yield
             return
-        statistics = normalization_statistics(self.model)
-        kept = [tensor.clone() for tensor in statistics]
         self.average.swap()
         try:
             self._estimate_statistics()
             yield
         finally:
             self.average.swap()
-            for tensor, value in zip(statistics, kept, strict=True):
-                tensor.copy_(value)
 
     def _estimate_statistics(self) -> None:
         def batches() -> Iterator[RayBundle]:
@@ -216,10 +250,15 @@ class DistillationPipeline(VanillaPipeline):
                 real = self.holdout_psnr(self.datamanager.held_photographs)
                 writer.put_scalar(name="Holdout PSNR (photographs)", scalar=real, step=step)
                 line += f", {real:.2f} dB against held-out training photographs"
-                start = self.datamanager.real_start
-                if start is not None and step >= start and (self._best is None or real > self._best[0]):
+                if self.datamanager.photographs_now and (self._best is None or real > self._best[0]):
                     self._best = (real, self._weights())
-        CONSOLE.print(line + ".")
+        CONSOLE.print(f"{line}{self._time_left(step)}.")
+
+    def _time_left(self, step: int) -> str:
+        left = None if self.progress is None else self.progress.seconds_left(step)
+        return (
+            "" if left is None else f"; about {left / 60:.0f} min left" if left > 90 else f"; about {left:.0f} s left"
+        )
 
     def _weights(self) -> dict[str, Tensor]:
         state = self.model.state_dict()

@@ -42,8 +42,15 @@ class RayDataManager(DistillationDataManager):
 
     def attach_teacher(self, teacher: Teacher, survey: Survey, background: Float[Tensor, "3"], factor: int) -> None:
         super().attach_teacher(teacher, survey, background, factor)
+        self.hard_rays = self._empty_pool()
+
+    def restart(self, config: RayDataManagerConfig) -> None:
+        super().restart(config)
+        self.hard_rays = self._empty_pool()
+
+    def _empty_pool(self) -> HardRayPool:
         num_hard = int(self.config.hard_fraction * self.config.train_num_rays_per_batch)
-        self.hard_rays = HardRayPool(num_hard, self.config.hard_pool_batches, RECORD_WIDTH, self.device)
+        return HardRayPool(num_hard, self.config.hard_pool_batches, RECORD_WIDTH, self.device)
 
     def read_photographs(self, indices: list[int], corrections: Float[Tensor, "num_train 3 4"] | None) -> Photographs:
         return Photographs(self.train_dataset, indices, corrections, self.background, self.device)

@@ -4,16 +4,31 @@ from __future__ import annotations
 
 import copy
 import shutil
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from types import FrameType
+from typing import Any, Literal
 
 import torch
-from nerfstudio.engine.trainer import Trainer, TrainerConfig
+from nerfstudio.engine.trainer import TRAIN_INTERATION_OUTPUT, Trainer, TrainerConfig
+from nerfstudio.utils import writer
 from nerfstudio.utils.decorators import check_main_thread
 from nerfstudio.utils.rich_utils import CONSOLE
 
+from r2l_nerfstudio.distillation.optimization import ScheduledRate
+from r2l_nerfstudio.distillation.progress import TrainingProgress
 from r2l_nerfstudio.errors import InputError, exit_on_input_error
+
+VIEWS_SHARE = 0.4
+"""Of --max-minutes, that the teacher's first views may take; those still missing come while training."""
+MIN_TRAINING_SHARE = 0.1
+"""Of --max-minutes, that training gets, however long the start took."""
 
 
 @dataclass
@@ -23,6 +38,9 @@ class DistillationTrainerConfig(TrainerConfig):
     _target: type = field(default_factory=lambda: DistillationTrainer)
     teacher: Path | None = None
     """Trained Nerfstudio run to learn from: its config.yml, or its folder."""
+    max_minutes: float | None = None
+    """End after so many minutes, the teacher's first views included; schedules and photographs fit themselves to it, and
+    --max-num-iterations no longer counts. A run that goes on with --load-dir gets what is left of them."""
 
     def set_timestamp(self) -> None:
         """Name the run; `ns-train` calls this before it writes anything, so the teacher is read here.
@@ -37,6 +55,14 @@ class DistillationTrainerConfig(TrainerConfig):
         with exit_on_input_error():
             self.inherit_from_teacher()
             self._check_load_dir()
+            self._check_minutes()
+
+    def _check_minutes(self) -> None:
+        if self.max_minutes is None:
+            return
+        if not self.max_minutes > 0:
+            raise InputError(f"--max-minutes {self.max_minutes} leaves no time to train: give a number above 0.")
+        self.pipeline.datamanager.fill_minutes = VIEWS_SHARE * self.max_minutes
 
     def inherit_from_teacher(self) -> None:
         """Take over the teacher's capture and frame: dataparser configuration, data path, experiment name.
@@ -91,6 +117,7 @@ class DistillationTrainer(Trainer):
 
     def setup(self, test_mode: Literal["test", "val", "inference"] = "val") -> None:
         """As `Trainer.setup`; a run that fails here leaves no config.yml that looks like a finished one."""
+        self._setup_began = time.monotonic()
         try:
             with exit_on_input_error():
                 super().setup(test_mode)
@@ -116,7 +143,9 @@ class DistillationTrainer(Trainer):
             ) from error
 
     def train(self) -> None:
-        """Train up to `max_num_iterations` in all, those before a resumed checkpoint included.
+        """Train up to `max_num_iterations` in all, those before a resumed checkpoint included, or for `max_minutes`.
+
+        Ctrl-C, or a polite kill, ends training after the iteration at hand and saves the student.
 
         Raises:
             SystemExit: with the flag to change, if the device has no room for a batch.
@@ -125,8 +154,22 @@ class DistillationTrainer(Trainer):
         # Nerfstudio counts the iterations from the checkpoint on; the schedules here count them from the start.
         self.config.max_num_iterations = max(0, total - self._start_step)
         self.step = max(0, self._start_step - 1)
+        self.progress = TrainingProgress(total)
+        if self.config.max_minutes is not None:
+            done = float(self.pipeline.done)
+            spent = time.monotonic() - self._setup_began
+            left = max(
+                60 * self.config.max_minutes * (1 - done) - spent, MIN_TRAINING_SHARE * 60 * self.config.max_minutes
+            )
+            self.progress = TrainingProgress(total, left, done)
+            self.config.max_num_iterations = sys.maxsize - self._start_step
+        self.pipeline.follow(self.progress)
+        for scheduler in self.optimizers.schedulers.values():
+            if isinstance(scheduler, ScheduledRate):
+                scheduler.progress = lambda: self.progress.fraction
+        self.progress.update(self._start_step)
         try:
-            with exit_on_input_error():
+            with exit_on_input_error(), self._stop_on_signals():
                 super().train()
         except torch.OutOfMemoryError as error:
             with exit_on_input_error():
@@ -139,8 +182,46 @@ class DistillationTrainer(Trainer):
         finally:
             self.config.max_num_iterations = total
 
+    def train_iteration(self, step: int) -> TRAIN_INTERATION_OUTPUT:
+        """As Nerfstudio's; then looks whether training is over."""
+        output = super().train_iteration(step)
+        self.progress.update(step + 1)
+        self.pipeline.note_progress()
+        if self.config.max_minutes is not None:
+            writer.GLOBAL_BUFFER["max_iter"] = self.progress.expected_steps(step + 1)  # for its percentage and ETA
+        if self.progress.finished:
+            self.stop_training = True
+        return output
+
+    @contextmanager
+    def _stop_on_signals(self) -> Iterator[None]:
+        """Ends training after the iteration at hand on Ctrl-C or a polite kill; at once on a second one."""
+        self._former_handlers: dict[int, Any] = {}
+
+        def stop(number: int, frame: FrameType | None) -> None:
+            self._restore_handlers()
+            CONSOLE.print("\nStopping after this iteration, then saving the student; once more to leave at once.")
+            self.progress.ask_to_stop()
+            if self.training_state == "paused":
+                self.stop_training = True
+
+        if threading.current_thread() is threading.main_thread():
+            self._former_handlers = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            self._restore_handlers()
+
+    def _restore_handlers(self) -> None:
+        for number, handler in self._former_handlers.items():
+            signal.signal(number, handler)
+        self._former_handlers = {}
+
     def _after_train(self) -> None:
+        self._restore_handlers()
         self.pipeline.finish(self.step)
+        if self.progress.stopped:
+            self.config.viewer.quit_on_train_completion = True
         super()._after_train()
 
     @check_main_thread

@@ -234,14 +234,25 @@ class ViewRing:
         self.camera_to_worlds = torch.empty(num_views, 3, 4, device=self.device)
         self.intrinsics = torch.empty(num_views, 4, device=self.device)
 
-    def fill(self) -> None:
-        """Render until the ring is full, with a progress bar."""
+    def fill(self, seconds: float | None = None) -> None:
+        """Render until the ring is full, with a progress bar.
+
+        Args:
+            seconds: stop after so long, with one view at least; `refresh` then adds the others.
+        """
         missing = self.capacity - self._filled
         if missing == 0:
             return
+        end = None if seconds is None else time.monotonic() + seconds
         with get_progress(f"Teacher views ({self.width}x{self.height})", suffix="views/s") as progress:
             for _ in progress.track(range(missing)):
                 self.refresh()
+                if end is not None and time.monotonic() >= end:
+                    break
+        if self._filled < self.capacity:
+            CONSOLE.print(
+                f"{self._filled} of {self.capacity} teacher views for a start; the others come while training."
+            )
 
     def refresh(self) -> None:
         """Render the next numbered view in place of the oldest."""

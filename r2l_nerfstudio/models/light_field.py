@@ -184,8 +184,9 @@ class LightFieldModel(Model):
             # A bounded scene's points end a little beyond radius 1, contracted space ends at 2.
             self.volume.extent.fill_(1.05 if bounds.kind == "sphere" else 2.0)
         self.background.copy_(background)
-        self.has_accumulation = has_accumulation
-        self.has_depth = has_depth
+        # Nobody teaches what has no weight.
+        self.has_accumulation = has_accumulation and self.config.accumulation_weight > 0
+        self.has_depth = has_depth and self.config.depth_weight > 0
 
     def describe_scene(self) -> str:
         """One line on the bounds in use."""

@@ -403,10 +403,10 @@ def test_weights_that_are_still_the_best_stay(
 ) -> None:
     with set_up(student_config(tiny_teacher, tmp_path)) as trainer:
         pipeline = trainer.pipeline
-        pipeline.datamanager.real_start = 10
         pipeline._watch_holdout(5)  # before the photographs: not a choice
         assert pipeline._best is None
         pipeline.finish(5)
+        pipeline.datamanager.photographs_now = True
         pipeline._watch_holdout(10)
         weights = {key: value.clone() for key, value in pipeline.model.named_parameters()}
         pipeline.finish(11)

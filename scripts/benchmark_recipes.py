@@ -1,0 +1,378 @@
+"""What each part of the recipe teaches: students of one teacher, part by part, in equal processor time, three seeds each."""
+
+from __future__ import annotations
+
+import copy
+import json
+import time
+from collections.abc import Callable
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any, Literal
+
+import torch
+from nerfstudio.cameras.cameras import Cameras
+from nerfstudio.engine.optimizers import AdamOptimizerConfig, Optimizers
+from nerfstudio.utils.rich_utils import CONSOLE
+
+from r2l_nerfstudio.distillation.optimization import ScheduledRate, WarmupCosineSchedulerConfig
+from r2l_nerfstudio.distillation.pipeline import DistillationPipeline
+from r2l_nerfstudio.distillation.progress import TrainingProgress
+from r2l_nerfstudio.distillation.trainer import DistillationTrainerConfig
+from r2l_nerfstudio.distillation.view_ring import TeacherView, ViewRenderer
+from r2l_nerfstudio.models.metrics import psnr
+
+Changes = dict[str, Any]
+UNSEEN_SEED = 27_182_818
+UNSEEN_VIEWS = 8
+
+
+def adam(lr: float) -> Changes:
+    """Adam at this rate, with our schedule, for all matrices and ends."""
+    return {
+        f"optimizers.{group}": {"optimizer": AdamOptimizerConfig(lr=lr), "scheduler": WarmupCosineSchedulerConfig()}
+        for group in ("hidden", "ends")
+    }
+
+
+COMMON: Changes = {
+    "pipeline.datamanager.real_iterations": 0,
+    "pipeline.datamanager.refresh_share": 0.0,
+    "pipeline.model.engine": "torch",
+}
+LITE: dict[str, tuple[str, Changes]] = {"r2l": ("r2l-lite", {}), "mobile-r2l": ("mobile-r2l-lite", {})}
+"""What is compared: the method a CPU trains, as it is."""
+PAPER: dict[str, tuple[str, Changes]] = {
+    "r2l": (
+        "r2l-paper",
+        {
+            "pipeline.model.width": 128,
+            "pipeline.model.depth": 44,
+            "pipeline.datamanager.train_num_rays_per_batch": 4096,
+        },
+    ),
+    "mobile-r2l": (
+        "mobile-r2l-paper",
+        {
+            "pipeline.model.width": 128,
+            "pipeline.model.factor": 4,
+            "pipeline.datamanager.train_num_rays_per_batch": 40000,
+        },
+    ),
+}
+"""The published recipe on a network of a CPU's size: half the width; for r2l half the depth; batches to fit."""
+
+VOLUME: Changes = {"pipeline.model.volume_resolution": 40}
+ZERO: Changes = {"pipeline.model.zero_init": True}
+SPHERE: Changes = {"pipeline.model.spacing": "auto"}
+SHALLOW: dict[str, Changes] = {"r2l": {"pipeline.model.depth": 12}, "mobile-r2l": {"pipeline.model.blocks": 8}}
+SMALL_BATCH: dict[str, Changes] = {
+    "r2l": {"pipeline.datamanager.train_num_rays_per_batch": 1024},
+    "mobile-r2l": {
+        "pipeline.datamanager.train_num_rays_per_batch": 8192,
+        "pipeline.datamanager.crop_cells": 6,
+    },
+}
+
+
+def rows_of(method: Literal["r2l", "mobile-r2l"]) -> dict[str, tuple[str, Changes]]:
+    """Named recipes: a method, and what is changed of it."""
+    paper, paper_changes = PAPER[method]
+    lite, _ = LITE[method]
+    with_paper = {
+        "paper": {},
+        "paper + cosine, 1e-3": adam(1e-3),
+        "paper + cosine, 1e-3, zero-init": {**adam(1e-3), **ZERO},
+        "paper + Muon": MUON,
+        "paper + Muon, zero-init": {**MUON, **ZERO},
+        "paper + volume": VOLUME,
+        "paper + shallow": SHALLOW[method],
+        "paper + small batches": SMALL_BATCH[method],
+        "paper + points from the sphere on": SPHERE,
+        "paper + bf16": {"pipeline.bf16": True},
+        "paper + averaged weights": {"pipeline.ema_decay": 0.99},
+    }
+    if method == "mobile-r2l":
+        del with_paper["paper + bf16"]
+    with_lite: dict[str, Changes] = {
+        "ours": {},
+        "ours - Muon": adam(1e-3),
+        "ours - volume": {"pipeline.model.volume_resolution": 0},
+        "ours - cosine": {"optimizers.*.scheduler": WarmupCosineSchedulerConfig(final_share=1.0)},
+        "ours - bf16": {"pipeline.bf16": False},
+        "ours - accumulation and depth": {
+            "pipeline.model.accumulation_weight": 0.0,
+            "pipeline.model.depth_weight": 0.0,
+        },
+        "ours + jitter": {"pipeline.model.jitter_points": True},
+    }
+    if method == "r2l":
+        with_lite |= {
+            "ours - zero-init": {"pipeline.model.zero_init": False},
+            "ours - hard rays": {"pipeline.datamanager.hard_fraction": 0.0},
+            "ours + averaged weights": {"pipeline.ema_decay": 0.99},
+            "ours, 10 octaves": {"pipeline.model.num_frequencies": 10},
+            "ours, depth 24": {"pipeline.model.depth": 24},
+            "ours, batches of 2048": {"pipeline.datamanager.train_num_rays_per_batch": 2048},
+            "ours, batches of 16384": {"pipeline.datamanager.train_num_rays_per_batch": 16384},
+        }
+    else:
+        with_lite |= {
+            "ours + zero-init": ZERO,
+            "ours - averaged weights": {"pipeline.ema_decay": 0.0},
+            "ours, 4 blocks": {"pipeline.model.blocks": 4},
+            "ours, batches of 32768": {"pipeline.datamanager.train_num_rays_per_batch": 32768},
+        }
+    return {
+        **{name: (paper, {**paper_changes, **changes}) for name, changes in with_paper.items()},
+        **{name: (lite, changes) for name, changes in with_lite.items()},
+    }
+
+
+def muon() -> Changes:
+    """The optimizers of our methods."""
+    from r2l_nerfstudio.method_configs.common import our_optimizers
+
+    return {f"optimizers.{group}": settings for group, settings in our_optimizers().items()}
+
+
+MUON = muon()
+
+
+def configured(method: str, changes: Changes) -> DistillationTrainerConfig:
+    """A method's configuration with dotted changes; `*` stands for every key of a dictionary."""
+    from nerfstudio.configs.method_configs import all_methods
+
+    config = copy.deepcopy(all_methods[method])
+    for path, value in (COMMON | changes).items():
+        *holders, name = path.split(".")
+        places = [config]
+        for holder in holders:
+            places = [
+                inner
+                for place in places
+                for inner in (
+                    (place.values() if holder == "*" else [place[holder]])
+                    if isinstance(place, dict)
+                    else [getattr(place, holder)]
+                )
+            ]
+        for place in places:
+            value = copy.deepcopy(value)
+            if isinstance(place, dict):
+                place[name] = value
+            else:
+                setattr(place, name, value)
+    return config
+
+
+@dataclass
+class Point:
+    """Where a training stands."""
+
+    seconds: float
+    """Of processor time, looks left out."""
+    steps: int
+    rays: int
+    """Pixels learnt from; a network of whole images evaluates one ray per cell of them."""
+    psnr: float
+    """Against the teacher on unseen poses, in dB."""
+
+
+class Laboratory:
+    """One teacher, its views, and unseen poses; students of one data manager come and go.
+
+    Args:
+        config: of any row; what concerns teacher and views counts.
+    """
+
+    def __init__(self, config: DistillationTrainerConfig) -> None:
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        config.inherit_from_teacher()
+        config.pipeline.datamanager.data = Path(config.pipeline.datamanager.data)
+        self.base = config
+        self.pipeline = DistillationPipeline(config.pipeline, str(self.device))
+        ring = self.pipeline.datamanager.ring.renderer
+        unseen = ViewRenderer(
+            ring.teacher, ring.sampler, ring.survey, ring.height, ring.width, UNSEEN_SEED, ring.cache_dir
+        )
+        self.unseen = [unseen.render(index) for index in range(UNSEEN_VIEWS)]
+
+    def learn(
+        self, config: DistillationTrainerConfig, seconds: float, seed: int, looks: int, say: Callable[[Point], None]
+    ) -> list[Point]:
+        """Train a student for so much processor time.
+
+        Args:
+            config: its recipe.
+            seconds: of processor time.
+            seed: of weights and batches.
+            looks: how often its quality is measured, the end included.
+            say: told of every look.
+        """
+        torch.manual_seed(seed)
+        ours = config.pipeline
+        ours.teacher = self.base.pipeline.teacher
+        pipeline, datamanager = self.pipeline, ours.datamanager
+        kept = self.base.pipeline.datamanager
+        for name in ("dataparser", "data", "camera_res_scale_factor", "pose_sampler", "num_views", "view_downscale"):
+            setattr(datamanager, name, getattr(kept, name))
+        pipeline.restart(ours)
+        clock = _Stopwatch()
+        progress = TrainingProgress(1, seconds, clock=clock)
+        optimizers = Optimizers(config.optimizers, pipeline.get_param_groups())
+        for scheduler in optimizers.schedulers.values():
+            if isinstance(scheduler, ScheduledRate):
+                scheduler.progress = lambda: progress.fraction
+        points: list[Point] = []
+        step, learnt = 0, 0
+        pipeline.train()
+        while True:
+            optimizers.zero_grad_all()
+            _, losses, _ = pipeline.get_train_loss_dict(step)
+            sum(losses.values()).backward()
+            optimizers.optimizer_step_all()
+            for scheduler in optimizers.schedulers.values():
+                scheduler.step()
+            pipeline._update_average(step)
+            step += 1
+            learnt += datamanager.train_num_rays_per_batch
+            progress.update(step)
+            if progress.fraction >= (len(points) + 1) / looks:
+                with clock.stopped():
+                    points.append(Point(clock(), step, learnt, self.quality()))
+                    say(points[-1])
+            if progress.finished:
+                return points
+
+    @torch.no_grad()
+    def quality(self) -> float:
+        """Mean PSNR in dB against the teacher on the unseen poses."""
+        pipeline = self.pipeline
+        pipeline.eval()
+        with pipeline.averaged() if pipeline.average is not None else nullcontext():
+            pipeline.eval()
+            values = [psnr(self._draw(view), view.pixels[..., :3].cpu().float() / 255) for view in self.unseen]
+        pipeline.train()
+        return mean(values)
+
+    def _draw(self, view: TeacherView) -> torch.Tensor:
+        height, width = view.depth.shape
+        fx, fy, cx, cy = view.intrinsics.tolist()
+        camera = Cameras(view.camera_to_world[None], fx, fy, cx, cy, width=width, height=height).to(self.device)
+        return self.pipeline.model.get_outputs_for_camera(camera)["rgb"].cpu()
+
+
+class _Stopwatch:
+    """Processor time of this process; a GPU's work counts by wall time."""
+
+    def __init__(self) -> None:
+        self._clock = time.perf_counter if torch.cuda.is_available() else time.process_time
+        self._start = self._clock()
+
+    def __call__(self) -> float:
+        return self._clock() - self._start
+
+    @contextmanager
+    def stopped(self):  # noqa: ANN201
+        """Time in this block does not count."""
+        began = self._clock()
+        yield
+        self._start += self._clock() - began
+
+
+@dataclass
+class Recipes:
+    """The recipe part by part on one teacher: equal processor time for each, PSNR against the teacher on unseen poses."""
+
+    teacher: Path
+    """The trained run that teaches all."""
+    name: str
+    """Of the capture, for the file of figures."""
+    method: Literal["r2l", "mobile-r2l"] = "r2l"
+    """Which student."""
+    rows: tuple[str, ...] = ()
+    """Only these recipes; none: all."""
+    seconds: float = 40.0
+    """Of processor time for every student."""
+    seeds: int = 3
+    """Students per recipe."""
+    looks: int = 4
+    """Points of every learning curve."""
+    num_views: int = 200
+    """Teacher views that all learn from."""
+    cache_dir: Path | None = None
+    """Folder to keep the teacher's views in."""
+    results_dir: Path = Path("benchmarks/results")
+    """Where figures go; rows already measured there for as long are kept."""
+    data: Path | None = None
+    """The capture, if it is no longer where the teacher learnt from it."""
+    patience: dict[str, float] = field(default_factory=dict)
+    """Other seconds for some recipes, by name."""
+
+    def main(self) -> None:
+        """Measure, and write `recipes_NAME_METHOD.json` after every student."""
+        recipes = rows_of(self.method)
+        unknown = set(self.rows) - set(recipes)
+        if unknown:
+            from r2l_nerfstudio.errors import InputError
+
+            raise InputError(f"--rows: there is no {', '.join(sorted(unknown))}; choose from {'; '.join(recipes)}.")
+        file = self.results_dir / f"recipes_{self.name}_{self.method}.json"
+        figures: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {"rows": {}}
+        first = configured(*LITE[self.method])
+        first.teacher, first.data = self.teacher, self.data
+        views = configured(*LITE["mobile-r2l"]).pipeline.datamanager.pose_sampler
+        first.pipeline.datamanager.pose_sampler = views  # one set of views for both methods
+        first.pipeline.datamanager.num_views = self.num_views
+        first.pipeline.datamanager.cache_dir = self.cache_dir
+        laboratory = Laboratory(first)
+        size = laboratory.unseen[0].depth.shape
+        figures |= {
+            "capture": self.name,
+            "method": self.method,
+            "resolution": f"{size[1]}x{size[0]}",
+            "teacher_views": self.num_views,
+            "threads": torch.get_num_threads(),
+        }
+        for seed in range(self.seeds):
+            for name in self.rows or recipes:
+                seconds = self.patience.get(name, self.seconds)
+                key = f"{name}, {seconds:g} s"
+                runs = figures["rows"].setdefault(key, {"recipe": name, "seconds": seconds, "seeds": {}})["seeds"]
+                if str(seed) in runs:
+                    continue
+                points = laboratory.learn(configured(*recipes[name]), seconds, seed, self.looks, lambda point: None)
+                runs[str(seed)] = [vars(point) for point in points]
+                row = figures["rows"][key]
+                parameters = sum(p.numel() for p in laboratory.pipeline.model.parameters())
+                row["megabytes_in_fp16"] = round(parameters * 2 / 1e6, 2)
+                last = points[-1]
+                CONSOLE.print(
+                    f"{name} [{seed}]: {last.psnr:.2f} dB, {last.rays / 1e6:.2f} M rays, {last.seconds:.0f} s",
+                    markup=False,
+                )
+                self.results_dir.mkdir(parents=True, exist_ok=True)
+                file.write_text(json.dumps(figures, indent=1) + "\n")
+        CONSOLE.print(as_table(figures), markup=False)
+
+
+def as_table(figures: dict[str, Any]) -> str:
+    """The figures of one file as Markdown."""
+    lines = [
+        f"## {figures['capture']}, {figures['method']}, {figures['resolution']}, {figures['teacher_views']} teacher views",
+        "",
+        "| recipe | PSNR, dB | million rays | s | MB in fp16 |",
+        "|---|---|---|---|---|",
+    ]
+    for row in figures["rows"].values():
+        ends = [points[-1] for points in row["seeds"].values()]
+        values = [end["psnr"] for end in ends]
+        spread = f" ± {stdev(values):.2f}" if len(values) > 1 else ""
+        rays = mean(end["rays"] for end in ends) / 1e6
+        lines.append(
+            f"| {row['recipe']} | {mean(values):.2f}{spread} | {rays:.2f} | {row['seconds']:g} | {row['megabytes_in_fp16']} |"
+        )
+    return "\n".join(lines) + "\n"
