@@ -5,13 +5,13 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import tyro
 from nerfstudio.utils.rich_utils import CONSOLE
 
 from r2l_nerfstudio.errors import exit_on_input_error
-from r2l_nerfstudio.export.graph import GraphInputs, GraphPrecision, GraphSpec
+from r2l_nerfstudio.export.graph import GraphInputs, GraphPart, GraphPrecision, GraphSpec
 from r2l_nerfstudio.run_config import load_run_config
 from r2l_nerfstudio.student import Student, load_student
 
@@ -42,27 +42,76 @@ class GraphExport:
     overwrite: bool = False
     """Replace a file that is there."""
 
-    def load(self) -> tuple[Student, GraphSpec]:
-        """The student on the CPU, and the graph that is asked for."""
+    def load(self, **more: Any) -> tuple[Student, GraphSpec]:
+        """The student on the CPU, and the graph that is asked for, with more fields of a `GraphSpec`."""
         student = load_student(self.load_config, device="cpu", step=self.step, engine="torch")
         size = CELLS * getattr(student.model, "factor", 0) or R2L_SIZE
         width = size if self.width is None else self.width
         height = size if self.height is None else self.height
-        return student, GraphSpec(self.inputs, self.precision, width, height)
+        return student, GraphSpec(
+            **{"precision": self.precision, **more}, inputs=self.inputs, width=width, height=height
+        )
 
 
 @dataclass
 class Onnx(GraphExport):
-    """One ONNX file of the whole student: rays, encoding, network."""
+    """One ONNX file: the whole student (rays, encoding, network), or a part of it for a phone's processors."""
+
+    precision: Literal["fp32", "fp16", "int8"] = "fp32"
+    """Of the network's weights and arithmetic; the encoding stays in fp32. int8 is calibrated on pseudo cameras of the
+    capture, judged on its held-out photographs, and kept if it costs no more than half a decibel."""
+    target: Literal["desktop", "mobile"] = "desktop"
+    """mobile: fixed shapes, and only operators that a phone's own processors take by way of ONNX Runtime Mobile (NNAPI,
+    QNN; Core ML unless in int8)."""
+    part: GraphPart | None = None
+    """whole (the default), or one of the three that it is made of: encoding (a camera, or rays, to the network's input),
+    network (the default for mobile), values (the network's values to pictures)."""
+    data: Path | None = None
+    """For int8: where the student's capture is now; where it was in training, by default."""
 
     def main(self) -> None:
         """Write it, compare it, say so."""
+        from r2l_nerfstudio.export.int8 import export_int8
         from r2l_nerfstudio.export.onnx_file import export_onnx
+        from r2l_nerfstudio.export.phone import phone_verdict
 
         started = time.perf_counter()
-        student, spec = self.load()
-        psnr = export_onnx(student, spec, self.output, self.overwrite)
+        is_mobile = self.target == "mobile"
+        part = self.part or ("network" if is_mobile else "whole")
+        precision = "fp32" if self.precision == "int8" else self.precision
+        student, spec = self.load(precision=precision, part=part, is_static=is_mobile, is_plain=is_mobile)
+        if self.precision == "int8":
+            made = export_int8(student, spec, self.output, self.load_config, self.data, self.overwrite)
+            CONSOLE.print(made.sentence, soft_wrap=True, highlight=False)
+            psnr = made.parity
+        else:
+            psnr = export_onnx(student, spec, self.output, self.overwrite)
+        if is_mobile:
+            CONSOLE.print(phone_verdict(self.output), soft_wrap=True, highlight=False)
         report(self.output, psnr, started)
+
+
+@dataclass
+class Coreml(GraphExport):
+    """A Core ML package for iOS 16, macOS 13 and newer: the whole student, or a part of it."""
+
+    output: tyro.conf.Positional[Path]
+    """The .mlpackage to write."""
+    precision: GraphPrecision = "fp16"
+    """Of the network's weights and arithmetic; the encoding stays in fp32."""
+    part: GraphPart = "whole"
+    """whole, or one of the three that it is made of: encoding (a camera, or rays, to the network's input), network, values
+    (the network's values to pictures)."""
+
+    def main(self) -> None:
+        """Write it, check its structure, on a Mac compare it, say so."""
+        from r2l_nerfstudio.export.coreml_file import export_coreml
+
+        started = time.perf_counter()
+        # Apple's GPUs take sines of small angles only.
+        student, spec = self.load(part=self.part, is_static=True, reduce_angles=True)
+        psnr = export_coreml(student, spec, self.output, self.overwrite)
+        report(self.output, psnr, started, not_compared="Core ML runs on a Mac alone")
 
 
 @dataclass
@@ -188,6 +237,7 @@ class Web:
 
 COMMANDS = {
     "onnx": Onnx,
+    "coreml": Coreml,
     "openvino": Openvino,
     "tensorrt": Tensorrt,
     "tensorrt-rtx": TensorrtRtx,
@@ -196,14 +246,19 @@ COMMANDS = {
 }
 
 
-def report(output: Path, psnr: float | None, started: float, *more: Path) -> None:
-    """One line on a finished export; a PSNR of None: it could not be run here."""
-    size = sum(file.stat().st_size for file in (output, *more)) / 1e6
+def report(
+    output: Path,
+    psnr: float | None,
+    started: float,
+    *more: Path,
+    not_compared: str = "it runs on a GPU only",
+) -> None:
+    """One line on a finished export; a PSNR of None: it could not be run here, and why."""
+    files = [file for path in (output, *more) for file in (path.rglob("*") if path.is_dir() else (path,))]
+    size = sum(file.stat().st_size for file in files if file.is_file()) / 1e6
     seconds = time.perf_counter() - started
     quality = (
-        "not compared with torch, for it runs on a GPU only"
-        if psnr is None
-        else f"{psnr:.0f} dB against torch on probe cameras"
+        f"not compared with torch: {not_compared}" if psnr is None else f"{psnr:.0f} dB against torch on probe cameras"
     )
     CONSOLE.print(f"Written: {output} ({size:.1f} MB, {quality}, {seconds:.0f} s).", soft_wrap=True)
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
+from nerfstudio.data.datasets.base_dataset import InputDataset
 from torch import Tensor
 
 from r2l_nerfstudio.distillation.datamanager import capture_cameras
@@ -24,8 +25,8 @@ BEYOND = math.radians(2)
 MOST_POSITIONS = 96
 
 
-def read_capture(run: Path, data: Path | None = None) -> CaptureCameras:
-    """The training cameras of a student's run, in its frame.
+def read_views(run: Path, data: Path | None = None) -> tuple[InputDataset, float]:
+    """The training views of a student's run, in its frame, and the share of them that training held out.
 
     Args:
         run: its config.yml or folder.
@@ -36,19 +37,26 @@ def read_capture(run: Path, data: Path | None = None) -> CaptureCameras:
     """
     config_path = resolve_run(run)
     config = load_run_config(config_path)
+    datamanager = config.pipeline.datamanager
     place = capture_path(config, config_path) if data is None else Path(data)
-    dataparser = copy.deepcopy(config.pipeline.datamanager.dataparser)
+    dataparser = copy.deepcopy(datamanager.dataparser)
     dataparser.data = place.absolute()
     if hasattr(dataparser, "load_3D_points"):
         dataparser.load_3D_points = False
     try:
-        cameras = dataparser.setup().get_dataparser_outputs(split="train").cameras
+        outputs = dataparser.setup().get_dataparser_outputs(split="train")
     except Exception as error:  # every dataparser has failures of its own
         raise InputError(
             f"The capture {place} of the student {config_path} cannot be read ({' '.join(str(error).split())[:300]}), and"
             " without its cameras nobody knows where a visitor may go: say with --data where it is now."
         ) from error
-    return capture_cameras(cameras, 1.0 / getattr(config.pipeline.datamanager, "camera_res_scale_factor", 1.0))
+    dataset = InputDataset(outputs, getattr(datamanager, "camera_res_scale_factor", 1.0))
+    return dataset, getattr(datamanager, "holdout_fraction", 0.0)
+
+
+def read_capture(run: Path, data: Path | None = None) -> CaptureCameras:
+    """The training cameras of a student's run, in its frame; arguments and errors as of `read_views`."""
+    return capture_cameras(read_views(run, data)[0].cameras)
 
 
 def view_limits(cameras: CaptureCameras, is_bounded: bool, radius: float) -> dict[str, Any]:

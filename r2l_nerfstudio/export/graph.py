@@ -1,4 +1,4 @@
-"""A whole student as one graph: a camera, or rays, in; pictures out. The encoding is in fp32 in any case."""
+"""A student as a graph: a camera, or rays, in and pictures out; or half of that. The encoding is in fp32 in any case."""
 
 from __future__ import annotations
 
@@ -15,14 +15,16 @@ from r2l_nerfstudio.engines.protocol import DTYPES
 from r2l_nerfstudio.engines.weights import FixedNetwork
 from r2l_nerfstudio.errors import InputError
 from r2l_nerfstudio.export.gathered_volume import GatheredVolume
+from r2l_nerfstudio.export.plain_network import to_plain_operators
 from r2l_nerfstudio.models.light_field import LightFieldModel
 from r2l_nerfstudio.models.mobile_r2l import MobileR2LModel
 from r2l_nerfstudio.rays.encoding import frequency_encode
 from r2l_nerfstudio.rays.pinhole import image_rays
-from r2l_nerfstudio.rays.ray_image import MARGIN, ray_image_size
+from r2l_nerfstudio.rays.ray_image import MARGIN, ray_image_intrinsics, ray_image_size
 from r2l_nerfstudio.student import Student
 
 GraphInputs = Literal["camera", "rays"]
+GraphPart = Literal["whole", "encoding", "network", "values"]
 GraphPrecision = Literal["fp32", "fp16"]
 
 RAYS_AT_ONCE = 1 << 16
@@ -33,25 +35,58 @@ TURN = (6.28125, 2 * math.pi - 6.28125)
 """2 pi, as eight bits and the rest."""
 
 
+class Encoding(nn.Module):
+    """What a student's network reads of rays, in fp32.
+
+    Args:
+        model: copied, its feature volume into plain gathers.
+        precision: in which the volume's features are kept.
+        reduce_angles: bring the encoding's angles near zero first, for machines whose sines are good only there.
+    """
+
+    def __init__(self, model: LightFieldModel, precision: GraphPrecision, reduce_angles: bool = False) -> None:
+        super().__init__()
+        self.ray_code = copy.deepcopy(model.ray_code)
+        self.volume = None if model.volume is None else GatheredVolume(model.volume, DTYPES[precision])
+        self.volume_points = model.config.volume_points
+        self.encode = reduced_frequency_encode if reduce_angles else frequency_encode
+        self.is_image = isinstance(model, MobileR2LModel)
+
+    def forward(
+        self, origins: Float[Tensor, "*rays 3"], directions: Float[Tensor, "*rays 3"]
+    ) -> Float[Tensor, "*code"]:
+        """The code of rays, as the network takes it.
+
+        Args:
+            origins: in the run's frame; for a MobileR2L those of a ray image's cells, [rows, columns, 3].
+            directions: unit length.
+
+        Returns:
+            [*rays, in_dim]; for a MobileR2L [1, in_dim, rows, columns].
+        """
+        code = self.encode(self.ray_code.values(origins, directions), self.ray_code.num_frequencies)
+        if self.volume is not None:
+            features = self.volume(self.ray_code.points(origins, directions, self.volume_points))
+            code = torch.cat([code, features], dim=-1)
+        return code.permute(2, 0, 1)[None] if self.is_image else code
+
+
 class EncodedNetwork(nn.Module):
     """From rays to the student's five numbers: rgb, accumulation, depth as a position along the ray; all in (0, 1).
 
     Args:
-        model: copied, its feature volume into plain gathers.
+        model: copied.
         precision: of the network's weights and arithmetic; encoding, input and output are fp32.
-        reduce_angles: bring the encoding's angles near zero first, for machines whose sines are good only there.
+        reduce_angles: as `Encoding`.
     """
 
     background: Tensor
 
     def __init__(self, model: LightFieldModel, precision: GraphPrecision, reduce_angles: bool = False) -> None:
         super().__init__()
-        self.ray_code = copy.deepcopy(model.ray_code)
-        self.volume = None if model.volume is None else GatheredVolume(model.volume, DTYPES[precision])
+        self.encoding = Encoding(model, precision, reduce_angles)
         self.register_buffer("background", model.background.clone())
-        self.volume_points = model.config.volume_points
         self.network = FixedNetwork(model.network, precision)
-        self.encode = reduced_frequency_encode if reduce_angles else frequency_encode
         self.factor = model.factor if isinstance(model, MobileR2LModel) else 1
         self.is_image = isinstance(model, MobileR2LModel)
 
@@ -67,13 +102,8 @@ class EncodedNetwork(nn.Module):
         Returns:
             as many as there are rays, or [rows * factor, columns * factor, 5], the margin's pixels among them.
         """
-        code = self.encode(self.ray_code.values(origins, directions), self.ray_code.num_frequencies)
-        if self.volume is not None:
-            features = self.volume(self.ray_code.points(origins, directions, self.volume_points))
-            code = torch.cat([code, features], dim=-1)
-        if not self.is_image:
-            return self.network(code)
-        return self.network(code.permute(2, 0, 1)[None])[0].permute(1, 2, 0)
+        values = self.network(self.encoding(origins, directions))
+        return values[0].permute(1, 2, 0) if self.is_image else values
 
 
 def reduced_frequency_encode(
@@ -90,20 +120,92 @@ def reduced_frequency_encode(
     return torch.cat([values, phases.sin(), phases.cos()], dim=-1)
 
 
+class Pictures(nn.Module):
+    """The network's five numbers as what is seen along rays.
+
+    Args:
+        model: what is needed of it is copied.
+    """
+
+    background: Tensor
+
+    def __init__(self, model: LightFieldModel) -> None:
+        super().__init__()
+        self.ray_code = copy.deepcopy(model.ray_code)
+        self.register_buffer("background", model.background.clone())
+        self.outputs = ("rgb", *["accumulation"] * model.has_accumulation, *["depth"] * model.has_depth)
+
+    def forward(
+        self, values: Float[Tensor, "*rays 5"], origins: Float[Tensor, "*rays 3"], directions: Float[Tensor, "*rays 3"]
+    ) -> tuple[Tensor, ...]:
+        """`rgb` [*rays, 3], and where the student knows them `accumulation` and `depth` [*rays, 1].
+
+        Rays that miss a bounded scene see its background; `depth` is the distance along the ray.
+        """
+        found = {"rgb": values[..., :3], "accumulation": values[..., 3:4]}
+        if self.ray_code.spacing == "sphere":
+            missed = self.ray_code.misses_scene(origins, directions)
+            found["rgb"] = torch.where(missed, self.background, found["rgb"])
+            found["accumulation"] = torch.where(missed, 0.0, found["accumulation"])
+        if "depth" in self.outputs:
+            distance = self.ray_code.to_distance(origins, directions, values[..., 4:5])
+            found["depth"] = distance.clamp_min(0.0)
+        return tuple(found[name] for name in self.outputs)
+
+
+class PictureFrame(nn.Module):
+    """The rays of a camera of one size: those that a student evaluates, and those of the picture's pixels.
+
+    Args:
+        model: the student.
+        height: of the picture in pixels.
+        width: of the picture in pixels.
+    """
+
+    margin_offset: Tensor
+
+    def __init__(self, model: LightFieldModel, height: int, width: int) -> None:
+        super().__init__()
+        self.factor = model.factor if isinstance(model, MobileR2LModel) else 1
+        self.is_image = isinstance(model, MobileR2LModel)
+        self.height = height
+        self.width = width
+        self.register_buffer("margin_offset", torch.tensor([0.0, 0.0, MARGIN, MARGIN]))
+
+    def pixels(self, camera_to_world: Float[Tensor, "3 4"], intrinsics: Float[Tensor, "4"]) -> tuple[Tensor, Tensor]:
+        """Origins and directions [height, width, 3]."""
+        return image_rays(camera_to_world, intrinsics, self.height, self.width)
+
+    def evaluated(self, camera_to_world: Float[Tensor, "3 4"], intrinsics: Float[Tensor, "4"]) -> tuple[Tensor, Tensor]:
+        """Origins and directions [rows, columns, 3] of a MobileR2L's cells, margin included; else those of the pixels."""
+        if not self.is_image:
+            return self.pixels(camera_to_world, intrinsics)
+        rows, columns = ray_image_size(self.height, self.width, self.factor)
+        # As `ray_image_intrinsics`, without writing in place: few runtimes scatter.
+        return image_rays(camera_to_world, intrinsics / self.factor + self.margin_offset, rows, columns)
+
+    def crop(self, values: Float[Tensor, "drawn_height drawn_width 5"]) -> Float[Tensor, "height width 5"]:
+        """The picture, of all that was drawn."""
+        margin = MARGIN * self.factor if self.is_image else 0
+        return values[margin : margin + self.height, margin : margin + self.width]
+
+
 class RayGraph(nn.Module):
     """Rays in, what is seen along them out: for R2L students, which answer any ray by itself.
 
     Args:
         model: copied.
         precision: of the network.
+        reduce_angles: as `Encoding`.
     """
 
     inputs = ("origins", "directions")
 
-    def __init__(self, model: LightFieldModel, precision: GraphPrecision) -> None:
+    def __init__(self, model: LightFieldModel, precision: GraphPrecision, reduce_angles: bool = False) -> None:
         super().__init__()
-        self.encoded_network = EncodedNetwork(model, precision)
-        self.outputs = output_names(model)
+        self.encoded_network = EncodedNetwork(model, precision, reduce_angles)
+        self.pictures = Pictures(model)
+        self.outputs = self.pictures.outputs
 
     def forward(self, origins: Float[Tensor, "rays 3"], directions: Float[Tensor, "rays 3"]) -> tuple[Tensor, ...]:
         """`rgb` [rays, 3], and where the student knows them `accumulation` and `depth` [rays, 1].
@@ -112,8 +214,7 @@ class RayGraph(nn.Module):
             origins: in the run's frame.
             directions: unit length.
         """
-        values = self.encoded_network(origins, directions)
-        return split_values(values, origins, directions, self.encoded_network, self.outputs)
+        return self.pictures(self.encoded_network(origins, directions), origins, directions)
 
 
 class CameraGraph(nn.Module):
@@ -127,18 +228,19 @@ class CameraGraph(nn.Module):
         precision: of the network.
         height: of the picture in pixels.
         width: of the picture in pixels.
+        reduce_angles: as `Encoding`.
     """
 
     inputs = ("camera_to_world", "intrinsics")
-    margin_offset: Tensor
 
-    def __init__(self, model: LightFieldModel, precision: GraphPrecision, height: int, width: int) -> None:
+    def __init__(
+        self, model: LightFieldModel, precision: GraphPrecision, height: int, width: int, reduce_angles: bool = False
+    ) -> None:
         super().__init__()
-        self.encoded_network = EncodedNetwork(model, precision)
-        self.outputs = output_names(model)
-        self.height = height
-        self.width = width
-        self.register_buffer("margin_offset", torch.tensor([0.0, 0.0, MARGIN, MARGIN]))
+        self.encoded_network = EncodedNetwork(model, precision, reduce_angles)
+        self.frame = PictureFrame(model, height, width)
+        self.pictures = Pictures(model)
+        self.outputs = self.pictures.outputs
 
     def forward(self, camera_to_world: Float[Tensor, "3 4"], intrinsics: Float[Tensor, "4"]) -> tuple[Tensor, ...]:
         """`rgb` [height, width, 3], and where the student knows them `accumulation` and `depth` [height, width, 1].
@@ -147,48 +249,121 @@ class CameraGraph(nn.Module):
             camera_to_world: OpenGL axes, in the run's frame.
             intrinsics: fx, fy, cx, cy in pixels.
         """
-        origins, directions = image_rays(camera_to_world, intrinsics, self.height, self.width)
-        factor = self.encoded_network.factor
-        if self.encoded_network.is_image:
-            rows, columns = ray_image_size(self.height, self.width, factor)
-            # As `ray_image_intrinsics`, without writing in place: few runtimes scatter.
-            cells = image_rays(camera_to_world, intrinsics / factor + self.margin_offset, rows, columns)
-            margin = MARGIN * factor
-            values = self.encoded_network(*cells)
-            values = values[margin : margin + self.height, margin : margin + self.width]
+        rays = self.frame.pixels(camera_to_world, intrinsics)
+        if self.frame.is_image:
+            values = self.encoded_network(*self.frame.evaluated(camera_to_world, intrinsics))
         else:
-            rows = max(1, RAYS_AT_ONCE // self.width)
-            parts = zip(origins.split(rows), directions.split(rows), strict=True)
+            rows = max(1, RAYS_AT_ONCE // self.frame.width)
+            # Sliced rather than split: a converter of Core ML knows no split whose last part is shorter.
+            parts = [[tensor[top : top + rows] for tensor in rays] for top in range(0, self.frame.height, rows)]
             values = torch.cat([self.encoded_network(*part) for part in parts])
-        return split_values(values, origins, directions, self.encoded_network, self.outputs)
+        return self.pictures(self.frame.crop(values), *rays)
 
 
-def output_names(model: LightFieldModel) -> tuple[str, ...]:
-    """Of a student's graph, in their order."""
-    return ("rgb", *["accumulation"] * model.has_accumulation, *["depth"] * model.has_depth)
+class CodeGraph(nn.Module):
+    """The first part: what `NetworkGraph` takes of rays, or, with a frame, of a camera.
 
-
-def split_values(
-    values: Float[Tensor, "*pixels 5"],
-    origins: Float[Tensor, "*pixels 3"],
-    directions: Float[Tensor, "*pixels 3"],
-    encoded_network: EncodedNetwork,
-    outputs: tuple[str, ...],
-) -> tuple[Tensor, ...]:
-    """The network's five numbers per pixel as what was asked for, `depth` as a distance along the pixel's ray.
-
-    Rays that miss a bounded scene see its background.
+    Args:
+        model: copied.
+        precision: in which a feature volume is kept.
+        frame: of the camera's picture; None for a graph of rays.
+        reduce_angles: as `Encoding`.
     """
-    ray_code = encoded_network.ray_code
-    found = {"rgb": values[..., :3], "accumulation": values[..., 3:4]}
-    if ray_code.spacing == "sphere":
-        missed = ray_code.misses_scene(origins, directions)
-        found["rgb"] = torch.where(missed, encoded_network.background, found["rgb"])
-        found["accumulation"] = torch.where(missed, 0.0, found["accumulation"])
-    if "depth" in outputs:
-        distance = ray_code.to_distance(origins, directions, values[..., 4:5])
-        found["depth"] = distance.clamp_min(0.0)
-    return tuple(found[name] for name in outputs)
+
+    outputs = ("code",)
+
+    def __init__(
+        self,
+        model: LightFieldModel,
+        precision: GraphPrecision,
+        frame: PictureFrame | None,
+        reduce_angles: bool = False,
+    ) -> None:
+        super().__init__()
+        self.encoding = Encoding(model, precision, reduce_angles)
+        self.frame = frame
+        self.inputs = RayGraph.inputs if frame is None else CameraGraph.inputs
+
+    def forward(
+        self, first: Float[Tensor, "*first"], second: Float[Tensor, "*second"]
+    ) -> tuple[Float[Tensor, "*code"]]:
+        """`code`: [rays, in_dim], or for a MobileR2L [1, in_dim, rows, columns], a margin of one cell all around.
+
+        Args:
+            first: origins [rays, 3], or camera_to_world [3, 4].
+            second: directions [rays, 3], or intrinsics [4].
+        """
+        rays = (first, second) if self.frame is None else self.frame.evaluated(first, second)
+        code = self.encoding(*rays)
+        return (code if self.encoding.is_image else code.flatten(0, -2),)
+
+
+class NetworkGraph(nn.Module):
+    """The second part: the network alone.
+
+    Args:
+        model: copied.
+        precision: of the network.
+        is_plain: in operators that phones' processors take; see `to_plain_operators`.
+    """
+
+    inputs = ("code",)
+    outputs = ("values",)
+
+    def __init__(self, model: LightFieldModel, precision: GraphPrecision, is_plain: bool) -> None:
+        super().__init__()
+        self.network = FixedNetwork(model.network, precision)
+        if is_plain:
+            to_plain_operators(self.network)
+
+    def forward(self, code: Float[Tensor, "*code"]) -> tuple[Float[Tensor, "*values"]]:
+        """`values`: rgb, accumulation and depth as a position along the ray, all in (0, 1).
+
+        Args:
+            code: as `CodeGraph` gives it.
+
+        Returns:
+            [rays, 5]; for a MobileR2L [1, 5, rows * factor, columns * factor], `factor` pixels of margin all around.
+        """
+        return (self.network(code),)
+
+
+class ValuesGraph(nn.Module):
+    """The last part, after the network: cut the margin, paint the background, make distances of depths.
+
+    Args:
+        model: copied.
+        frame: of the camera's picture; None for a graph of rays.
+    """
+
+    def __init__(self, model: LightFieldModel, frame: PictureFrame | None) -> None:
+        super().__init__()
+        self.frame = frame
+        self.pictures = Pictures(model)
+        self.inputs = ("values", *(RayGraph.inputs if frame is None else CameraGraph.inputs))
+        self.outputs = self.pictures.outputs
+
+    def forward(
+        self, values: Float[Tensor, "*values"], first: Float[Tensor, "*first"], second: Float[Tensor, "*second"]
+    ) -> tuple[Tensor, ...]:
+        """As `CameraGraph` or `RayGraph`.
+
+        Args:
+            values: of `NetworkGraph`.
+            first: as `CodeGraph` takes it.
+            second: likewise.
+        """
+        if self.frame is None:
+            return self.pictures(values, first, second)
+        rays = self.frame.pixels(first, second)
+        if self.frame.is_image:
+            values = self.frame.crop(values[0].permute(1, 2, 0))
+        else:
+            values = values.reshape(self.frame.height, self.frame.width, 5)
+        return self.pictures(values, *rays)
+
+
+StudentGraph = CameraGraph | RayGraph | CodeGraph | NetworkGraph | ValuesGraph
 
 
 @dataclass(frozen=True)
@@ -196,14 +371,48 @@ class GraphSpec:
     """Which graph of a student."""
 
     inputs: GraphInputs
-    """A camera's pose and intrinsics, or the rays' origins and directions."""
+    """A camera's pose and intrinsics, or the rays' origins and directions; the network alone takes what is made of them."""
     precision: GraphPrecision
     """Of the network; the encoding is in fp32."""
     width: int
     """Of the picture in pixels; a graph of rays takes any number of them, and is only compared on such a picture."""
     height: int
+    part: GraphPart = "whole"
+    """All of it; or what makes the network's input, or the network alone, or what is made of its values."""
+    is_static: bool = False
+    """All shapes are fixed: a graph of rays takes width * height of them."""
+    is_plain: bool = False
+    """The network in operators that phones' processors take."""
+    reduce_angles: bool = False
+    """Bring the encoding's angles near zero first, for machines whose sines are good only there."""
 
-    def build(self, student: Student) -> CameraGraph | RayGraph:
+    def frame(self, student: Student) -> PictureFrame | None:
+        """Of the camera; None for a graph of rays.
+
+        Raises:
+            InputError: a part of a graph is asked for, and a picture's codes would take gigabytes.
+        """
+        if self.inputs == "rays":
+            return None
+        if not isinstance(student.model, MobileR2LModel) and self.width * self.height > RAYS_AT_ONCE:
+            raise InputError(
+                f"--width {self.width} --height {self.height}: the codes of so many rays of a {student.method_name} student"
+                f" take gigabytes; choose at most {RAYS_AT_ONCE} pixels, or --inputs rays and go through them in parts."
+            )
+        return PictureFrame(student.model, self.height, self.width)
+
+    def code_of(
+        self, model: LightFieldModel, pose: Float[Tensor, "3 4"], intrinsics: Float[Tensor, "4"]
+    ) -> Float[Tensor, "*code"]:
+        """What the network reads of a camera of this size, as torch makes it."""
+        if isinstance(model, MobileR2LModel):
+            rows, columns = ray_image_size(self.height, self.width, model.factor)
+            rays = image_rays(pose, ray_image_intrinsics(intrinsics, model.factor), rows, columns)
+            return model.encode(*rays).permute(2, 0, 1)[None].contiguous()
+        rays = image_rays(pose, intrinsics, self.height, self.width)
+        return model.encode(*(tensor.reshape(-1, 3) for tensor in rays))
+
+    def build(self, student: Student) -> StudentGraph:
         """The graph as a module, on the student's device.
 
         Raises:
@@ -211,11 +420,17 @@ class GraphSpec:
         """
         if min(self.width, self.height) < 1:
             raise InputError(f"--width {self.width} --height {self.height}: pass whole numbers of pixels from 1 on.")
-        if self.inputs == "camera":
-            return CameraGraph(student.model, self.precision, self.height, self.width).eval()
-        if isinstance(student.model, MobileR2LModel):
+        if self.inputs == "rays" and isinstance(student.model, MobileR2LModel):
             raise InputError(
                 f"--inputs rays: a {student.method_name} student draws whole pictures and answers no single rays; choose"
                 " --inputs camera, or export an r2l student."
             )
-        return RayGraph(student.model, self.precision).eval()
+        if self.part == "network":
+            return NetworkGraph(student.model, self.precision, self.is_plain).eval()
+        if self.part == "encoding":
+            return CodeGraph(student.model, self.precision, self.frame(student), self.reduce_angles).eval()
+        if self.part == "values":
+            return ValuesGraph(student.model, self.frame(student)).eval()
+        if self.inputs == "camera":
+            return CameraGraph(student.model, self.precision, self.height, self.width, self.reduce_angles).eval()
+        return RayGraph(student.model, self.precision, self.reduce_angles).eval()

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from r2l_nerfstudio.errors import InputError
+from r2l_nerfstudio.export import phone
 from r2l_nerfstudio.export.comparison import Arrays, check_export, probe_inputs
 from r2l_nerfstudio.export.graph import GraphSpec
 from r2l_nerfstudio.export.whole_files import whole_files
@@ -35,11 +36,14 @@ def export_onnx(student: Student, spec: GraphSpec, output: Path, overwrite: bool
         PSNR in dB against torch.
 
     Raises:
-        InputError: packages are missing, the file may not be written, or renders something else; nothing is left then.
+        InputError: packages are missing, the file may not be written, has operators that phones lack where it is for
+            those, or renders something else; nothing is left then.
     """
     require_onnx()
     with whole_files(output, overwrite) as file:
         write_onnx(student, spec, file)
+        if spec.is_plain:
+            phone.phone_verdict(file)
         return check_export(student, spec, lambda inputs: run_onnx(file, inputs), f"The ONNX file {output}")
 
 
@@ -53,7 +57,6 @@ def write_onnx(student: Student, spec: GraphSpec, path: Path) -> None:
 
     graph = spec.build(student)
     inputs, _ = probe_inputs(student, spec, 0)
-    rays = {0: torch.export.Dim("rays", min=1)}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about the exporter's own insides
         program = torch.onnx.export(
@@ -62,16 +65,29 @@ def write_onnx(student: Student, spec: GraphSpec, path: Path) -> None:
             dynamo=True,
             input_names=list(graph.inputs),
             output_names=list(graph.outputs),
-            dynamic_shapes={name: rays for name in graph.inputs} if spec.inputs == "rays" else None,
-            opset_version=OPSET,
+            dynamic_shapes=dynamic_shapes(student, spec, graph.inputs),
+            opset_version=phone.OPSET if spec.is_plain else OPSET,
             external_data=False,
             verbose=False,
         )
     model = program.model_proto
     forget_source(model)
+    if spec.is_plain:
+        phone.order_depth_first(model)
     onnx.helper.set_model_props(model, metadata(student, spec))
     onnx.checker.check_model(model)
     onnx.save_model(model, str(path))
+
+
+def dynamic_shapes(student: Student, spec: GraphSpec, inputs: tuple[str, ...]) -> tuple[dict[int, Any], ...] | None:
+    """Sizes that a graph leaves open, by axis of each input: the number of rays, or of a network's cells."""
+    if spec.is_static:
+        return None
+    if spec.part == "network" and isinstance(student.model, MobileR2LModel):
+        return ({axis: torch.export.Dim(name, min=3) for axis, name in ((2, "rows"), (3, "columns"))},)
+    if spec.part != "network" and spec.inputs == "camera":
+        return None
+    return ({0: torch.export.Dim("rays", min=1)},) * len(inputs)
 
 
 def forget_source(model: onnx.ModelProto) -> None:
@@ -89,6 +105,7 @@ def metadata(student: Student, spec: GraphSpec) -> dict[str, str]:
     found: dict[str, Any] = {
         "method": student.method_name,
         "precision": spec.precision,
+        "part": spec.part,
         "frame": "the run's, to which its dataparser_transforms.json leads; OpenGL camera axes",
         "ray_code": code.kind,
         "spacing": code.spacing,
@@ -105,7 +122,7 @@ def metadata(student: Student, spec: GraphSpec) -> dict[str, str]:
     if isinstance(model, MobileR2LModel):
         focal = float(model.focal)
         found |= {"factor": model.factor, "focal": focal, "pitch": 1.0 / focal}
-    if spec.inputs == "camera":
+    if spec.inputs == "camera" or spec.is_static:
         found |= {"width": spec.width, "height": spec.height}
     return {key: value if isinstance(value, str) else json.dumps(value) for key, value in found.items()}
 

@@ -25,6 +25,7 @@ from r2l_nerfstudio.export.graph import GraphPrecision
 from r2l_nerfstudio.export.onnx_file import require_onnx
 from r2l_nerfstudio.export.web_graph import WebGraph, write_web_graph
 from r2l_nerfstudio.export.web_runtime import BACKENDS, describe_runtime
+from r2l_nerfstudio.export.whole_files import whole_folder
 from r2l_nerfstudio.models.mobile_r2l import MobileR2LModel
 from r2l_nerfstudio.rays.pinhole import image_rays
 from r2l_nerfstudio.rays.ray_image import ray_image_intrinsics, ray_image_size
@@ -86,31 +87,9 @@ def export_web(
             left then.
     """
     require_onnx()
-    output = Path(output)
-    _check_free(output, overwrite)
-    partial = output.with_name(f".{output.name}.partial")
-    try:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        found = _fill(student, cameras, runtime, partial, title)
-        if output.exists():
-            shutil.rmtree(output)
-        partial.replace(output)
-    except OSError as error:
-        raise InputError(f"{output} cannot be written ({error}): name another folder.") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-    return WebExport(output, found)
-
-
-def _check_free(output: Path, overwrite: bool) -> None:
-    if output.is_file():
-        raise InputError(f"{output} is a file: name a folder to be made.")
-    if output.is_dir() and any(output.iterdir()):
-        if not (output / SCENE).is_file():
-            raise InputError(f"The folder {output} is not empty, and holds no web export: name another one.")
-        if not overwrite:
-            raise InputError(f"The folder {output} holds an export: name another one, or replace it with --overwrite.")
+    with whole_folder(output, overwrite, SCENE, "web export") as folder:
+        found = _fill(student, cameras, runtime, folder, title)
+    return WebExport(Path(output), found)
 
 
 def _fill(student: Student, cameras: CaptureCameras, runtime: Path, folder: Path, title: str) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""Files that are there whole and checked, or not at all."""
+"""Files and folders that are there whole and checked, or not at all."""
 
 from __future__ import annotations
 
@@ -35,15 +35,59 @@ def whole_files(output: Path, overwrite: bool, also: tuple[str, ...] = ()) -> It
             raise InputError(
                 f"{taken} is there already: name another file with --output, or replace it with --overwrite."
             )
+    with _partial(output, "name another place with --output") as partial:
+        yield partial / output.name
+        for name in names:
+            (partial / name).replace(output.with_name(name))
+
+
+@contextmanager
+def whole_folder(output: Path, overwrite: bool, mark: str, what: str) -> Iterator[Path]:
+    """As `whole_files`, for a folder.
+
+    Args:
+        output: the folder that is asked for; its parent is made.
+        overwrite: whether one of its kind may be there.
+        mark: a file that every folder of its kind holds.
+        what: the kind, in words.
+
+    Yields:
+        where to write: a folder that is there or may be made, beside `output`.
+
+    Raises:
+        InputError: something is there and may not be replaced, or cannot be written.
+    """
+    output = Path(output)
+    if output.is_file():
+        raise InputError(f"{output} is a file: name a folder to be made.")
+    if output.is_dir() and any(output.iterdir()):
+        if not (output / mark).is_file():
+            raise InputError(f"The folder {output} is not empty, and holds no {what}: name another one.")
+        if not overwrite:
+            raise InputError(f"The folder {output} holds a {what}: name another one, or replace it with --overwrite.")
+    with _partial(output, "name another folder") as partial:
+        made = partial / output.name
+        made.mkdir()
+        yield made
+        if output.exists():
+            shutil.rmtree(output)
+        made.replace(output)
+
+
+@contextmanager
+def _partial(output: Path, remedy: str) -> Iterator[Path]:
+    """An empty folder beside what is asked for; afterwards it is gone.
+
+    Raises:
+        InputError: something cannot be written.
+    """
     partial = output.with_name(f".{output.name}.partial")
     try:
         # What a killed export left.
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-        yield partial / output.name
-        for name in names:
-            (partial / name).replace(output.with_name(name))
+        yield partial
     except OSError as error:
-        raise InputError(f"{output} cannot be written ({error}): name another place with --output.") from error
+        raise InputError(f"{output} cannot be written ({error}): {remedy}.") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)

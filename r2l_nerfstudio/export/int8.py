@@ -1,0 +1,310 @@
+"""A student's network in int8, if that costs little: quantised after training, on what it reads of pseudo cameras."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from nerfstudio.cameras.cameras import Cameras
+from nerfstudio.data.datasets.base_dataset import InputDataset
+from torch import Tensor
+from torch.nn.functional import interpolate
+
+from r2l_nerfstudio.distillation.datamanager import capture_cameras
+from r2l_nerfstudio.distillation.photographs import read_photograph, split_holdout
+from r2l_nerfstudio.distillation.pose_sampling import CaptureCameras, PoseSampler
+from r2l_nerfstudio.engines.parity import psnr
+from r2l_nerfstudio.errors import InputError
+from r2l_nerfstudio.export.capture_view import read_views
+from r2l_nerfstudio.export.comparison import check_export, probe_inputs
+from r2l_nerfstudio.export.graph import GraphSpec
+from r2l_nerfstudio.export.joined_onnx import fix_sizes, join_onnx
+from r2l_nerfstudio.export.onnx_file import metadata, require_onnx, run_onnx, write_onnx
+from r2l_nerfstudio.export.phone import phone_verdict
+from r2l_nerfstudio.export.whole_files import whole_files
+from r2l_nerfstudio.models.mobile_r2l import MobileR2LModel
+from r2l_nerfstudio.student import Student
+
+CALIBRATION_VIEWS = 16
+CALIBRATION_SIDE = 64
+"""Longer side in pixels of a pseudo view, for students that answer rays one by one."""
+JUDGED_VIEWS = 8
+JUDGED_SIDE = 200
+"""Likewise, of a held-out photograph."""
+MOST_LOSS = 0.5
+"""In dB, that int8 may cost."""
+NEEDED_DB = 40.0
+"""Against the student's own pictures, where no photograph is at hand: it costs a student of 31 dB half a decibel."""
+SANE_DB = 25.0
+"""Of the finished file against torch, on probe cameras: a graph put together wrongly has 5 to 15."""
+LAYERS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
+
+
+@dataclass(frozen=True)
+class Int8Report:
+    """What int8 costs."""
+
+    scheme: str
+    """Which layers stayed in fp32, in words."""
+    views: int
+    """Pictures that it was judged on."""
+    student: float | None
+    """PSNR in dB of the student on held-out photographs; None where they are not at hand."""
+    int8: float
+    """Likewise of the int8 network; against the student's own pictures where photographs are not at hand."""
+    parity: float
+    """PSNR in dB of the whole file against torch, on probe cameras."""
+
+    @property
+    def sentence(self) -> str:
+        """One line for people."""
+        if self.student is None:
+            judged = f"{self.int8:.1f} dB against the student's own pictures of {self.views} pseudo cameras"
+        else:
+            judged = (
+                f"{self.int8:.2f} dB on {self.views} held-out training photographs, the student itself {self.student:.2f}"
+                f" dB: {self.student - self.int8:.2f} dB lost"
+            )
+        return f"int8 ({self.scheme}): {judged}."
+
+
+def export_int8(
+    student: Student, spec: GraphSpec, output: Path, run: Path, data: Path | None = None, overwrite: bool = False
+) -> Int8Report:
+    """Write an ONNX file whose network is in int8 (QuantizeLinear and DequantizeLinear around fp32 operators).
+
+    Weights are quantised channel by channel, activations to uint8; what the encoding makes stays in fp32. Layers are left in
+    fp32 one after the other until int8 costs no more than `MOST_LOSS`.
+
+    Args:
+        student: on the CPU.
+        spec: which graph, in fp32.
+        output: the file.
+        run: the student's config.yml or folder: its capture has cameras to calibrate with, photographs to judge with.
+        data: where the capture is now.
+        overwrite: whether the file may be there.
+
+    Raises:
+        InputError: packages or the capture's cameras are missing, the file may not be written, or int8 costs too much;
+            nothing is left then.
+    """
+    require_onnx()
+    if spec.part not in ("whole", "network"):
+        raise InputError(f"--precision int8: --part {spec.part} has no network, and stays in fp32; leave the flag out.")
+    dataset, held_share = read_views(run, data)
+    cameras = capture_cameras(dataset.cameras)
+    with whole_files(output, overwrite) as file:
+        network = file.with_suffix(".network.onnx")
+        quantised = file.with_suffix(".int8.onnx")
+        write_onnx(student, replace(spec, part="network", is_static=False, precision="fp32"), network)
+        codes = calibration_codes(student, cameras)
+        photographs = held_out(student, dataset, held_share)
+        said = []
+        for scheme, kept in schemes(network):
+            quantise(network, quantised, codes, kept)
+            report = judge(student, quantised, scheme, photographs, cameras)
+            if _is_good(report):
+                break
+            said.append(report.sentence)
+        else:
+            raise InputError(
+                f"--precision int8: {' '.join(said)} At most {MOST_LOSS} dB may be lost"
+                + ("" if report.student is not None else f" ({NEEDED_DB:.0f} dB against its own pictures)")
+                + ", so it was not kept; choose --precision fp16."
+            )
+        assemble(student, spec, quantised, file)
+        if spec.is_plain:
+            phone_verdict(file)
+        parity = check_export(
+            student, spec, lambda inputs: run_onnx(file, inputs), f"The ONNX file {output}", needed=SANE_DB
+        )
+        return replace(report, parity=parity)
+
+
+def schemes(network: Path) -> list[tuple[str, list[str]]]:
+    """What to leave in fp32, from nothing on: in words, and the names of the layers."""
+    import onnx
+
+    layers = [node.name for node in onnx.load(str(network)).graph.node if node.op_type in LAYERS]
+    return [
+        ("all layers", []),
+        ("all layers but the last", layers[-1:]),
+        ("all layers but the first and the last", [layers[0], layers[-1]]),
+    ]
+
+
+def calibration_codes(student: Student, cameras: CaptureCameras) -> list[Float[np.ndarray, "*code"]]:
+    """What the network reads of pseudo cameras, each as one input of the network."""
+    return [
+        spec.code_of(student.model, pose, intrinsics).numpy()
+        for pose, intrinsics, spec in pseudo_views(student, cameras, CALIBRATION_VIEWS, seed=0)
+    ]
+
+
+def pseudo_views(
+    student: Student, cameras: CaptureCameras, number: int, seed: int
+) -> Iterator[tuple[Float[Tensor, "3 4"], Float[Tensor, "4"], GraphSpec]]:
+    """Pose, intrinsics and size of pseudo cameras, at a size that the student draws by itself."""
+    sampler = PoseSampler(cameras)
+    generator = torch.Generator().manual_seed(seed)
+    focal = float(cameras.intrinsics[:, :2].mean())
+    is_image = isinstance(student.model, MobileR2LModel)
+    scale = (
+        float(student.model.focal) / focal
+        if is_image
+        else min(1.0, CALIBRATION_SIDE / max(cameras.width, cameras.height))
+    )
+    width, height = max(1, round(scale * cameras.width)), max(1, round(scale * cameras.height))
+    for _ in range(number):
+        pose, intrinsics = sampler.sample(generator)
+        own = intrinsics * scale
+        if is_image:
+            own[:2] = student.model.focal
+        yield pose, own, GraphSpec("camera", "fp32", width, height)
+
+
+def quantise(network: Path, output: Path, codes: list[Float[np.ndarray, "*code"]], kept: list[str]) -> None:
+    """Write a network with QuantizeLinear and DequantizeLinear where they save work.
+
+    Args:
+        network: in fp32.
+        output: file to write.
+        codes: to measure the ranges of all activations on.
+        kept: names of layers that stay in fp32.
+    """
+    from onnxruntime import quantization
+
+    class Codes(quantization.CalibrationDataReader):
+        def __init__(self) -> None:
+            self.left = iter(codes)
+
+        def get_next(self) -> dict[str, np.ndarray] | None:
+            code = next(self.left, None)
+            return None if code is None else {"code": code}
+
+    with _quiet():
+        quantization.quantize_static(
+            network,
+            output,
+            Codes(),
+            quant_format=quantization.QuantFormat.QDQ,
+            per_channel=True,
+            activation_type=quantization.QuantType.QUInt8,
+            weight_type=quantization.QuantType.QInt8,
+            nodes_to_exclude=kept,
+            calibrate_method=quantization.CalibrationMethod.MinMax,
+        )
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the library's advice to shrink a graph that is small already."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(before)
+
+
+def held_out(student: Student, dataset: InputDataset, share: float) -> list[tuple[Cameras, Float[Tensor, "h w 3"]]]:
+    """Cameras and photographs that no training saw, where the capture has them still.
+
+    A teacher's corrections of the poses are left out: student and int8 suffer alike.
+
+    Args:
+        student: says what is behind photographs with an alpha channel.
+        dataset: the training views.
+        share: of the views, that was held out; a tenth where none was.
+    """
+    _, held = split_holdout(len(dataset), share or 0.1)
+    chosen = [held[round(index)] for index in np.linspace(0, len(held) - 1, min(JUDGED_VIEWS, len(held)))]
+    if not all(Path(dataset.image_filenames[index]).is_file() for index in chosen):
+        return []
+    found = []
+    for index in chosen:
+        camera = dataset.cameras[index : index + 1]
+        truth = student.model.blend(read_photograph(dataset, index, "float32")["image"])
+        side = max(truth.shape[:2])
+        if not isinstance(student.model, MobileR2LModel) and side > JUDGED_SIDE:
+            camera.rescale_output_resolution(JUDGED_SIDE / side)
+            size = (int(camera.height), int(camera.width))
+            truth = interpolate(truth.permute(2, 0, 1)[None], size, mode="area")[0].permute(1, 2, 0)
+        found.append((camera, truth))
+    return found
+
+
+def judge(
+    student: Student,
+    network: Path,
+    scheme: str,
+    photographs: list[tuple[Cameras, Float[Tensor, "h w 3"]]],
+    cameras: CaptureCameras,
+) -> Int8Report:
+    """What a quantised network costs on photographs, or without any, how near it is to the student."""
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(str(network), providers=["CPUExecutionProvider"])
+
+    def run(code: Float[Tensor, "*code"]) -> Float[Tensor, "*values"]:
+        return torch.from_numpy(session.run(None, {"code": code.contiguous().numpy()})[0])
+
+    model = student.model
+    own: list[float] = []
+    other: list[float] = []
+    if photographs:
+        for camera, truth in photographs:
+            own.append(psnr(model.get_outputs_for_camera(camera)["rgb"], truth))
+            with _network(student, run):
+                other.append(psnr(model.get_outputs_for_camera(camera)["rgb"], truth))
+    else:
+        for pose, intrinsics, size in pseudo_views(student, cameras, JUDGED_VIEWS, seed=1):
+            camera = (pose.numpy(), intrinsics.numpy(), size.width, size.height)
+            truth = torch.from_numpy(student.render(*camera))
+            with _network(student, run):
+                other.append(psnr(torch.from_numpy(student.render(*camera)), truth))
+    return Int8Report(
+        scheme, len(other), sum(own) / len(own) if own else None, sum(other) / len(other), parity=math.nan
+    )
+
+
+@contextmanager
+def _network(student: Student, run: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """Let the student draw with another network for a while."""
+    student.model.run_network = run
+    try:
+        yield
+    finally:
+        del student.model.run_network
+
+
+def _is_good(report: Int8Report) -> bool:
+    if report.student is None:
+        return report.int8 >= NEEDED_DB
+    return report.int8 >= report.student - MOST_LOSS
+
+
+def assemble(student: Student, spec: GraphSpec, network: Path, output: Path) -> None:
+    """Write the graph that is asked for around a quantised network."""
+    import onnx
+
+    model = onnx.load(str(network))
+    if spec.is_static or (spec.part == "whole" and spec.inputs == "camera"):
+        inputs, outputs = probe_inputs(student, replace(spec, part="network"), 0)
+        fix_sizes(model, {name: value.shape for name, value in (inputs | outputs).items()})
+    if spec.part == "whole":
+        before, after = output.with_suffix(".before.onnx"), output.with_suffix(".after.onnx")
+        # Features are kept in half, weighted and summed in fp32.
+        write_onnx(student, replace(spec, part="encoding", precision="fp16"), before)
+        write_onnx(student, replace(spec, part="values"), after)
+        model = join_onnx(onnx.load(str(before)), model, onnx.load(str(after)))
+    onnx.helper.set_model_props(model, {**metadata(student, spec), "precision": "int8"})
+    onnx.checker.check_model(model)
+    onnx.save_model(model, str(output))
