@@ -373,6 +373,7 @@ def as_table(figures: dict[str, Any]) -> str:
         spread = f" ± {stdev(values):.2f}" if len(values) > 1 else ""
         rays = mean(end["rays"] for end in ends) / 1e6
         lines.append(
-            f"| {row['recipe']} | {mean(values):.2f}{spread} | {rays:.2f} | {row['seconds']:g} | {row['megabytes_in_fp16']} |"
+            f"| {row['recipe']} | {mean(values):.2f}{spread} | {rays:.2f} | {row['seconds']:g}"
+            f" | {row['megabytes_in_fp16']} |"
         )
     return "\n".join(lines) + "\n"

@@ -20,7 +20,8 @@ class WeightAverage(nn.Module):
     def __init__(self, module: nn.Module, decay: float) -> None:
         super().__init__()
         self.decay = decay
-        self._followed = [*module.parameters(), *normalization_statistics(module)]
+        statistics = [tensor for tensor in normalization_statistics(module) if tensor.is_floating_point()]
+        self._followed = [*module.parameters(), *statistics]
         self.register_buffer("updates", torch.zeros((), dtype=torch.long))
         for index, parameter in enumerate(self._followed):
             self.register_buffer(f"weight_{index}", parameter.detach().clone())
@@ -52,6 +53,6 @@ class WeightAverage(nn.Module):
 
 
 def normalization_statistics(module: nn.Module) -> list[torch.Tensor]:
-    """The running means and variances of all BatchNorm layers, by reference."""
+    """The running means, variances and counts of all BatchNorm layers, by reference."""
     norms: Iterable[nn.Module] = (m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm))
-    return [buffer for norm in norms for buffer in norm.buffers() if buffer.is_floating_point()]
+    return [buffer for norm in norms for buffer in norm.buffers()]

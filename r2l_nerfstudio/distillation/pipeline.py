@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+import torch.distributed
 import tyro
 from jaxtyping import Float
 from nerfstudio.cameras.rays import RayBundle
@@ -21,9 +22,10 @@ from nerfstudio.utils import writer
 from nerfstudio.utils.rich_utils import CONSOLE
 from torch import Tensor
 from torch.amp import GradScaler
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import update_bn
 
-from r2l_nerfstudio.distillation.averaging import WeightAverage
+from r2l_nerfstudio.distillation.averaging import WeightAverage, normalization_statistics
 from r2l_nerfstudio.distillation.datamanager import Batch, DistillationDataManager, DistillationDataManagerConfig
 from r2l_nerfstudio.distillation.frame_check import check_cameras, check_frame
 from r2l_nerfstudio.distillation.progress import TrainingProgress
@@ -78,7 +80,10 @@ class DistillationPipeline(VanillaPipeline):
             teacher = load_teacher(config, device) if test_mode == "val" else None
             if teacher is not None:
                 config.model.fit_to(*view_size(config.datamanager, teacher))
-            super().__init__(config, device, test_mode, world_size, local_rank, grad_scaler)
+            super().__init__(config, device, test_mode, 1, local_rank, grad_scaler)
+            self.datamanager.world_size = self.world_size = world_size
+            if world_size > 1:
+                self._model = self._distributed(local_rank)
             self.average: WeightAverage | None = None
             if teacher is not None:
                 self._attach_teacher(teacher)
@@ -89,6 +94,12 @@ class DistillationPipeline(VanillaPipeline):
         self._best: tuple[float, dict[str, Any]] | None = None
         self.progress: TrainingProgress | None = None
         self.register_buffer("done", torch.zeros(()))
+
+    def _distributed(self, local_rank: int) -> DistributedDataParallel:
+        # Nerfstudio's own wrapping names a GPU, and so fails between CPUs; and it searches every batch for unused weights.
+        self.model.device_indicator_param.requires_grad_(False)  # Nerfstudio's; in no loss, so ranks would wait for it
+        on_gpu = self.model.device.type == "cuda"
+        return DistributedDataParallel(self.model, device_ids=[local_rank] if on_gpu else None)
 
     def _attach_teacher(self, teacher: Teacher) -> None:
         cameras = self.datamanager.train_dataset.cameras
@@ -138,7 +149,6 @@ class DistillationPipeline(VanillaPipeline):
         state = {key.removeprefix("module."): value for key, value in loaded_state.items()}
         averages = {key: state.pop(key) for key in list(state) if key.startswith("average.")}
         averages = {key.removeprefix("average."): value for key, value in averages.items()}
-        state.setdefault("done", torch.zeros(()))
         self.model.update_to_step(step)
         with exit_on_input_error():
             try:
@@ -189,7 +199,7 @@ class DistillationPipeline(VanillaPipeline):
 
     def get_training_callbacks(self, attributes: TrainingCallbackAttributes) -> list[TrainingCallback]:
         """Nerfstudio's own, and the watch over the held-out views."""
-        if attributes.trainer is not None:
+        if attributes.trainer is not None and self.datamanager.local_rank == 0:
             # Kinds that were "auto" are known only now.
             attributes.trainer.config.save_config()
         return [
@@ -225,10 +235,14 @@ class DistillationPipeline(VanillaPipeline):
             yield
             return
         self.average.swap()
+        statistics = normalization_statistics(self.model)
+        kept = [tensor.clone() for tensor in statistics]
         try:
             self._estimate_statistics()
             yield
         finally:
+            for tensor, value in zip(statistics, kept, strict=True):
+                tensor.copy_(value)
             self.average.swap()
 
     def _estimate_statistics(self) -> None:
@@ -238,6 +252,11 @@ class DistillationPipeline(VanillaPipeline):
 
         with torch.autocast(device_type=self.model.device.type, dtype=torch.bfloat16, enabled=self.config.bf16):
             update_bn(batches(), self.model)
+        if self.world_size > 1:
+            for statistic in normalization_statistics(self.model):
+                if statistic.is_floating_point():
+                    torch.distributed.all_reduce(statistic)
+                    statistic /= self.world_size
 
     def _watch_holdout(self, step: int) -> None:
         if step == 0:
@@ -252,7 +271,8 @@ class DistillationPipeline(VanillaPipeline):
                 line += f", {real:.2f} dB against held-out training photographs"
                 if self.datamanager.photographs_now and (self._best is None or real > self._best[0]):
                     self._best = (real, self._weights())
-        CONSOLE.print(f"{line}{self._time_left(step)}.")
+        if self.datamanager.local_rank == 0:
+            CONSOLE.print(f"{line}{self._time_left(step)}.")
 
     def _time_left(self, step: int) -> str:
         left = None if self.progress is None else self.progress.seconds_left(step)

@@ -445,7 +445,7 @@ def test_the_average_of_the_weights_survives_a_kill_and_is_what_training_leaves(
     saved = read(middle)["pipeline"]
     assert int(saved["average.updates"]) == 11
 
-    # A checkpoint from the middle can be gone on from, with its average, and looked at, without.
+    # A checkpoint from the middle can be gone on from, and what one sees of it is its average.
     last.unlink()
     resumed = student_config(
         tiny_teacher, tmp_path / "resumed", "mobile-r2l-lite", load_dir=config.get_base_dir() / "nerfstudio_models"
@@ -453,10 +453,13 @@ def test_the_average_of_the_weights_survives_a_kill_and_is_what_training_leaves(
     with set_up(resumed) as trainer:
         for key, value in trainer.pipeline.average.state_dict().items():
             assert torch.equal(value, saved[f"average.{key}"])
+        assert not torch.equal(trainer.pipeline.model.network.head.weight, trainer.pipeline.average.get_buffer("weight_0"))
+        trainer.pipeline.average.swap()
+        averaged = trainer.pipeline.model.state_dict()
     _, restored, _, _ = eval_setup(config.get_base_dir() / "config.yml")
     for key, value in restored.model.state_dict().items():
-        if isinstance(value, torch.Tensor):
-            assert torch.equal(value, saved[f"_model.{key}"])
+        if isinstance(value, torch.Tensor) and not key.endswith("num_batches_tracked"):
+            assert torch.equal(value, averaged[key]), key
 
 
 def test_watching_with_the_average_leaves_training_as_it_was(tiny_teacher: Path, tmp_path: Path) -> None:
@@ -473,3 +476,87 @@ def test_watching_with_the_average_leaves_training_as_it_was(tiny_teacher: Path,
         for key, value in pipeline.state_dict().items():
             if isinstance(value, torch.Tensor):
                 assert torch.equal(value, before[key]), key
+
+
+# A budget in minutes, and a user who stops early.
+
+
+@pytest.mark.parametrize("method", ["r2l-lite", "mobile-r2l-lite"])
+def test_minutes_are_kept(method: str, tiny_teacher: Path, tmp_path: Path, iterations: list, capsys) -> None:
+    overrides = {"max_minutes": 0.15, "max_num_iterations": 40, "pipeline.datamanager.real_iterations": 10}
+    with set_up(student_config(tiny_teacher, tmp_path, method, **overrides)) as trainer:
+        real: list[float] = []
+        draw = trainer.pipeline.datamanager.draw
+
+        def watched(num_real: int):
+            if num_real:
+                real.append(trainer.progress.fraction)
+            return draw(num_real)
+
+        trainer.pipeline.datamanager.draw = watched
+        start = time.monotonic()
+        trainer.train()
+        seconds = time.monotonic() - start
+    assert seconds < 9 + 20  # the end of it, on a busy machine
+    assert len(iterations) > 0 and trainer.progress.fraction == 1.0
+    assert trainer.config.max_num_iterations == 40
+    # As much of it as of the iterations: the last quarter.
+    assert real and 0.75 <= min(real) < 0.9
+    rate = trainer.optimizers.optimizers["ends"].param_groups[0]["lr"]
+    assert rate < 0.05 * trainer.optimizers.config["ends"]["optimizer"].lr
+    assert len(checkpoints(trainer.checkpoint_dir)) == 1
+
+
+def test_teacher_views_leave_time_to_train(tiny_teacher: Path, tmp_path: Path) -> None:
+    overrides = {"max_minutes": 0.01, "pipeline.datamanager.num_views": 500}
+    with set_up(student_config(tiny_teacher, tmp_path, **overrides)) as trainer:
+        ring = trainer.pipeline.datamanager.ring
+        assert 1 <= len(ring) < 500
+        at_start = len(ring)
+        trainer.pipeline.datamanager.config.refresh_share = 1.0
+        trainer.train()
+        assert at_start < len(ring) <= 500
+
+
+def test_no_minutes_are_no_budget(tiny_teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit):
+        student_config(tiny_teacher, tmp_path, max_minutes=0.0).set_timestamp()
+    assert "--max-minutes 0.0 leaves no time" in " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_stopping_early_leaves_a_usable_student(
+    number: int, tiny_teacher: Path, tmp_path: Path, iterations: list
+) -> None:
+    overrides = {"max_num_iterations": 5000, "pipeline.steps_per_holdout": 10**6}
+    before = signal.getsignal(number)
+    with set_up(student_config(tiny_teacher, tmp_path, "mobile-r2l-lite", **overrides)) as trainer:
+        train_iteration = trainer.train_iteration
+
+        def impatient(step: int):
+            if step == 30:
+                os.kill(os.getpid(), number)
+            return train_iteration(step)
+
+        trainer.train_iteration = impatient
+        trainer.train()
+    assert len(iterations) == 31  # the one at hand is finished
+    assert signal.getsignal(number) is before
+    folder = trainer.base_dir
+    _, pipeline, _, _ = eval_setup(folder / "config.yml")
+    ours = trainer.pipeline.model.state_dict()
+    for name, value in pipeline.model.state_dict().items():
+        if isinstance(value, torch.Tensor):
+            assert torch.equal(value, ours[name]), name
+    with set_up(
+        student_config(
+            tiny_teacher,
+            tmp_path,
+            "mobile-r2l-lite",
+            timestamp="again",
+            load_dir=folder / "nerfstudio_models",
+            max_num_iterations=40,
+        )
+    ) as again:
+        again.train()
+    assert [step for step, _ in iterations[31:]] == list(range(again._start_step, 40))
