@@ -20,7 +20,10 @@ from nerfstudio.data.dataparsers.base_dataparser import DataParserConfig
 from nerfstudio.data.dataparsers.blender_dataparser import BlenderDataParserConfig
 from nerfstudio.data.dataparsers.nerfstudio_dataparser import NerfstudioDataParserConfig
 from nerfstudio.utils.rich_utils import CONSOLE
+from r2l_nerfstudio.scripts.benchmark_recipes import Recipes
 from r2l_nerfstudio.scripts.benchmark_render import Render
+from r2l_nerfstudio.scripts.benchmark_train import Train
+from r2l_nerfstudio.scripts.benchmark_web import Web
 from r2l_nerfstudio.scripts.contact_sheet import contact_sheet
 from r2l_nerfstudio.scripts.small_nerfacto import small_nerfacto
 from torch import Tensor
@@ -312,7 +315,7 @@ def as_table(figures: dict[str, Any]) -> str:
 def main() -> None:
     """Console entry point `r2l-benchmark`."""
     with exit_on_input_error():
-        commands = {"distil": Distil, "render": Render}
+        commands = {"distil": Distil, "render": Render, "train": Train, "recipes": Recipes, "web": Web}
         tyro.extras.subcommand_cli_from_dict(commands, description=__doc__, prog="r2l-benchmark").main()
 
 
