@@ -7,6 +7,7 @@ import hashlib
 import time
 from abc import abstractmethod
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ from r2l_nerfstudio.distillation.photographs import split_holdout
 from r2l_nerfstudio.distillation.pose_sampling import CaptureCameras, PoseSampler, PoseSamplerConfig
 from r2l_nerfstudio.distillation.ray_sample import RaySample
 from r2l_nerfstudio.distillation.survey import Survey
-from r2l_nerfstudio.distillation.view_ring import ViewRenderer, ViewRing
+from r2l_nerfstudio.distillation.view_ring import TeacherView, ViewRenderer, ViewRing
 from r2l_nerfstudio.errors import InputError
 from r2l_nerfstudio.teacher import Teacher
 
@@ -186,8 +187,11 @@ class DistillationDataManager(VanillaDataManager[InputDataset]):
         self.ring = ViewRing(renderer(seed, self._cache_dir(teacher, sampler)), config.num_views, self.device)
         self.ring.fill(None if config.fill_minutes is None else 60 * config.fill_minutes)
         self._training_seconds = 0.0
-        self._refresh_seconds = 0.0
         self._last_call: float | None = None
+        self._seconds_before = self.ring.renderer.seconds
+        self._renderer_thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="teacher")
+        self._side_stream = torch.cuda.Stream(self.device) if torch.device(self.device).type == "cuda" else None
+        self._next_view: Future[TeacherView] | None = None
 
     @abstractmethod
     def read_photographs(self, indices: list[int], corrections: Float[Tensor, "num_train 3 4"] | None) -> Any:
@@ -252,15 +256,26 @@ class DistillationDataManager(VanillaDataManager[InputDataset]):
         return self.next_batch(step).as_nerfstudio()
 
     def _refresh(self) -> None:
-        """Add a teacher view, in a full ring in place of the oldest, whenever the teacher's share of the time allows it."""
+        """Add a teacher view, in a full ring in place of the oldest, whenever the teacher's share of the time allows it.
+
+        It is rendered in a thread of its own: no iteration waits for it.
+        """
         now = time.perf_counter()
         if self._last_call is not None:
             self._training_seconds += now - self._last_call
-        share = self.config.refresh_share
-        if share > 0 and self._refresh_seconds < share * self._training_seconds:
-            self.ring.refresh()
-            self._refresh_seconds += time.perf_counter() - now
         self._last_call = now
+        if self._next_view is not None and self._next_view.done():
+            self.ring.put(self._next_view.result())
+            self._next_view = None
+        spent = self.ring.renderer.seconds - self._seconds_before
+        if self._next_view is None and spent < self.config.refresh_share * self._training_seconds:
+            self._next_view = self._renderer_thread.submit(self._render_next)
+
+    def _render_next(self) -> TeacherView:
+        if self._side_stream is None:
+            return self.ring.render_next()
+        with torch.cuda.stream(self._side_stream):
+            return self.ring.render_next()
 
     def get_train_rays_per_batch(self) -> int:
         return self.config.train_num_rays_per_batch

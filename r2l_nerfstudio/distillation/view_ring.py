@@ -143,7 +143,8 @@ class ViewRenderer:
         pixels = torch.cat([(color * 255).round().to(torch.uint8), valid.to(torch.uint8)], dim=-1)
         # fp16 ends at 65504: a distance beyond that is as good as infinite.
         depth = depth[..., 0].float().nan_to_num(0.0, posinf=6e4).clamp(0, 6e4).half()
-        return TeacherView(pose, intrinsics, pixels, depth)
+        # On the host: a view may come from another thread, and so from another stream of a GPU.
+        return TeacherView(pose, intrinsics, pixels.cpu(), depth.cpu())
 
     def _path(self, index: int) -> Path | None:
         return None if self.cache_dir is None else self.cache_dir / f"view_{self.seed}_{index:06d}.npz"
@@ -173,8 +174,8 @@ class ViewRenderer:
             buffer,
             camera_to_world=view.camera_to_world.numpy(),
             intrinsics=view.intrinsics.numpy(),
-            pixels=view.pixels.cpu().numpy(),
-            depth=view.depth.cpu().numpy(),
+            pixels=view.pixels.numpy(),
+            depth=view.depth.numpy(),
         )
         partial = path.with_suffix(f".{os.getpid()}.partial")
         partial.write_bytes(buffer.getvalue())
@@ -256,7 +257,14 @@ class ViewRing:
 
     def refresh(self) -> None:
         """Render the next numbered view in place of the oldest."""
-        view = self.renderer.render(self._next_index)
+        self.put(self.render_next())
+
+    def render_next(self) -> TeacherView:
+        """The next numbered view, for `put`; the ring stays as it is, so another thread may do this."""
+        return self.renderer.render(self._next_index)
+
+    def put(self, view: TeacherView) -> None:
+        """Take a view of `render_next` in place of the oldest."""
         slot = self._next_index % self.capacity
         self.pixels[slot] = view.pixels.to(self.device)
         self.depth[slot] = view.depth.to(self.device)

@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 import subprocess
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -508,14 +509,39 @@ def test_minutes_are_kept(method: str, tiny_teacher: Path, tmp_path: Path, itera
 
 
 def test_teacher_views_leave_time_to_train(tiny_teacher: Path, tmp_path: Path) -> None:
-    overrides = {"max_minutes": 0.01, "pipeline.datamanager.num_views": 500}
+    overrides = {"max_minutes": 0.2, "pipeline.datamanager.num_views": 5000}
     with set_up(student_config(tiny_teacher, tmp_path, **overrides)) as trainer:
         ring = trainer.pipeline.datamanager.ring
-        assert 1 <= len(ring) < 500
+        assert 1 <= len(ring) < 5000
         at_start = len(ring)
         trainer.pipeline.datamanager.config.refresh_share = 1.0
         trainer.train()
-        assert at_start < len(ring) <= 500
+        assert at_start < len(ring) <= 5000
+
+
+def test_no_iteration_waits_for_the_teacher(tiny_teacher: Path, tmp_path: Path) -> None:
+    overrides = {"pipeline.datamanager.refresh_share": 1.0, "max_num_iterations": 1000}
+    with set_up(student_config(tiny_teacher, tmp_path, **overrides)) as trainer:
+        datamanager = trainer.pipeline.datamanager
+        before = datamanager.ring.camera_to_worlds.clone()
+        may_render, asked = threading.Event(), threading.Event()
+        render = datamanager.ring.renderer.render
+
+        def slow(index: int):
+            asked.set()
+            may_render.wait(60)
+            return render(index)
+
+        datamanager.ring.renderer.render = slow
+        for step in range(20):
+            datamanager.next_batch(step)
+        assert asked.wait(60)
+        assert torch.equal(datamanager.ring.camera_to_worlds, before)
+        may_render.set()
+        deadline = time.monotonic() + 60
+        while torch.equal(datamanager.ring.camera_to_worlds, before) and time.monotonic() < deadline:
+            datamanager.next_batch(20)
+        assert not torch.equal(datamanager.ring.camera_to_worlds, before)
 
 
 def test_no_minutes_are_no_budget(tiny_teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
