@@ -1,0 +1,354 @@
+"""How large the web page of a student is, how fast a browser draws it on the processor, and how near it is to torch."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import math
+import os
+import re
+import shutil
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from nerfstudio.utils.rich_utils import CONSOLE
+from PIL import Image
+from r2l_nerfstudio.scripts.benchmark_render import student as random_student
+from torch import Tensor
+
+from r2l_nerfstudio.distillation.pose_sampling import CaptureCameras, look_along
+from r2l_nerfstudio.engines.cache import device_name
+from r2l_nerfstudio.engines.parity import psnr
+from r2l_nerfstudio.errors import InputError
+from r2l_nerfstudio.export.capture_view import read_capture, start_pose
+from r2l_nerfstudio.export.web_folder import RUNTIME, SCENE, export_web
+from r2l_nerfstudio.export.web_runtime import BACKENDS, VERSION, fetch_runtime
+from r2l_nerfstudio.export.web_server import WebServer
+from r2l_nerfstudio.models.mobile_r2l import MobileR2LModel
+from r2l_nerfstudio.rays.spacing import SceneBounds
+from r2l_nerfstudio.student import Student, load_student
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Browser, Page
+
+METHODS = ("mobile-r2l", "mobile-r2l-lite")
+PUBLISHED = (
+    ("MobileNeRF", "125.8", "201.5"),
+    ("SNeRG", "86.8", "337.3"),
+    ("MobileR2L", "8.3", "8.3"),
+)
+"""Megabytes on disk for a synthetic and a forward-facing scene, as MobileR2L's paper has them (table 3)."""
+PATIENCE_MS = 600_000.0
+FRAMES = 3
+"""At least so many pictures are timed."""
+_FIELD_OF_VIEW = 0.6
+_RADIUS = 4.0
+
+
+@dataclass
+class Web:
+    """Bytes of every file of a web export, milliseconds of a frame in headless Chromium (WebAssembly), and PSNR of the
+    page's canvas against torch. Sizes and times are of random weights: they make no difference to either."""
+
+    methods: tuple[str, ...] = METHODS
+    """Which students, of those that draw whole images."""
+    sizes: tuple[int, ...] = (200, 400, 800)
+    """Pixels along each side of the frame."""
+    threads: tuple[int, ...] = (1, 2)
+    """Of WebAssembly; as many cores are needed."""
+    seconds: float = 10.0
+    """Of drawing for each figure, three pictures at least; the fastest and the median count."""
+    load_config: Path | None = None
+    """A trained student, whose canvas is compared with torch; without it that table is left out."""
+    data: Path | None = None
+    """Where its capture is now; where it was in training, by default."""
+    poses: int = 10
+    """Of the comparison, evenly spread over where a visitor may go."""
+    runtime: Path | None = None
+    """The npm package onnxruntime-web as a .tgz file; fetched by npm once, by default."""
+    results_dir: Path = Path("benchmarks/results")
+    """Where figures go."""
+
+    def main(self) -> None:
+        """Measure and write `web_DEVICE.{json,md}`."""
+        unknown = set(self.methods) - set(METHODS)
+        if unknown:
+            raise InputError(f"--methods {', '.join(sorted(unknown))}: choose from {', '.join(METHODS)}.")
+        cores = os.cpu_count() or 1
+        if max(self.threads) > cores:
+            raise InputError(f"--threads {max(self.threads)}: this machine has {cores} cores; choose no more.")
+        runtime = fetch_runtime(self.runtime)
+        name = device_name(torch.device("cpu"))
+        stem = self.results_dir / f"web_{re.sub(r'[^a-z0-9]+', '-', name.lower()).strip('-')}"
+        self.results_dir.mkdir(parents=True, exist_ok=True)
+        with browser() as chromium, tempfile.TemporaryDirectory() as scratch:
+            figures: dict[str, Any] = {
+                "device": name,
+                "browser": f"headless Chromium {chromium.version}",
+                "runtime": f"onnxruntime-web {VERSION}, wasm",
+                "load_average_at_start": round(os.getloadavg()[0], 2),
+                "frames": [],
+            }
+            if self.load_config is not None:
+                figures["trained"] = self._compare(chromium, runtime, Path(scratch) / "trained")
+            for method in self.methods:
+                for side in self.sizes:
+                    folder = Path(scratch) / f"{method}-{side}"
+                    figures["frames"].append(self._frame(chromium, runtime, folder, method, side))
+                    stem.with_suffix(".json").write_text(json.dumps(figures, indent=2) + "\n")
+                    stem.with_suffix(".md").write_text(as_markdown(figures))
+        CONSOLE.print(as_markdown(figures), markup=False, highlight=False, soft_wrap=True)
+        CONSOLE.print(f"Written: {stem}.json, .md")
+
+    def _frame(self, chromium: Browser, runtime: Path, folder: Path, method: str, side: int) -> dict[str, Any]:
+        CONSOLE.print(f"{method}, {side}x{side} …")
+        model, _ = random_student(method, side, torch.device("cpu"))
+        # No engine is built beside the measurement.
+        model.run_network = lambda code: model.network(code)
+        # Every cell is drawn: in a bounded scene those that miss it are left out.
+        bounds = SceneBounds("near-far", (0.0, 0.0, 0.0), 1.0, 2.0, 6.0)
+        focal = side / _FIELD_OF_VIEW
+        model.set_scene(bounds, torch.eye(3), torch.ones(3), has_accumulation=True, has_depth=True, focal=focal)
+        made = export_web(Student(model, method), ring_of_cameras(side, focal), runtime, folder, method)
+        taken = {}
+        for count in self.threads:
+            with visited(chromium, folder, f"?backend=wasm&threads={count}", side) as page:
+                taken[str(count)] = self._time(page, side, count)
+        return {
+            "method": method,
+            "frame": f"{side}x{side}",
+            "factor": model.factor,
+            "parameters": sum(parameter.numel() for parameter in model.parameters()),
+            "weights": "random",
+            "bytes": made.bytes,
+            "milliseconds": taken,
+        }
+
+    def _time(self, page: Page, side: int, count: int) -> dict[str, float]:
+        found = state(page)
+        if found["backend"] != f"WebAssembly, {count} thread{'s' * (count > 1)}":
+            raise InputError(
+                f"Chromium draws with {found['backend']}, not with {count} threads: choose other --threads."
+            )
+        size = page.evaluate("[document.querySelector('canvas').width, document.querySelector('canvas').height]")
+        if size != [side, side]:
+            raise InputError(
+                f"The page drew {size[0]}x{size[1]} pixels, not {side}x{side}: this is a fault of the page."
+            )
+        taken: list[float] = []
+        end = time.monotonic() + self.seconds
+        while len(taken) < FRAMES or time.monotonic() < end:
+            move(page, {"azimuth": 1.5 * (len(taken) % 2) + 1.0})
+            taken.append(float(state(page)["milliseconds"]))
+        taken.sort()
+        return {"fastest": round(taken[0], 1), "median": round(taken[len(taken) // 2], 1), "frames": len(taken)}
+
+    def _compare(self, chromium: Browser, runtime: Path, folder: Path) -> dict[str, Any]:
+        student = load_student(self.load_config, device="cpu", engine="torch")
+        made = export_web(student, read_capture(self.load_config, self.data), runtime, folder, student.method_name)
+        scene = json.loads((folder / SCENE).read_text())
+        picture = scene["picture"]
+        across, down, focal = picture["width"], picture["height"], picture["focal"]
+        side = round(math.sqrt(across * down))
+        found = []
+        with visited(chromium, folder, f"?backend=wasm&size={side}", across, down) as page:
+            for number in range(self.poses):
+                move(page, wanted_view(scene["view"], number))
+                canvas = canvas_picture(page)
+                height, width = canvas.shape[:2]
+                share = height / down if not isinstance(student.model, MobileR2LModel) else 1.0
+                pose = start_pose(shown_view(scene["view"], state(page)["view"]))
+                intrinsics = [focal * share, focal * share, width / 2, height / 2]
+                truth = torch.from_numpy(student.render(pose.numpy(), intrinsics, width, height))
+                found.append(psnr(canvas, truth.clamp(0, 1)))
+        return {
+            "method": student.method_name,
+            "picture": f"{across}x{down}",
+            "backend": "wasm",
+            "poses": self.poses,
+            "psnr_lowest": round(min(found), 2),
+            "psnr_mean": round(sum(found) / len(found), 2),
+            "bytes": made.bytes,
+        }
+
+
+def ring_of_cameras(side: int, focal: float) -> CaptureCameras:
+    """A dozen cameras around the origin, of square pictures."""
+    angles = torch.linspace(0, 2 * math.pi, 13)[:-1]
+    outwards = torch.stack([angles.cos(), angles.sin(), torch.full_like(angles, 0.3)], dim=-1)
+    rotations = torch.stack([look_along(-axis, torch.tensor([0.0, 0.0, 1.0])) for axis in outwards])
+    poses = torch.cat([rotations, _RADIUS * outwards[..., None]], dim=-1)
+    intrinsics = torch.tensor([[focal, focal, side / 2, side / 2]]).expand(len(poses), 4)
+    return CaptureCameras(poses, intrinsics, side, side)
+
+
+@contextmanager
+def browser() -> Iterator[Browser]:
+    """Headless Chromium.
+
+    Raises:
+        InputError: it is missing, or Playwright, which drives it.
+    """
+    executable = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if executable is None:
+        raise InputError("This benchmark needs a Chromium, and there is none here: apt install chromium.")
+    try:
+        from playwright.sync_api import sync_playwright
+    except ImportError as error:
+        raise InputError(
+            "This benchmark needs the package playwright, which is not installed: pip install playwright."
+        ) from error
+    with sync_playwright() as playwright:
+        started = playwright.chromium.launch(executable_path=executable, args=["--no-sandbox", "--disable-gpu"])
+        try:
+            yield started
+        finally:
+            started.close()
+
+
+@contextmanager
+def visited(chromium: Browser, folder: Path, query: str, width: int, height: int | None = None) -> Iterator[Page]:
+    """A page of the folder, once its picture rests."""
+    with WebServer(folder) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        page = chromium.new_page(viewport={"width": width, "height": height or width})
+        try:
+            page.set_default_timeout(PATIENCE_MS)
+            page.goto(f"http://127.0.0.1:{server.server_address[1]}/{query}")
+            settle(page)
+            yield page
+        finally:
+            page.close()
+            server.shutdown()
+
+
+def state(page: Page) -> dict[str, str]:
+    """What the page says of itself."""
+    return page.evaluate("({...document.body.dataset})")
+
+
+def settle(page: Page) -> None:
+    """Wait until the picture is as good as it gets.
+
+    Raises:
+        InputError: the page gave up.
+    """
+    page.wait_for_function("['resting', 'failed'].includes(document.body.dataset.state)")
+    if state(page)["state"] == "failed":
+        raise InputError(f"The page says: {page.locator('#message').inner_text()}")
+
+
+def move(page: Page, view: dict[str, float]) -> None:
+    """Ask for a view by the address, and wait for its picture."""
+    before = int(state(page)["frames"])
+    page.evaluate("hash => { location.hash = hash }", "&".join(f"{key}={value:.4f}" for key, value in view.items()))
+    page.wait_for_function(f"document.body.dataset.frames > {before}")
+    settle(page)
+
+
+def wanted_view(limits: dict[str, Any], number: int) -> dict[str, float]:
+    """One of many views, evenly spread over a page's region, as its address takes them."""
+    shares = [(0.5 + (number + 1) * step) % 1 for step in (0.7548776662, 0.5698402910, 0.3819660113)]
+    low, high = limits["azimuth"] or [limits["start"]["azimuth"] - math.pi, limits["start"]["azimuth"] + math.pi]
+    down, up = limits["elevation"]
+    view = {
+        "azimuth": math.degrees(low + (high - low) * shares[0]),
+        "elevation": math.degrees(down + (up - down) * shares[1]),
+    }
+    if limits["kind"] == "orbit":
+        near, far = limits["distance"]
+        view["distance"] = near + (far - near) * shares[2]
+    return view
+
+
+def shown_view(limits: dict[str, Any], address: str) -> dict[str, Any]:
+    """A page's region, its start at the view that the page says it shows."""
+    said = {key: float(value) for key, value in (part.split("=") for part in address.split("&"))}
+    start = {"azimuth": math.radians(said["azimuth"]), "elevation": math.radians(said["elevation"])}
+    if "distance" in said:
+        start["distance"] = said["distance"]
+    return {**limits, "start": {**limits["start"], **start}}
+
+
+def canvas_picture(page: Page) -> Float[Tensor, "height width 3"]:
+    """What is on the canvas, in [0, 1]."""
+    url = page.evaluate("document.querySelector('canvas').toDataURL('image/png')")
+    image = Image.open(io.BytesIO(base64.b64decode(url.partition(",")[2])))
+    return torch.from_numpy(np.asarray(image.convert("RGB"), dtype=np.float32) / 255)
+
+
+def loaded_bytes(files: dict[str, int], backend: Literal["webgpu", "wasm"]) -> int:
+    """What a visitor loads of a folder: the page, one runtime, one student."""
+    precision = "fp16" if backend == "webgpu" else "fp32"
+    page = [name for name in files if "/" not in name and not name.endswith((".onnx", ".txt"))]
+    runtime = [f"{RUNTIME}/{name}" for name in BACKENDS[backend]]
+    return sum(files[name] for name in [*page, *runtime, f"student.{precision}.onnx"])
+
+
+def as_markdown(figures: dict[str, Any]) -> str:
+    """The figures as tables."""
+    lines = [
+        f"# The web page on {figures['device']}",
+        "",
+        f"`r2l-benchmark web`, {figures['browser']}, {figures['runtime']}; load average {figures['load_average_at_start']}"
+        " when it began. Weights are random where nothing else is said: sizes and times are the same.",
+        "",
+    ]
+    counts = list(figures["frames"][0]["milliseconds"]) if figures["frames"] else []
+    if counts:
+        lines += [
+            "## Milliseconds of a frame, fastest (median)",
+            "",
+            "| student | frame | " + " | ".join(f"{count} thread{'s' * (count != '1')}" for count in counts) + " |",
+            "|---|---|" + "---|" * len(counts),
+        ]
+    for row in figures["frames"]:
+        taken = " | ".join(f"{found['fastest']:g} ({found['median']:g})" for found in row["milliseconds"].values())
+        lines.append(f"| `{row['method']}` | {row['frame']}, factor {row['factor']} | {taken} |")
+    if figures["frames"]:
+        lines += [
+            "",
+            "## Megabytes of a scene",
+            "",
+            "| | synthetic | forward-facing |",
+            "|---|---|---|",
+            *(f"| {name} (published) | {synthetic} | {facing} |" for name, synthetic, facing in PUBLISHED),
+        ]
+    for row in figures["frames"]:
+        size = row["bytes"]["student.fp16.onnx"] / 1e6
+        lines.append(f"| `{row['method']}`, {row['frame']}: student.fp16.onnx | {size:.1f} | {size:.1f} |")
+    for row in figures["frames"]:
+        files = row["bytes"]
+        lines += [
+            "",
+            f"## Bytes of the folder: {row['method']}, {row['frame']}",
+            "",
+            f"A visitor loads {loaded_bytes(files, 'webgpu') / 1e6:.1f} MB where WebGPU has half precision, and"
+            f" {loaded_bytes(files, 'wasm') / 1e6:.1f} MB where WebAssembly draws; the whole folder has"
+            f" {sum(files.values()) / 1e6:.1f} MB.",
+            "",
+            "| file | bytes |",
+            "|---|---|",
+            *(f"| {name} | {size} |" for name, size in files.items()),
+        ]
+    if "trained" in figures:
+        found = figures["trained"]
+        lines += [
+            "",
+            "## The canvas against torch",
+            "",
+            f"A trained `{found['method']}`, {found['picture']} pixels, {found['poses']} poses over where a visitor may go,"
+            f" on WebAssembly: {found['psnr_lowest']} dB at the worst, {found['psnr_mean']} dB on average (rounding to 8"
+            " bits leaves 59).",
+        ]
+    return "\n".join(lines) + "\n"
