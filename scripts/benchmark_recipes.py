@@ -313,7 +313,7 @@ class Recipes:
     """Other seconds for some recipes, by name."""
 
     def main(self) -> None:
-        """Measure, and write `recipes_NAME_METHOD.json` after every student."""
+        """Measure; write `recipes_NAME_METHOD.json` after every student, and `.md` and `.png` in the end."""
         recipes = rows_of(self.method)
         unknown = set(self.rows) - set(recipes)
         if unknown:
@@ -356,24 +356,79 @@ class Recipes:
                 )
                 self.results_dir.mkdir(parents=True, exist_ok=True)
                 file.write_text(json.dumps(figures, indent=1) + "\n")
+        file.with_suffix(".md").write_text(as_table(figures))
+        draw_curves(figures, file.with_suffix(".png"))
         CONSOLE.print(as_table(figures), markup=False)
+        CONSOLE.print(f"Written: {file}, .md, .png")
 
 
 def as_table(figures: dict[str, Any]) -> str:
     """The figures of one file as Markdown."""
-    lines = [
-        f"## {figures['capture']}, {figures['method']}, {figures['resolution']}, {figures['teacher_views']} teacher views",
-        "",
-        "| recipe | PSNR, dB | million rays | s | MB in fp16 |",
-        "|---|---|---|---|---|",
-    ]
+    title = (
+        f"{figures['capture']}, {figures['method']}, {figures['resolution']}, {figures['teacher_views']} teacher views"
+    )
+    lines = [f"## {title}", "", "| recipe | PSNR, dB | million pixels | s | MB in fp16 |", "|---|---|---|---|---|"]
     for row in figures["rows"].values():
         ends = [points[-1] for points in row["seeds"].values()]
         values = [end["psnr"] for end in ends]
         spread = f" ± {stdev(values):.2f}" if len(values) > 1 else ""
-        rays = mean(end["rays"] for end in ends) / 1e6
+        seen = mean(end["rays"] for end in ends) / 1e6
         lines.append(
-            f"| {row['recipe']} | {mean(values):.2f}{spread} | {rays:.2f} | {row['seconds']:g}"
+            f"| {row['recipe']} | {mean(values):.2f}{spread} | {seen:.2f} | {row['seconds']:g}"
             f" | {row['megabytes_in_fp16']} |"
         )
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, "", *ratios(figures)]) + "\n"
+
+
+def ratios(figures: dict[str, Any]) -> list[str]:
+    """How much sooner our recipe is where the longest training by the published one ends."""
+    of = {
+        name: sorted((row for row in figures["rows"].values() if row["recipe"] == name), key=lambda row: row["seconds"])
+        for name in ("paper", "ours")
+    }
+    if not (of["paper"] and of["ours"]):
+        return []
+    longest = of["paper"][-1]
+
+    def at_end(row: dict[str, Any], what: str) -> float:
+        return mean(points[-1][what] for points in row["seeds"].values())
+
+    goal = at_end(longest, "psnr")
+    for row in of["ours"]:
+        if at_end(row, "psnr") >= goal:
+            sooner = longest["seconds"] / row["seconds"]
+            fewer = at_end(longest, "rays") / at_end(row, "rays")
+            return [
+                f"The published recipe has {goal:.2f} dB after {longest['seconds']:g} s; ours has"
+                f" {at_end(row, 'psnr'):.2f} dB after {row['seconds']:g} s: {sooner:.0f} times less time, {fewer:.0f} times fewer pixels."
+            ]
+    best = of["ours"][-1]
+    return [
+        f"The published recipe has {goal:.2f} dB after {longest['seconds']:g} s; ours has {at_end(best, 'psnr'):.2f} dB"
+        f" after {best['seconds']:g} s."
+    ]
+
+
+def draw_curves(figures: dict[str, Any], file: Path) -> None:
+    """PSNR over processor time and over pixels, of the published recipe and ours; one line a seed."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    axes = figure.subplots(1, 2, sharey=True)
+    colours = {"paper": "tab:gray", "ours": "tab:blue"}
+    for row in figures["rows"].values():
+        if row["recipe"] not in colours:
+            continue
+        for seed, points in row["seeds"].items():
+            label = f"{row['recipe']}, {row['seconds']:g} s" if seed == "0" else None
+            shade = 0.3 + 0.7 * row["seconds"] / max(r["seconds"] for r in figures["rows"].values())
+            for axis, what, scale in ((axes[0], "seconds", 1), (axes[1], "rays", 1e6)):
+                xs, ys = [point[what] / scale for point in points], [point["psnr"] for point in points]
+                axis.plot(xs, ys, "o-", ms=3, lw=1, color=colours[row["recipe"]], alpha=shade, label=label)
+    for axis, label in zip(axes, ("seconds of one thread", "million pixels learnt from"), strict=True):
+        axis.set(xscale="log", xlabel=label)
+        axis.grid(alpha=0.3, which="both")
+    axes[0].set(ylabel="dB against the teacher, unseen poses")
+    axes[0].legend(fontsize=7)
+    figure.suptitle(f"{figures['capture']}, {figures['method']}, {figures['resolution']}")
+    figure.savefig(file, dpi=110)
