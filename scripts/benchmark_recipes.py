@@ -398,9 +398,10 @@ def ratios(figures: dict[str, Any]) -> list[str]:
         if at_end(row, "psnr") >= goal:
             sooner = longest["seconds"] / row["seconds"]
             fewer = at_end(longest, "rays") / at_end(row, "rays")
+            ours = f"{at_end(row, 'psnr'):.2f} dB after {row['seconds']:g} s"
             return [
-                f"The published recipe has {goal:.2f} dB after {longest['seconds']:g} s; ours has"
-                f" {at_end(row, 'psnr'):.2f} dB after {row['seconds']:g} s: {sooner:.0f} times less time, {fewer:.0f} times fewer pixels."
+                f"The published recipe has {goal:.2f} dB after {longest['seconds']:g} s; ours has {ours}:"
+                f" {sooner:.0f} times less time, {fewer:.0f} times fewer pixels."
             ]
     best = of["ours"][-1]
     return [
