@@ -11,6 +11,9 @@ from torch.nn.functional import pad
 
 from r2l_nerfstudio.students.mobile import MobileR2L
 
+GRID_STEP = 8
+"""Cells; on GPUs sides of ray images are rounded up to it, so that few sizes are ever planned for or captured."""
+
 
 def is_grid(network: nn.Module) -> bool:
     """Whether a network reads ray images [batch, in_dim, rows, columns] rather than rays [rays, in_dim]."""

@@ -20,10 +20,8 @@ from r2l_nerfstudio.engines.cache import write_atomically
 from r2l_nerfstudio.engines.onnx_graph import INPUT, OUTPUT, network_onnx
 from r2l_nerfstudio.engines.parity import in_dim
 from r2l_nerfstudio.engines.protocol import BrokenEngine, EngineName, Order, Precision
-from r2l_nerfstudio.engines.sizes import chunk_rows, from_bucket, in_chunks, is_grid, to_bucket
+from r2l_nerfstudio.engines.sizes import GRID_STEP, chunk_rows, from_bucket, in_chunks, is_grid, to_bucket
 
-GRID_STEP = 8
-"""Cells; sides of ray images are rounded up to it, so that few sizes are ever planned for."""
 _MOST_CELLS = 512
 _LEAST_CAPABILITY = (7, 5)
 

@@ -5,13 +5,17 @@ from __future__ import annotations
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
+from r2l_nerfstudio.engines.cuda_graph import CudaGraphs
 from r2l_nerfstudio.engines.protocol import EngineName, Order, Precision
-from r2l_nerfstudio.engines.sizes import is_grid
+from r2l_nerfstudio.engines.sizes import GRID_STEP, chunk_rows, from_bucket, is_grid, to_bucket
 from r2l_nerfstudio.engines.weights import FixedNetwork, weights_of, weights_state
 
 CPU_ROWS = 4096
 """Rays per call on a CPU: the hidden layers of more leave its caches."""
+_LEAST_ROWS = 4096
+"""Of a CUDA graph: fewer rays take a GPU no less time."""
 
 
 def version() -> str:
@@ -40,7 +44,8 @@ def build(order: Order) -> TorchEngine:
 
 
 class TorchEngine:
-    """Eager torch on a copy of the weights: norms folded, channels last for convolutions.
+    """Eager torch on a copy of the weights: norms folded, channels last for convolutions; in fp16, which is for GPUs, its
+    kernels are launched as CUDA graphs (NOT VERIFIED on a GPU).
 
     Args:
         network: in fp32 and evaluation mode; its device is the engine's.
@@ -55,6 +60,8 @@ class TorchEngine:
         self._is_grid = is_grid(network)
         self._seen: int | None = None
         self._weights = weights_of(network)
+        # `refresh` writes in place, so that graphs see it.
+        self._graphs = CudaGraphs(self._network, network.head.weight.device) if precision == "fp16" else None
 
     def follow(self, network: nn.Module) -> None:
         """Say whose weights `refresh` takes over: a network of the same shape, by default the one it was made from."""
@@ -72,8 +79,23 @@ class TorchEngine:
     def __call__(self, code: Float[Tensor, "*code"]) -> Float[Tensor, "*values"]:
         # Without a context for gradients: the viewer may interrupt inside one, and it would stay as it is.
         code = code.detach()
-        if self._is_grid:
-            return self._fixed(code.contiguous(memory_format=torch.channels_last))
-        if code.device.type == "cuda" or code.shape[0] <= CPU_ROWS:
-            return self._fixed(code)
+        if self._graphs is not None:
+            return self._replayed(self._graphs, code)
+        if self._is_grid or code.device.type == "cuda" or code.shape[0] <= CPU_ROWS:
+            return self._network(code)
         return torch.cat([self._fixed(part) for part in code.split(CPU_ROWS)])
+
+    def _network(self, code: Tensor) -> Tensor:
+        return self._fixed(code.contiguous(memory_format=torch.channels_last) if self._is_grid else code)
+
+    def _replayed(self, graphs: CudaGraphs, code: Tensor) -> Tensor:
+        """By graphs of few shapes: powers of two of rays, or ray images in steps."""
+        network = self._fixed.network
+        if self._is_grid:
+            frames = torch.cat([graphs(frame) for frame in to_bucket(code, GRID_STEP).split(1)])
+            return from_bucket(frames, *code.shape[-2:], network.factor)
+        values = []
+        for part in code.split(chunk_rows(code.device)):
+            rows = max(_LEAST_ROWS, 1 << (len(part) - 1).bit_length())
+            values.append(graphs(pad(part, (0, 0, 0, rows - len(part))))[: len(part)])
+        return torch.cat(values)

@@ -10,8 +10,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from r2l_nerfstudio.engines.protocol import DTYPES, EngineName, Order, Precision
-from r2l_nerfstudio.engines.sizes import chunk_rows, from_bucket, in_chunks, is_grid, to_bucket
-from r2l_nerfstudio.engines.tensorrt import GRID_STEP, usual_shapes
+from r2l_nerfstudio.engines.sizes import GRID_STEP, chunk_rows, from_bucket, in_chunks, is_grid, to_bucket
+from r2l_nerfstudio.engines.tensorrt import usual_shapes
 from r2l_nerfstudio.engines.weights import FixedNetwork
 
 

@@ -1,0 +1,102 @@
+"""A network's many small kernels launched as one, by a CUDA graph made by hand.
+
+NOT VERIFIED on a GPU: written against the documentation; its logic was run around stand-ins for `torch.cuda`.
+"""
+
+from __future__ import annotations
+
+import _thread
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+KEPT = 6
+"""Graphs at a time: each holds the memory of all activations of its shape."""
+_WARM_UP = 3
+"""Calls before a capture, in which libraries choose kernels and take their workspaces."""
+
+
+@dataclass
+class _Graph:
+    """One shape's graph with the memory that it reads and writes: to be called by one thread at a time."""
+
+    code: Tensor
+    values: Tensor
+    graph: torch.cuda.CUDAGraph
+
+    def __call__(self, code: Tensor) -> Tensor:
+        self.code.copy_(code)
+        self.graph.replay()
+        return self.values.clone()
+
+
+class CudaGraphs:
+    """Calls a function eagerly until a graph of it for the shape at hand has been captured, and replays that from then on.
+
+    A render thread captures nothing, holds no lock and waits for nothing, since it may be interrupted at any line: it takes
+    a graph out of a list, which no other thread can then do, and puts it back. Interrupted in between, the graph is lost,
+    and another one is captured. Without one at hand the function itself is called, as it always is once a capture failed.
+
+    Args:
+        run: from code to values on the GPU: the same kernels each time, no waiting for the GPU, weights where they are; they
+            may be written to in place.
+        device: the GPU.
+    """
+
+    def __init__(self, run: Callable[[Tensor], Tensor], device: torch.device) -> None:
+        self._run = run
+        self._device = device
+        # The newest last; never changed, only replaced, by the capturing thread alone.
+        self._free: dict[tuple[int, ...], list[_Graph]] = {}
+        self._capturing = threading.Lock()
+        self.has_failed = False
+
+    def __call__(self, code: Float[Tensor, "*code"]) -> Float[Tensor, "*values"]:
+        free = self._free.get(tuple(code.shape))
+        try:
+            graph = None if free is None else free.pop()
+        except IndexError:  # another thread has it
+            graph = None
+        if graph is None:
+            if not self.has_failed and not self._capturing.locked():
+                # One call that cannot be interrupted half-way, as `threading.Thread.start` can.
+                _thread.start_new_thread(self._capture, (tuple(code.shape),))
+            return self._run(code)
+        values = graph(code)
+        free.append(graph)
+        return values
+
+    def _capture(self, shape: tuple[int, ...]) -> None:
+        if not self._capturing.acquire(blocking=False):
+            return
+        try:
+            graph = self._captured(shape)
+            probe = torch.rand(shape, device=self._device)
+            # The same kernels on the same numbers: what differs more than rounding was not captured whole.
+            if not torch.allclose(graph(probe), self._run(probe), atol=1e-2):
+                raise RuntimeError("the graph gives other values")
+            # The shape at hand last: the oldest ones go. A graph in use goes when its thread has done with the list.
+            kept = {old: graphs for old, graphs in self._free.items() if old != shape}
+            self._free = {**dict([*kept.items()][-(KEPT - 1) :]), shape: [graph]}
+        except Exception:  # of any kind, as CUDA raises it: eager calls go on
+            self.has_failed = True
+        finally:
+            self._capturing.release()
+
+    def _captured(self, shape: tuple[int, ...]) -> _Graph:
+        code = torch.zeros(shape, device=self._device)
+        stream = torch.cuda.Stream(self._device)
+        stream.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(stream):
+            for _ in range(_WARM_UP):
+                self._run(code)
+        stream.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        # Other threads go on drawing, and take memory, meanwhile.
+        with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+            values = self._run(code)
+        return _Graph(code, values, graph)
