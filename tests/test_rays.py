@@ -9,10 +9,10 @@ from nerfstudio.field_components.spatial_distortions import SceneContraction
 
 from r2l_nerfstudio.errors import InputError
 from r2l_nerfstudio.rays.contraction import contract
-from r2l_nerfstudio.rays.encoding import encoded_dim, frequency_encode
+from r2l_nerfstudio.rays.encoding import encoded_dim, frequency_encode, frequency_encode_into
 from r2l_nerfstudio.rays.pinhole import image_rays, pinhole_rays, pixel_centers
 from r2l_nerfstudio.rays.ray_code import RayCode
-from r2l_nerfstudio.rays.spacing import SceneBounds, ray_sphere_interval, stratified
+from r2l_nerfstudio.rays.spacing import SceneBounds, cross_sphere, stratified
 
 
 def some_pose() -> torch.Tensor:
@@ -52,6 +52,27 @@ def test_encoding_is_the_published_one() -> None:
     assert encoded_dim(5, 0) == 5
 
 
+@pytest.mark.parametrize("octaves", [0, 1, 6, 10, 13])
+def test_encoding_without_gradients_is_the_same(octaves: int) -> None:
+    values = torch.rand(200, 24, generator=torch.Generator().manual_seed(1)) * 4 - 2
+    code = torch.full((200, 24 * (2 * octaves + 1) + 5), 7.0)
+    frequency_encode_into(values, octaves, code[:, :-5])
+    error = code[:, :-5].double() - frequency_encode(values.double().float(), octaves).double()
+    assert float(error.abs().max()) < 2e-4 and float(error.square().mean()) < 1e-11  # 110 dB
+    assert (code[:, -5:] == 7).all(), "written beyond its own columns"
+    exact = torch.cat([(2.0**k * values.double()).sin() for k in range(octaves)] or [values.double()[:, :0]], dim=-1)
+    error = code[:, 24 : 24 * (octaves + 1)].double() - exact
+    assert octaves == 0 or float(error.square().mean()) < 1e-11
+
+
+def test_gradients_go_through_an_encoding() -> None:
+    code = RayCode("points", 4, 3)
+    origins, directions = some_rays()
+    origins.requires_grad_()
+    code(origins, directions).square().sum().backward()
+    assert origins.grad.abs().max() > 0
+
+
 def test_encoding_stays_in_fp32_under_autocast() -> None:
     code = RayCode("points", 4, 10)
     origins, directions = some_rays()
@@ -68,11 +89,11 @@ def test_contraction_equals_nerfstudios() -> None:
 def test_sphere_interval() -> None:
     center, radius = torch.tensor([0.0, 0.0, -5.0]), torch.tensor(2.0)
     ahead = torch.tensor([[0.0, 0.0, -1.0]])
-    enter, leave = ray_sphere_interval(torch.zeros(1, 3), ahead, center, radius)
+    enter, leave, _ = cross_sphere(torch.zeros(1, 3), ahead, center, radius)
     assert (float(enter), float(leave)) == pytest.approx((3.0, 7.0))
-    enter, leave = ray_sphere_interval(torch.tensor([[1.0, 0.0, 0.0]]), ahead, center, radius)
+    enter, leave, _ = cross_sphere(torch.tensor([[1.0, 0.0, 0.0]]), ahead, center, radius)
     assert float(leave - enter) == pytest.approx(2 * 3**0.5)
-    enter, leave = ray_sphere_interval(torch.tensor([[9.0, 0.0, 0.0]]), ahead, center, radius)
+    enter, leave, _ = cross_sphere(torch.tensor([[9.0, 0.0, 0.0]]), ahead, center, radius)
     assert float((enter + leave) / 2) == pytest.approx(5.0)  # a miss: around the closest approach
 
 

@@ -23,6 +23,7 @@ from r2l_nerfstudio.engines.probe import probe_code
 from r2l_nerfstudio.engines.switch import EngineChoice, EngineSwitch
 from r2l_nerfstudio.errors import InputError, exit_on_input_error
 from r2l_nerfstudio.models.camera_rays import camera_rays, crop_interval, is_pinhole, pinhole_parameters
+from r2l_nerfstudio.models.drawing_code import DrawingCode
 from r2l_nerfstudio.models.metrics import image_metrics
 from r2l_nerfstudio.rays.ray_code import RayCode, RayCodeKind
 from r2l_nerfstudio.rays.spacing import SceneBounds, SpacingKind
@@ -109,6 +110,7 @@ class LightFieldModel(Model):
         if self.config.volume_resolution > 0:
             self.volume = FeatureVolume(self.config.volume_resolution, self.config.volume_channels)
             code_dim += self.config.volume_channels * self.config.volume_points
+        self.drawing_code = DrawingCode(self.ray_code, self.volume, self.config.volume_points)
         self.network = self.build_network(code_dim)
         self.register_buffer("background", torch.ones(3))
         self.has_accumulation = True
@@ -216,6 +218,8 @@ class LightFieldModel(Model):
             directions: unit length.
             jitter: draw the points at random inside their segments, per ray (training).
         """
+        if origins.device.type == "cpu" and not (jitter or torch.is_grad_enabled()):
+            return self.drawing_code(origins.float(), directions.float())
         code = self.ray_code(origins, directions, jitter)
         if self.volume is None:
             return code
@@ -259,13 +263,19 @@ class LightFieldModel(Model):
 
         Rays that miss a bounded scene's sphere see the background: nobody taught the student, but there is nothing.
         """
-        origins, directions = camera_rays(camera, self.device)
-        missed = self.ray_code.misses_scene(origins, directions)
-        outputs = {"rgb": torch.where(missed, self.background, values[..., :3])}
+        rgb, accumulation, fraction = values.split((3, 1, 1), dim=-1)
+        crossing = None
+        if self.ray_code.spacing == "sphere":
+            origins, directions = camera_rays(camera, self.device)
+            # All rays of a pinhole begin at one point: what depends on that alone is reckoned once.
+            crossing = self.ray_code.crossing(origins[:1, :1] if is_pinhole(camera) else origins, directions)
+            rgb = torch.where(crossing.is_missed, self.background, rgb)
+            accumulation = accumulation.masked_fill(crossing.is_missed, 0.0)
+        outputs = {"rgb": rgb}
         if self.has_accumulation:
-            outputs["accumulation"] = values[..., 3:4].masked_fill(missed, 0.0)
+            outputs["accumulation"] = accumulation
         if self.has_depth:
-            outputs["depth"] = self.ray_code.to_distance(origins, directions, values[..., 4:5]).clamp_min(0.0)
+            outputs["depth"] = self.ray_code.distance(fraction, crossing).clamp_min(0.0)
             outputs.setdefault("accumulation", torch.ones_like(outputs["depth"]))
         return outputs
 

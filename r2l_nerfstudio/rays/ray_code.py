@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from r2l_nerfstudio.errors import InputError
 from r2l_nerfstudio.rays.contraction import contract
-from r2l_nerfstudio.rays.encoding import encoded_dim, frequency_encode
-from r2l_nerfstudio.rays.spacing import SceneBounds, SpacingKind, ray_sphere_interval, stratified
+from r2l_nerfstudio.rays.encoding import encoded_dim, frequency_encode, frequency_encode_into
+from r2l_nerfstudio.rays.spacing import SceneBounds, SpacingKind, SphereCrossing, cross_sphere, stratified
 
 RayCodeKind = Literal["points", "plucker", "two-plane"]
 
@@ -90,8 +90,16 @@ class RayCode(nn.Module):
             fp32 code of length `dim`.
         """
         with torch.autocast(device_type=origins.device.type, enabled=False):
-            values = self.values(origins.float(), directions.float(), jitter)
+            return self.encoded(self.values(origins.float(), directions.float(), jitter))
+
+    def encoded(self, values: Float[Tensor, "*batch values"]) -> Float[Tensor, "*batch dim"]:
+        """The code of `values`; as `frequency_encode`, without its memory where no gradients are wanted."""
+        if values.requires_grad:
             return frequency_encode(values, self.num_frequencies)
+        code = values.new_empty(*values.shape[:-1], self.dim)
+        flat = values.reshape(-1, values.shape[-1])
+        frequency_encode_into(flat, self.num_frequencies, code.view(-1, self.dim))
+        return code
 
     def values(
         self, origins: Float[Tensor, "*batch 3"], directions: Float[Tensor, "*batch 3"], jitter: bool = False
@@ -112,11 +120,25 @@ class RayCode(nn.Module):
         jitter: bool = False,
     ) -> Float[Tensor, "*batch points 3"]:
         """Points along rays, relative to the scene's centre, in units of its radius, contracted unless it is a sphere."""
-        fractions = stratified(num_points, tuple(origins.shape[:-1]), jitter, origins.device)
-        distances = self.to_distance(origins, directions, fractions)
-        points = origins[..., None, :] + distances[..., None] * directions[..., None, :]
-        points = (points - self.center) / self.radius
+        # Without jitter all rays have the same ones.
+        fractions = stratified(num_points, tuple(origins.shape[:-1]) if jitter else (), jitter, origins.device)
+        start, step = self.line(origins, directions)
+        points = start[..., None, :] + self.positions(fractions)[..., None] * step[..., None, :]
         return points if self.spacing == "sphere" else contract(points)
+
+    def line(
+        self, origins: Float[Tensor, "*#batch 3"], directions: Float[Tensor, "*#batch 3"]
+    ) -> tuple[Float[Tensor, "*batch 3"], Float[Tensor, "*batch 3"]]:
+        """Start and step of rays: `start + positions(fraction) * step` are their points, before contraction."""
+        start = origins - self.center
+        if self.spacing != "sphere":
+            return start / self.radius, directions / self.radius
+        enter, leave, _ = cross_sphere(origins, directions, self.center, self.radius)
+        return (start + enter * directions) / self.radius, (leave - enter) / self.radius * directions
+
+    def positions(self, fractions: Float[Tensor, "*n"]) -> Float[Tensor, "*n"]:
+        """In steps of `line`, of positions in [0, 1] of the scene's spacing: the same ones for all rays."""
+        return fractions if self.spacing == "sphere" else self.distance(fractions, None)
 
     def _two_plane(self, origins: Tensor, directions: Tensor) -> Tensor:
         local_origins = (origins - self.center) / self.radius @ self.axes
@@ -136,9 +158,21 @@ class RayCode(nn.Module):
         fractions: Float[Tensor, "*batch n"],
     ) -> Float[Tensor, "*batch n"]:
         """Distance along the unit ray of positions in [0, 1] of the scene's spacing."""
+        return self.distance(fractions, self.crossing(origins, directions))
+
+    def crossing(
+        self, origins: Float[Tensor, "*#batch 3"], directions: Float[Tensor, "*#batch 3"]
+    ) -> SphereCrossing | None:
+        """Where unit rays cross a bounded scene's sphere; None in a scene that has no sphere."""
+        if self.spacing != "sphere":
+            return None
+        return cross_sphere(origins, directions, self.center, self.radius)
+
+    def distance(self, fractions: Float[Tensor, "*n"], crossing: SphereCrossing | None) -> Float[Tensor, "*n"]:
+        """As `to_distance`, of rays whose `crossing` is known; all rays alike where it is None."""
         if self.spacing == "disparity":
             return 1.0 / (1.0 / self.near + (1.0 / self.far - 1.0 / self.near) * fractions)
-        start, end = self._interval(origins, directions)
+        start, end = (self.near, self.far) if crossing is None else crossing[:2]
         return start + (end - start) * fractions
 
     def to_fraction(
@@ -151,22 +185,13 @@ class RayCode(nn.Module):
         if self.spacing == "disparity":
             near, far = 1.0 / self.near, 1.0 / self.far
             return ((1.0 / distances.clamp_min(1e-6) - near) / (far - near)).clamp(0.0, 1.0)
-        start, end = self._interval(origins, directions)
+        crossing = self.crossing(origins, directions)
+        start, end = (self.near, self.far) if crossing is None else crossing[:2]
         return ((distances - start) / (end - start)).clamp(0.0, 1.0)
 
     def misses_scene(
         self, origins: Float[Tensor, "*batch 3"], directions: Float[Tensor, "*batch 3"]
     ) -> Bool[Tensor, "*batch 1"]:
         """Which unit rays pass by a bounded scene's sphere, or leave it behind; none in a scene that has no sphere."""
-        if self.spacing != "sphere":
-            return torch.zeros_like(origins[..., :1], dtype=torch.bool)
-        offset = origins - self.center
-        along = (offset * directions).sum(-1, keepdim=True)
-        distance_squared = offset.square().sum(-1, keepdim=True)
-        beside = distance_squared - along.square() > self.radius**2
-        return beside | ((along > 0) & (distance_squared > self.radius**2))
-
-    def _interval(self, origins: Tensor, directions: Tensor) -> tuple[Tensor, Tensor]:
-        if self.spacing == "sphere":
-            return ray_sphere_interval(origins, directions, self.center, self.radius)
-        return self.near, self.far
+        crossing = self.crossing(origins, directions)
+        return torch.zeros_like(origins[..., :1], dtype=torch.bool) if crossing is None else crossing.is_missed

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 SpacingKind = Literal["sphere", "near-far", "disparity"]
@@ -32,13 +32,23 @@ class SceneBounds:
     """Farthest distance from a camera that is told apart."""
 
 
-def ray_sphere_interval(
-    origins: Float[Tensor, "*batch 3"],
-    directions: Float[Tensor, "*batch 3"],
+class SphereCrossing(NamedTuple):
+    """Where rays cross a sphere."""
+
+    enter: Float[Tensor, "*batch 1"]
+    """Distance along the unit ray, negative behind its origin."""
+    leave: Float[Tensor, "*batch 1"]
+    is_missed: Bool[Tensor, "*batch 1"]
+    """Whether the ray passes by the sphere, or leaves it behind."""
+
+
+def cross_sphere(
+    origins: Float[Tensor, "*#batch 3"],
+    directions: Float[Tensor, "*#batch 3"],
     center: Float[Tensor, "3"],
     radius: Float[Tensor, ""],
-) -> tuple[Float[Tensor, "*batch 1"], Float[Tensor, "*batch 1"]]:
-    """Distances at which unit rays enter and leave a sphere, negative behind the origin.
+) -> SphereCrossing:
+    """Where unit rays cross a sphere.
 
     A ray that misses gets a short interval around its point of closest approach, so that codes stay continuous across
     the sphere's rim and still tell the ray's direction.
@@ -47,7 +57,9 @@ def ray_sphere_interval(
     middle = -(offset * directions).sum(-1, keepdim=True)
     closest_squared = (offset + middle * directions).square().sum(-1, keepdim=True)
     half = (radius**2 - closest_squared).clamp_min((0.1 * radius) ** 2).sqrt()
-    return middle - half, middle + half
+    is_outside = offset.square().sum(-1, keepdim=True) > radius**2
+    is_missed = (closest_squared > radius**2) | ((middle < 0) & is_outside)
+    return SphereCrossing(middle - half, middle + half, is_missed)
 
 
 def stratified(
