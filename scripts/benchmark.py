@@ -315,7 +315,9 @@ def as_table(figures: dict[str, Any]) -> str:
 def main() -> None:
     """Console entry point `r2l-benchmark`."""
     with exit_on_input_error():
-        commands = {"distil": Distil, "render": Render, "train": Train, "recipes": Recipes, "web": Web}
+        from r2l_nerfstudio.scripts.benchmark_curve import Curve  # it measures as this module does
+
+        commands = {"distil": Distil, "curve": Curve, "render": Render, "train": Train, "recipes": Recipes, "web": Web}
         tyro.extras.subcommand_cli_from_dict(commands, description=__doc__, prog="r2l-benchmark").main()
 
 

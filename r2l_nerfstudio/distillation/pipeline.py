@@ -264,6 +264,7 @@ class DistillationPipeline(VanillaPipeline):
         with self.averaged():
             pseudo = self.holdout_psnr(self.datamanager.held_views)
             writer.put_scalar(name="Holdout PSNR (teacher views)", scalar=pseudo, step=step)
+            writer.put_scalar(name="Training done", scalar=float(self.done), step=step)
             line = f"Step {step}: {pseudo:.2f} dB against the teacher on views never trained on"
             if self.datamanager.held_photographs is not None:
                 real = self.holdout_psnr(self.datamanager.held_photographs)

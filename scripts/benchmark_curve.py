@@ -1,0 +1,168 @@
+"""A student's learning curve in minutes and decibels, on a real capture, in slices that may be run one by one."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import os
+import signal
+import threading
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from nerfstudio.engine.trainer import TrainerConfig
+from nerfstudio.utils.rich_utils import CONSOLE
+from r2l_nerfstudio.scripts.benchmark import CAPTURES, device_name, measure
+
+from r2l_nerfstudio.errors import InputError
+
+PUBLISHED = {"r2l": {"lego": 32.53}}
+"""PSNR in dB on test views as the papers' own code reports it for single captures; R2L's teacher of lego has 31.42."""
+MARK = "Holdout PSNR"
+LOOKS = {"cuda": 100, "cpu": 20}
+"""Iterations between looks at the held-out views."""
+
+
+@dataclass
+class Curve:
+    """Train a student for so many minutes and draw its PSNR on held-out views over them. Run it again to go on where a
+    slice, or a kill, ended; the final figures on test views are measured once, when the minutes are used up."""
+
+    capture: Literal["lego", "fern", "fox"]
+    """Which capture."""
+    data_dir: Path
+    """Folder that holds lego_400, fern_504, fox_540."""
+    teacher: Path | None = None
+    """A trained run to learn from; without it, a nerfacto with Nerfstudio's defaults is trained first."""
+    method: str = "r2l"
+    """The student's method, as for ns-train."""
+    minutes: float = 25.0
+    """Of the student's training in all, the teacher's views included."""
+    slice_minutes: float | None = None
+    """Stop after so many minutes of this call, with everything saved."""
+    scale: float = 1.0
+    """Resolution, as a share of the capture's."""
+    test_views: int = 25
+    """At most this many test views, evenly spaced, for the final figures."""
+    cache_dir: Path | None = None
+    """Folder to keep the teacher's views in, so that a later slice need not render them again."""
+    output_dir: Path = Path("outputs/curve")
+    """Where runs go."""
+    results_dir: Path = Path("benchmarks/results")
+    """Where figures go."""
+
+    def main(self) -> None:
+        """Run a slice; write `curve_CAPTURE_METHOD.{json,png}`."""
+        from nerfstudio.configs.method_configs import all_methods
+        from nerfstudio.scripts.train import main
+
+        teacher = self.teacher or self._teacher()
+        config = copy.deepcopy(all_methods[self.method])
+        config.teacher = teacher
+        config.output_dir = self.output_dir
+        config.experiment_name = self.capture
+        config.timestamp = "curve"
+        config.max_minutes = self.minutes
+        config.vis = "tensorboard"
+        config.viewer.quit_on_train_completion = True
+        config.steps_per_save = 250
+        config.pipeline.steps_per_holdout = LOOKS[config.machine.device_type if torch.cuda.is_available() else "cpu"]
+        config.pipeline.datamanager.cache_dir = self.cache_dir
+        folder = config.get_base_dir()
+        figures_file = self.results_dir / f"curve_{self.capture}_{self.method}.json"
+        if figures_file.exists() and "student_psnr" in json.loads(figures_file.read_text()):
+            raise InputError(f"{figures_file} holds a finished curve: name another --results-dir, or delete it.")
+        if any((folder / "nerfstudio_models").glob("*.ckpt")):
+            config.load_dir = folder / "nerfstudio_models"
+        end = threading.Timer(60 * (self.slice_minutes or math.inf), os.kill, (os.getpid(), signal.SIGINT))
+        if self.slice_minutes is not None:
+            end.start()
+        try:
+            main(config)
+        finally:
+            end.cancel()
+        newest = max((folder / "nerfstudio_models").glob("*.ckpt"))
+        done = float(torch.load(newest, map_location="cpu", weights_only=True)["pipeline"]["done"])
+        figures: dict[str, Any] = {
+            "capture": self.capture,
+            "method": self.method,
+            "device": device_name(),
+            "minutes": self.minutes,
+            "published_test_psnr": PUBLISHED.get(self.method, {}).get(self.capture),
+            "curve": read_curve(folder, self.minutes),
+        }
+        if done >= 1.0:
+            figures |= measure(folder / "config.yml", teacher, self.test_views)[0]
+        self.results_dir.mkdir(parents=True, exist_ok=True)
+        figures_file.write_text(json.dumps(figures, indent=1) + "\n")
+        draw(figures, figures_file.with_suffix(".png"))
+        CONSOLE.print(
+            f"{done:.0%} of {self.minutes:g} minutes are trained. Written: {figures_file}, .png", markup=False
+        )
+
+    def _teacher(self) -> Path:
+        """A nerfacto of default size; found again when it is there."""
+        from nerfstudio.configs.method_configs import all_methods
+        from nerfstudio.scripts.train import main
+
+        capture = CAPTURES[self.capture]
+        config: TrainerConfig = copy.deepcopy(all_methods["nerfacto"])
+        config.output_dir, config.experiment_name, config.timestamp = self.output_dir, self.capture, "curve"
+        config.vis = "tensorboard"
+        config.viewer.quit_on_train_completion = True
+        config.pipeline.datamanager.dataparser = capture.dataparser(self.data_dir / capture.folder)
+        config.pipeline.datamanager.camera_res_scale_factor = self.scale
+        if capture.object_range is not None:
+            near, far = capture.object_range
+            model = config.pipeline.model
+            model.near_plane, model.far_plane, model.background_color = near, far, "white"
+            model.disable_scene_contraction = True
+            model.camera_optimizer.mode = "off"
+        path = config.get_base_dir() / "config.yml"
+        if not any(config.get_checkpoint_dir().glob(f"*{config.max_num_iterations - 1:09d}.ckpt")):
+            main(config)
+        return path
+
+
+def read_curve(folder: Path, minutes: float) -> list[dict[str, float]]:
+    """Looks at the held-out views, from a run's TensorBoard log: minutes of training, PSNR in dB.
+
+    Args:
+        folder: of the run.
+        minutes: that the whole training takes.
+    """
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    found: dict[int, dict[str, float]] = {}
+    for log in sorted(folder.glob("events.out.tfevents.*")):
+        events = EventAccumulator(str(log), size_guidance={"scalars": 0}).Reload()
+        for tag in events.Tags()["scalars"]:
+            if not tag.startswith(MARK) and tag != "Training done":
+                continue
+            for event in events.Scalars(tag):
+                look = found.setdefault(event.step, {"step": event.step})
+                if tag == "Training done":
+                    look["minutes"] = round(event.value * minutes, 3)
+                else:
+                    look["photographs" if "photographs" in tag else "teacher_views"] = round(event.value, 3)
+    return [found[step] for step in sorted(found)]
+
+
+def draw(figures: dict[str, Any], file: Path) -> None:
+    """The curve as a picture."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axis = figure.subplots()
+    for what in ("teacher_views", "photographs"):
+        looks = [look for look in figures["curve"] if what in look]
+        axis.plot([look["minutes"] for look in looks], [look[what] for look in looks], label=f"held-out {what}")
+    if figures["published_test_psnr"] is not None:
+        axis.axhline(figures["published_test_psnr"], ls=":", color="gray", label="published, test views, days")
+    axis.set(xlabel="minutes, teacher views included", ylabel="dB", title=f"{figures['capture']}, {figures['method']}")
+    axis.grid(alpha=0.3)
+    axis.legend()
+    figure.savefig(file, dpi=110)

@@ -1,0 +1,50 @@
+"""A learning curve in slices: stopped, taken up again, measured once at its end."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from distil import own_writers
+from r2l_nerfstudio.scripts.benchmark_curve import Curve
+
+from r2l_nerfstudio.errors import InputError
+
+
+def test_curve_goes_on_where_a_slice_ended(
+    tiny_teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from nerfstudio.configs.method_configs import all_methods
+
+    pipeline = all_methods["mobile-r2l-lite"].pipeline
+    monkeypatch.setattr(pipeline, "check_frame", False)  # this teacher is barely trained
+    monkeypatch.setattr(pipeline.model, "width", 16)
+    monkeypatch.setattr(pipeline.datamanager, "crop_cells", 3)
+    curve = Curve(
+        capture="lego",
+        data_dir=tmp_path,
+        teacher=tiny_teacher,
+        method="mobile-r2l-lite",
+        minutes=0.5,
+        slice_minutes=0.32,
+        test_views=1,
+        output_dir=tmp_path,
+        results_dir=tmp_path / "results",
+    )
+    file = tmp_path / "results" / "curve_lego_mobile-r2l-lite.json"
+    with own_writers():
+        curve.main()
+    first = json.loads(file.read_text())
+    assert "student_psnr" not in first  # test views are for the end
+    curve.slice_minutes = None
+    with own_writers():
+        curve.main()
+    whole = json.loads(file.read_text())
+    assert whole["student_psnr"] > 0 and file.with_suffix(".png").exists()
+    assert whole["curve"][: len(first["curve"])] == first["curve"]
+    minutes = [look["minutes"] for look in whole["curve"]]
+    assert len(minutes) > len(first["curve"]) and minutes == sorted(minutes) and minutes[-1] <= 0.5
+    assert all(look["teacher_views"] > 0 for look in whole["curve"])
+    with pytest.raises(InputError, match="finished curve"):
+        curve.main()
