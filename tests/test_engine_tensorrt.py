@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import importlib
 import sys
+import warnings
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
-from networks import KINDS, network
+from networks import KINDS, code, network
+from student_runs import fill, tiny_mobile_r2l, tiny_r2l
 
 from r2l_nerfstudio.engines import tensorrt, torch_tensorrt
 from r2l_nerfstudio.engines.onnx_graph import INPUT, OUTPUT, network_onnx
@@ -17,6 +20,8 @@ from r2l_nerfstudio.engines.protocol import BrokenEngine, Order
 from r2l_nerfstudio.engines.registry import build_engine
 from r2l_nerfstudio.engines.tensorrt import Shapes, build_plan, find_flavour, usual_shapes
 from r2l_nerfstudio.errors import InputError
+from r2l_nerfstudio.export.graph import EncodedNetwork
+from r2l_nerfstudio.rays.spacing import SceneBounds
 from r2l_nerfstudio.students.mobile import MobileR2L
 from r2l_nerfstudio.students.resmlp import ResMLP
 
@@ -186,6 +191,39 @@ def test_plans_are_built_in_the_precision_asked_for(kind: str, shape: str, rtx: 
     assert 4 * numbers < sizes["fp32"]
 
 
+WHOLE = {
+    ("r2l", "static"): Shapes(*[(700, 3)] * 3),
+    ("mobile-r2l", "dynamic"): Shapes((3, 3, 3), (27, 19, 3), (512, 512, 3)),
+}
+
+
+# The other two, a ray image of one size and any number of rays, `test_export` builds.
+@pytest.mark.parametrize(("kind", "shape"), WHOLE, ids=["-".join(key) for key in WHOLE])
+def test_plans_of_whole_students_are_built_encoding_and_all(kind: str, shape: str, rtx: ModuleType):
+    config = tiny_r2l() if kind == "r2l" else tiny_mobile_r2l(volume_resolution=5)
+    model = config.setup(scene_box=None, num_train_data=1, metadata={}, device="cpu", grad_scaler=None).eval()
+    bounds = SceneBounds("sphere" if kind == "r2l" else "disparity", (0.1, -0.1, 0.05), 0.8, 1.0, 3.0)
+    model.set_scene(bounds, torch.eye(3), torch.ones(3), has_accumulation=True, has_depth=True, focal=50.0)
+    fill(model)
+    shapes = WHOLE[kind, shape]
+    rays = torch.nn.functional.normalize(torch.randn(2, *shapes.usual), dim=-1).unbind(0)
+    open_axes = {axis: torch.export.Dim(f"side{axis}", min=3) for axis in range(len(shapes.usual) - 1)}
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")
+        program = torch.onnx.export(
+            EncodedNetwork(model, "fp16").eval(),
+            rays,
+            dynamo=True,
+            input_names=["origins", "directions"],
+            dynamic_shapes=None if shape == "static" else (open_axes, open_axes),
+            opset_version=20,
+            verbose=False,
+        )
+    graph = program.model_proto.SerializeToString()
+    plan = build_plan(rtx, graph, dict.fromkeys(["origins", "directions"], shapes))
+    assert len(plan) > 2 * sum(p.numel() for p in model.network.parameters())
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_graph_reads_and_gives_fp32_of_any_size(kind: str, rtx: ModuleType):
     net = network(kind)
@@ -226,3 +264,17 @@ def test_a_plan_that_the_library_does_not_take_is_an_error_and_the_cached_one_go
     with pytest.raises(BrokenEngine, match="does not take the plan"):
         tensorrt.build(order)
     assert cached.stat().st_size > 1000 and [*tmp_path.iterdir()] == [cached]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_torch_tensorrt_takes_all_of_a_network(kind: str, capfd: pytest.CaptureFixture):
+    try:
+        torch_trt = importlib.import_module("torch_tensorrt")
+    except Exception as error:  # four kinds, depending on what is missing
+        pytest.skip(f"torch_tensorrt does not import here ({type(error).__name__}): it needs TensorRT's own libraries")
+    net = network(kind)
+    example = code(kind, 8, 8)
+    with torch.no_grad():
+        program = torch.export.export(net, (example,))
+        torch_trt.dynamo.compile(program, [example], dryrun=True, min_block_size=1)
+    assert "100.00%" in "".join(capfd.readouterr()), "a part of it would stay with torch"
