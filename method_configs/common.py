@@ -44,17 +44,31 @@ def student_config(
     )
 
 
-def our_optimizers(ends_lr: float = 1e-3) -> dict[str, Any]:
-    """Muon for the hidden matrices, Adam for the rest, half a cosine."""
+def our_optimizers(
+    hidden: float = 2e-3, ends: float = 1e-3, volume: float = 1e-2, warmup_steps: int = 200
+) -> dict[str, Any]:
+    """Muon for the hidden matrices, Adam for the rest, half a cosine.
+
+    Args:
+        hidden: learning rate of the matrices between hidden layers.
+        ends: of the network's other weights.
+        volume: of the features in space.
+        warmup_steps: iterations of warm-up.
+    """
     optimizers: dict[str, OptimizerConfig] = {
-        "hidden": MuonOptimizerConfig(lr=2e-3),
-        "volume": AdamOptimizerConfig(lr=1e-2, eps=1e-15),
-        "ends": AdamOptimizerConfig(lr=ends_lr, eps=1e-8),
+        "hidden": MuonOptimizerConfig(lr=hidden),
+        "volume": AdamOptimizerConfig(lr=volume, eps=1e-15),
+        "ends": AdamOptimizerConfig(lr=ends, eps=1e-8),
     }
     return {
-        group: {"optimizer": optimizer, "scheduler": WarmupCosineSchedulerConfig()}
+        group: {"optimizer": optimizer, "scheduler": WarmupCosineSchedulerConfig(warmup_steps=warmup_steps)}
         for group, optimizer in optimizers.items()
     }
+
+
+def small_optimizers() -> dict[str, Any]:
+    """For networks that a CPU trains in minutes: far higher rates than large ones bear."""
+    return our_optimizers(hidden=8e-3, ends=4e-3, volume=4e-2, warmup_steps=50)
 
 
 def published_optimizers(weight_decay: float = 0.0) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from nerfstudio.plugins.types import MethodSpecification
-from r2l_nerfstudio.method_configs.common import our_optimizers, published_optimizers, student_config
+from r2l_nerfstudio.method_configs.common import our_optimizers, published_optimizers, small_optimizers, student_config
 
 from r2l_nerfstudio.distillation.crop_datamanager import CropDataManagerConfig
 from r2l_nerfstudio.distillation.pose_sampling import PoseSamplerConfig
@@ -15,7 +15,7 @@ mobile_r2l = MethodSpecification(
         CropDataManagerConfig(train_num_rays_per_batch=1 << 20, crop_cells=16),
         MobileR2LModelConfig(),
         max_num_iterations=30000,
-        optimizers=our_optimizers(ends_lr=2e-3),
+        optimizers=our_optimizers(ends=2e-3),
         ema_decay=0.995,
     ),
     description="MobileR2L: distil --teacher into an 8 MB convolutional student that phones draw in real time.",
@@ -27,7 +27,7 @@ mobile_r2l_lite = MethodSpecification(
         CropDataManagerConfig(train_num_rays_per_batch=8192, crop_cells=6),
         MobileR2LModelConfig(width=128, blocks=8, up_width=32, jitter_points=False, volume_resolution=40),
         max_num_iterations=20000,
-        optimizers=our_optimizers(ends_lr=2e-3),
+        optimizers=small_optimizers(),
         ema_decay=0.99,
     ),
     description="MobileR2L, a tenth of the size, with a small learned feature volume: interactive on a CPU.",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from nerfstudio.plugins.types import MethodSpecification
-from r2l_nerfstudio.method_configs.common import our_optimizers, published_optimizers, student_config
+from r2l_nerfstudio.method_configs.common import our_optimizers, published_optimizers, small_optimizers, student_config
 
 from r2l_nerfstudio.distillation.pose_sampling import PoseSamplerConfig
 from r2l_nerfstudio.distillation.ray_datamanager import RayDataManagerConfig
@@ -26,7 +26,7 @@ r2l_lite = MethodSpecification(
         RayDataManagerConfig(train_num_rays_per_batch=4096),
         R2LModelConfig(width=128, depth=12, num_frequencies=6, jitter_points=False, volume_resolution=40),
         max_num_iterations=20000,
-        optimizers=our_optimizers(),
+        optimizers=small_optimizers(),
     ),
     description="R2L, a tenth of the size, with a small learned feature volume: minutes on a CPU, interactive there.",
 )

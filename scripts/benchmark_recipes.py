@@ -32,7 +32,10 @@ UNSEEN_VIEWS = 8
 def adam(lr: float) -> Changes:
     """Adam at this rate, with our schedule, for all matrices and ends."""
     return {
-        f"optimizers.{group}": {"optimizer": AdamOptimizerConfig(lr=lr), "scheduler": WarmupCosineSchedulerConfig()}
+        f"optimizers.{group}": {
+            "optimizer": AdamOptimizerConfig(lr=lr),
+            "scheduler": WarmupCosineSchedulerConfig(warmup_steps=50),
+        }
         for group in ("hidden", "ends")
     }
 
@@ -98,9 +101,12 @@ def rows_of(method: Literal["r2l", "mobile-r2l"]) -> dict[str, tuple[str, Change
         del with_paper["paper + bf16"]
     with_lite: dict[str, Changes] = {
         "ours": {},
-        "ours - Muon": adam(1e-3),
+        "ours - Muon": adam(4e-3),
+        "ours, Adam at 1e-3": adam(1e-3),
+        "ours, half the rates": rates(0.5),
+        "ours, twice the rates": rates(2.0),
         "ours - volume": {"pipeline.model.volume_resolution": 0},
-        "ours - cosine": {"optimizers.*.scheduler": WarmupCosineSchedulerConfig(final_share=1.0)},
+        "ours - cosine": {"optimizers.*.scheduler": WarmupCosineSchedulerConfig(warmup_steps=50, final_share=1.0)},
         "ours - bf16": {"pipeline.bf16": False},
         "ours - accumulation and depth": {
             "pipeline.model.accumulation_weight": 0.0,
@@ -131,11 +137,16 @@ def rows_of(method: Literal["r2l", "mobile-r2l"]) -> dict[str, tuple[str, Change
     }
 
 
-def muon() -> Changes:
-    """The optimizers of our methods."""
-    from r2l_nerfstudio.method_configs.common import our_optimizers
+def rates(share: float) -> Changes:
+    """Our learning rates, all by the same factor."""
+    return {f"{group}.optimizer.lr": share * settings["optimizer"].lr for group, settings in muon().items()}
 
-    return {f"optimizers.{group}": settings for group, settings in our_optimizers().items()}
+
+def muon() -> Changes:
+    """The optimizers of our small methods."""
+    from r2l_nerfstudio.method_configs.common import small_optimizers
+
+    return {f"optimizers.{group}": settings for group, settings in small_optimizers().items()}
 
 
 MUON = muon()
