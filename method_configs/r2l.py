@@ -23,9 +23,9 @@ r2l = MethodSpecification(
 r2l_lite = MethodSpecification(
     config=student_config(
         "r2l-lite",
-        RayDataManagerConfig(train_num_rays_per_batch=4096),
+        RayDataManagerConfig(train_num_rays_per_batch=2048),
         R2LModelConfig(width=128, depth=12, num_frequencies=6, jitter_points=False, volume_resolution=40),
-        max_num_iterations=20000,
+        max_num_iterations=30000,
         optimizers=small_optimizers(),
     ),
     description="R2L, a tenth of the size, with a small learned feature volume: minutes on a CPU, interactive there.",

@@ -70,7 +70,7 @@ PAPER: dict[str, tuple[str, Changes]] = {
 VOLUME: Changes = {"pipeline.model.volume_resolution": 40}
 ZERO: Changes = {"pipeline.model.zero_init": True}
 SPHERE: Changes = {"pipeline.model.spacing": "auto"}
-SHALLOW: dict[str, Changes] = {"r2l": {"pipeline.model.depth": 12}, "mobile-r2l": {"pipeline.model.blocks": 8}}
+SHALLOW: dict[str, Changes] = {"r2l": {"pipeline.model.depth": 12}, "mobile-r2l": {"pipeline.model.blocks": 4}}
 SMALL_BATCH: dict[str, Changes] = {
     "r2l": {"pipeline.datamanager.train_num_rays_per_batch": 1024},
     "mobile-r2l": {
@@ -121,14 +121,15 @@ def rows_of(method: Literal["r2l", "mobile-r2l"]) -> dict[str, tuple[str, Change
             "ours + averaged weights": {"pipeline.ema_decay": 0.99},
             "ours, 10 octaves": {"pipeline.model.num_frequencies": 10},
             "ours, depth 24": {"pipeline.model.depth": 24},
-            "ours, batches of 2048": {"pipeline.datamanager.train_num_rays_per_batch": 2048},
-            "ours, batches of 16384": {"pipeline.datamanager.train_num_rays_per_batch": 16384},
+            "ours, batches of 1024": {"pipeline.datamanager.train_num_rays_per_batch": 1024},
+            "ours, batches of 4096": {"pipeline.datamanager.train_num_rays_per_batch": 4096},
         }
     else:
         with_lite |= {
             "ours + zero-init": ZERO,
             "ours - averaged weights": {"pipeline.ema_decay": 0.0},
-            "ours, 4 blocks": {"pipeline.model.blocks": 4},
+            "ours, 2 blocks": {"pipeline.model.blocks": 2},
+            "ours, 8 blocks": {"pipeline.model.blocks": 8},
             "ours, batches of 32768": {"pipeline.datamanager.train_num_rays_per_batch": 32768},
         }
     return {

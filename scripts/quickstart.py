@@ -62,12 +62,12 @@ class Sizes:
     """Of both students."""
     volume: int = 40
     """Grid points a side of their feature volumes."""
-    r2l_iterations: int = 2000
-    r2l_rays: int = 4096
+    r2l_iterations: int = 3000
+    r2l_rays: int = 2048
     r2l_depth: int = 12
     mobile_iterations: int = 1500
     mobile_pixels: int = 8192
-    mobile_blocks: int = 8
+    mobile_blocks: int = 4
     ring_views: int = 100
     """Teacher views to learn from."""
     real_iterations: int = 150
