@@ -3,27 +3,39 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
 import pytest
 import torch
+import yaml
+from nerfstudio.data.dataparsers.nerfstudio_dataparser import NerfstudioDataParserConfig
 from r2l_nerfstudio.scripts import export as script
 from student_runs import tiny_mobile_r2l, tiny_r2l, write_run
 
 from r2l_nerfstudio import load_student
+from r2l_nerfstudio.engines.parity import psnr
 from r2l_nerfstudio.engines.protocol import BrokenEngine
 from r2l_nerfstudio.errors import InputError
-from r2l_nerfstudio.export import graph, onnx_file, openvino_file, tensorrt_plan
+from r2l_nerfstudio.export import coreml_file, graph, int8, onnx_file, openvino_file, phone, tensorrt_plan
 from r2l_nerfstudio.export.comparison import check_export, probe_inputs
+from r2l_nerfstudio.export.coreml_file import export_coreml
 from r2l_nerfstudio.export.gathered_volume import GatheredVolume
 from r2l_nerfstudio.export.graph import GraphSpec
+from r2l_nerfstudio.export.int8 import export_int8
+from r2l_nerfstudio.export.joined_onnx import join_onnx
 from r2l_nerfstudio.export.onnx_file import export_onnx, run_onnx
 from r2l_nerfstudio.export.openvino_file import export_openvino
+from r2l_nerfstudio.export.plain_network import SigmoidGelu, SubpixelConv
 from r2l_nerfstudio.export.tensorrt_plan import export_plan, export_torch_tensorrt
+from r2l_nerfstudio.run_config import load_run_config
 from r2l_nerfstudio.student import Student
 from r2l_nerfstudio.students.ray_features import FeatureVolume
 
@@ -82,6 +94,19 @@ def test_camera_graph_is_what_torch_renders(name: str, spacing: str, tmp_path: P
     assert probe_inputs(student, CAMERA, 0)[1]["rgb"].std() > 0.01
 
 
+@pytest.mark.parametrize(("stride", "kernel", "padding"), [(2, 4, 1), (3, 3, 0)])
+def test_pixels_from_channels_are_a_transposed_convolution(stride: int, kernel: int, padding: int) -> None:
+    torch.manual_seed(0)
+    layer = torch.nn.ConvTranspose2d(5, 3, kernel, stride=stride, padding=padding)
+    x = torch.randn(2, 5, 7, 4)
+    assert torch.allclose(SubpixelConv(layer)(x), layer(x), atol=1e-5)
+
+
+def test_one_sigmoid_is_nearly_gelu() -> None:
+    x = torch.linspace(-300, 300, 60_001)
+    assert (SigmoidGelu()(x) - torch.nn.functional.gelu(x)).abs().max() < 3e-4
+
+
 def test_large_pictures_are_gone_through_in_parts(
     student: Callable[..., Student], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -125,6 +150,179 @@ def test_onnx_renders_what_torch_renders(
     assert props["spacing"] == "sphere" and json.loads(props["samples"]) == code.num_points
     if name == "mobile-r2l":
         assert json.loads(props["factor"]) == 4 and json.loads(props["focal"]) == 50.0
+
+
+@pytest.mark.parametrize(
+    ("name", "inputs"), [("mobile-r2l", "camera"), ("r2l", "camera"), ("r2l", "rays"), ("plucker", "camera")]
+)
+def test_three_parts_are_the_whole(name: str, inputs: str, student: Callable[..., Student], tmp_path: Path) -> None:
+    """Each alone agrees with torch; one after the other they draw the picture."""
+    exported, spec = student(name), GraphSpec(inputs, "fp32", 27, 18)
+    given, truth = probe_inputs(exported, spec, 1)
+    known = dict(given)
+    for part in ("encoding", "network", "values"):
+        file = tmp_path / f"{part}.onnx"
+        assert export_onnx(exported, replace(spec, part=part), file) > 100
+        takes = [value.name for value in onnx.load(str(file)).graph.input]
+        known |= run_onnx(file, {key: known[key] for key in takes})
+    assert all(np.allclose(known[key], value, atol=1e-4) for key, value in truth.items())
+    stages = [onnx.load(str(tmp_path / f"{part}.onnx")) for part in ("encoding", "network", "values")]
+    onnx.save_model(join_onnx(*stages), str(tmp_path / "joined.onnx"))
+    joined = run_onnx(tmp_path / "joined.onnx", given)
+    assert list(joined) == list(truth) and np.allclose(joined["rgb"], truth["rgb"], atol=1e-4)
+
+
+@pytest.mark.parametrize(("name", "precision"), [("mobile-r2l", "fp32"), ("r2l", "fp16")])
+def test_a_phone_takes_the_network_whole(
+    name: str, precision: str, run: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    output = tmp_path / "student.onnx"
+    size = ("--width", 27, "--height", 18, "--precision", precision)
+    call(monkeypatch, "onnx", "--load-config", run(name), "--output", output, "--target", "mobile", *size)
+    said = " ".join(capsys.readouterr().out.split())
+    assert "NNAPI YES" in said and "Core ML YES" in said and "1 partition" in said
+    model = onnx.load(str(output))
+    # In Qualcomm's and NNAPI's lists as in Core ML's.
+    known = {"Add", "Cast", "Conv", "DepthToSpace", "Gemm", "Mul", "Relu", "Sigmoid", "Slice"}
+    assert {node.op_type for node in model.graph.node} <= known
+    modes = {attribute.s for node in model.graph.node for attribute in node.attribute if attribute.name == "mode"}
+    assert modes <= {b"DCR"}
+    sizes = [dim.dim_value for value in model.graph.input for dim in value.type.tensor_type.shape.dim]
+    assert min(sizes) > 0 and model.opset_import[0].version == phone.OPSET
+
+
+def test_an_operator_that_phones_lack_is_named(
+    run: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        call(
+            monkeypatch, "onnx", "--load-config", run("mobile-r2l"), "--output", tmp_path / "a.onnx",
+            "--target", "mobile", "--part", "encoding", "--width", 27, "--height", 18,
+        )  # fmt: skip
+    assert caught.value.code == 1
+    assert re.search(r"operators that NNAPI lacks: .*Cos.*--part encoding", " ".join(capsys.readouterr().out.split()))
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.fixture(scope="module")
+def captured(run: Callable[..., Path], tiny_capture: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The config.yml of a mobile-r2l whose capture is there."""
+    folder = tmp_path_factory.mktemp("captured") / "run"
+    shutil.copytree(run("mobile-r2l").parent, folder)
+    config = load_run_config(folder)
+    config.pipeline.datamanager.data = tiny_capture
+    config.pipeline.datamanager.dataparser = NerfstudioDataParserConfig(data=tiny_capture, downscale_factor=1)
+    (folder / "config.yml").write_text(yaml.dump(config))
+    return folder / "config.yml"
+
+
+@pytest.mark.parametrize("flags", [("--target", "mobile"), ()])
+def test_int8_is_kept_where_it_costs_little(
+    flags: tuple[str, ...], captured: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    output, size = tmp_path / "student.onnx", ("--width", 27, "--height", 18)
+    call(monkeypatch, "onnx", "--load-config", captured, "--output", output, "--precision", "int8", *flags, *size)
+    said = " ".join(capsys.readouterr().out.split())
+    assert re.search(r"int8 \(all layers.*\): [\d.]+ dB on 1 held-out training photographs, the student itself", said)
+    lost = float(re.search(r"(-?[\d.]+) dB lost", said)[1])
+    assert lost <= int8.MOST_LOSS
+    assert [path.name for path in tmp_path.iterdir()] == [output.name]
+    model = onnx.load(str(output))
+    assert "DequantizeLinear" in {node.op_type for node in model.graph.node}
+    weights = [tensor for tensor in model.graph.initializer if len(tensor.dims) == 4]
+    assert weights and {tensor.data_type for tensor in weights} == {onnx.TensorProto.INT8}
+    assert {prop.key: prop.value for prop in model.metadata_props}["precision"] == "int8"
+    student = load_student(captured, device="cpu", engine="torch")
+    part = "network" if flags else "whole"
+    given, truth = probe_inputs(student, GraphSpec("camera", "fp32", 27, 18, part), 0)
+    found = run_onnx(output, given)
+    assert all(psnr(torch.from_numpy(found[key]), torch.from_numpy(truth[key])) > 25 for key in truth if key != "depth")
+
+
+def test_int8_that_costs_too_much_is_refused(captured: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    student = load_student(captured, device="cpu", engine="torch")
+    output = tmp_path / "student.onnx"
+    # Without photographs the student's own pictures judge.
+    monkeypatch.setattr(int8, "held_out", lambda *_: [])
+    monkeypatch.setattr(int8, "NEEDED_DB", 99.0)
+    with pytest.raises(InputError, match="all layers but the first and the last.*own pictures.*not kept.*fp16"):
+        export_int8(student, CAMERA, output, captured)
+    with pytest.raises(InputError, match="--part values has no network"):
+        export_int8(student, replace(CAMERA, part="values"), output, captured)
+    monkeypatch.setattr(int8, "NEEDED_DB", 20.0)
+    with pytest.raises(InputError, match="does not render what torch renders"):
+        monkeypatch.setattr(int8, "SANE_DB", 99.0)
+        export_int8(student, CAMERA, output, captured)
+    with pytest.raises(InputError, match="capture .* cannot be read"):
+        export_int8(student, CAMERA, output, captured, data=tmp_path / "gone")
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [
+        ("mobile-r2l", ()),
+        ("mobile-r2l", ("--part", "network", "--precision", "fp32")),
+        ("r2l", ("--inputs", "rays")),
+    ],
+)
+def test_core_ml_packages_are_what_was_asked_for(
+    name: str,
+    arguments: tuple[str, ...],
+    run: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: Any,
+) -> None:
+    coremltools = pytest.importorskip("coremltools", reason="pip install coremltools (Linux and macOS)")
+    output = tmp_path / "student.mlpackage"
+    monkeypatch.setattr(coreml_file.platform, "system", lambda: "Linux")
+    call(monkeypatch, "coreml", output, "--load-config", run(name), "--width", 27, "--height", 18, *arguments)
+    assert "not compared with torch: Core ML runs on a Mac alone" in " ".join(capsys.readouterr().out.split())
+    assert [path.name for path in tmp_path.iterdir()] == [output.name]
+    found = coremltools.utils.load_spec(str(output))
+    assert found.description.metadata.userDefined["factor"] == ("4" if name == "mobile-r2l" else "1")
+    names = [feature.name for feature in found.description.input]
+    assert names == {"network": ["code"], "rays": ["origins", "directions"]}.get(
+        arguments[1] if arguments else "", ["camera_to_world", "intrinsics"]
+    )
+    with pytest.raises(SystemExit):
+        call(monkeypatch, "coreml", output, "--load-config", run(name))
+    assert "holds a Core ML package" in " ".join(capsys.readouterr().out.split())
+
+
+def test_tells_what_is_wrong_with_a_core_ml_package(
+    student: Callable[..., Student], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    coremltools = pytest.importorskip("coremltools", reason="pip install coremltools (Linux and macOS)")
+    spec = replace(CAMERA, precision="fp16", part="network", is_static=True)
+    output = tmp_path / "student.mlpackage"
+    with pytest.raises(InputError, match="ends in .mlpackage"):
+        export_coreml(student("mobile-r2l"), spec, tmp_path / "student.mlmodel")
+    (tmp_path / "mine.mlpackage").mkdir()
+    (tmp_path / "mine.mlpackage" / "letter.txt").write_text("dear")
+    with pytest.raises(InputError, match="not empty, and holds no Core ML package"):
+        export_coreml(student("mobile-r2l"), spec, tmp_path / "mine.mlpackage", overwrite=True)
+    # As on a Mac, where a package gives something else than torch.
+    monkeypatch.setattr(coreml_file.platform, "system", lambda: "Darwin")
+    _, truth = probe_inputs(student("mobile-r2l"), spec, 0)
+    monkeypatch.setattr(coreml_file, "run_coreml", lambda *_: {key: value + 0.1 for key, value in truth.items()})
+    with pytest.raises(InputError, match="does not render what torch renders"):
+        export_coreml(student("mobile-r2l"), spec, output)
+    # An fp32 network where fp16 was asked for.
+    really_build = GraphSpec.build
+    monkeypatch.setattr(
+        GraphSpec, "build", lambda spec, student: really_build(replace(spec, precision="fp32"), student)
+    )
+    with pytest.raises(InputError, match="is not what was asked for: its conv is not in fp16"):
+        export_coreml(student("mobile-r2l"), spec, output)
+    monkeypatch.setattr(coreml_file, "_convert", lambda *_: (_ for _ in ()).throw(NotImplementedError("op 'fold'")))
+    with pytest.raises(InputError, match=f"coremltools {coremltools.__version__} cannot convert.*op 'fold'"):
+        export_coreml(student("mobile-r2l"), spec, output)
+    monkeypatch.setitem(sys.modules, "coremltools", None)
+    with pytest.raises(InputError, match="needs the package coremltools.*pip install coremltools"):
+        export_coreml(student("mobile-r2l"), spec, output)
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.mlpackage"]
 
 
 def test_a_graph_of_rays_takes_any_number(student: Callable[..., Student], tmp_path: Path) -> None:
