@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from r2l_nerfstudio.distillation.optimization import (
-    ProgressScheduler,
+    WarmupCosineScheduler,
     PublishedSchedulerConfig,
     ScheduledRate,
     WarmupCosineSchedulerConfig,
@@ -77,7 +77,7 @@ def test_the_user_may_stop_it() -> None:
 
 def rates(config: WarmupCosineSchedulerConfig | PublishedSchedulerConfig, steps: int) -> list[float]:
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=2.0)
-    schedule = ProgressScheduler(config).get_scheduler(optimizer, 2.0)
+    schedule = WarmupCosineScheduler(config).get_scheduler(optimizer, 2.0)
     found = []
     for _ in range(steps):
         found.append(optimizer.param_groups[0]["lr"])

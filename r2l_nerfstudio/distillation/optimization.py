@@ -54,7 +54,7 @@ class MuonOptimizerConfig(OptimizerConfig):
 class WarmupCosineSchedulerConfig(SchedulerConfig):
     """Linear warm-up, then half a cosine down to a share of the learning rate."""
 
-    _target: type = field(default_factory=lambda: ProgressScheduler)
+    _target: type = field(default_factory=lambda: WarmupCosineScheduler)
     warmup_steps: int = 200
     """Iterations of warm-up, from a fifth of the learning rate (R2L's)."""
     final_share: float = 0.01
@@ -72,7 +72,7 @@ class WarmupCosineSchedulerConfig(SchedulerConfig):
 class PublishedSchedulerConfig(SchedulerConfig):
     """R2L's: linear warm-up from a fifth of the learning rate, then a tenth of it every so many iterations."""
 
-    _target: type = field(default_factory=lambda: ProgressScheduler)
+    _target: type = field(default_factory=lambda: WarmupCosineScheduler)
     warmup_steps: int = 200
     """Iterations of warm-up."""
     decay_steps: int = 500_000
@@ -90,7 +90,7 @@ def warmup(step: int, warmup_steps: int) -> float:
     return min(1.0, 0.2 + 0.8 * step / max(1, warmup_steps))
 
 
-class ProgressScheduler(Scheduler):
+class WarmupCosineScheduler(Scheduler):
     """See `WarmupCosineSchedulerConfig` and `PublishedSchedulerConfig`."""
 
     config: WarmupCosineSchedulerConfig | PublishedSchedulerConfig
