@@ -12,9 +12,7 @@ from r2l_nerfstudio.scripts.benchmark_curve import Curve
 from r2l_nerfstudio.errors import InputError
 
 
-def test_curve_goes_on_where_a_slice_ended(
-    tiny_teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_curve_goes_on_where_a_slice_ended(tiny_teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from nerfstudio.configs.method_configs import all_methods
 
     pipeline = all_methods["mobile-r2l-lite"].pipeline

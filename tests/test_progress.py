@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from r2l_nerfstudio.distillation.optimization import (
-    WarmupCosineScheduler,
     PublishedSchedulerConfig,
     ScheduledRate,
+    WarmupCosineScheduler,
     WarmupCosineSchedulerConfig,
 )
 from r2l_nerfstudio.distillation.progress import TrainingProgress
