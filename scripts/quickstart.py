@@ -65,7 +65,7 @@ class Sizes:
     r2l_iterations: int = 3000
     r2l_rays: int = 2048
     r2l_depth: int = 12
-    mobile_iterations: int = 1500
+    mobile_iterations: int = 2000
     mobile_pixels: int = 8192
     mobile_blocks: int = 4
     ring_views: int = 100
