@@ -78,7 +78,9 @@ def test_two_ranks_train_one_student(tiny_teacher: Path, tmp_path: Path) -> None
         for name, value in first["parameters"].items():
             assert torch.equal(saved[f"_model.module.{name}"], value), name
         if minutes is None:
-            with set_up(student_config(tiny_teacher, tmp_path / "one", **overrides(method, RAYS, VIEWS, None))) as trainer:
+            with set_up(
+                student_config(tiny_teacher, tmp_path / "one", **overrides(method, RAYS, VIEWS, None))
+            ) as trainer:
                 trainer.train()
                 alone = result_of(trainer)
             assert first["psnr"] == pytest.approx(alone["psnr"], abs=1.0)  # on the same held-out views

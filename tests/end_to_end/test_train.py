@@ -454,7 +454,9 @@ def test_the_average_of_the_weights_survives_a_kill_and_is_what_training_leaves(
     with set_up(resumed) as trainer:
         for key, value in trainer.pipeline.average.state_dict().items():
             assert torch.equal(value, saved[f"average.{key}"])
-        assert not torch.equal(trainer.pipeline.model.network.head.weight, trainer.pipeline.average.get_buffer("weight_0"))
+        assert not torch.equal(
+            trainer.pipeline.model.network.head.weight, trainer.pipeline.average.get_buffer("weight_0")
+        )
         trainer.pipeline.average.swap()
         averaged = trainer.pipeline.model.state_dict()
     _, restored, _, _ = eval_setup(config.get_base_dir() / "config.yml")
