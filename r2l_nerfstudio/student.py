@@ -14,6 +14,7 @@ from nerfstudio.cameras.cameras import Cameras
 from nerfstudio.data.scene_box import SceneBox
 from torch import Tensor
 
+from r2l_nerfstudio.distillation.averaging import put_average, saved_average
 from r2l_nerfstudio.engines.switch import EngineChoice
 from r2l_nerfstudio.errors import InputError
 from r2l_nerfstudio.models.light_field import LightFieldModel
@@ -131,7 +132,7 @@ def load_student(
             " r2l, mobile-r2l or a variant of theirs."
         )
     checkpoint = checkpoint_path(config, config_path, step)
-    weights, trained_step = _read_weights(checkpoint)
+    weights, average, trained_step = _read_weights(checkpoint)
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     config.pipeline.model.engine = engine
     # A student keeps its bounds itself: neither the box nor the number of images shapes it.
@@ -142,6 +143,7 @@ def load_student(
     try:
         model.update_to_step(trained_step)
         model.load_state_dict(weights, strict=True)
+        put_average(model, average)
     except (RuntimeError, KeyError, TypeError, AttributeError) as error:
         raise InputError(
             f"The checkpoint {checkpoint} does not fit the student that {config_path} describes"
@@ -154,8 +156,8 @@ def load_student(
     return Student(model, config.method_name)
 
 
-def _read_weights(checkpoint: Path) -> tuple[dict[str, Any], int]:
-    """The model's part of a checkpoint, and its step."""
+def _read_weights(checkpoint: Path) -> tuple[dict[str, Any], dict[str, Tensor], int]:
+    """The model's part of a checkpoint, the average of its weights if training had not ended, and its step."""
     try:
         loaded = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
         state = {key.removeprefix("module."): value for key, value in loaded["pipeline"].items()}
@@ -165,7 +167,10 @@ def _read_weights(checkpoint: Path) -> tuple[dict[str, Any], int]:
             f"The student's checkpoint {checkpoint} is damaged or no checkpoint of ns-train ({_one_line(error)}): restore it"
             " from a copy; or delete it, if an older one is beside it; or train the student again."
         ) from error
-    return {key.removeprefix("_model."): value for key, value in state.items() if key.startswith("_model.")}, step
+    weights = {key.removeprefix("_model."): value for key, value in state.items() if key.startswith("_model.")}
+    if all(key.startswith("module.") for key in weights):  # trained by several ranks
+        weights = {key.removeprefix("module."): value for key, value in weights.items()}
+    return weights, saved_average(state), step
 
 
 def _numbers(values: Any, name: str, shapes: set[tuple[int, ...]]) -> Float[Tensor, "..."]:

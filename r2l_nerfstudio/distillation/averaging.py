@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import nn
@@ -50,6 +51,24 @@ class WeightAverage(nn.Module):
         kept = [p.detach().clone() for p in self._followed]
         torch._foreach_copy_([p.detach() for p in self._followed], self._averages)
         torch._foreach_copy_(self._averages, kept)
+
+
+def saved_average(pipeline_state: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """The state of a `WeightAverage` in a pipeline's checkpoint; empty where none was kept, or training was finished."""
+    return {k.removeprefix("average."): value for k, value in pipeline_state.items() if k.startswith("average.")}
+
+
+def put_average(module: nn.Module, average: dict[str, torch.Tensor]) -> None:
+    """Replace the weights of a run that was killed by their average, which draws better.
+
+    Args:
+        module: with the run's weights.
+        average: from `saved_average`; nothing changes if it is empty.
+    """
+    if average:
+        holder = WeightAverage(module, decay=0.0)
+        holder.load_state_dict(average)
+        holder.swap()
 
 
 def normalization_statistics(module: nn.Module) -> list[torch.Tensor]:

@@ -25,7 +25,12 @@ from torch.amp import GradScaler
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import update_bn
 
-from r2l_nerfstudio.distillation.averaging import WeightAverage, normalization_statistics
+from r2l_nerfstudio.distillation.averaging import (
+    WeightAverage,
+    normalization_statistics,
+    put_average,
+    saved_average,
+)
 from r2l_nerfstudio.distillation.datamanager import Batch, DistillationDataManager, DistillationDataManagerConfig
 from r2l_nerfstudio.distillation.frame_check import check_cameras, check_frame
 from r2l_nerfstudio.distillation.progress import TrainingProgress
@@ -147,8 +152,8 @@ class DistillationPipeline(VanillaPipeline):
             SystemExit: with a paragraph that says why, if it does not fit.
         """
         state = {key.removeprefix("module."): value for key, value in loaded_state.items()}
-        averages = {key: state.pop(key) for key in list(state) if key.startswith("average.")}
-        averages = {key.removeprefix("average."): value for key, value in averages.items()}
+        averages = saved_average(state)
+        state = {key: value for key, value in state.items() if not key.startswith("average.")}
         self.model.update_to_step(step)
         with exit_on_input_error():
             try:
@@ -164,10 +169,8 @@ class DistillationPipeline(VanillaPipeline):
                 self.average.load_state_dict(averages)
             else:  # a finished run's weights are their average
                 self.average.reset()
-        elif averages and self.test_mode != "val":  # of a run that was killed
-            average = WeightAverage(self.model, self.config.ema_decay)
-            average.load_state_dict(averages)
-            average.swap()
+        elif self.test_mode != "val":
+            put_average(self.model, averages)
 
     def get_train_loss_dict(self, step: int) -> tuple[Any, dict[str, Tensor], dict[str, Tensor]]:
         """One batch through the student; the data manager is told how wrong it was."""

@@ -12,7 +12,7 @@ import torch.distributed
 from distil import set_up, student_config
 from torch import multiprocessing
 
-RAYS, VIEWS = 512, 8
+RAYS, VIEWS = 512, 64
 """In all, whether of one rank or of two."""
 ITERATIONS = 150
 
@@ -20,6 +20,7 @@ ITERATIONS = 150
 def overrides(method: str, num_rays: int, num_views: int, minutes: float | None) -> dict[str, Any]:
     return {
         "pipeline.datamanager.num_views": num_views,
+        "pipeline.datamanager.refresh_share": 0.0,  # how many views there are must not depend on the time
         "method": method,
         "max_num_iterations": ITERATIONS,
         "max_minutes": minutes,

@@ -23,6 +23,7 @@ from nerfstudio.utils.eval_utils import eval_setup
 from r2l_nerfstudio.distillation import ray_datamanager
 from r2l_nerfstudio.distillation.trainer import DistillationTrainer
 from r2l_nerfstudio.run_config import load_run_config
+from r2l_nerfstudio.student import load_student
 from r2l_nerfstudio.teacher import Teacher
 
 
@@ -225,7 +226,8 @@ def test_checkpoint_is_small_and_safe(tiny_student: Path) -> None:
     (file,) = checkpoints(tiny_student / "nerfstudio_models")
     content = read(file)
     assert content["step"] == 29
-    assert not [key for key in content["pipeline"] if not key.startswith("_model.")]  # neither teacher nor photographs
+    others = {key for key in content["pipeline"] if not key.startswith("_model.")}
+    assert others == {"done"}  # neither teacher nor photographs
     weights = sum(value.nbytes for value in content["pipeline"].values() if isinstance(value, torch.Tensor))
     assert file.stat().st_size < 4 * weights + 100_000
 
@@ -463,6 +465,9 @@ def test_the_average_of_the_weights_survives_a_kill_and_is_what_training_leaves(
     for key, value in restored.model.state_dict().items():
         if isinstance(value, torch.Tensor) and not key.endswith("num_batches_tracked"):
             assert torch.equal(value, averaged[key]), key
+    student = load_student(config.get_base_dir(), device="cpu", engine="torch")
+    for (name, ours), theirs in zip(student.model.named_parameters(), restored.model.parameters(), strict=True):
+        assert torch.equal(ours, theirs), name
 
 
 def test_watching_with_the_average_leaves_training_as_it_was(tiny_teacher: Path, tmp_path: Path) -> None:
