@@ -216,10 +216,31 @@ def captured(run: Callable[..., Path], tiny_capture: Path, tmp_path_factory: pyt
     return folder / "config.yml"
 
 
+@pytest.fixture(scope="module")
+def write_once(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., None]:
+    """As `write_onnx`, for one student: each graph is exported once."""
+    made: dict[GraphSpec, Path] = {}
+    folder = tmp_path_factory.mktemp("graphs")
+
+    def write(student: Student, spec: GraphSpec, path: Path) -> None:
+        if spec not in made:
+            onnx_file.write_onnx(student, spec, folder / f"{len(made)}.onnx")
+            made[spec] = folder / f"{len(made)}.onnx"
+        shutil.copyfile(made[spec], path)
+
+    return write
+
+
 @pytest.mark.parametrize("flags", [("--target", "mobile"), ()])
 def test_int8_is_kept_where_it_costs_little(
-    flags: tuple[str, ...], captured: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+    flags: tuple[str, ...],
+    captured: Path,
+    write_once: Callable[..., None],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: Any,
 ) -> None:
+    monkeypatch.setattr(int8, "write_onnx", write_once)
     output, size = tmp_path / "student.onnx", ("--width", 27, "--height", 18)
     call(monkeypatch, "onnx", "--load-config", captured, "--output", output, "--precision", "int8", *flags, *size)
     said = " ".join(capsys.readouterr().out.split())
@@ -239,14 +260,23 @@ def test_int8_is_kept_where_it_costs_little(
     assert all(psnr(torch.from_numpy(found[key]), torch.from_numpy(truth[key])) > 25 for key in truth if key != "depth")
 
 
-def test_int8_that_costs_too_much_is_refused(captured: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    student = load_student(captured, device="cpu", engine="torch")
+def test_int8_that_costs_too_much_is_refused(
+    captured: Path,
+    run: Callable[..., Path],
+    write_once: Callable[..., None],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(int8, "write_onnx", write_once)
+    student, of_rays = (load_student(path, device="cpu", engine="torch") for path in (captured, run("r2l")))
     output = tmp_path / "student.onnx"
     # Without photographs the student's own pictures judge.
     monkeypatch.setattr(int8, "held_out", lambda *_: [])
     monkeypatch.setattr(int8, "NEEDED_DB", 99.0)
     with pytest.raises(InputError, match="all layers but the first and the last.*own pictures.*not kept.*fp16"):
         export_int8(student, CAMERA, output, captured)
+    with pytest.raises(InputError, match="--width 300 --height 300: .*at most 65536 pixels"):
+        export_int8(of_rays, replace(CAMERA, width=300, height=300), output, captured)
     with pytest.raises(InputError, match="--part values has no network"):
         export_int8(student, replace(CAMERA, part="values"), output, captured)
     monkeypatch.setattr(int8, "NEEDED_DB", 20.0)
@@ -264,6 +294,7 @@ def test_int8_that_costs_too_much_is_refused(captured: Path, tmp_path: Path, mon
         ("mobile-r2l", ()),
         ("mobile-r2l", ("--part", "network", "--precision", "fp32")),
         ("r2l", ("--inputs", "rays")),
+        ("r2l", ()),
     ],
 )
 def test_core_ml_packages_are_what_was_asked_for(
@@ -276,6 +307,9 @@ def test_core_ml_packages_are_what_was_asked_for(
 ) -> None:
     coremltools = pytest.importorskip("coremltools", reason="pip install coremltools (Linux and macOS)")
     output = tmp_path / "student.mlpackage"
+    # An r2l's picture in five parts.
+    monkeypatch.setattr(graph, "RAYS_AT_ONCE", 4 * CAMERA.width)
+    monkeypatch.setattr(coreml_file, "RAYS_AT_ONCE", 4 * CAMERA.width)
     monkeypatch.setattr(coreml_file.platform, "system", lambda: "Linux")
     call(monkeypatch, "coreml", output, "--load-config", run(name), "--width", 27, "--height", 18, *arguments)
     assert "not compared with torch: Core ML runs on a Mac alone" in " ".join(capsys.readouterr().out.split())

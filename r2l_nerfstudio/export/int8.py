@@ -98,6 +98,8 @@ def export_int8(
     require_onnx()
     if spec.part not in ("whole", "network"):
         raise InputError(f"--precision int8: --part {spec.part} has no network, and stays in fp32; leave the flag out.")
+    if spec.part == "whole":
+        replace(spec, part="encoding").frame(student)  # of no more rays than can be joined
     dataset, held_share = read_views(run, data)
     cameras = capture_cameras(dataset.cameras)
     with whole_files(output, overwrite) as file:
