@@ -68,9 +68,10 @@ class R2LModel(LightFieldModel):
     ) -> Float[Tensor, "*batch 5"]:
         """The network's five numbers per ray, in chunks of at most `eval_num_rays_per_chunk`.
 
-        On a CPU they are as small as the engines': a code of four kilobytes a ray is to stay in a cache between them.
+        On a CPU they are few of the engines' own: a code of four kilobytes a ray is to stay near, and threads of torch and
+        of an engine get in each other's way at every change.
         """
         flat = [tensor.reshape(-1, 3) for tensor in (origins, directions)]
-        size = min(self.config.eval_num_rays_per_chunk, chunk_rows(origins.device))
+        size = min(self.config.eval_num_rays_per_chunk, 4 * chunk_rows(origins.device))
         parts = [self.run_network(self.encode(o, d)) for o, d in zip(*(t.split(size) for t in flat), strict=True)]
         return torch.cat(parts).view(*origins.shape[:-1], -1)
