@@ -321,6 +321,8 @@ def train(config: TrainerConfig) -> Path:
                 )
             )
             trainer.train()
+        if getattr(getattr(trainer, "progress", None), "stopped", False):
+            raise KeyboardInterrupt  # the student is saved, but its stage is not done
     finally:
         writer.EVENT_WRITERS.clear()  # else the next run of this process would be logged into this one's folder as well
     return config.get_base_dir() / "config.yml"
