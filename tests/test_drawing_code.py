@@ -118,3 +118,15 @@ def test_many_rays_go_in_parts(monkeypatch: pytest.MonkeyPatch):
     whole = draw(*rays(7, 9))
     monkeypatch.setattr(drawing_code_module, "chunk_rows", lambda device: 10)
     torch.testing.assert_close(draw(*rays(7, 9)), whole, atol=1e-5, rtol=0)
+
+
+def test_rays_that_are_not_numbers_read_no_index_of_them():
+    code, features = ray_code(), volume()
+    origins, directions = rays(4, 5)
+    clean = DrawingCode(code, features, 8)(origins, directions)
+    origins, directions = origins.clone(), directions.clone()
+    origins[1, 2], directions[3, 4] = float("nan"), float("inf")
+    found = DrawingCode(code, features, 8)(origins, directions)
+    others = torch.ones(4, 5, dtype=torch.bool)
+    others[1, 2] = others[3, 4] = False
+    torch.testing.assert_close(found[others], clean[others])

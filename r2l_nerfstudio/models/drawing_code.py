@@ -96,6 +96,7 @@ class DrawingCode:
         resolution = volume.grid.shape[-1]
         half = (resolution - 1) / 2
         where = points.transpose(0, 1).contiguous().mul_(half / volume.extent).add_(half).clamp_(0.0, resolution - 1.0)
+        where.nan_to_num_(0.0)  # Nerfstudio's camera paths hold poses that are not numbers: no index comes of them
         # On the last face the cell before it is read, with all weight on its far corners.
         low = where.floor().clamp_(max=max(resolution - 2, 0))
         x, y, z = where.sub_(low)
