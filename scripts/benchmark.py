@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import os
@@ -145,7 +146,7 @@ class Distil:
         from nerfstudio.configs.method_configs import all_methods
         from nerfstudio.scripts.train import main
 
-        config = all_methods[self.method]
+        config = copy.deepcopy(all_methods[self.method])
         config.teacher = teacher
         config.output_dir = self.output_dir
         config.experiment_name = self.capture

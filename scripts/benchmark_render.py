@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 import time
@@ -168,7 +169,7 @@ def student(method: str, side: int, device: torch.device) -> tuple[LightFieldMod
     from nerfstudio.configs.method_configs import all_methods
 
     torch.manual_seed(0)
-    config = all_methods[method].pipeline.model
+    config = copy.deepcopy(all_methods[method].pipeline.model)
     config.fit_to(side, side)
     config.zero_init = False
     box = SceneBox(aabb=torch.tensor([[-1.0] * 3, [1.0] * 3]))

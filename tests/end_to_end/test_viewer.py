@@ -195,7 +195,7 @@ def test_split_shows_the_teacher_on_the_right(page: ViewerPage):
     box.uncheck()
     page.wait_until(lambda: difference(moved[right], page.picture()[right]) > CHANGED, "the student's right half")
     assert page.pace("Teacher") is None
-    assert difference(moved[left], page.settle()[left]) < SAME
+    page.wait_until(lambda: difference(moved[left], page.picture()[left]) < SAME, "the student's left half as it was")
 
 
 def test_windows_of_odd_sizes(page: ViewerPage):
