@@ -72,7 +72,7 @@ class Render:
             "students": [],
         }
         self.results_dir.mkdir(parents=True, exist_ok=True)
-        stem = self.results_dir / f"render_{re.sub(r'[^a-z0-9]+', '-', name.lower()).strip('-')}"
+        stem = results_stem(self.results_dir, "render", name)
         for method in self.methods:
             figures["students"].append(self._student(method, device))
             stem.with_suffix(".json").write_text(json.dumps(figures, indent=2) + "\n")
@@ -162,6 +162,11 @@ class Render:
                 except InputError as error:
                     absent[f"{name} {precision}"] = str(error)
         return engines, absent
+
+
+def results_stem(results_dir: Path, kind: str, device: str) -> Path:
+    """Where figures of one kind and device go, without a suffix."""
+    return results_dir / f"{kind}_{re.sub(r'[^a-z0-9]+', '-', device.lower()).strip('-')}"
 
 
 def student(method: str, side: int, device: torch.device) -> tuple[LightFieldModel, Cameras]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ import torch
 from nerfstudio.engine.optimizers import Optimizers
 from nerfstudio.utils.rich_utils import CONSOLE
 from r2l_nerfstudio.scripts.benchmark_recipes import configured
-from r2l_nerfstudio.scripts.benchmark_render import fastest, products
+from r2l_nerfstudio.scripts.benchmark_render import fastest, products, results_stem
 from torch import Tensor
 
 from r2l_nerfstudio.distillation.pipeline import DistillationPipeline
@@ -55,7 +54,7 @@ class Train:
         name = device_name(device)
         figures: dict[str, Any] = {"device": name, "torch": torch.__version__, "students": []}
         self.results_dir.mkdir(parents=True, exist_ok=True)
-        stem = self.results_dir / f"train_{re.sub(r'[^a-z0-9]+', '-', name.lower()).strip('-')}"
+        stem = results_stem(self.results_dir, "train", name)
         for method in self.methods:
             figures["students"].append(self._student(method, device))
             stem.with_suffix(".json").write_text(json.dumps(figures, indent=2) + "\n")

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import onnx
@@ -350,7 +351,7 @@ def test_tells_what_is_wrong_with_a_core_ml_package(
     )
     with pytest.raises(InputError, match="is not what was asked for: its conv is not in fp16"):
         export_coreml(student("mobile-r2l"), spec, output)
-    monkeypatch.setattr(coreml_file, "_convert", lambda *_: (_ for _ in ()).throw(NotImplementedError("op 'fold'")))
+    monkeypatch.setattr(coreml_file, "_convert", Mock(side_effect=NotImplementedError("op 'fold'")))
     with pytest.raises(InputError, match=f"coremltools {coremltools.__version__} cannot convert.*op 'fold'"):
         export_coreml(student("mobile-r2l"), spec, output)
     monkeypatch.setitem(sys.modules, "coremltools", None)

@@ -45,7 +45,7 @@ class TrainingProgress:
         self._stop_asked = True
 
     def update(self, step: int) -> None:
-        """Look at the iteration about to be run, or at the clock. With several ranks, all see rank 0's clock."""
+        """Look at the iteration about to be run, or at the clock. With several ranks, all go by the one furthest on."""
         if self._first_step is None:
             self._first_step = step
         if torch.distributed.is_initialized():
