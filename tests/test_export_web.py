@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import math
 import subprocess
@@ -96,8 +97,9 @@ def test_the_runtime_is_what_the_page_was_made_for(tmp_path: Path, monkeypatch: 
     with tarfile.open(package, "w:gz") as archive:
         for names in BACKENDS.values():
             for name in names:
-                (tmp_path / name).write_text(name)
-                archive.add(tmp_path / name, f"package/dist/{name}")
+                inside = name.removesuffix(web_runtime.PACKED)
+                (tmp_path / inside).write_text(inside)
+                archive.add(tmp_path / inside, f"package/dist/{inside}")
     with pytest.raises(InputError, match="is not the npm package onnxruntime-web"):
         fetch_runtime(package)
     assert not list((tmp_path / "cache" / "r2l-nerfstudio").iterdir())
@@ -105,6 +107,8 @@ def test_the_runtime_is_what_the_page_was_made_for(tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(web_runtime, "INTEGRITY", web_runtime.base64.b64encode(digest).decode())
     folder = fetch_runtime(package)
     assert sorted(path.name for path in folder.iterdir()) == sorted(n for names in BACKENDS.values() for n in names)
+    wasm = BACKENDS["wasm"][2]
+    assert gzip.decompress((folder / wasm).read_bytes()).decode() == wasm.removesuffix(web_runtime.PACKED)
     # Kept: the next export needs neither npm nor a network.
     monkeypatch.setattr(web_runtime.shutil, "which", lambda name: pytest.fail("npm was looked for"))
     assert fetch_runtime() == folder

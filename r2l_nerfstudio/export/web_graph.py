@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from r2l_nerfstudio.export.graph import EncodedNetwork, GraphPrecision
 from r2l_nerfstudio.export.onnx_file import OPSET, forget_source
+from r2l_nerfstudio.export.plain_network import to_plain_operators
 from r2l_nerfstudio.rays.ray_image import MARGIN
 from r2l_nerfstudio.student import Student
 
@@ -36,6 +37,9 @@ class WebGraph(nn.Module):
         super().__init__()
         # GPUs are at liberty to compute sines of large angles badly, and some do.
         self.encoded_network = EncodedNetwork(student.model, precision, reduce_angles=True)
+        if precision == "fp32":
+            # What WebAssembly runs: its GELU and transposed convolutions are slow, a sixth of a frame more.
+            to_plain_operators(self.encoded_network.network)
 
     @property
     def factor(self) -> int:

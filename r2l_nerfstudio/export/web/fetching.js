@@ -42,3 +42,16 @@ export async function fetchWhole(url, bytes, sha256, progress) {
   }
   return found;
 }
+
+/**
+ * @param {Uint8Array<ArrayBuffer>} packed by gzip
+ * @param {string} name of its file
+ */
+export async function unpack(packed, name) {
+  const unpacker = new DecompressionStream("gzip");
+  try {
+    return await new Response(new Blob([packed]).stream().pipeThrough(unpacker)).arrayBuffer();
+  } catch {
+    throw new MissingFile(`The file ${name} is damaged: copy the whole folder of the export to the server again.`);
+  }
+}

@@ -1,6 +1,6 @@
 // Loads the runtime and the student, and draws; apart from the page, which stays responsive meanwhile.
 
-import { fetchWhole, MissingFile } from "./fetching.js";
+import { fetchWhole, MissingFile, unpack } from "./fetching.js";
 import { cellRays, missTest, plane, seenCells } from "./rays.js";
 
 /** @import {Answer, FrameRequest, Runtime, Scene, Session, StartRequest} from "./types.d.ts" */
@@ -64,7 +64,7 @@ async function start(request) {
     runtime = await import(new URL(files.module, request.base).href);
     runtime.env.logLevel = "error";
     runtime.env.wasm.wasmPaths = { mjs: new URL(files.loader, request.base).href };
-    runtime.env.wasm.wasmBinary = /** @type {ArrayBuffer} */ (wasm.buffer);
+    runtime.env.wasm.wasmBinary = await unpack(wasm, files.wasm);
     runtime.env.wasm.numThreads = request.threads;
     try {
       session = await runtime.InferenceSession.create(weights, {
