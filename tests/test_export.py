@@ -321,6 +321,10 @@ def test_core_ml_packages_are_what_was_asked_for(
     assert names == {"network": ["code"], "rays": ["origins", "directions"]}.get(
         arguments[1] if arguments else "", ["camera_to_world", "intrinsics"]
     )
+    (block,) = found.mlProgram.functions["main"].block_specializations.values()
+    constants = [operation.outputs[0] for operation in block.operations if operation.type == "const"]
+    sizes = [[axis.constant.size for axis in constant.type.tensorType.dimensions] for constant in constants]
+    assert [18, 27, 3] not in sizes and [18, 27, 1] not in sizes  # nothing is written down for every pixel
     with pytest.raises(SystemExit):
         call(monkeypatch, "coreml", output, "--load-config", run(name))
     assert "holds a Core ML package" in " ".join(capsys.readouterr().out.split())

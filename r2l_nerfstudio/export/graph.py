@@ -144,9 +144,10 @@ class Pictures(nn.Module):
         """
         found = {"rgb": values[..., :3], "accumulation": values[..., 3:4]}
         if self.ray_code.spacing == "sphere":
-            missed = self.ray_code.misses_scene(origins, directions)
-            found["rgb"] = torch.where(missed, self.background, found["rgb"])
-            found["accumulation"] = torch.where(missed, 0.0, found["accumulation"])
+            # By arithmetic: of a choice, Core ML's converter would write the background down for every pixel.
+            missed = self.ray_code.misses_scene(origins, directions).to(values.dtype)
+            found["rgb"] = found["rgb"] * (1 - missed) + self.background * missed
+            found["accumulation"] = found["accumulation"] * (1 - missed)
         if "depth" in self.outputs:
             distance = self.ray_code.to_distance(origins, directions, values[..., 4:5])
             found["depth"] = distance.clamp_min(0.0)

@@ -69,7 +69,6 @@ class FrameTime:
         # The frame's size stands a line above; with it this would not fit into one.
         return f"**{name}**: {1 / seconds:.3g} fps ({taken})"
 
-
     def describe_network(self, engine: str) -> str:
         """One line of Markdown on the network's share of the newest frame; empty before the first.
 
