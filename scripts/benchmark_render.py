@@ -26,6 +26,7 @@ from r2l_nerfstudio.engines.weights import weights_hash
 from r2l_nerfstudio.errors import InputError
 from r2l_nerfstudio.lpips import without_lpips
 from r2l_nerfstudio.models.light_field import LightFieldModel
+from r2l_nerfstudio.rays.ray_image import ray_image_size
 from r2l_nerfstudio.rays.spacing import SceneBounds
 
 SIZES = {"r2l": 100, "r2l-lite": 400, "mobile-r2l": 800, "mobile-r2l-lite": 400}
@@ -131,6 +132,7 @@ class Render:
             "frame": f"{side}x{side}",
             "factor": model.factor,
             "parameters": sum(p.numel() for p in model.network.parameters()),
+            "evaluated": evaluated(model, code, side),
             "gflop": round(flops(model.network, code) / 1e9, 2),
             "bare_low_precision": str(low).removeprefix("torch."),
             "bare_low_precision_ms": round(limit["bare"], 2),
@@ -200,7 +202,8 @@ def frame_code(model: LightFieldModel, camera: Cameras) -> torch.Tensor:
     model.run_network = record
     model.get_outputs_for_camera(camera)
     model.run_network = own
-    return torch.cat(codes)
+    # A single one is kept as it lies in memory.
+    return torch.cat(codes) if len(codes) > 1 else codes[0]
 
 
 def products(network: nn.Module, code: torch.Tensor) -> list[tuple[int, int, int]]:
@@ -216,6 +219,14 @@ def products(network: nn.Module, code: torch.Tensor) -> list[tuple[int, int, int
             outer, inner = layer.weight.shape[:2]
             found.append((rows * scale**2, inner, outer))
     return found
+
+
+def evaluated(model: LightFieldModel, code: torch.Tensor, side: int) -> float:
+    """Share of a frame's rays, or cells with their margin, that the network is asked for: those that see the scene."""
+    if code.ndim == 2:
+        return round(len(code) / side**2, 3)
+    rows, columns = ray_image_size(side, side, model.factor)
+    return round(code[:, 0].numel() / (rows * columns), 3)
 
 
 def flops(network: nn.Module, code: torch.Tensor) -> int:
@@ -297,7 +308,9 @@ def as_markdown(figures: dict[str, Any]) -> str:
         lines += [
             f"## {found['method']}, {found['frame']} pixels",
             "",
-            f"{found['parameters'] / 1e6:.2f} M parameters, {found['gflop']:g} GFLOP a frame. Bare matmul:"
+            f"{found['parameters'] / 1e6:.2f} M parameters, {found['gflop']:g} GFLOP a frame, of whose"
+            f" {'rays' if found['factor'] == 1 else 'cells'} {found['evaluated']:.0%} see the scene and are evaluated. Bare"
+            " matmul:"
             f" {found['bare_low_precision_ms']:g} ms in {low}, {found['bare_fp32_ms']:g} ms in fp32. Rays and encoding:"
             f" {found['rays_and_encoding_ms']:g} ms."
             + (

@@ -64,6 +64,8 @@ def test_pinholes_see_what_nerfstudios_rays_see(width: int, height: int) -> None
     missed = (torch.linalg.cross(bundle.origins, bundle.directions).norm(dim=-1) > 1)[..., None]
     expected["rgb"] = torch.where(missed, BACKGROUND, expected["rgb"])
     expected["accumulation"] = torch.where(missed, 0.0, expected["accumulation"])
+    closest = -(bundle.origins * bundle.directions).sum(-1, keepdim=True).clamp_max(0.0)
+    expected["depth"] = torch.where(missed, closest, expected["depth"])
     assert list(outputs) == ["rgb", "accumulation", "depth"]
     for key, value in outputs.items():
         assert value.shape == (height, width, 3 if key == "rgb" else 1)

@@ -9,20 +9,20 @@ from pathlib import Path
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from r2l_nerfstudio.engines import torch_engine
 from r2l_nerfstudio.engines.parity import in_dim
 from r2l_nerfstudio.engines.protocol import EngineName, Order, Precision
 from r2l_nerfstudio.engines.sizes import chunk_rows, in_chunks, is_grid
-from r2l_nerfstudio.engines.weights import FixedNetwork
+from r2l_nerfstudio.engines.weights import FixedNetwork, RowsLast
 
 _MOST_CELLS = 4096
 """Rows or columns of a ray image."""
 
 
 def version() -> str:
-    return torch.__version__
+    return f"{torch.__version__}, rows last"
 
 
 def why_not(device: torch.device, precision: Precision) -> str | None:
@@ -59,13 +59,16 @@ def build(order: Order) -> InductorEngine:
 def _compiled(order: Order, file: Path) -> Path:
     network, device = order.network, order.device
     sizes: dict[int, torch.export.Dim] | None = None
+    fixed: nn.Module = FixedNetwork(network, order.precision)
     if is_grid(network):
-        example = torch.zeros(1, in_dim(network), 64, 72, device=device)
-        sizes = {axis: torch.export.Dim(name, min=2, max=_MOST_CELLS) for axis, name in ((2, "rows"), (3, "columns"))}
+        # As codes lie in memory: transposing them would take as long as a layer.
+        fixed = RowsLast(fixed)
+        example = torch.zeros(1, 64, 72, in_dim(network), device=device)
+        sizes = {axis: torch.export.Dim(name, min=2, max=_MOST_CELLS) for axis, name in ((1, "rows"), (2, "columns"))}
     else:
         example = torch.zeros(chunk_rows(device), in_dim(network), device=device)
     with torch.no_grad():
-        program = torch.export.export(FixedNetwork(network, order.precision), (example,), dynamic_shapes=(sizes,))
+        program = torch.export.export(fixed, (example,), dynamic_shapes=(sizes,))
         made = torch._inductor.aoti_compile_and_package(
             program, package_path=str(file), inductor_configs={"freezing": True}
         )
@@ -92,7 +95,8 @@ class InductorEngine:
     def __call__(self, code: Float[Tensor, "*code"]) -> Float[Tensor, "*values"]:
         code = code.detach()
         if self._is_grid:
-            return torch.cat([self._package(frame.contiguous()) for frame in code.split(1)])
+            frames = [self._package(frame.contiguous()) for frame in code.permute(0, 2, 3, 1).split(1)]
+            return (torch.cat(frames) if len(frames) > 1 else frames[0]).permute(0, 3, 1, 2)
         return in_chunks(self._run, code, self._out_dim, self._rows)
 
     def _run(self, code: Tensor, values: Tensor) -> None:

@@ -21,6 +21,7 @@ from r2l_nerfstudio.models.mobile_r2l import MobileR2LModel
 from r2l_nerfstudio.rays.encoding import frequency_encode
 from r2l_nerfstudio.rays.pinhole import image_rays
 from r2l_nerfstudio.rays.ray_image import MARGIN, ray_image_intrinsics, ray_image_size
+from r2l_nerfstudio.rays.spacing import MISSED_FRACTION
 from r2l_nerfstudio.student import Student
 
 GraphInputs = Literal["camera", "rays"]
@@ -142,14 +143,15 @@ class Pictures(nn.Module):
 
         Rays that miss a bounded scene see its background; `depth` is the distance along the ray.
         """
-        found = {"rgb": values[..., :3], "accumulation": values[..., 3:4]}
+        found, fraction = {"rgb": values[..., :3], "accumulation": values[..., 3:4]}, values[..., 4:5]
         if self.ray_code.spacing == "sphere":
             # By arithmetic: of a choice, Core ML's converter would write the background down for every pixel.
             missed = self.ray_code.misses_scene(origins, directions).to(values.dtype)
             found["rgb"] = found["rgb"] * (1 - missed) + self.background * missed
             found["accumulation"] = found["accumulation"] * (1 - missed)
+            fraction = fraction * (1 - missed) + MISSED_FRACTION * missed
         if "depth" in self.outputs:
-            distance = self.ray_code.to_distance(origins, directions, values[..., 4:5])
+            distance = self.ray_code.to_distance(origins, directions, fraction)
             found["depth"] = distance.clamp_min(0.0)
         return tuple(found[name] for name in self.outputs)
 

@@ -26,7 +26,7 @@ from r2l_nerfstudio.models.camera_rays import camera_rays, crop_interval, is_pin
 from r2l_nerfstudio.models.drawing_code import DrawingCode
 from r2l_nerfstudio.models.metrics import image_metrics
 from r2l_nerfstudio.rays.ray_code import RayCode, RayCodeKind
-from r2l_nerfstudio.rays.spacing import SceneBounds, SpacingKind
+from r2l_nerfstudio.rays.spacing import MISSED_FRACTION, SceneBounds, SpacingKind
 from r2l_nerfstudio.students.ray_features import FeatureVolume
 from r2l_nerfstudio.viewer.engine_menu import EngineMenu, in_render_thread
 from r2l_nerfstudio.viewer.panel import FrameTime, ViewerPanel
@@ -271,6 +271,7 @@ class LightFieldModel(Model):
             crossing = self.ray_code.crossing(origins[:1, :1] if is_pinhole(camera) else origins, directions)
             rgb = torch.where(crossing.is_missed, self.background, rgb)
             accumulation = accumulation.masked_fill(crossing.is_missed, 0.0)
+            fraction = fraction.masked_fill(crossing.is_missed, MISSED_FRACTION)
         outputs = {"rgb": rgb}
         if self.has_accumulation:
             outputs["accumulation"] = accumulation

@@ -10,13 +10,14 @@ from jaxtyping import Float
 from nerfstudio.cameras.cameras import Cameras
 from nerfstudio.cameras.rays import RayBundle
 from torch import Tensor
-from torch.nn.functional import interpolate
+from torch.nn.functional import interpolate, pad
 
 from r2l_nerfstudio.models.any_camera import render_by_faces
 from r2l_nerfstudio.models.light_field import LightFieldModel, LightFieldModelConfig
 from r2l_nerfstudio.rays.pinhole import image_rays, pinhole_rays, pixel_centers
-from r2l_nerfstudio.rays.ray_image import MARGIN, ray_image_intrinsics, ray_image_size
+from r2l_nerfstudio.rays.ray_image import MARGIN, ray_image_intrinsics
 from r2l_nerfstudio.rays.spacing import SceneBounds
+from r2l_nerfstudio.rays.sphere_window import Window, sphere_window
 from r2l_nerfstudio.students.mobile import MobileR2L, up_steps
 
 FACTORS = (4, 8, 12)
@@ -25,6 +26,9 @@ CELLS_ACROSS = 100
 
 MAX_CELLS = 1 << 16
 """Of one frame; where the trained pitch would take more, as for very wide views, it is drawn coarser."""
+
+WINDOW_STEP = 4
+"""Cells; sides of a window that is drawn alone are rounded up to it: engines are slow at the first picture of each size."""
 
 
 @dataclass
@@ -147,7 +151,10 @@ class MobileR2LModel(LightFieldModel):
         fx, fy = intrinsics[:2].tolist()
         drawn_width, drawn_height = self.drawn_size(fx, fy, width, height)
         across, down = drawn_width / width, drawn_height / height
-        values = self._draw(pose, intrinsics * intrinsics.new_tensor([across, down] * 2), drawn_height, drawn_width)
+        # What one pixel of the resampled picture is read from, and one more.
+        spill = math.ceil(max(1.0, across, down)) + 1
+        drawn_intrinsics = intrinsics * intrinsics.new_tensor([across, down] * 2)
+        values = self._draw(pose, drawn_intrinsics, drawn_height, drawn_width, spill)
         if (drawn_height, drawn_width) != (height, width):
             values = interpolate(values, (height, width), mode="bilinear", antialias=True)
         return values[0].permute(1, 2, 0)
@@ -160,12 +167,33 @@ class MobileR2LModel(LightFieldModel):
         shrink = min(1.0, math.sqrt(MAX_CELLS / cells))
         return max(1, round(drawn_width * shrink)), max(1, round(drawn_height * shrink))
 
-    def _draw(self, pose: Tensor, intrinsics: Tensor, height: int, width: int) -> Float[Tensor, "1 5 height width"]:
-        rows, columns = ray_image_size(height, width, self.factor)
-        rays = image_rays(pose, ray_image_intrinsics(intrinsics, self.factor), rows, columns)
+    def _draw(
+        self, pose: Tensor, intrinsics: Tensor, height: int, width: int, spill: int
+    ) -> Float[Tensor, "1 5 height width"]:
+        """The network's numbers at the trained pitch; on a CPU zeros where a bounded scene is out of sight, but for some
+        pixels around it."""
+        window = Window(0, 0, width, height)
+        # On GPUs a new size costs more than it saves: engines are planned, and graphs captured, for each.
+        if self.ray_code.spacing == "sphere" and self.device.type == "cpu":
+            code = self.ray_code
+            window = sphere_window(pose, intrinsics, height, width, code.center, float(code.radius), spill)
+        left, columns = self._cells(window.left, window.right, width)
+        top, rows = self._cells(window.top, window.bottom, height)
+        corner = intrinsics.new_tensor([left, top])
+        rays = image_rays(pose, ray_image_intrinsics(intrinsics, self.factor, corner), rows, columns)
         values = self.run_network(self.encode(*rays).permute(2, 0, 1)[None])
         margin = MARGIN * self.factor
-        return values[..., margin : margin + height, margin : margin + width]
+        values = values[..., margin : margin + height - top, margin : margin + width - left]
+        values = values[..., : (rows - 2 * MARGIN) * self.factor, : (columns - 2 * MARGIN) * self.factor]
+        beyond = (left, width - left - values.shape[-1], top, height - top - values.shape[-2])
+        return pad(values, beyond) if any(beyond) else values
+
+    def _cells(self, start: int, end: int, size: int) -> tuple[int, int]:
+        """Where to begin, in pixels, and how many cells to draw, margin included, along one side of a window."""
+        most = math.ceil(size / self.factor)
+        first, last = start // self.factor, math.ceil(end / self.factor)
+        count = min(most, max(1, math.ceil((last - first) / WINDOW_STEP)) * WINDOW_STEP)
+        return min(first, most - count) * self.factor, count + 2 * MARGIN
 
     def render_other(self, camera: Cameras) -> Float[Tensor, "height width 5"]:
         return render_by_faces(camera, float(self.focal), self.render_pinhole, self.device)

@@ -66,12 +66,20 @@ class R2LModel(LightFieldModel):
     def render_rays(
         self, origins: Float[Tensor, "*batch 3"], directions: Float[Tensor, "*batch 3"]
     ) -> Float[Tensor, "*batch 5"]:
-        """The network's five numbers per ray, in chunks of at most `eval_num_rays_per_chunk`.
+        """The network's five numbers per ray, in chunks of at most `eval_num_rays_per_chunk`; zeros for those that pass by a
+        bounded scene.
 
-        On a CPU they are few of the engines' own: a code of four kilobytes a ray is to stay near, and threads of torch and
-        of an engine get in each other's way at every change.
+        On a CPU the chunks are few of the engines' own: a code of four kilobytes a ray is to stay near, and threads of torch
+        and of an engine get in each other's way at every change.
         """
         flat = [tensor.reshape(-1, 3) for tensor in (origins, directions)]
+        seen: Tensor | None = None
+        if self.ray_code.spacing == "sphere":
+            seen = (~self.ray_code.misses_scene(origins, directions)).flatten().nonzero()[:, 0]
+            flat = [tensor[seen] for tensor in flat]
         size = min(self.config.eval_num_rays_per_chunk, 4 * chunk_rows(origins.device))
         parts = [self.run_network(self.encode(o, d)) for o, d in zip(*(t.split(size) for t in flat), strict=True)]
-        return torch.cat(parts).view(*origins.shape[:-1], -1)
+        values = torch.cat(parts)
+        if seen is not None:
+            values = values.new_zeros(origins[..., 0].numel(), values.shape[-1]).index_copy_(0, seen, values)
+        return values.view(*origins.shape[:-1], -1)

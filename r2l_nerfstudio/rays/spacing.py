@@ -11,6 +11,9 @@ from torch import Tensor
 
 SpacingKind = Literal["sphere", "near-far", "disparity"]
 
+MISSED_FRACTION = 0.5
+"""Position along a ray that passes by a bounded scene at which it is said to end: where it comes closest."""
+
 
 @dataclass(frozen=True)
 class SceneBounds:
