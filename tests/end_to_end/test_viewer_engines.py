@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from browser import CHANGED, ViewerPage, chromium, difference
+from browser import CHANGED, SAME, ViewerPage, chromium, difference
 from test_viewer import MAX_RES, SCREENSHOTS, Served, serve
 
 STUDENTS = {"r2l-lite": "tiny_student", "mobile-r2l-lite": "tiny_mobile_student"}
@@ -80,6 +80,22 @@ def test_engines_are_chosen_told_and_changed(page: tuple[ViewerPage, Served], st
         served.check()
     page.save(SCREENSHOTS / f"engine_by_hand_{method}.png")
     assert page.pace("Student") > 0
+
+    # Two browsers move at once, and that engine draws for both.
+    other = ViewerPage(page.page.context.new_page(), served.port)
+    aside = other.settle()
+    page.settle()
+    other.start_drag(120, 0)
+    page.drag(-60, 0)
+    other.page.mouse.up()
+    assert difference(aside, other.settle()) > CHANGED, "the second browser's picture stayed"
+    still = page.settle()
+    other.drag(-60, 0)
+    assert difference(still, page.settle()) < SAME, "the second browser moved the first one's camera"
+    for opened in (page, other):
+        assert running(opened).split()[0] == BY_HAND[-1] and not opened.crashes
+    served.check()
+    other.page.close()
 
 
 def test_ns_eval_gives_the_same_figures_by_every_engine(student: tuple[str, Path], tmp_path: Path):
