@@ -425,6 +425,7 @@ def ratios(figures: dict[str, Any]) -> list[str]:
 def draw_curves(figures: dict[str, Any], file: Path) -> None:
     """PSNR over processor time and over pixels, of the published recipe and ours; one line a seed."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator, NullFormatter
 
     figure = Figure(figsize=(10, 4), layout="constrained")
     axes = figure.subplots(1, 2, sharey=True)
@@ -441,6 +442,10 @@ def draw_curves(figures: dict[str, Any], file: Path) -> None:
     for axis, label in zip(axes, ("seconds of one thread", "million pixels learnt from"), strict=True):
         axis.set(xscale="log", xlabel=label)
         axis.grid(alpha=0.3, which="both")
+        # Plain numbers, as many as fit.
+        axis.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        axis.xaxis.set_major_formatter("{x:g}")
+        axis.xaxis.set_minor_formatter(NullFormatter())
     axes[0].set(ylabel="dB against the teacher, unseen poses")
     axes[0].legend(fontsize=7)
     figure.suptitle(f"{figures['capture']}, {figures['method']}, {figures['resolution']}")
