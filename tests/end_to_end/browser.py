@@ -88,13 +88,14 @@ class ViewerPage:
     Args:
         page: a new page of a browser.
         port: where the viewer serves on this machine.
+        full: the viewer's "Max res" by now, in pixels.
     """
 
-    def __init__(self, page: Page, port: int) -> None:
+    def __init__(self, page: Page, port: int, full: int = 512) -> None:
         self.page = page
         self.crashes: list[str] = []
         self.images_received = 0
-        self._full = 512
+        self._full = full
         page.on("pageerror", lambda error: self.crashes.append(str(error)))
         page.on("crash", lambda _: self.crashes.append("the page crashed"))
         page.on("websocket", lambda socket: socket.on("framereceived", self._count_images))

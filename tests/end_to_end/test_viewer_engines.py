@@ -82,7 +82,7 @@ def test_engines_are_chosen_told_and_changed(page: tuple[ViewerPage, Served], st
     assert page.pace("Student") > 0
 
     # Two browsers move at once, and that engine draws for both.
-    other = ViewerPage(page.page.context.new_page(), served.port)
+    other = ViewerPage(page.page.context.new_page(), served.port, full=MAX_RES)
     aside = other.settle()
     page.settle()
     other.start_drag(120, 0)
