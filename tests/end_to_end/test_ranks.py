@@ -52,7 +52,7 @@ def work(rank: int, port: int, teacher: Path, output: Path, runs: list[tuple[str
     for method, minutes in runs:
         config = student_config(teacher, output, **overrides(method, RAYS // 2, VIEWS // 2, minutes))
         config.set_timestamp()
-        _set_random_seed(config.machine.seed + rank)
+        _set_random_seed(rank)  # the first weights, rank 0's, are those of the one that trains alone
         trainer = config.setup(local_rank=rank, world_size=2)
         trainer.setup()
         trainer.train()
@@ -84,8 +84,7 @@ def test_two_ranks_train_one_student(tiny_teacher: Path, tmp_path: Path) -> None
             ) as trainer:
                 trainer.train()
                 alone = result_of(trainer)
-            # On the same held-out views. The first weights differ, and after so short a training that is up to 1.5 dB.
-            assert first["psnr"] == pytest.approx(alone["psnr"], abs=2.0)
+            assert first["psnr"] == pytest.approx(alone["psnr"], abs=1.0)  # on the same held-out views
     # A student of two ranks opens as any other.
     from r2l_nerfstudio.student import load_student
 
