@@ -41,6 +41,7 @@ mobile_r2l_paper = MethodSpecification(
             crop_cells=100,
             pose_sampler=PoseSamplerConfig(focal_range=(1.0, 1.0)),
             real_iterations=0,
+            foreground_fraction=0.0,
         ),
         MobileR2LModelConfig(spacing="near-far", accumulation_weight=0.0, depth_weight=0.0),
         max_num_iterations=600_000,

@@ -39,6 +39,7 @@ r2l_paper = MethodSpecification(
             pose_sampler=PoseSamplerConfig(focal_range=(1.0, 2.0)),
             real_iterations=1000,
             real_fraction=1.0,
+            foreground_fraction=0.0,
         ),
         R2LModelConfig(zero_init=False, spacing="near-far", accumulation_weight=0.0, depth_weight=0.0),
         max_num_iterations=600_000,

@@ -241,6 +241,18 @@ def test_a_crop_renders_as_the_camera_that_it_is_part_of() -> None:
     torch.testing.assert_close(outputs["rgb"][0], whole[..., :3], atol=1e-5, rtol=1e-4)
 
 
+def test_a_share_of_the_crops_is_drawn_where_the_teacher_sees_something() -> None:
+    source = views(4, 48, 48)
+    seen = torch.zeros(48, 48, dtype=torch.bool)
+    seen[10:26, 20:36] = True  # an eighth of the places where a crop's middle may be
+    source.pixels[..., 3] = 255 * seen
+    for share, least, most in ((0.0, 0.1, 0.3), (1.0, 0.7, 1.0)):
+        batch = sample_crops(source, 400, 3, 4, torch.Generator().manual_seed(0), share)
+        middles = batch.target.accumulation[:, 6, 6, 0] > 0
+        assert len(middles) == 400 and least < middles.float().mean() < most
+        torch.testing.assert_close(batch.target.rgb, 0.5 + 0.5 * batch.target.directions, atol=0.003, rtol=0)
+
+
 def test_photographs_teach_no_geometry_and_join_teacher_views() -> None:
     known, unknown = views(), views()
     known.has_geometry = True

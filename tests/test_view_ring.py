@@ -7,6 +7,7 @@ from scene_teacher import SceneTeacher, scene_cameras
 
 from r2l_nerfstudio.distillation import view_ring
 from r2l_nerfstudio.distillation.datamanager import capture_cameras
+from r2l_nerfstudio.distillation.foreground import TRIES
 from r2l_nerfstudio.distillation.hard_rays import HardRayPool
 from r2l_nerfstudio.distillation.pose_sampling import PoseSampler
 from r2l_nerfstudio.distillation.ray_sample import RECORD_WIDTH, RaySample
@@ -34,6 +35,25 @@ def test_rays_carry_the_colours_the_teacher_gives_along_them() -> None:
     torch.testing.assert_close(sample.depth[hit], truth.depth[hit], atol=2e-3, rtol=1e-3)
     assert hit.any() and not hit.all()
     assert (sample.weight == 1).all()
+
+
+def test_a_share_of_the_rays_is_drawn_where_the_teacher_sees_something() -> None:
+    ring = ViewRing(renderer(), 3, "cpu")
+    ring.fill()
+    seen = (ring.pixels[..., 3] > 0).float().mean()
+    assert 0.1 < seen < 0.9
+    for share in (0.0, 0.5, 1.0):
+        sample = ring.sample(20000, torch.Generator().manual_seed(0), share)
+        assert len(sample.rgb) == 20000
+        truth = SceneTeacher().scene.trace(sample.origins, sample.directions)
+        torch.testing.assert_close(sample.accumulation, truth.accumulation)
+        missed = 1 - (1 - (1 - seen) ** TRIES) * share - seen * (1 - share)
+        assert (sample.accumulation == 0).float().mean() == pytest.approx(float(missed), abs=0.015)
+    # Where nothing is seen at all, and where everything is, rays are still drawn anywhere.
+    for accumulation in (0, 255):
+        ring.pixels[..., 3] = accumulation
+        centers = ring.sample(20000, None, 1.0).directions.mean(0)
+        torch.testing.assert_close(centers, ring.sample(20000).directions.mean(0), atol=0.01, rtol=0)
 
 
 def test_refresh_replaces_the_oldest_view_with_a_new_one() -> None:

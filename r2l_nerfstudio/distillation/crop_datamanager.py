@@ -75,10 +75,17 @@ class CropDataManager(DistillationDataManager):
 
     def draw(self, num_real: int) -> Batch:
         """Crops of teacher views, then crops of photographs."""
-        fresh = self._crops(self.ring, self.config.train_num_rays_per_batch - num_real)
+        num_fresh = self.config.train_num_rays_per_batch - num_real
+        fresh = self._crops(self.ring, num_fresh, foreground_fraction=self.config.foreground_fraction)
         return joined(fresh, self._crops(self.photographs, num_real)) if num_real else fresh
 
-    def _crops(self, source: Views, num_pixels: int, generator: torch.Generator | None = None) -> Batch:
+    def _crops(
+        self,
+        source: Views,
+        num_pixels: int,
+        generator: torch.Generator | None = None,
+        foreground_fraction: float = 0.0,
+    ) -> Batch:
         cells = self.cells
         num_crops = max(1, round(num_pixels / (cells * self.factor) ** 2))
-        return sample_crops(source, num_crops, cells, self.factor, generator)
+        return sample_crops(source, num_crops, cells, self.factor, generator, foreground_fraction)

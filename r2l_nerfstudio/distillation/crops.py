@@ -10,6 +10,7 @@ from nerfstudio.cameras.rays import RayBundle
 from torch import Tensor
 
 from r2l_nerfstudio.distillation.datamanager import Batch
+from r2l_nerfstudio.distillation.foreground import TRIES, first_in_foreground
 from r2l_nerfstudio.distillation.ray_sample import RaySample
 from r2l_nerfstudio.rays.pinhole import pinhole_rays, pixel_centers
 from r2l_nerfstudio.rays.ray_image import MARGIN, ray_image_intrinsics
@@ -31,7 +32,12 @@ class Views(Protocol):
 
 
 def sample_crops(
-    views: Views, num_crops: int, cells: int, factor: int, generator: torch.Generator | None = None
+    views: Views,
+    num_crops: int,
+    cells: int,
+    factor: int,
+    generator: torch.Generator | None = None,
+    foreground_fraction: float = 0.0,
 ) -> Batch:
     """Square crops at random places of random views.
 
@@ -44,6 +50,7 @@ def sample_crops(
         cells: cells along each side of a crop.
         factor: pixels along each side of a cell.
         generator: on the views' device, for a repeatable draw.
+        foreground_fraction: of them, drawn where the teacher sees something in the middle of the crop.
 
     Returns:
         rays of the cells with their margin (crops cells+2 cells+2), and the pixels inside it
@@ -53,10 +60,17 @@ def sample_crops(
     side = cells * factor
     height, width = views.pixels.shape[1:3]
 
-    def draw(end: int) -> Tensor:
-        return torch.randint(end, (num_crops,), generator=generator, device=device)
+    def draw(*shape: int) -> tuple[Tensor, Tensor, Tensor]:
+        ends = (len(views), height - side + 1, width - side + 1)
+        return tuple(torch.randint(end, shape, generator=generator, device=device) for end in ends)
 
-    chosen, top, left = draw(len(views)), draw(height - side + 1), draw(width - side + 1)
+    num_foreground = int(foreground_fraction * num_crops)
+    places = draw(num_crops - num_foreground)
+    if num_foreground:
+        tries = draw(TRIES, num_foreground)
+        taken = first_in_foreground(views.pixels[tries[0], tries[1] + side // 2, tries[2] + side // 2, 3])
+        places = [torch.cat([place, more.gather(0, taken[None])[0]]) for place, more in zip(places, tries, strict=True)]
+    chosen, top, left = places
     poses = views.camera_to_worlds[chosen][:, None, None]
     intrinsics = views.intrinsics[chosen]
     corner = torch.stack([left, top], dim=-1)

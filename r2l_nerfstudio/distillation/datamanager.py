@@ -35,7 +35,7 @@ from r2l_nerfstudio.errors import InputError
 from r2l_nerfstudio.teacher import Teacher
 
 HOLDOUT_VIEWS = 4
-SHARES = ("real_fraction", "hard_fraction", "holdout_fraction", "refresh_share")
+SHARES = ("real_fraction", "hard_fraction", "holdout_fraction", "foreground_fraction", "refresh_share")
 """Settings that are shares of something."""
 HOLDOUT_SEED_OFFSET = 7_654_321
 
@@ -55,6 +55,8 @@ class DistillationDataManagerConfig(VanillaDataManagerConfig):
     """Teacher views are this much smaller than the training photographs."""
     pose_sampler: PoseSamplerConfig = field(default_factory=PoseSamplerConfig)
     """Where teacher views are taken from."""
+    foreground_fraction: float = 0.5
+    """Share of what is drawn from teacher views where the teacher sees something: a white background is soon learnt."""
     refresh_share: float = 0.15
     """Share of the training time that may go into replacing teacher views by new ones; 0 keeps the first ones."""
     real_iterations: int = 2000

@@ -66,7 +66,10 @@ class RayDataManager(DistillationDataManager):
         if num_real:
             num_hard = int(num_hard * (1 - self.config.real_fraction))
         fresh = total - num_hard - num_real
-        parts = [self.ring.sample(fresh).records(), self.hard_rays.draw(num_hard)]
+        parts = [
+            self.ring.sample(fresh, None, self.config.foreground_fraction).records(),
+            self.hard_rays.draw(num_hard),
+        ]
         if num_real:
             parts.append(self.photographs.sample(num_real).records())
         sample = RaySample.from_records(torch.cat(parts))

@@ -16,6 +16,7 @@ from nerfstudio.cameras.cameras import Cameras
 from nerfstudio.utils.rich_utils import CONSOLE, get_progress
 from torch import Tensor
 
+from r2l_nerfstudio.distillation.foreground import TRIES, first_in_foreground
 from r2l_nerfstudio.distillation.pose_sampling import PoseSampler
 from r2l_nerfstudio.distillation.ray_sample import RaySample
 from r2l_nerfstudio.distillation.survey import Survey, thumbnail
@@ -273,23 +274,34 @@ class ViewRing:
         self._next_index += 1
         self._filled = min(self._filled + 1, self.capacity)
 
-    def sample(self, num_rays: int, generator: torch.Generator | None = None) -> RaySample:
+    def sample(
+        self, num_rays: int, generator: torch.Generator | None = None, foreground_fraction: float = 0.0
+    ) -> RaySample:
         """Rays drawn uniformly over all pixels of all views in the ring.
 
         Args:
             num_rays: how many.
             generator: on the ring's device, for a repeatable draw.
+            foreground_fraction: of them, drawn where the teacher sees something.
         """
-        flat = torch.randint(
-            self._filled * self.height * self.width, (num_rays,), generator=generator, device=self.device
-        )
+        num_foreground = int(foreground_fraction * num_rays)
+        num_pixels, stored = self._filled * self.height * self.width, self.pixels.view(-1, 5)
+
+        def draw(*shape: int) -> Tensor:
+            return torch.randint(num_pixels, shape, generator=generator, device=self.device)
+
+        flat = draw(num_rays - num_foreground)
+        if num_foreground:
+            tries = draw(TRIES, num_foreground)
+            taken = first_in_foreground(stored[tries, 3])
+            flat = torch.cat([flat, tries.gather(0, taken[None])[0]])
         view = flat // (self.height * self.width)
         x = (flat % self.width).float() + 0.5
         y = (flat // self.width % self.height).float() + 0.5
         origins, directions = pinhole_rays(
             self.camera_to_worlds[view], self.intrinsics[view], torch.stack([x, y], dim=-1)
         )
-        pixels = self.pixels.view(-1, 5)[flat]
+        pixels = stored[flat]
         return RaySample(
             origins=origins,
             directions=directions,
