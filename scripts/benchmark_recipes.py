@@ -94,6 +94,7 @@ def rows_of(method: Literal["r2l", "mobile-r2l"]) -> dict[str, tuple[str, Change
         "paper + shallow": SHALLOW[method],
         "paper + small batches": SMALL_BATCH[method],
         "paper + points from the sphere on": SPHERE,
+        "paper + foreground": {"pipeline.datamanager.foreground_fraction": 0.75},
         "paper + bf16": {"pipeline.bf16": True},
         "paper + averaged weights": {"pipeline.ema_decay": 0.99},
     }
@@ -106,6 +107,7 @@ def rows_of(method: Literal["r2l", "mobile-r2l"]) -> dict[str, tuple[str, Change
         "ours, half the rates": rates(0.5),
         "ours, twice the rates": rates(2.0),
         "ours - volume": {"pipeline.model.volume_resolution": 0},
+        "ours - foreground": {"pipeline.datamanager.foreground_fraction": 0.0},
         "ours - cosine": {"optimizers.*.scheduler": WarmupCosineSchedulerConfig(warmup_steps=50, final_share=1.0)},
         "ours - bf16": {"pipeline.bf16": False},
         "ours - accumulation and depth": {
@@ -117,7 +119,7 @@ def rows_of(method: Literal["r2l", "mobile-r2l"]) -> dict[str, tuple[str, Change
     if method == "r2l":
         with_lite |= {
             "ours - zero-init": {"pipeline.model.zero_init": False},
-            "ours - hard rays": {"pipeline.datamanager.hard_fraction": 0.0},
+            "ours + hard rays": {"pipeline.datamanager.hard_fraction": 0.2},
             "ours + averaged weights": {"pipeline.ema_decay": 0.99},
             "ours, 10 octaves": {"pipeline.model.num_frequencies": 10},
             "ours, depth 24": {"pipeline.model.depth": 24},

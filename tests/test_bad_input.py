@@ -311,7 +311,9 @@ def test_lens_that_cannot_be_undistorted(refused, capture: Path, tmp_path: Path)
     assert "--pipeline.datamanager.real-iterations 0" in refused.config(config)
 
 
-@pytest.mark.parametrize("option", ["real_fraction", "hard_fraction", "holdout_fraction", "refresh_share"])
+@pytest.mark.parametrize(
+    "option", ["real_fraction", "hard_fraction", "holdout_fraction", "foreground_fraction", "refresh_share"]
+)
 def test_shares_out_of_range(option: str, refused, tiny_teacher: Path) -> None:
     said = refused(tiny_teacher, **{f"pipeline.datamanager.{option}": 1.5})
     assert f"--pipeline.datamanager.{option.replace('_', '-')} 1.5" in said

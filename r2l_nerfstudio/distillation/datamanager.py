@@ -55,7 +55,7 @@ class DistillationDataManagerConfig(VanillaDataManagerConfig):
     """Teacher views are this much smaller than the training photographs."""
     pose_sampler: PoseSamplerConfig = field(default_factory=PoseSamplerConfig)
     """Where teacher views are taken from."""
-    foreground_fraction: float = 0.5
+    foreground_fraction: float = 0.75
     """Share of what is drawn from teacher views where the teacher sees something: a white background is soon learnt."""
     refresh_share: float = 0.15
     """Share of the training time that may go into replacing teacher views by new ones; 0 keeps the first ones."""
