@@ -24,6 +24,7 @@ class WeightAverage(nn.Module):
         statistics = [tensor for tensor in normalization_statistics(module) if tensor.is_floating_point()]
         self._followed = [*module.parameters(), *statistics]
         self.register_buffer("updates", torch.zeros((), dtype=torch.long))
+        self._count: int | None = 0  # `updates`, which a GPU would have to be asked for; None: not known
         for index, parameter in enumerate(self._followed):
             self.register_buffer(f"weight_{index}", parameter.detach().clone())
 
@@ -35,15 +36,22 @@ class WeightAverage(nn.Module):
     def reset(self) -> None:
         """Begin anew at the weights as they are."""
         self.updates.zero_()
+        self._count = 0
         torch._foreach_copy_(self._averages, [p.detach() for p in self._followed])
 
     @torch.no_grad()
     def update(self) -> None:
         """Move the average towards the weights."""
-        count = int(self.updates)
-        keep = min(self.decay, (1 + count) / (10 + count))
+        if self._count is None:
+            self._count = int(self.updates)
+        keep = min(self.decay, (1 + self._count) / (10 + self._count))
         torch._foreach_lerp_(self._averages, [p.detach() for p in self._followed], 1 - keep)
         self.updates += 1
+        self._count += 1
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self._count = None
 
     @torch.no_grad()
     def swap(self) -> None:

@@ -22,6 +22,8 @@ from r2l_nerfstudio.distillation.view_ring import ViewRing
 from r2l_nerfstudio.teacher import Teacher
 
 HOLDOUT_RAYS = 8192
+DRAWS_AT_ONCE = 32
+"""Iterations for which rays of photographs are made together: Nerfstudio's cameras wait for a GPU each time."""
 
 
 @dataclass
@@ -42,15 +44,16 @@ class RayDataManager(DistillationDataManager):
 
     def attach_teacher(self, teacher: Teacher, survey: Survey, background: Float[Tensor, "3"], factor: int) -> None:
         super().attach_teacher(teacher, survey, background, factor)
-        self.hard_rays = self._empty_pool()
+        self._begin()
 
     def restart(self, config: RayDataManagerConfig) -> None:
         super().restart(config)
-        self.hard_rays = self._empty_pool()
+        self._begin()
 
-    def _empty_pool(self) -> HardRayPool:
+    def _begin(self) -> None:
         num_hard = int(self.config.hard_fraction * self.config.train_num_rays_per_batch)
-        return HardRayPool(num_hard, self.config.hard_pool_batches, RECORD_WIDTH, self.device)
+        self.hard_rays = HardRayPool(num_hard, self.config.hard_pool_batches, RECORD_WIDTH, self.device)
+        self._of_photographs = torch.empty(0, RECORD_WIDTH, device=self.device)
 
     def read_photographs(self, indices: list[int], corrections: Float[Tensor, "num_train 3 4"] | None) -> Photographs:
         return Photographs(self.train_dataset, indices, corrections, self.background, self.device)
@@ -71,9 +74,15 @@ class RayDataManager(DistillationDataManager):
             self.hard_rays.draw(num_hard),
         ]
         if num_real:
-            parts.append(self.photographs.sample(num_real).records())
+            parts.append(self._draw_photographs(num_real))
         sample = RaySample.from_records(torch.cat(parts))
         return Batch(to_ray_bundle(sample), sample, fresh)
+
+    def _draw_photographs(self, num_rays: int) -> Float[Tensor, "rays 13"]:
+        if len(self._of_photographs) < num_rays:
+            self._of_photographs = self.photographs.sample(DRAWS_AT_ONCE * num_rays).records()
+        drawn, self._of_photographs = self._of_photographs[:num_rays], self._of_photographs[num_rays:]
+        return drawn
 
     def learn_from(self, batch: Batch, errors: Float[Tensor, "rays"]) -> None:
         """Put the worst of a batch's fresh rays into the hard-ray pool (R2L, sec. 3.3)."""

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import threading
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,9 @@ import tyro
 import yaml
 from distil import distil, own_writers, set_up, student_config
 from nerfstudio.utils.eval_utils import eval_setup
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from r2l_nerfstudio.distillation import ray_datamanager
 from r2l_nerfstudio.distillation.trainer import DistillationTrainer
@@ -549,6 +553,46 @@ def test_no_iteration_waits_for_the_teacher(tiny_teacher: Path, tmp_path: Path) 
         while torch.equal(datamanager.ring.camera_to_worlds, before) and time.monotonic() < deadline:
             datamanager.next_batch(20)
         assert not torch.equal(datamanager.ring.camera_to_worlds, before)
+
+
+class WatchedDevice(TorchDispatchMode):
+    """Notes at which iterations the host asks a device for a number, and so waits for it."""
+
+    def __init__(self, trainer: DistillationTrainer) -> None:
+        super().__init__()
+        self.trainer = trainer
+        self.asked: dict[int, list[str]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        name = func.overloadpacket.__name__
+        by_mask = name.startswith(("index", "_index")) and any(
+            isinstance(where, Tensor) and where.dtype == torch.bool for where in tree_leaves(args[1:2])
+        )
+        asks = by_mask or name in ("_local_scalar_dense", "nonzero", "masked_select", "equal", "_unique2")
+        # Adam asks for its count of steps, which torch keeps on the host.
+        if asks and not any("/torch/optim/" in frame.filename for frame in traceback.extract_stack()):
+            self.asked.setdefault(self.trainer.step, []).append(name)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("method", ["r2l", "r2l-lite", "mobile-r2l-lite", "r2l-paper"])
+def test_no_iteration_asks_the_device_for_a_number(method: str, tiny_teacher: Path, tmp_path: Path) -> None:
+    overrides = {
+        "max_num_iterations": 40,
+        "pipeline.datamanager.real_iterations": 20,
+        "pipeline.datamanager.refresh_share": 0.0,
+        "pipeline.steps_per_holdout": 10,
+        "logging.steps_per_log": 10,
+        "steps_per_save": 10,
+    }
+    with set_up(student_config(tiny_teacher, tmp_path, method, **overrides)) as trainer:
+        watched = WatchedDevice(trainer)
+        with watched:
+            trainer.train()
+    assert trainer.step == 39
+    # Every tenth is watched, logged or saved. The first sets things up.
+    assert {step: names for step, names in watched.asked.items() if step % 10 in range(2, 9)} == {}
+    assert watched.asked  # those that are watched ask
 
 
 def test_no_minutes_are_no_budget(tiny_teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
