@@ -135,14 +135,15 @@ def test_a_killed_run_goes_on(
         begun["momenta"] = {
             name: copy.deepcopy(optimizer.state_dict()) for name, optimizer in trainer.optimizers.optimizers.items()
         }
-        photographs = trainer.pipeline.datamanager.photographs
-        sample = photographs.sample
+        datamanager = trainer.pipeline.datamanager
+        draw = datamanager.draw
 
-        def counted(*args, **kwargs):
-            real.append(trainer.step)
-            return sample(*args, **kwargs)
+        def counted(num_real: int):
+            if num_real:
+                real.append(trainer.step)
+            return draw(num_real)
 
-        photographs.sample = counted
+        datamanager.draw = counted
         train(trainer)
 
     monkeypatch.setattr(DistillationTrainer, "train", watched_train)
