@@ -45,6 +45,7 @@ COMMON: Changes = {
     "pipeline.datamanager.refresh_share": 0.0,
     "pipeline.model.engine": "torch",
 }
+WARM_UP: Changes = {"optimizers.*.scheduler": WarmupCosineSchedulerConfig(warmup_steps=50)}
 LITE: dict[str, tuple[str, Changes]] = {"r2l": ("r2l-lite", {}), "mobile-r2l": ("mobile-r2l-lite", {})}
 """What is compared: the method a CPU trains, as it is."""
 PAPER: dict[str, tuple[str, Changes]] = {
@@ -67,6 +68,17 @@ PAPER: dict[str, tuple[str, Changes]] = {
 }
 """The published recipe on a network of a CPU's size: half the width; for r2l half the depth; batches to fit."""
 
+FULL: dict[str, tuple[str, Changes]] = {
+    "r2l": ("r2l", PAPER["r2l"][1] | WARM_UP),
+    "mobile-r2l": (
+        "mobile-r2l",
+        PAPER["mobile-r2l"][1]
+        | WARM_UP
+        | {"pipeline.datamanager.train_num_rays_per_batch": 16384, "pipeline.datamanager.crop_cells": 8},
+    ),
+}
+"""What a GPU trains, on the same small network as the published recipe: batches and warm-up as short as the training."""
+
 VOLUME: Changes = {"pipeline.model.volume_resolution": 40}
 ZERO: Changes = {"pipeline.model.zero_init": True}
 SPHERE: Changes = {"pipeline.model.spacing": "auto"}
@@ -84,6 +96,7 @@ def rows_of(method: Literal["r2l", "mobile-r2l"]) -> dict[str, tuple[str, Change
     """Named recipes: a method, and what is changed of it."""
     paper, paper_changes = PAPER[method]
     lite, _ = LITE[method]
+    full, full_changes = FULL[method]
     with_paper = {
         "paper": {},
         "paper + cosine, 1e-3": adam(1e-3),
@@ -104,8 +117,8 @@ def rows_of(method: Literal["r2l", "mobile-r2l"]) -> dict[str, tuple[str, Change
         "ours": {},
         "ours - Muon": adam(4e-3),
         "ours, Adam at 1e-3": adam(1e-3),
-        "ours, half the rates": rates(0.5),
-        "ours, twice the rates": rates(2.0),
+        "ours, half the rates": rates(lite, 0.5),
+        "ours, twice the rates": rates(lite, 2.0),
         "ours - volume": {"pipeline.model.volume_resolution": 0},
         "ours - foreground": {"pipeline.datamanager.foreground_fraction": 0.0},
         "ours - cosine": {"optimizers.*.scheduler": WarmupCosineSchedulerConfig(warmup_steps=50, final_share=1.0)},
@@ -134,15 +147,40 @@ def rows_of(method: Literal["r2l", "mobile-r2l"]) -> dict[str, tuple[str, Change
             "ours, 8 blocks": {"pipeline.model.blocks": 8},
             "ours, batches of 32768": {"pipeline.datamanager.train_num_rays_per_batch": 32768},
         }
+    with_full: dict[str, Changes] = {
+        "full": {},
+        "full, Adam at 1e-3": adam(1e-3),
+        "full, half the rates": rates(full, 0.5),
+        "full, twice the rates": rates(full, 2.0),
+        "full, 4 times the rates": rates(full, 4.0),
+        "full + volume": VOLUME,
+        "full - foreground": {"pipeline.datamanager.foreground_fraction": 0.0},
+        "full - jitter": {"pipeline.model.jitter_points": False},
+    }
+    if method == "r2l":
+        with_full |= {
+            "full - hard rays": {"pipeline.datamanager.hard_fraction": 0.0},
+            "full - zero-init": {"pipeline.model.zero_init": False},
+            "full + averaged weights": {"pipeline.ema_decay": 0.99},
+        }
+    else:
+        with_full |= {
+            "full + zero-init": ZERO,
+            "full - averaged weights": {"pipeline.ema_decay": 0.0},
+        }
     return {
+        **{name: (full, {**full_changes, **changes}) for name, changes in with_full.items()},
         **{name: (paper, {**paper_changes, **changes}) for name, changes in with_paper.items()},
         **{name: (lite, changes) for name, changes in with_lite.items()},
     }
 
 
-def rates(share: float) -> Changes:
-    """Our learning rates, all by the same factor."""
-    return {f"{group}.optimizer.lr": share * settings["optimizer"].lr for group, settings in muon().items()}
+def rates(method: str, share: float) -> Changes:
+    """A method's learning rates, all by the same factor."""
+    from nerfstudio.configs.method_configs import all_methods
+
+    optimizers = all_methods[method].optimizers
+    return {f"optimizers.{group}.optimizer.lr": share * each["optimizer"].lr for group, each in optimizers.items()}
 
 
 def muon() -> Changes:
