@@ -150,7 +150,6 @@ def rows_of(method: Literal["r2l", "mobile-r2l"]) -> dict[str, tuple[str, Change
     with_full: dict[str, Changes] = {
         "full": {},
         "full, Adam at 1e-3": adam(1e-3),
-        "full, half the rates": rates(full, 0.5),
         "full, twice the rates": rates(full, 2.0),
         "full, 4 times the rates": rates(full, 4.0),
         "full + volume": VOLUME,
@@ -470,12 +469,15 @@ def draw_curves(figures: dict[str, Any], file: Path) -> None:
     figure = Figure(figsize=(10, 4), layout="constrained")
     axes = figure.subplots(1, 2, sharey=True)
     colours = {"paper": "tab:gray", "ours": "tab:blue"}
-    for row in figures["rows"].values():
-        if row["recipe"] not in colours:
-            continue
+    drawn = sorted(
+        (row for row in figures["rows"].values() if row["recipe"] in colours),
+        key=lambda row: (row["recipe"], row["seconds"]),
+    )
+    longest = max((row["seconds"] for row in drawn), default=1.0)
+    for row in drawn:
         for seed, points in row["seeds"].items():
             label = f"{row['recipe']}, {row['seconds']:g} s" if seed == "0" else None
-            shade = 0.3 + 0.7 * row["seconds"] / max(r["seconds"] for r in figures["rows"].values())
+            shade = 0.3 + 0.7 * row["seconds"] / longest
             for axis, what, scale in ((axes[0], "seconds", 1), (axes[1], "rays", 1e6)):
                 xs, ys = [point[what] / scale for point in points], [point["psnr"] for point in points]
                 axis.plot(xs, ys, "o-", ms=3, lw=1, color=colours[row["recipe"]], alpha=shade, label=label)
