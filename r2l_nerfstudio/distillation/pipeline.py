@@ -15,6 +15,7 @@ import tyro
 from jaxtyping import Float
 from nerfstudio.cameras.rays import RayBundle
 from nerfstudio.data.datamanagers.base_datamanager import DataManagerConfig
+from nerfstudio.engine.optimizers import Optimizers
 from nerfstudio.engine.callbacks import TrainingCallback, TrainingCallbackAttributes, TrainingCallbackLocation
 from nerfstudio.models.base_model import ModelConfig
 from nerfstudio.pipelines.base_pipeline import VanillaPipeline, VanillaPipelineConfig
@@ -33,6 +34,7 @@ from r2l_nerfstudio.distillation.averaging import (
 )
 from r2l_nerfstudio.distillation.datamanager import Batch, DistillationDataManager, DistillationDataManagerConfig
 from r2l_nerfstudio.distillation.frame_check import check_cameras, check_frame
+from r2l_nerfstudio.distillation.optimization import move_state
 from r2l_nerfstudio.distillation.progress import TrainingProgress
 from r2l_nerfstudio.distillation.scene_occupancy import SceneOccupancy
 from r2l_nerfstudio.distillation.survey import Survey
@@ -40,6 +42,7 @@ from r2l_nerfstudio.errors import InputError, exit_on_input_error
 from r2l_nerfstudio.teacher import Teacher
 
 STATISTICS_BATCHES = 16
+STEPS_PER_GROWTH = 200
 
 
 @dataclass
@@ -187,6 +190,13 @@ class DistillationPipeline(VanillaPipeline):
                     f" describe ({' '.join(str(error).split())[:300]}). A run's config.yml goes with its own"
                     " checkpoints; to go on from one with --load-dir, give the same --pipeline.model options."
                 ) from error
+        if self.scene_occupancy is not None:
+            # The checkpoint's features, as many as it has; ranks and averages go by that number.
+            self.scene_occupancy.resume(self.datamanager.ring)
+            if self.world_size > 1:
+                self._model = self._distributed(self.datamanager.local_rank)
+            if self.average is not None:
+                self.average = WeightAverage(self.model, self.config.ema_decay)
         if self.average is not None:
             if averages:
                 self.average.load_state_dict(averages)
@@ -231,6 +241,7 @@ class DistillationPipeline(VanillaPipeline):
         return [
             *super().get_training_callbacks(attributes),
             self._after_iterations(self._update_average, 1),
+            self._after_iterations(lambda step: self._grow_occupancy(attributes.optimizers), STEPS_PER_GROWTH),
             self._after_iterations(self._watch_holdout, self.config.steps_per_holdout),
         ]
 
@@ -249,6 +260,23 @@ class DistillationPipeline(VanillaPipeline):
     def _after_iterations(self, function: Callable[[int], None], every: int) -> TrainingCallback:
         where = [TrainingCallbackLocation.AFTER_TRAIN_ITERATION]
         return TrainingCallback(where_to_run=where, update_every_num_iters=every, func=function)
+
+    def _grow_occupancy(self, optimizers: Optimizers | None) -> None:
+        """Take into the occupancy what new teacher views show, features and all that follows them with it."""
+        ring, encoding = self.datamanager.ring, self.model.composited
+        # Ranks would have to agree; and weights that may be restored must go on fitting.
+        if self.scene_occupancy is None or encoding is None or self.world_size > 1 or self.datamanager.photographs_now:
+            return
+        former = self.scene_occupancy.grow(ring)
+        if former is None:
+            return
+        rows = encoding.volume.rows
+        rows.grad = None
+        if optimizers is not None:
+            for optimizer in optimizers.optimizers.values():
+                move_state(optimizer, rows, former)
+        if self.average is not None:
+            self.average.follow_rows(rows, former)
 
     def _update_average(self, step: int) -> None:
         if self.average is not None:

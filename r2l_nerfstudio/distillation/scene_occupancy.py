@@ -49,6 +49,7 @@ class SceneOccupancy:
         self.max_grid_points = max_grid_points
         self.has_depth = has_depth
         self._counts: Int32[Tensor, "z y x"] | None = None
+        self._views_seen = 0
 
     @torch.no_grad()
     def start(self, ring: ViewRing, cameras: CaptureCameras) -> None:
@@ -76,19 +77,25 @@ class SceneOccupancy:
             keep = slice(None, None, max(1, len(points) // 100_000))
             cell = scene.pixel_cell(points[keep], footprints[keep])
         encoding.lay_out(self._resolution(cell))
+        self._views_seen = ring.views_put
 
     @torch.no_grad()
-    def grow(self, ring: ViewRing, indices: list[int]) -> Tensor | None:
-        """Mark what more views show.
+    def grow(self, ring: ViewRing, least: float = 0.05) -> Tensor | None:
+        """Mark what views show that came into the ring since the last call.
 
         Args:
-            ring: that holds them.
-            indices: which of its views are new.
+            ring: the same as before.
+            least: share of the ring that must be new.
 
         Returns:
             for each row of the volume the one it was, or 0 if it is new; None if nothing changed.
         """
         assert self._counts is not None, "start() comes first"
+        new = range(self._views_seen, ring.views_put)
+        if len(new) < least * ring.capacity:
+            return None
+        self._views_seen = ring.views_put
+        indices = sorted({number % ring.capacity for number in new})
         before = self.encoding.occupancy.cells
         if self.has_depth:
             for index in indices:
@@ -97,6 +104,15 @@ class SceneOccupancy:
         if torch.equal(before, self.encoding.occupancy.cells):
             return None
         return self.encoding.lay_out(self.encoding.volume.cells)
+
+    @torch.no_grad()
+    def resume(self, ring: ViewRing) -> None:
+        """Go on from the occupancy of a checkpoint that was loaded into the encoding, counting the ring's pixels anew."""
+        occupancy = self.encoding.occupancy
+        self._counts = torch.zeros_like(occupancy.cells, dtype=torch.int32)
+        if self.has_depth:
+            for index in range(len(ring)):
+                self._counts += occupancy.counts(self._surface(ring, index)[0])
 
     def describe(self) -> str:
         """One line on what is held."""
