@@ -181,7 +181,7 @@ def test_thin_things_are_never_lost(thing: Tensor, share: float) -> None:
 def test_occupancy_holds_a_ball_and_little_else(has_depth: bool) -> None:
     made = occupied_by(*ring_of([(BALL, 1.0)], has_depth, side=80), has_depth)
     # Of its underside no view shows anything.
-    assert float(made.occupancy(made.occupancy.scene(BALL)).mean()) > 0.95
+    assert float(made.occupancy(made.occupancy.scene(BALL)).mean()) > 0.9
     corner = torch.tensor([[0.95, 0.95, 0.2], [-0.95, 0.9, 0.5]])
     assert has_depth or float(made.occupancy(made.occupancy.scene(corner)).sum()) == 0
 

@@ -167,10 +167,10 @@ class SceneOccupancy:
         self._mark(ring, range(len(ring)))
 
     def _claimed_points(self) -> Float[Tensor, "points 3"]:
-        """Middles of a ball's cells that are occupied although no depth is sure there, in scene coordinates."""
+        """Corners of a ball's cells that are occupied although no depth is sure there, in scene coordinates."""
         occupancy = self.encoding.occupancy
         cells = self._claimed.nonzero().flip(-1)
-        unit = (cells + 0.5) / cells.new_tensor(occupancy.resolution)
+        unit = torch.cat([cells, cells + 1]) / cells.new_tensor(occupancy.resolution)
         return unit * occupancy.scene.extent + occupancy.scene.low
 
     def _mark(self, ring: ViewRing, indices: range | list[int]) -> None:
@@ -179,7 +179,8 @@ class SceneOccupancy:
         counts = _sum_of_ranks(self._counts.clone())
         occupancy.mark((counts >= LEAST_HITS).to(torch.uint8))
         for cells in self._unexplained(ring, indices):
-            occupancy.mark(cells, dilation=0)
+            # Carved to little in a bounded scene; elsewhere whole rays, which need no neighbors.
+            occupancy.mark(cells, dilation=int(self.encoding.is_bounded))
             self._claimed = cells
         if _ranks() > 1:
             cells = occupancy.cells.int()
