@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import subprocess
@@ -103,9 +104,24 @@ def test_configuration_is_read_as_it_was_written(method: str, tmp_path: Path) ->
 def test_sizes_of_the_methods() -> None:
     from nerfstudio.configs.method_configs import all_methods
 
-    full, lite = (all_methods[name].pipeline.model for name in ("r2l", "r2l-lite"))
-    assert (full.width, full.depth, full.num_points, full.num_frequencies) == (256, 88, 16, 10)  # the paper's
+    full, lite, paper = (all_methods[name].pipeline.model for name in ("r2l", "r2l-lite", "r2l-paper"))
+    assert (paper.width, paper.depth, paper.num_points, paper.num_frequencies) == (256, 88, 16, 10)
     assert lite.width**2 * lite.depth < full.width**2 * full.depth / 10
+
+
+@pytest.mark.parametrize(
+    ("name", "megabytes"), [("r2l", 12.0), ("mobile-r2l", 8.7), ("r2l-lite", 2.5), ("mobile-r2l-lite", 2.5)]
+)
+def test_students_are_no_larger_than_the_papers(name: str, megabytes: float) -> None:
+    from nerfstudio.configs.method_configs import all_methods
+
+    config = copy.deepcopy(all_methods[name].pipeline.model)
+    config.fit_to(800, 800)
+    model = config.setup(scene_box=None, num_train_data=1, metadata={}, device="cpu", grad_scaler=None)
+    features = config.max_grid_points * (1 + config.feature_channels)
+    assert 2 * (sum(p.numel() for p in model.network.parameters()) + features) < megabytes * 1e6
+    if name == "mobile-r2l":
+        assert model.network.flops_per_cell * 100**2 < 101e9
 
 
 def test_methods_share_no_state() -> None:

@@ -13,7 +13,6 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from r2l_nerfstudio.students import cpu_kernels
 from r2l_nerfstudio.students.sparse_volume import DENSITY_SHIFT, STOP
 
 _LEAST_RAYS = 512
@@ -72,6 +71,8 @@ class _March(torch.autograd.Function):
     def forward(
         context: Any, rows: Tensor, start: Tensor, step: Tensor, missed: Tensor | None, space: MarchSpace, samples: int, jitter: bool
     ) -> tuple[Tensor, Tensor]:
+        from r2l_nerfstudio.students import cpu_kernels  # Numba: a second to import, and Nerfstudio loads every method
+
         rays = len(start)
         starts, steps = (t.detach().nan_to_num(0.0).contiguous().numpy() for t in (start, step))
         table = rows.detach().contiguous().numpy()
@@ -104,6 +105,8 @@ class _March(torch.autograd.Function):
 
     @staticmethod
     def backward(context: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        from r2l_nerfstudio.students import cpu_kernels
+
         starts, steps, fractions, lengths, empty, space, table, values, weights = context.kept
         grad_rows = np.zeros_like(table)
         # One thread: two would write to the same rows.
