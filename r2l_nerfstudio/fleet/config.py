@@ -16,6 +16,7 @@ from r2l_nerfstudio.errors import InputError
 
 ExportFormat = Literal["web", "onnx", "openvino", "coreml", "tensorrt", "tensorrt-rtx", "torch-tensorrt"]
 
+INSTALL = "install it with pip install 'r2l-nerfstudio[fleet]'."
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _RESERVED_OPTIONS = {
     "--output-dir",
@@ -158,7 +159,10 @@ def load_fleet(path: Path) -> FleetConfig:
     Raises:
         InputError: the file is missing or no YAML, or a setting is unknown or has a value that does not fit.
     """
-    from pydantic import TypeAdapter, ValidationError
+    try:
+        from pydantic import TypeAdapter, ValidationError
+    except ImportError as error:
+        raise InputError(f"r2l-fleet needs pydantic ({error}): {INSTALL}") from error
 
     try:
         data = yaml.safe_load(path.read_text(encoding="utf-8"))
