@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+import os
 import threading
 import time
 from collections import Counter
@@ -9,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import pytest
 from PIL import Image
 from rich.console import Console
 
@@ -116,3 +119,10 @@ class ThreadCluster:
         end = time.time() + seconds
         while not all(handle in self._outcomes for handle in handles) and time.time() < end:
             time.sleep(0.01)
+
+
+def need(module: str) -> None:
+    """Fail in CI and skip elsewhere where a library of the extra `fleet` is missing."""
+    if importlib.util.find_spec(module) is None:
+        lacks = pytest.fail if os.environ.get("CI") == "true" else pytest.skip
+        lacks(f"{module} is not installed: pip install 'r2l-nerfstudio[fleet]'")

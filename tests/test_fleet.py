@@ -14,7 +14,7 @@ import fsspec
 import numpy as np
 import pytest
 import torch
-from fleets import QUIET, ThreadCluster, ran, run_fleet, stand_in_fleet, statuses, write_folder
+from fleets import QUIET, ThreadCluster, need, ran, run_fleet, stand_in_fleet, statuses, write_folder
 from r2l_nerfstudio.scripts import fleet as script
 
 from r2l_nerfstudio.errors import InputError
@@ -30,12 +30,11 @@ from r2l_nerfstudio.fleet.scheduler import Scheduler
 from r2l_nerfstudio.fleet.storage import Storage, download
 from r2l_nerfstudio.fleet.table import fleet_table
 
-pytest.importorskip("pydantic", reason="pip install 'r2l-nerfstudio[fleet]'")
-
 
 @pytest.fixture(autouse=True)
 def empty_memory_file_system() -> None:
     """fsspec keeps one for the whole process."""
+    need("pydantic")
     fsspec.filesystem("memory").store.clear()
 
 
