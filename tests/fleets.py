@@ -33,7 +33,7 @@ STAND_IN = f"python {Path(__file__).with_name('stand_in.py')}"
 QUIET = Console(quiet=True)
 
 
-def write_folder(folder: Path, text: str = "{}") -> Path:
+def write_folder(folder: Path, text: str = '{"frames": [{"file_path": "images/0.png"}]}') -> Path:
     """A capture that only stand-ins can use: one photo and a transforms.json."""
     (folder / "images").mkdir(parents=True)
     Image.new("RGB", (64, 48), "teal").save(folder / "images" / "0.png")

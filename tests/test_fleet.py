@@ -41,7 +41,10 @@ def empty_memory_file_system() -> None:
 @pytest.fixture
 def captures(tmp_path: Path) -> list[str]:
     """Two captures for stand-ins."""
-    return [str(write_folder(tmp_path / "captures" / name, json.dumps({"name": name}))) for name in ("barn", "church")]
+    return [
+        str(write_folder(tmp_path / "captures" / name, json.dumps({"name": name, "frames": [1]})))
+        for name in ("barn", "church")
+    ]
 
 
 # Configuration
@@ -136,12 +139,12 @@ def test_captures_are_named_by_the_shortest_end_of_their_path_that_is_unique(tmp
 
 
 def test_a_fingerprint_follows_the_content_and_not_the_place(tmp_path: Path) -> None:
-    folder = write_folder(tmp_path / "a", '{"fl_x": 1}')
+    folder = write_folder(tmp_path / "a", '{"fl_x": 1, "frames": [1]}')
     first = folder_fingerprint(str(folder))
     moved = Path(shutil.move(folder, tmp_path / "b"))
     os.utime(moved / "transforms.json", (1, 1))
     assert folder_fingerprint(str(moved)) == first
-    (moved / "transforms.json").write_text('{"fl_x": 2}')
+    (moved / "transforms.json").write_text('{"fl_x": 2, "frames": [1]}')
     second = folder_fingerprint(str(moved))
     assert second != first
     (moved / "images" / "1.png").write_bytes(b"photo")
@@ -185,7 +188,7 @@ def test_a_changed_capture_redoes_its_own_stages(tmp_path: Path, captures: list[
     fleet, cluster = stand_in_fleet(tmp_path, captures), ThreadCluster()
     run_fleet(fleet, cluster)
     before = ran(tmp_path)
-    (Path(captures[0]) / "transforms.json").write_text('{"frames": []}')
+    (Path(captures[0]) / "transforms.json").write_text('{"frames": [1, 2]}')
     run_fleet(fleet, cluster)
     assert ran(tmp_path) - before == {f"barn-{stage}": 1 for stage in "teacher student report web".split()}
 
@@ -278,10 +281,12 @@ def test_a_fleet_runs_on_remote_captures_and_a_remote_output(tmp_path: Path) -> 
     memory = fsspec.filesystem("memory")
     for name in ("barn", "church"):
         memory.put(str(write_folder(tmp_path / name)), f"/captures/{name}", recursive=True)
-    memory.pipe("/captures/broken/transforms.json", b"{")
+    memory.pipe({"/captures/broken/transforms.json": b"{", "/captures/empty/transforms.json": b'{"frames": []}'})
     fleet = stand_in_fleet(tmp_path, ["memory://captures/*"], output="memory://fleet")
     state = run_fleet(fleet, ThreadCluster())
-    assert statuses(state) == {"barn": ["done"] * 4, "broken": [], "church": ["done"] * 4}
+    assert statuses(state) == {"barn": ["done"] * 4, "broken": [], "church": ["done"] * 4, "empty": []}
+    errors = {capture.name: capture.error for capture in state.captures if capture.error}
+    assert "is no JSON file" in errors["broken"] and "lists no frames" in errors["empty"]
     found = set(memory.find("/fleet"))
     assert {
         "/fleet/captures/barn/mobile-web/index.html",

@@ -91,7 +91,7 @@ def folder_fingerprint(folder: str) -> str:
         folder: local path, or fsspec URL.
 
     Raises:
-        InputError: there is no such folder, it is empty, or its transforms.json is damaged.
+        InputError: there is no such folder, it is empty, or its transforms.json is damaged or without frames.
         OSError: it cannot be read.
     """
     fs, base = open_url(folder)
@@ -109,7 +109,7 @@ def folder_fingerprint(folder: str) -> str:
             content = fs.cat_file(path)
             hasher.update(content)
             if re.fullmatch(r"transforms(_\w+)?\.json", name):
-                _check_json(f"{folder.rstrip('/')}/{name}", content)
+                _check_transforms(f"{folder.rstrip('/')}/{name}", content)
     return hasher.hexdigest()
 
 
@@ -197,11 +197,13 @@ def _read_run(capture: Capture) -> str:
     return _digest(text.decode("utf8"), sizes)
 
 
-def _check_json(path: str, content: bytes) -> None:
+def _check_transforms(path: str, content: bytes) -> None:
     try:
-        json.loads(content)
+        transforms = json.loads(content)
     except ValueError as error:
         raise InputError(f"{path} is no JSON file ({error}): restore it, or process the capture again.") from error
+    if not isinstance(transforms, dict) or not transforms.get("frames"):
+        raise InputError(f"{path} lists no frames: restore it, or process the capture again.")
 
 
 def _digest(*parts: object) -> str:

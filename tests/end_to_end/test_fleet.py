@@ -66,6 +66,14 @@ def options(values: dict[str, object]) -> str:
     return " ".join(f"--{name.replace('_', '-')} {value}" for name, value in values.items())
 
 
+def broken_capture(folder: Path) -> Path:
+    """A capture with a truncated photo, which only reading it shows."""
+    write_capture(folder, num_train=6, num_test=2, size=24)
+    photo = folder / "images" / "train_000.png"
+    photo.write_bytes(photo.read_bytes()[:60])
+    return folder
+
+
 def test_ray_listens_on_loopback_only(local_ray: RayCluster) -> None:
     import ray
 
@@ -88,7 +96,7 @@ def test_four_captures_become_students_reports_and_exports(tmp_path: Path, local
         train_teacher("nerfacto", tmp_path / "captures" / f"scene-{index}", tmp_path / f"runs-{index}", iterations=20)
         for index in (2, 3)
     ]
-    light = {"gpus": 0.0, "cpus": 1.0, "minutes": 5.0}
+    light = {"gpus": 0.0, "cpus": 1.0, "minutes": 15.0}
     offline = f"python {Path(__file__).parents[1] / 'offline_train.py'}"
     fleet = FleetConfig(
         output=str(tmp_path / "out"),
@@ -98,7 +106,7 @@ def test_four_captures_become_students_reports_and_exports(tmp_path: Path, local
                 CaptureConfig(teacher=str(run), name=f"scene-{index}")
                 for index, run in zip((2, 3), trained, strict=True)
             ),
-            CaptureConfig(path=str(write_folder(tmp_path / "captures" / "broken", '{"frames": []}'))),
+            CaptureConfig(path=str(broken_capture(tmp_path / "captures" / "broken"))),
         ],
         teacher=TeacherConfig(
             method="vanilla-nerf",
@@ -124,7 +132,7 @@ def test_four_captures_become_students_reports_and_exports(tmp_path: Path, local
         "scene-3": ["done"] * 3,
     } or pytest.fail("\n".join(lines))
     broken = next(capture for capture in state.captures if capture.name == "broken").stages[0].details
-    assert broken["reason"] and (tmp_path / "out" / broken["log"]).exists()
+    assert "image file" in broken["reason"] and (tmp_path / "out" / broken["log"]).exists()
     for capture in state.captures:
         if capture.name == "broken":
             continue
