@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import signal
+import sys
 import time
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from fleets import QUIET, ThreadCluster, need, ran, run_fleet, stand_in_fleet, s
 from r2l_nerfstudio.scripts import fleet as script
 
 from r2l_nerfstudio.errors import InputError
+from r2l_nerfstudio.fleet import task
 from r2l_nerfstudio.fleet.captures import find_captures, folder_fingerprint
 from r2l_nerfstudio.fleet.cluster import Capacity
 from r2l_nerfstudio.fleet.config import CaptureConfig, FleetConfig, TeacherConfig, check_fleet, load_fleet
@@ -464,6 +466,55 @@ def test_a_truncated_checkpoint_is_passed_over(tmp_path: Path) -> None:
     assert newest_checkpoint(tmp_path / "none") is None
 
 
+RECORDER = """
+import pathlib, sys
+arguments = sys.argv[2:]
+with open(sys.argv[1], "a") as file:
+    print(*arguments, file=file)
+if "REFUSE" in arguments and "--load-dir" in arguments:
+    raise RuntimeError("Error(s) in loading state_dict")
+value = lambda name: arguments[arguments.index(name) + 1]
+run = pathlib.Path(value("--output-dir"), value("--experiment-name"), arguments[0], value("--timestamp"))
+(run / "nerfstudio_models").mkdir(parents=True, exist_ok=True)
+(run / "nerfstudio_models" / "step-000000029.ckpt").write_bytes(b"weights")
+(run / "config.yml").touch()
+"""
+
+
+@pytest.mark.parametrize("refuses", [False, True])
+def test_an_interrupted_teacher_continues_with_the_iterations_that_are_left(
+    tmp_path: Path, captures: list[str], monkeypatch: pytest.MonkeyPatch, refuses: bool
+) -> None:
+    recorder, record = tmp_path / "recorder.py", tmp_path / "arguments.txt"
+    recorder.write_text(RECORDER)
+    real = task.find_program
+    monkeypatch.setattr(
+        task,
+        "find_program",
+        lambda name: [sys.executable, str(recorder), str(record)] if name == "ns-train" else real(name),
+    )
+    fleet = FleetConfig(
+        output=str(tmp_path / "out"), captures=[CaptureConfig(path=captures[0])], students={}, report=None
+    )
+    fleet.teacher.gpus, fleet.teacher.cpus = 0, 1
+    fleet.teacher.options = "--max-num-iterations 30 " + ("REFUSE" if refuses else "")
+    (stage,) = make_plan(fleet, QUIET).stages["barn"]
+    run = tmp_path / "out/captures/barn/nerfacto" / stage.folder
+    (run / "nerfstudio_models").mkdir(parents=True)
+    (run / "config.yml").write_text("max_num_iterations: 30\n")
+    torch.save({"step": 9, "schedulers": [np.float64(1)]}, run / "nerfstudio_models" / "step-000000009.ckpt")
+    assert statuses(run_fleet(fleet, ThreadCluster())) == {"barn": ["done"]}
+    calls = record.read_text().splitlines()
+    assert f"--load-dir {run / 'nerfstudio_models'} --max-num-iterations 20" in calls[0]
+    assert calls[0].startswith("nerfacto --data") and "--machine.device-type cpu --mixed-precision False" in calls[0]
+    if refuses:
+        assert len(calls) == 2 and "--load-dir" not in calls[1]
+        assert (run / "nerfstudio_models" / "step-000000009.ckpt.unusable").exists()
+    else:
+        assert len(calls) == 1
+        assert torch.load(run / "nerfstudio_models" / "step-000000009.ckpt", weights_only=True)["schedulers"] == [1.0]
+
+
 # What a user sees
 
 
@@ -498,7 +549,7 @@ def test_the_table_shows_running_and_failed_captures_first_when_there_are_many()
     assert state.captures[0].error == "There is no capture at /a."
     console = script.Console(width=200, record=True, file=open(os.devnull, "w"))  # noqa: SIM115
     console.print(fleet_table(state))
-    assert "1 captures unreadable" in console.export_text()
+    assert "1 capture unreadable" in console.export_text()
 
 
 def test_the_time_left_counts_the_scarcest_resource_and_the_longest_chain(captures: list[str]) -> None:

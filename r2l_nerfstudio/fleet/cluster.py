@@ -16,6 +16,8 @@ from r2l_nerfstudio.fleet.task import STOP_SECONDS, Job, Outcome, run_stage
 LOOPBACK = "127.0.0.1"
 OBJECT_STORE_BYTES = 128 << 20
 """For a Ray of our own: stages exchange files, so its object store holds only jobs and outcomes."""
+START_ATTEMPTS = 3
+"""A Ray of our own gets: its processes must answer within 30 seconds, which a busy machine may exceed."""
 _LOOPBACK_SWITCH = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
 """Ray's variable that, at 0, makes this machine a cluster of its own on every platform: all its servers bind to loopback."""
 
@@ -132,26 +134,7 @@ def open_cluster(config: FleetConfig) -> Iterator[RayCluster]:
     if ray.is_initialized():
         yield RayCluster()
         return
-    try:
-        if config.address:
-            context = ray.init(address=config.address, log_to_driver=False, logging_level="ERROR")
-        else:
-            context = ray.init(
-                address="local",
-                num_cpus=config.num_cpus or None,
-                num_gpus=None if config.num_gpus < 0 else config.num_gpus,
-                include_dashboard=config.dashboard,
-                dashboard_host=LOOPBACK,
-                object_store_memory=OBJECT_STORE_BYTES,
-                log_to_driver=False,
-                logging_level="ERROR",
-            )
-    except Exception as error:  # ConnectionError, RuntimeError, ValueError, OSError and Ray's own
-        where = (
-            f"The Ray cluster at {config.address!r} cannot be reached" if config.address else "Ray cannot be started"
-        )
-        hint = ": check --address" if config.address else ""
-        raise InputError(f"{where} ({' '.join(str(error).split())[:300]}){hint}.") from error
+    context = _start(config)
     try:
         if not config.address and (found := ray.util.get_node_ip_address()) != LOOPBACK:
             raise InputError(
@@ -161,6 +144,43 @@ def open_cluster(config: FleetConfig) -> Iterator[RayCluster]:
         yield RayCluster(getattr(context, "dashboard_url", "") or "")
     finally:
         ray.shutdown()
+
+
+def _start(config: FleetConfig) -> Any:
+    """`ray.init`.
+
+    Raises:
+        InputError: the cluster cannot be reached, or Ray does not start on this machine.
+    """
+    import ray
+
+    if config.address:
+        options: dict[str, Any] = {"address": config.address}
+    else:
+        options = {
+            "address": "local",
+            "num_cpus": config.num_cpus or None,
+            "num_gpus": None if config.num_gpus < 0 else config.num_gpus,
+            "include_dashboard": config.dashboard,
+            "dashboard_host": LOOPBACK,
+            "object_store_memory": OBJECT_STORE_BYTES,
+        }
+    attempts = 1 if config.address else START_ATTEMPTS
+    for attempt in range(1, attempts + 1):
+        try:
+            return ray.init(**options, log_to_driver=False, logging_level="ERROR")
+        except Exception as error:  # ConnectionError, RuntimeError, ValueError, OSError and plain Exception
+            ray.shutdown()
+            if attempt < attempts and "timed out" in str(error):
+                continue
+            said = " ".join(str(error).split())[:300]
+            if config.address:
+                raise InputError(
+                    f"The Ray cluster at {config.address!r} cannot be reached ({said}): check `address`."
+                ) from error
+            raise InputError(
+                f"Ray cannot be started ({said}): see /tmp/ray/session_latest/logs, and try again if this machine is busy."
+            ) from error
 
 
 def _first(error: BaseException) -> str:

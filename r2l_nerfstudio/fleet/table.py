@@ -56,7 +56,7 @@ def totals(state: FleetState, capacity: Capacity | None = None) -> str:
         (state.count("failed"), "failed"),
         (state.count("blocked"), "blocked by failed ones"),
         (state.count("waiting"), "waiting"),
-        (unreadable, "captures unreadable"),
+        (unreadable, "capture unreadable" if unreadable == 1 else "captures unreadable"),
     ):
         line += f", {count} {what}" if count else ""
     if capacity is not None and (state.count("running") or state.count("waiting")):

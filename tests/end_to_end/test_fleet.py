@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -118,37 +119,41 @@ def test_four_captures_become_students_reports_and_exports(tmp_path: Path, local
         ),
         students={"mobile": StudentConfig(method="mobile-r2l-lite", options=options(STUDENT), **light)},
         report=ReportConfig(command=f"{STAND_IN} write {{output}} --label {{run}}", **light),
-        exports={"onnx": ExportConfig(format="onnx", **light)},
+        exports={},
         num_cpus=2,
         num_gpus=0,
     )
     lines: list[str] = []
     state = run_fleet(fleet, local_ray, lines)
     assert statuses(state) == {
-        "scene-0": ["done"] * 4,
-        "scene-1": ["done"] * 4,
-        "broken": ["failed", "blocked", "blocked", "blocked"],
-        "scene-2": ["done"] * 3,
-        "scene-3": ["done"] * 3,
+        "scene-0": ["done"] * 3,
+        "scene-1": ["done"] * 3,
+        "broken": ["failed", "blocked", "blocked"],
+        "scene-2": ["done"] * 2,
+        "scene-3": ["done"] * 2,
     } or pytest.fail("\n".join(lines))
     broken = next(capture for capture in state.captures if capture.name == "broken").stages[0].details
-    assert "image file" in broken["reason"] and (tmp_path / "out" / broken["log"]).exists()
+    assert re.search("image|PNG|truncated", broken["reason"]) and (tmp_path / "out" / broken["log"]).exists()
     for capture in state.captures:
         if capture.name == "broken":
             continue
         stages = {stage.id: stage.details for stage in capture.stages}
         run = tmp_path / "out" / stages["mobile"]["result"]
         assert load_student(run, device="cpu").method_name == "mobile-r2l-lite"
-        assert (tmp_path / "out" / stages["mobile-onnx"]["result"] / "student.onnx").stat().st_size > 1000
         assert (tmp_path / "out" / "thumbnails" / f"{capture.name}.jpg").exists()
         log = (tmp_path / "out" / "logs" / capture.name / "mobile.log").read_text()
         assert "--teacher" in log and "--machine.device-type cpu" in log
     before = {path: path.stat().st_mtime for path in (tmp_path / "out" / "captures").rglob("*")}
     fleet.captures = [entry for entry in fleet.captures if "broken" not in entry.path]
     lines.clear()
-    assert statuses(run_fleet(fleet, local_ray, lines))["scene-0"] == ["done"] * 4
+    assert statuses(run_fleet(fleet, local_ray, lines))["scene-0"] == ["done"] * 3
     assert lines == [], "a second run does nothing"
     assert {path: path.stat().st_mtime for path in (tmp_path / "out" / "captures").rglob("*")} == before
+    fleet.captures, fleet.exports = fleet.captures[-1:], {"onnx": ExportConfig(format="onnx", **light)}
+    lines.clear()
+    (capture,) = run_fleet(fleet, local_ray, lines).captures
+    assert len(lines) == 1 and lines[0].startswith("scene-3 mobile-onnx: done")
+    assert (tmp_path / "out" / capture.stages[-1].details["result"] / "student.onnx").stat().st_size > 1000
 
 
 def test_a_stage_whose_worker_was_killed_is_done_by_another(tmp_path: Path, local_ray: RayCluster) -> None:
