@@ -73,6 +73,11 @@ class Run:
                         scheduler.run()
             except KeyboardInterrupt:
                 interrupted = True
+            except OSError as error:
+                raise InputError(
+                    f"The output {storage.root} cannot be written ({error}): make room or check its permissions, then start"
+                    " the fleet again to continue."
+                ) from error
         else:
             say("Every stage is done already.")
         write_gallery(storage, state, is_running=False)
@@ -154,7 +159,7 @@ def describe(plan: Plan, state: FleetState, storage: Storage) -> None:
         + (f", and {free:.1f} GB are free in {storage.root}." if free is not None else ".")
     )
     if free is not None and free < disk:
-        say("[yellow]The disk is likely to run full.")
+        say("The disk is likely to run full.", "yellow")
 
 
 def this_machine(config: FleetConfig) -> Capacity:
@@ -183,7 +188,10 @@ def warn_about_shared_output(config: FleetConfig) -> None:
     """On a cluster, local paths work only if every machine has them."""
     local = [config.output, *(capture.path or capture.teacher for capture in config.captures)]
     if config.address and any(not is_url(path) for path in local):
-        say("[yellow]Captures or output are local paths: every machine of the cluster must see them at the same place.")
+        say(
+            "Captures or output are local paths: every machine of the cluster must see them at the same place.",
+            "yellow",
+        )
 
 
 @contextlib.contextmanager
@@ -203,12 +211,13 @@ def watch(storage: Storage) -> Iterator[tuple[Callable[[str], None], Callable[[F
             try:
                 write_gallery(storage, state, is_running=True)
             except OSError as error:
-                say(f"[yellow]The gallery cannot be written ({error}).")
+                say(f"The gallery cannot be written ({error}).", "yellow")
 
     if not CONSOLE.is_terminal:
         yield say, lambda state, capacity: gallery(state)
         return
-    with Live(console=CONSOLE, get_renderable=lambda: _live(latest), refresh_per_second=2) as live:
+    # Lines that are printed meanwhile appear above the table.
+    with Live(console=CONSOLE, get_renderable=lambda: _live(latest), refresh_per_second=2):
 
         def look(state: FleetState, capacity: Capacity) -> None:
             latest[:] = [(state, capacity)]
@@ -217,14 +226,14 @@ def watch(storage: Storage) -> Iterator[tuple[Callable[[str], None], Callable[[F
         def event(line: str) -> None:
             # The table shows what is done.
             if ": done in" not in line:
-                live.console.print(line, soft_wrap=True, highlight=False)
+                say(line)
 
         yield event, look
 
 
-def say(line: str) -> None:
+def say(line: str, style: str = "") -> None:
     """Print a line that is not wrapped, so that paths can be copied."""
-    CONSOLE.print(line, soft_wrap=True, highlight=False)
+    CONSOLE.print(line, style=style, soft_wrap=True, markup=False, highlight=False)
 
 
 def _live(latest: list[tuple[FleetState, Capacity]]) -> RenderableType:

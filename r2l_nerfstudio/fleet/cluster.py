@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 import time
@@ -27,6 +28,7 @@ class Capacity(NamedTuple):
 
     cpus: float
     gpus: float
+    memory_gb: float = math.inf
 
 
 class Cluster(Protocol):
@@ -60,7 +62,7 @@ class RayCluster:
     def capacity(self) -> Capacity:
         """See `Cluster`."""
         resources = self._ray.cluster_resources()
-        return Capacity(resources.get("CPU", 0.0), resources.get("GPU", 0.0))
+        return Capacity(resources.get("CPU", 0.0), resources.get("GPU", 0.0), resources.get("memory", 0.0) / 1e9)
 
     def submit(self, job: Job) -> Any:
         """See `Cluster`."""
@@ -82,10 +84,13 @@ class RayCluster:
         if not handles:
             time.sleep(seconds)
             return []
-        first, _ = self._ray.wait(handles, num_returns=1, timeout=seconds)
-        if not first:
-            return []
-        ended, _ = self._ray.wait(handles, num_returns=len(handles), timeout=0)
+        try:
+            first, _ = self._ray.wait(handles, num_returns=1, timeout=seconds)
+            if not first:
+                return []
+            ended, _ = self._ray.wait(handles, num_returns=len(handles), timeout=0)
+        except (self._ray.exceptions.RayError, ConnectionError) as error:
+            raise InputError(f"Ray is gone ({_first(error)}): start the fleet again to continue.") from error
         return [(handle, self._outcome(handle)) for handle in ended]
 
     def stop(self, handles: Sequence[Any], seconds: float = STOP_SECONDS) -> None:

@@ -47,7 +47,7 @@ class StageState:
         """Expected time to its end."""
         if self.status in ("done", "failed", "blocked"):
             return 0.0
-        spent = (time.time() - self.details["started"]) / 60 if self.status == "running" else 0.0
+        spent = (time.time() - self.details.get("started", time.time())) / 60 if self.status == "running" else 0.0
         return max(0.0, self.minutes - spent)
 
 

@@ -123,8 +123,8 @@ class Scheduler:
         for key in self._running.values():
             submitted[self._claim(key)] += 1
         for claim, queue in self._ready.items():
-            cpus, gpus, _ = claim
-            fitting = int(min(self._capacity.cpus // cpus, self._capacity.gpus // gpus if gpus else 1e9))
+            shares = [there / claimed for there, claimed in zip(self._capacity, claim, strict=True) if claimed]
+            fitting = int(min(shares))
             # A few more than fit keep machines busy and let a cluster grow. All at once would leave no choice of order.
             while queue and submitted[claim] < fitting + max(8, fitting // 4):
                 _, key = heapq.heappop(queue)
@@ -203,17 +203,19 @@ class Scheduler:
         """On this machine, a stage that claims more than there is would wait for ever."""
         if self.plan.config.address:
             return
+        names = {"GPUs": "gpus", "CPU cores": "cpus", "GB of memory": "memory_gb"}
         for key, stage in self._stages.items():
             if self._states[key].status != "waiting":
                 continue
             for what, claimed, there in (
                 ("GPUs", stage.gpus, self._capacity.gpus),
                 ("CPU cores", stage.cpus, self._capacity.cpus),
+                ("GB of memory", stage.memory_gb, self._capacity.memory_gb),
             ):
                 if claimed > there:
                     raise InputError(
                         f"The stage {stage.id} claims {claimed:g} {what}, and Ray found {there:g} on this machine: lower its"
-                        f" `{'gpus' if what == 'GPUs' else 'cpus'}`, or name a cluster with `address`."
+                        f" `{names[what]}`, or name a cluster with `address`."
                     )
 
     @contextmanager

@@ -108,7 +108,7 @@ def _cell(stage: StageState | None) -> Text:
     if stage is None:
         return Text("-", "dim")
     if stage.status == "done":
-        seconds = stage.details["seconds"]
+        seconds = stage.details.get("seconds", 0.0)
         return Text(f"done {seconds:.0f} s" if seconds < 100 else f"done {seconds / 60:.0f} min", "green")
     if stage.status == "running":
         return Text(f"running, {stage.minutes_left:.0f} min left", "cyan")
