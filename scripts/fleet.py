@@ -21,7 +21,7 @@ from r2l_nerfstudio.errors import InputError, exit_on_input_error
 from r2l_nerfstudio.fleet.cluster import Capacity, open_cluster
 from r2l_nerfstudio.fleet.config import FleetConfig, is_url, load_fleet
 from r2l_nerfstudio.fleet.gallery import PAGE, write_gallery
-from r2l_nerfstudio.fleet.plan import FleetState, Plan, make_plan, read_state
+from r2l_nerfstudio.fleet.plan import PLAN, FleetState, Plan, make_plan, read_state
 from r2l_nerfstudio.fleet.scheduler import Scheduler, current_state
 from r2l_nerfstudio.fleet.storage import Storage
 from r2l_nerfstudio.fleet.table import failures, fleet_table, hours, totals
@@ -70,7 +70,12 @@ class Run:
                     with watch(storage) as (event, look):
                         scheduler = Scheduler(plan, storage, cluster, event, look)
                         state = scheduler.state
-                        scheduler.run()
+                        try:
+                            scheduler.run()
+                        finally:
+                            # Whatever ended it, the page no longer says that stages run.
+                            with contextlib.suppress(OSError):
+                                write_gallery(storage, state, is_running=False)
             except KeyboardInterrupt:
                 interrupted = True
             except OSError as error:
@@ -79,8 +84,9 @@ class Run:
                     " the fleet again to continue."
                 ) from error
         else:
-            say("Every stage is done already.")
-        write_gallery(storage, state, is_running=False)
+            say("Nothing is left to do.")
+            storage.write_json(PLAN, plan.describe())
+            write_gallery(storage, state, is_running=False)
         for line in failures(state):
             say(f"Failed: {line}")
         say(totals(state))

@@ -94,9 +94,9 @@ class Scheduler:
                     key = self._running.pop(handle)
                     if outcome.failure is None:
                         self._finish(key, outcome)
+                    else:
+                        self._states[key].details, self._states[key].status = {}, "waiting"
                 raise
-            finally:
-                self._refresh(force=True)
 
     def _queue_if_ready(self, key: _Id) -> None:
         state = self._states[key]
