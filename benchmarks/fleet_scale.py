@@ -17,8 +17,10 @@ import statistics
 import tempfile
 import threading
 import time
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import psutil
 import tyro
@@ -43,6 +45,7 @@ RESULTS = Path(__file__).parent / "results"
 _RUN = 'mkdir -p "$0/nerfstudio_models" && : > "$0/nerfstudio_models/step-1.ckpt" && : > "$0/config.yml"'
 TRAIN = f"sh -c 'sleep {{seconds}} && {_RUN}' {{run}}"
 WRITE = 'sh -c \'sleep {seconds} && mkdir -p "$0" && echo page > "$0/index.html"\' {output}'
+WINDOW_SECONDS = 10.0
 ESTIMATE_MINUTES = 20.0
 ESTIMATE_GPUS = (8, 64)
 
@@ -67,7 +70,7 @@ class Scale:
         self.output.with_suffix(".md").write_text(markdown(figures), encoding="utf-8")
         print(markdown(figures))
 
-    def measure(self, root: Path) -> dict[str, object]:
+    def measure(self, root: Path) -> dict[str, Any]:
         """All figures."""
         for index in range(self.captures):
             folder = root / "captures" / f"capture-{index:04d}"
@@ -125,6 +128,7 @@ class Scale:
             "wall_seconds": round(wall, 1),
             "ideal_seconds": round(len(stages) * self.seconds / self.slots, 1),
             "overhead_per_stage_seconds": round(wall * self.slots / len(stages) - self.seconds, 3),
+            "rates": rates([marker["finished"] for marker in markers(storage)], self.slots, self.seconds),
             "in_attempt_overhead_seconds": {
                 "median": round(statistics.median(inside), 3),
                 "p99": round(sorted(inside)[math.ceil(0.99 * len(inside)) - 1], 3),
@@ -137,6 +141,32 @@ class Scale:
             "status_seconds": round(status, 2),
             "second_run_seconds": round(second, 2),
         }
+
+
+def markers(storage: Storage) -> list[dict[str, Any]]:
+    """The completion markers of all stages."""
+    return [entry for name, entry in storage.read_all_json("state").items() if name.endswith(".done.json")]
+
+
+def rates(finished: list[float], slots: int, seconds: float) -> dict[str, Any]:
+    """How many stages end per second, over windows of ten seconds: a shared machine is not equally fast all the time.
+
+    Args:
+        finished: times when the stages ended, in seconds.
+        slots: stages at a time.
+        seconds: length of a stage.
+
+    Returns:
+        deciles of the rate in stages per second, and the overhead of a stage at the ninth decile in seconds.
+    """
+    start = min(finished)
+    counts = Counter(int((end - start) // WINDOW_SECONDS) for end in finished)
+    whole = [counts[window] / WINDOW_SECONDS for window in range(int((max(finished) - start) // WINDOW_SECONDS))]
+    deciles = statistics.quantiles(whole, n=10) if len(whole) > 1 else [len(finished) / (max(finished) - start)] * 9
+    return {
+        "stages_per_second_deciles": [round(rate, 1) for rate in deciles],
+        "overhead_per_stage_seconds_at_ninth_decile": round(slots / deciles[-1] - seconds, 3),
+    }
 
 
 class Memory:
@@ -183,16 +213,23 @@ class _Idle:
         pass
 
 
-def markdown(figures: dict[str, object]) -> str:
+def markdown(figures: dict[str, Any]) -> str:
     """The figures, and an estimate from them."""
-    inside = figures["in_attempt_overhead_seconds"]
-    assert isinstance(inside, dict)
+    inside, steady = figures["in_attempt_overhead_seconds"], figures["rates"]
     rows = [
-        ("captures x stages", f"{figures['captures']} x {figures['stages'] // figures['captures']}"),  # type: ignore
+        ("captures x stages", f"{figures['captures']} x {figures['stages'] // figures['captures']}"),
         ("stages at a time (Ray CPUs; virtual)", figures["slots"]),
         ("machine", f"{figures['machine']}, load average at the end {figures['load_average']}"),
         ("wall time, and without any overhead", f"{figures['wall_seconds']} s, {figures['ideal_seconds']} s"),
-        ("overhead of a stage, in all", f"{figures['overhead_per_stage_seconds']} s"),
+        ("overhead of a stage, over the whole run", f"{figures['overhead_per_stage_seconds']} s"),
+        (
+            "stages per second over windows of 10 s: first, fifth, ninth decile",
+            ", ".join(str(steady["stages_per_second_deciles"][index]) for index in (0, 4, 8)),
+        ),
+        (
+            "overhead of a stage at the ninth decile",
+            f"{steady['overhead_per_stage_seconds_at_ninth_decile']} s",
+        ),
         (
             "of it within the attempt (start, log, marker): median, 99th percentile",
             f"{inside['median']} s, {inside['p99']} s",
@@ -206,9 +243,15 @@ def markdown(figures: dict[str, object]) -> str:
         ("`r2l-fleet status`: time to read the state", f"{figures['status_seconds']} s"),
         ("a second run that finds everything done", f"{figures['second_run_seconds']} s"),
     ]
-    lines = ["# r2l-fleet at scale", "", "Measured with stand-in stages that sleep for one second.", ""]
+    lines = [
+        "# r2l-fleet at scale",
+        "",
+        "Measured with stand-in stages that sleep for one second. The load average shows how busy the machine was with other"
+        " work, and the deciles what that cost.",
+        "",
+    ]
     lines += ["| what | measured |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows), ""]
-    overhead = float(figures["overhead_per_stage_seconds"])  # type: ignore[arg-type]
+    overhead = float(figures["overhead_per_stage_seconds"])
     lines += [
         f"Estimate, not measured: 1,000 captures x {ESTIMATE_MINUTES:g} minutes of one GPU, with this overhead.",
         "",

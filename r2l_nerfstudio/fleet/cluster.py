@@ -7,8 +7,10 @@ import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, NamedTuple, Protocol
+
+import psutil
 
 from r2l_nerfstudio.errors import InputError
 from r2l_nerfstudio.fleet.config import FleetConfig
@@ -172,10 +174,15 @@ def _start(config: FleetConfig) -> Any:
         }
     attempts = 1 if config.address else START_ATTEMPTS
     for attempt in range(1, attempts + 1):
+        before = set(psutil.Process().children(recursive=True))
         try:
             return ray.init(**options, log_to_driver=False, logging_level="ERROR")
         except Exception as error:  # ConnectionError, RuntimeError, ValueError, OSError and plain Exception
             ray.shutdown()
+            # It ends what has registered only.
+            for process in set(psutil.Process().children(recursive=True)) - before:
+                with suppress(psutil.NoSuchProcess):
+                    process.kill()
             if attempt < attempts and "timed out" in str(error):
                 continue
             said = " ".join(str(error).split())[:300]
