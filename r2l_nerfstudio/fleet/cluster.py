@@ -1,0 +1,202 @@
+"""Where stages run: a Ray cluster, or this machine."""
+
+from __future__ import annotations
+
+import math
+import os
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from typing import Any, NamedTuple, Protocol
+
+import psutil
+
+from r2l_nerfstudio.errors import InputError
+from r2l_nerfstudio.fleet.config import FleetConfig
+from r2l_nerfstudio.fleet.task import STOP_SECONDS, Job, Outcome, run_stage
+
+LOOPBACK = "127.0.0.1"
+OBJECT_STORE_BYTES = 128 << 20
+"""For a Ray of our own: stages exchange files, so its object store holds only jobs and outcomes."""
+START_ATTEMPTS = 3
+"""A Ray of our own gets: its processes must answer within 30 seconds, which a busy machine may exceed."""
+_LOOPBACK_SWITCH = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
+"""Ray's variable that, at 0, makes this machine a cluster of its own on every platform: all its servers bind to loopback."""
+
+
+class Capacity(NamedTuple):
+    """What the machines have, in all."""
+
+    cpus: float
+    gpus: float
+    memory_gb: float = math.inf
+
+
+class Cluster(Protocol):
+    """Runs jobs; a handle stands for a job that was submitted."""
+
+    def capacity(self) -> Capacity:
+        """What the machines have now; it may grow and shrink."""
+
+    def submit(self, job: Job) -> Any:
+        """Queue a job until a machine has room for it. Returns its handle."""
+
+    def wait(self, handles: Sequence[Any], seconds: float) -> list[tuple[Any, Outcome]]:
+        """The jobs that have ended, after at most so many seconds; returns early when the first one ends."""
+
+    def stop(self, handles: Sequence[Any], seconds: float = STOP_SECONDS) -> None:
+        """End jobs; running commands get so many seconds to save."""
+
+
+class RayCluster:
+    """Every job is a Ray task, which claims its CPU cores, GPUs and memory."""
+
+    def __init__(self, dashboard: str = "") -> None:
+        import ray
+
+        self.dashboard = dashboard
+        """HOST:PORT of Ray's dashboard; empty without one."""
+        self._ray = ray
+        # Attempts are counted by the scheduler, which knows a full disk from a lost machine.
+        self._task = ray.remote(max_retries=0)(run_stage)
+
+    def capacity(self) -> Capacity:
+        """See `Cluster`."""
+        resources = self._ray.cluster_resources()
+        return Capacity(resources.get("CPU", 0.0), resources.get("GPU", 0.0), resources.get("memory", 0.0) / 1e9)
+
+    def submit(self, job: Job) -> Any:
+        """See `Cluster`."""
+        stage = job.stage
+        options: dict[str, Any] = {"num_cpus": stage.cpus, "name": f"{stage.capture} {stage.id}"}
+        if stage.gpus:
+            options["num_gpus"] = stage.gpus
+        if stage.memory_gb:
+            options["memory"] = int(stage.memory_gb * 1e9)
+        return self._task.options(**options).remote(job)
+
+    def wait(self, handles: Sequence[Any], seconds: float) -> list[tuple[Any, Outcome]]:
+        """See `Cluster`.
+
+        Raises:
+            InputError: the cluster is gone.
+        """
+        handles = list(handles)
+        if not handles:
+            time.sleep(seconds)
+            return []
+        try:
+            first, _ = self._ray.wait(handles, num_returns=1, timeout=seconds)
+            if not first:
+                return []
+            ended, _ = self._ray.wait(handles, num_returns=len(handles), timeout=0)
+        except (self._ray.exceptions.RayError, ConnectionError) as error:
+            raise InputError(f"Ray is gone ({_first(error)}): start the fleet again to continue.") from error
+        return [(handle, self._outcome(handle)) for handle in ended]
+
+    def stop(self, handles: Sequence[Any], seconds: float = STOP_SECONDS) -> None:
+        """See `Cluster`."""
+        for handle in handles:
+            self._ray.cancel(handle, force=False)
+        if handles:
+            self._ray.wait(list(handles), num_returns=len(handles), timeout=seconds)
+
+    def _outcome(self, handle: Any) -> Outcome:
+        errors = self._ray.exceptions
+        try:
+            return self._ray.get(handle)
+        except errors.OutOfMemoryError as error:
+            return Outcome(
+                "out-of-memory", f"Ray killed the stage because its machine ran out of memory: {_first(error)}"
+            )
+        except errors.TaskCancelledError:
+            return Outcome("stopped", "Stopped")
+        except (errors.WorkerCrashedError, errors.NodeDiedError, errors.LocalRayletDiedError) as error:
+            return Outcome("lost", f"The worker process or its machine died: {_first(error)}")
+        except errors.RayTaskError as error:
+            return Outcome("crash", _first(error.cause or error))
+        except errors.RayError as error:
+            return Outcome("lost", f"{type(error).__name__}: {_first(error)}")
+
+
+@contextmanager
+def open_cluster(config: FleetConfig) -> Iterator[RayCluster]:
+    """Start Ray on this machine, or connect to a cluster. A Ray that runs in this process already is used as it is.
+
+    Raises:
+        InputError: Ray is not installed, the cluster cannot be reached, or a Ray of our own listens beyond loopback.
+    """
+    if "ray" not in sys.modules:
+        # Ray reads these once, when it is imported.
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        if not config.address:
+            os.environ[_LOOPBACK_SWITCH] = "0"
+    try:
+        import ray
+    except ImportError as error:
+        raise InputError(
+            f"r2l-fleet needs Ray ({error}): install it with pip install 'r2l-nerfstudio[fleet]'."
+        ) from error
+    if ray.is_initialized():
+        yield RayCluster()
+        return
+    context = _start(config)
+    try:
+        if not config.address and (found := ray.util.get_node_ip_address()) != LOOPBACK:
+            raise InputError(
+                f"Ray listens on {found} instead of {LOOPBACK}, so other machines could reach it: set the environment"
+                f" variable {_LOOPBACK_SWITCH}=0."
+            )
+        yield RayCluster(getattr(context, "dashboard_url", "") or "")
+    finally:
+        ray.shutdown()
+
+
+def _start(config: FleetConfig) -> Any:
+    """`ray.init`.
+
+    Raises:
+        InputError: the cluster cannot be reached, or Ray does not start on this machine.
+    """
+    import ray
+
+    if config.address:
+        options: dict[str, Any] = {"address": config.address}
+    else:
+        options = {
+            "address": "local",
+            "num_cpus": config.num_cpus or None,
+            "num_gpus": None if config.num_gpus < 0 else config.num_gpus,
+            "include_dashboard": config.dashboard,
+            "dashboard_host": LOOPBACK,
+            "object_store_memory": OBJECT_STORE_BYTES,
+        }
+    attempts = 1 if config.address else START_ATTEMPTS
+    for attempt in range(1, attempts + 1):
+        before = set(psutil.Process().children(recursive=True))
+        try:
+            return ray.init(**options, log_to_driver=False, logging_level="ERROR")
+        except Exception as error:  # ConnectionError, RuntimeError, ValueError, OSError and plain Exception
+            ray.shutdown()
+            # It ends what has registered only.
+            for process in set(psutil.Process().children(recursive=True)) - before:
+                with suppress(psutil.NoSuchProcess):
+                    process.kill()
+            if attempt < attempts and not isinstance(error, ValueError):
+                # The dashboard starts slowest, and stages run without it.
+                options["include_dashboard"] = False
+                continue
+            said = " ".join(str(error).split())[:300]
+            if config.address:
+                raise InputError(
+                    f"The Ray cluster at {config.address!r} cannot be reached ({said}): check `address`."
+                ) from error
+            raise InputError(
+                f"Ray cannot be started ({said}): see /tmp/ray/session_latest/logs, and try again if this machine is busy."
+            ) from error
+
+
+def _first(error: BaseException) -> str:
+    """The first paragraph of an error, in one line."""
+    return " ".join(str(error).strip().split("\n\n")[0].split())[:500]
