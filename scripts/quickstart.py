@@ -25,8 +25,6 @@ from jaxtyping import Float
 from nerfstudio.cameras.cameras import Cameras
 from nerfstudio.data.dataparsers.nerfstudio_dataparser import NerfstudioDataParserConfig
 from nerfstudio.utils.rich_utils import CONSOLE
-from r2l_nerfstudio.scripts.contact_sheet import contact_sheet
-from r2l_nerfstudio.scripts.small_nerfacto import small_nerfacto
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from torch import Tensor
@@ -37,6 +35,8 @@ from r2l_nerfstudio.lpips import without_lpips
 from r2l_nerfstudio.models.metrics import psnr, ssim
 from r2l_nerfstudio.scene import Scene, band_poses, camera_in_dataparser_frame, write_capture
 from r2l_nerfstudio.scene.capture import RADIUS, band_cameras
+from r2l_nerfstudio.scripts.contact_sheet import contact_sheet
+from r2l_nerfstudio.scripts.small_nerfacto import small_nerfacto
 
 if TYPE_CHECKING:
     from nerfstudio.engine.trainer import TrainerConfig

@@ -17,7 +17,6 @@ import pytest
 import torch
 import yaml
 from nerfstudio.data.dataparsers.nerfstudio_dataparser import NerfstudioDataParserConfig
-from r2l_nerfstudio.scripts import export as script
 from student_runs import tiny_mobile_r2l, tiny_r2l, write_run
 
 from r2l_nerfstudio import load_student
@@ -36,6 +35,7 @@ from r2l_nerfstudio.export.openvino_file import export_openvino
 from r2l_nerfstudio.export.plain_network import SigmoidGelu, SubpixelConv
 from r2l_nerfstudio.export.tensorrt_plan import export_plan, export_torch_tensorrt
 from r2l_nerfstudio.run_config import load_run_config
+from r2l_nerfstudio.scripts import export as script
 from r2l_nerfstudio.student import Student
 from r2l_nerfstudio.students.ray_features import FeatureVolume
 

@@ -24,7 +24,6 @@ import pytest
 import yaml
 from browser import PATIENCE, chromium, find_chromium
 from PIL import Image
-from r2l_nerfstudio.scripts import export as script
 
 from r2l_nerfstudio import load_student
 from r2l_nerfstudio.errors import InputError
@@ -32,6 +31,7 @@ from r2l_nerfstudio.export.capture_view import read_capture, start_pose, view_li
 from r2l_nerfstudio.export.web_runtime import fetch_runtime
 from r2l_nerfstudio.export.web_server import WebServer
 from r2l_nerfstudio.run_config import load_run_config
+from r2l_nerfstudio.scripts import export as script
 from r2l_nerfstudio.student import Student
 
 if TYPE_CHECKING:

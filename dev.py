@@ -1,7 +1,7 @@
 """Set up and run, from a fresh clone with nothing but Python and git.
 
-    python3 scripts/dev.py quickstart [options of r2l-quickstart]
-    python3 scripts/dev.py test [options of pytest]
+    python3 dev.py quickstart [options of r2l-quickstart]
+    python3 dev.py test [options of pytest]
 
 Makes .venv beside this repository's pyproject.toml and installs into it, once per state of that file.
 """
@@ -16,7 +16,7 @@ import sys
 import venv
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parent
 VENV = ROOT / ".venv"
 BIN = VENV / ("Scripts" if os.name == "nt" else "bin")
 PYTHON = BIN / ("python.exe" if os.name == "nt" else "python")
@@ -39,7 +39,7 @@ def main(arguments: list[str]) -> int:
     if sys.version_info < OLDEST:
         return fail(
             f"Python {OLDEST[0]}.{OLDEST[1]} or newer is needed, and this is {sys.version.split()[0]} ({sys.executable}). "
-            "Run this script with a newer one, for example: python3.11 scripts/dev.py quickstart"
+            "Run this script with a newer one, for example: python3.11 dev.py quickstart"
         )
     if not arguments or arguments[0] not in ("quickstart", "test"):
         print(__doc__)

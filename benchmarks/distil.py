@@ -1,4 +1,4 @@
-"""Measure students on real captures: quality beside the teacher's, speed in one run, size. Figures go to benchmarks/."""
+"""Quality, speed, and size of a student beside its teacher on a real capture."""
 
 from __future__ import annotations
 
@@ -14,25 +14,20 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import tyro
 from jaxtyping import Float
 from nerfstudio.cameras.cameras import Cameras
 from nerfstudio.data.dataparsers.base_dataparser import DataParserConfig
 from nerfstudio.data.dataparsers.blender_dataparser import BlenderDataParserConfig
 from nerfstudio.data.dataparsers.nerfstudio_dataparser import NerfstudioDataParserConfig
 from nerfstudio.utils.rich_utils import CONSOLE
-from r2l_nerfstudio.scripts.benchmark_recipes import Recipes
-from r2l_nerfstudio.scripts.benchmark_render import Render
-from r2l_nerfstudio.scripts.benchmark_train import Train
-from r2l_nerfstudio.scripts.benchmark_web import Web
-from r2l_nerfstudio.scripts.contact_sheet import contact_sheet
-from r2l_nerfstudio.scripts.small_nerfacto import small_nerfacto
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from r2l_nerfstudio.errors import InputError, exit_on_input_error
+from r2l_nerfstudio.errors import InputError
 from r2l_nerfstudio.models.light_field import LightFieldModel
 from r2l_nerfstudio.models.metrics import psnr, ssim
+from r2l_nerfstudio.scripts.contact_sheet import contact_sheet
+from r2l_nerfstudio.scripts.small_nerfacto import small_nerfacto
 from r2l_nerfstudio.students.mobile import MobileR2L
 
 UNSEEN_SEED = 31_415_926
@@ -311,16 +306,3 @@ def as_table(figures: dict[str, Any]) -> str:
     """Figures as a Markdown table."""
     lines = ["| figure | value |", "|---|---|"]
     return "\n".join(lines + [f"| {key.replace('_', ' ')} | {value} |" for key, value in figures.items()]) + "\n"
-
-
-def main() -> None:
-    """Console entry point `r2l-benchmark`."""
-    with exit_on_input_error():
-        from r2l_nerfstudio.scripts.benchmark_curve import Curve  # it measures as this module does
-
-        commands = {"distil": Distil, "curve": Curve, "render": Render, "train": Train, "recipes": Recipes, "web": Web}
-        tyro.extras.subcommand_cli_from_dict(commands, description=__doc__, prog="r2l-benchmark").main()
-
-
-if __name__ == "__main__":
-    main()

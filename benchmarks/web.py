@@ -24,9 +24,9 @@ import torch
 from jaxtyping import Float
 from nerfstudio.utils.rich_utils import CONSOLE
 from PIL import Image
-from r2l_nerfstudio.scripts.benchmark_render import student as random_student
 from torch import Tensor
 
+from benchmarks.render import student as random_student
 from r2l_nerfstudio.distillation.pose_sampling import CaptureCameras, look_along
 from r2l_nerfstudio.engines.cache import device_name
 from r2l_nerfstudio.engines.parity import psnr
@@ -301,7 +301,7 @@ def as_markdown(figures: dict[str, Any]) -> str:
     lines = [
         f"# The web page on {figures['device']}",
         "",
-        f"`r2l-benchmark web`, {figures['browser']}, {figures['runtime']}; load average"
+        f"`python -m benchmarks web`, {figures['browser']}, {figures['runtime']}; load average"
         f" {figures['load_average_at_start']} when it began. Weights are random where nothing else is said: sizes and"
         " times are the same.",
         "",

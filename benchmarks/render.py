@@ -298,7 +298,8 @@ def as_markdown(figures: dict[str, Any]) -> str:
     lines = [
         f"# Drawing on {figures['device']}",
         "",
-        f"`r2l-benchmark render`, torch {figures['torch']}, one run, random weights: the fastest call of many in turns.",
+        f"`python -m benchmarks render`, torch {figures['torch']}, one run, random weights:"
+        " the fastest call of many in turns.",
         "*Network* is the compiled unit alone, *frame* all of `get_outputs_for_camera`: rays, encoding, network, depth.",
         "*Bare matmul* is `torch.matmul` at the shapes of the network's layers, in the fastest of several chunk sizes.",
         "",

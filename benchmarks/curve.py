@@ -15,8 +15,8 @@ from typing import Any, Literal
 import torch
 from nerfstudio.engine.trainer import TrainerConfig
 from nerfstudio.utils.rich_utils import CONSOLE
-from r2l_nerfstudio.scripts.benchmark import CAPTURES, device_name, measure
 
+from benchmarks.distil import CAPTURES, device_name, measure
 from r2l_nerfstudio.errors import InputError
 
 PUBLISHED = {"r2l": {"lego": 32.53}}
