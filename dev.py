@@ -21,7 +21,7 @@ VENV = ROOT / ".venv"
 BIN = VENV / ("Scripts" if os.name == "nt" else "bin")
 PYTHON = BIN / ("python.exe" if os.name == "nt" else "python")
 STAMP = VENV / "installed"
-OLDEST = (3, 11)
+OLDEST = (3, 10)
 
 # uv reads none of pip's settings: what a user told pip is passed on, unless uv was told something itself.
 PIP_TO_UV = {
@@ -80,7 +80,7 @@ def install() -> None:
         ) from error
     run([str(PYTHON), "-m", "pip", "install", "--quiet", "uv"], "uv, the installer,")
     run(
-        [str(PYTHON), "-m", "uv", "pip", "install", "--python", str(PYTHON), "--editable", f"{ROOT}[test]"],
+        [str(PYTHON), "-m", "uv", "pip", "install", "--python", str(PYTHON), "--editable", f"{ROOT}[dev]"],
         "this package with its dependencies",
         uv_environment(),
     )

@@ -168,7 +168,7 @@ def test_failed_set_up_says_so_and_is_tried_again(dev, monkeypatch, capsys):
 def test_old_python_is_told_what_is_needed(dev, monkeypatch, capsys):
     monkeypatch.setattr(dev.sys, "version_info", (3, 9, 1))
     assert dev.main(["test"]) == 1
-    assert "Python 3.11 or newer is needed" in capsys.readouterr().err
+    assert "Python 3.10 or newer is needed" in capsys.readouterr().err
 
 
 def test_pips_settings_reach_uv_but_never_over_its_own(dev, monkeypatch, tmp_path):
