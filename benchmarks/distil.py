@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from jaxtyping import Float
@@ -29,6 +29,7 @@ from r2l_nerfstudio.models.metrics import psnr, ssim
 from r2l_nerfstudio.scripts.contact_sheet import contact_sheet
 from r2l_nerfstudio.scripts.small_nerfacto import small_nerfacto
 from r2l_nerfstudio.students.mobile import MobileR2L
+from r2l_nerfstudio.students.resmlp import ResMLP
 
 UNSEEN_SEED = 31_415_926
 UNSEEN_VIEWS = 8
@@ -272,9 +273,10 @@ def between_sizes(view: Callable[[Cameras], Tensor], camera: Cameras) -> list[fl
 
 def flops_per_pixel(model: LightFieldModel) -> float:
     """Floating-point operations of the network for one pixel at the trained pitch."""
-    if isinstance(model.network, MobileR2L):
-        return model.network.flops_per_cell / model.network.factor**2
-    return model.network.flops_per_ray
+    network = cast(MobileR2L | ResMLP, model.network)
+    if isinstance(network, MobileR2L):
+        return network.flops_per_cell / network.factor**2
+    return network.flops_per_ray
 
 
 def train_rays_per_second(run: Path) -> float | None:

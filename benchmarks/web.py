@@ -115,13 +115,12 @@ class Web:
     def _frame(self, chromium: Browser, runtime: Path, folder: Path, method: str, side: int) -> dict[str, Any]:
         CONSOLE.print(f"{method}, {side}x{side} …")
         model, _ = random_student(method, side, torch.device("cpu"))
-        # No engine is built beside the measurement.
-        model.run_network = lambda code: model.network(code)
         # Every cell is drawn: in a bounded scene those that miss it are left out.
         bounds = SceneBounds("near-far", (0.0, 0.0, 0.0), 1.0, 2.0, 6.0)
         focal = side / _FIELD_OF_VIEW
         model.set_scene(bounds, torch.eye(3), torch.ones(3), has_accumulation=True, has_depth=True, focal=focal)
-        made = export_web(Student(model, method), ring_of_cameras(side, focal), runtime, folder, method)
+        with model.drawn_by(lambda code: model.network(code)):  # no engine is built beside the measurement
+            made = export_web(Student(model, method), ring_of_cameras(side, focal), runtime, folder, method)
         taken = {}
         for count in self.threads:
             with visited(chromium, folder, f"?backend=wasm&threads={count}", side) as page:

@@ -18,6 +18,7 @@ import torch
 import yaml
 from nerfstudio.data.dataparsers.nerfstudio_dataparser import NerfstudioDataParserConfig
 from student_runs import tiny_mobile_r2l, tiny_r2l, write_run
+from versions import needs_graph_export
 
 from r2l_nerfstudio import load_student
 from r2l_nerfstudio.engines.parity import psnr
@@ -38,6 +39,8 @@ from r2l_nerfstudio.run_config import load_run_config
 from r2l_nerfstudio.scripts import export as script
 from r2l_nerfstudio.student import Student
 from r2l_nerfstudio.students.ray_features import FeatureVolume
+
+pytestmark = needs_graph_export
 
 CONFIGS = {
     "r2l": tiny_r2l(),

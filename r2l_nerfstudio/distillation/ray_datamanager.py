@@ -46,7 +46,7 @@ class RayDataManager(DistillationDataManager):
         super().attach_teacher(teacher, survey, background, factor)
         self._begin()
 
-    def restart(self, config: RayDataManagerConfig) -> None:
+    def restart(self, config: DistillationDataManagerConfig) -> None:
         super().restart(config)
         self._begin()
 

@@ -21,9 +21,12 @@ from nerfstudio.utils import writer
 from nerfstudio.utils.decorators import check_main_thread
 from nerfstudio.utils.rich_utils import CONSOLE
 
+from r2l_nerfstudio.dataparsers import dataparser_of
 from r2l_nerfstudio.distillation.optimization import ScheduledRate
+from r2l_nerfstudio.distillation.pipeline import DistillationPipeline, DistillationPipelineConfig
 from r2l_nerfstudio.distillation.progress import TrainingProgress
 from r2l_nerfstudio.errors import InputError, exit_on_input_error
+from r2l_nerfstudio.torch_compat import OutOfMemoryError
 
 VIEWS_SHARE = 0.4
 """Of --max-minutes, that the teacher's first views may take; those still missing come while training."""
@@ -36,6 +39,7 @@ class DistillationTrainerConfig(TrainerConfig):
     """Training of a student from a teacher."""
 
     _target: type = field(default_factory=lambda: DistillationTrainer)
+    pipeline: DistillationPipelineConfig = field(default_factory=DistillationPipelineConfig)
     teacher: Path | None = None
     """Trained Nerfstudio run to learn from: its config.yml, or its folder."""
     max_minutes: float | None = None
@@ -85,8 +89,9 @@ class DistillationTrainerConfig(TrainerConfig):
         self.pipeline.teacher = config_path
         datamanager = self.pipeline.datamanager
         taught_from = teacher.pipeline.datamanager
-        if hasattr(taught_from, "dataparser"):
-            datamanager.dataparser = copy.deepcopy(taught_from.dataparser)
+        dataparser = dataparser_of(teacher)
+        if dataparser is not None:
+            datamanager.dataparser = copy.deepcopy(dataparser)
         datamanager.camera_res_scale_factor = getattr(taught_from, "camera_res_scale_factor", 1.0)
         data = self.data or datamanager.data
         datamanager.data = (Path(data) if data is not None else capture_path(teacher, config_path)).absolute()
@@ -114,6 +119,7 @@ class DistillationTrainer(Trainer):
     """Nerfstudio's trainer; a killed run can always be taken up again from its newest checkpoint."""
 
     config: DistillationTrainerConfig
+    pipeline: DistillationPipeline
 
     def setup(self, test_mode: Literal["test", "val", "inference"] = "val") -> None:
         """As `Trainer.setup`; a run that fails here leaves no config.yml that looks like a finished one."""
@@ -171,7 +177,7 @@ class DistillationTrainer(Trainer):
         try:
             with exit_on_input_error(), self._stop_on_signals():
                 super().train()
-        except torch.OutOfMemoryError as error:
+        except OutOfMemoryError as error:
             with exit_on_input_error():
                 raise InputError(
                     f"No room on {self.device} for a training batch: lower"

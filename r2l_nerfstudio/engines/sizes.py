@@ -20,6 +20,26 @@ def is_grid(network: nn.Module) -> bool:
     return isinstance(network, MobileR2L)
 
 
+def in_dim(network: nn.Module) -> int:
+    """Return the length of the ray encoding that a student's network reads."""
+    return network.get_parameter("head.weight").shape[1]
+
+
+def out_dim(network: nn.Module) -> int:
+    """Return the number of values per ray, or per pixel of a ray image, that a student's network gives."""
+    return network.get_parameter("tail.weight").shape[0]
+
+
+def upsampling_factor(network: nn.Module) -> int:
+    """Return the pixels along each side of a cell: 1 for a network that reads single rays."""
+    return network.factor if isinstance(network, MobileR2L) else 1
+
+
+def device_of(network: nn.Module) -> torch.device:
+    """Return the device that a student's network is on."""
+    return network.get_parameter("head.weight").device
+
+
 def chunk_rows(device: torch.device) -> int:
     """Rays per call of a ResMLP: its hidden layers stay in the nearest cache that all cores share or have."""
     return 65536 if device.type == "cuda" else 2048

@@ -412,8 +412,8 @@ class GraphSpec:
             rows, columns = ray_image_size(self.height, self.width, model.factor)
             rays = image_rays(pose, ray_image_intrinsics(intrinsics, model.factor), rows, columns)
             return model.encode(*rays).permute(2, 0, 1)[None].contiguous()
-        rays = image_rays(pose, intrinsics, self.height, self.width)
-        return model.encode(*(tensor.reshape(-1, 3) for tensor in rays))
+        origins, directions = image_rays(pose, intrinsics, self.height, self.width)
+        return model.encode(origins.reshape(-1, 3), directions.reshape(-1, 3))
 
     def build(self, student: Student) -> StudentGraph:
         """The graph as a module, on the student's device.

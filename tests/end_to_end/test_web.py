@@ -17,7 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 import pytest
@@ -45,7 +45,7 @@ POSES = ((-60, 25, 1.0), (-180, 15, 1.04), (110, 29, 0.97))
 """Azimuth and elevation in degrees, distance as a share of the start's; all where the capture's cameras were."""
 
 
-def lacks(what: str) -> None:
+def lacks(what: str) -> NoReturn:
     """Fail in CI, skip elsewhere."""
     (pytest.fail if os.environ.get("CI") == "true" else pytest.skip)(what)
 
@@ -168,7 +168,7 @@ def rendered(student: Student, run: Path, angles: tuple[float, float, float]) ->
         "distance": view["start"]["distance"] * angles[2],
     }
     focal = float(cameras.intrinsics[:, :2].mean())
-    return student.render(start_pose(view).numpy(), [focal, focal, SIDE / 2, SIDE / 2], SIDE, SIDE)
+    return np.asarray(student.render(start_pose(view).numpy(), [focal, focal, SIDE / 2, SIDE / 2], SIDE, SIDE))
 
 
 @pytest.mark.parametrize("name", ["r2l", "mobile-r2l"])
