@@ -487,6 +487,49 @@ def call(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> None:
     script.main()
 
 
+DEFAULT_SIZES = [
+    ("r2l", [], (400, "whole", "fp32")),
+    ("r2l", ["--part", "encoding"], (256, "encoding", "fp32")),
+    ("r2l", ["--target", "mobile"], (256, "network", "fp32")),
+    ("r2l", ["--precision", "int8"], (256, "whole", "fp32")),
+    ("mobile-r2l", [], (400, "whole", "fp32")),
+    ("mobile-r2l", ["--target", "mobile"], (400, "network", "fp32")),
+]
+
+
+@pytest.mark.parametrize(("name", "flags", "wanted"), DEFAULT_SIZES)
+def test_defaults_of_onnx_are_the_documented_ones(
+    name: str, flags: list[str], wanted: tuple[int, str, str], run: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A size that a graph cannot take, as 400 once was for parts, would raise in `frame`."""
+    asked: list[GraphSpec] = []
+
+    def record(student: Student, spec: GraphSpec, *_: object) -> int8.Int8Report | float:
+        asked.append(spec)
+        if spec.part != "whole" or "int8" in flags:
+            replace(spec, part="encoding").frame(student)
+        return int8.Int8Report("all layers", 1, None, 50.0, 50.0) if "int8" in flags else 100.0
+
+    monkeypatch.setattr(onnx_file, "export_onnx", record)
+    monkeypatch.setattr(int8, "export_int8", record)
+    monkeypatch.setattr(phone, "phone_verdict", lambda path: "")
+    monkeypatch.setattr(script, "report", lambda *arguments: None)
+    call(monkeypatch, "onnx", "--load-config", run(name), "--output", "student.onnx", *flags)
+    (spec,) = asked
+    assert (spec.width, spec.height) == (wanted[0],) * 2 and (spec.part, spec.precision) == wanted[1:]
+    assert spec.inputs == "camera"
+
+
+@pytest.mark.parametrize("name", ["coreml", "openvino", "tensorrt", "tensorrt-rtx", "torch-tensorrt"])
+@pytest.mark.parametrize("student", ["r2l", "mobile-r2l"])
+def test_other_formats_default_to_the_whole_student_at_the_same_size(
+    name: str, student: str, run: Callable[..., Path]
+) -> None:
+    _, spec = script.COMMANDS[name](load_config=run(student), output=Path("student")).load()
+    assert (spec.width, spec.height, spec.part, spec.inputs) == (400, 400, "whole", "camera")
+    assert spec.precision == ("fp16" if name == "coreml" else "fp32")
+
+
 def test_command_line(
     run: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:

@@ -22,6 +22,7 @@ from nerfstudio.utils.decorators import check_main_thread
 from nerfstudio.utils.rich_utils import CONSOLE
 
 from r2l_nerfstudio.dataparsers import dataparser_of
+from r2l_nerfstudio.distillation.learning_curve import LearningCurveWriter, read_learning_curve
 from r2l_nerfstudio.distillation.optimization import ScheduledRate
 from r2l_nerfstudio.distillation.pipeline import DistillationPipeline, DistillationPipelineConfig
 from r2l_nerfstudio.distillation.progress import TrainingProgress
@@ -174,6 +175,9 @@ class DistillationTrainer(Trainer):
             if isinstance(scheduler, ScheduledRate):
                 scheduler.progress = lambda: self.progress.fraction
         self.progress.update(self._start_step)
+        curve = LearningCurveWriter(self.base_dir, resumed=self._resumed_minutes())
+        if self.local_rank == 0:
+            writer.EVENT_WRITERS.append(curve)
         try:
             with exit_on_input_error(), self._stop_on_signals():
                 super().train()
@@ -187,6 +191,13 @@ class DistillationTrainer(Trainer):
                 ) from error
         finally:
             self.config.max_num_iterations = total
+            if curve in writer.EVENT_WRITERS:
+                writer.EVENT_WRITERS.remove(curve)
+
+    def _resumed_minutes(self) -> float:
+        """Minutes on the learning curve of the run that this one resumes."""
+        former = [] if self.config.load_dir is None else read_learning_curve(Path(self.config.load_dir).parent)
+        return former[-1].minutes if former else 0.0
 
     def train_iteration(self, step: int) -> TRAIN_INTERATION_OUTPUT:
         """As Nerfstudio's; then looks whether training is over."""
@@ -228,6 +239,7 @@ class DistillationTrainer(Trainer):
         self.pipeline.finish(self.step)
         if self.progress.stopped:
             self.config.viewer.quit_on_train_completion = True
+        CONSOLE.print(f"Measure this student: r2l-report {self.base_dir}", markup=False, soft_wrap=True)
         super()._after_train()
 
     @check_main_thread

@@ -90,4 +90,4 @@ def test_r2l_export_lists_its_formats(run: Callable[..., str]):
 
 def test_a_student_is_rendered_from_python(run: Callable[..., str], tmp_path: Path):
     config = write_run(tmp_path / "student", tiny_r2l())
-    assert "r2l (16, 20, 3) True" in run("-c", RENDER, str(config))
+    assert "r2l-lite (16, 20, 3) True" in run("-c", RENDER, str(config))
