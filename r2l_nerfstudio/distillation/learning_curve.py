@@ -7,6 +7,7 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import nerfstudio.configs.base_config  # noqa: F401 - the writer and it import each other, in this order only
 import torch
 from jaxtyping import Float
 from nerfstudio.utils.writer import Writer
