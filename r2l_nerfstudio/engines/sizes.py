@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import cast
 
 import torch
 from jaxtyping import Float
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from r2l_nerfstudio.students.mobile import MobileR2L
+from r2l_nerfstudio.students.resmlp import ResMLP
 
 GRID_STEP = 8
 """Cells; on GPUs sides of ray images are rounded up to it, so that few sizes are ever planned for or captured."""
@@ -22,7 +24,7 @@ def is_grid(network: nn.Module) -> bool:
 
 def in_dim(network: nn.Module) -> int:
     """Return the length of the ray encoding that a student's network reads."""
-    return network.get_parameter("head.weight").shape[1]
+    return cast(MobileR2L | ResMLP, network).in_dim
 
 
 def out_dim(network: nn.Module) -> int:

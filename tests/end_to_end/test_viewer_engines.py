@@ -92,8 +92,8 @@ def test_engines_are_chosen_told_and_changed(opened: tuple[ViewerPage, Served], 
     still = page.settle()
     other.drag(-60, 0)
     assert difference(still, page.settle()) < SAME, "the second browser moved the first one's camera"
-    for opened in (page, other):
-        assert running(opened).split()[0] == BY_HAND[-1] and not opened.crashes
+    for browser in (page, other):
+        assert running(browser).split()[0] == BY_HAND[-1] and not browser.crashes
     served.check()
     other.page.close()
 
