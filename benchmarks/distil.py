@@ -4,32 +4,24 @@ from __future__ import annotations
 
 import copy
 import json
-import math
-import os
-import platform
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any
 
 import torch
-from jaxtyping import Float
-from nerfstudio.cameras.cameras import Cameras
 from nerfstudio.data.dataparsers.base_dataparser import DataParserConfig
 from nerfstudio.data.dataparsers.blender_dataparser import BlenderDataParserConfig
 from nerfstudio.data.dataparsers.nerfstudio_dataparser import NerfstudioDataParserConfig
 from nerfstudio.utils.rich_utils import CONSOLE
 from torch import Tensor
-from torch.nn.functional import interpolate
 
+from r2l_nerfstudio.engines.cache import device_name
 from r2l_nerfstudio.errors import InputError
-from r2l_nerfstudio.models.light_field import LightFieldModel
-from r2l_nerfstudio.models.metrics import psnr, ssim
+from r2l_nerfstudio.report import measure as measurements
 from r2l_nerfstudio.scripts.contact_sheet import contact_sheet
 from r2l_nerfstudio.scripts.small_nerfacto import small_nerfacto
-from r2l_nerfstudio.students.mobile import MobileR2L
-from r2l_nerfstudio.students.resmlp import ResMLP
 
 UNSEEN_SEED = 31_415_926
 UNSEEN_VIEWS = 8
@@ -62,10 +54,14 @@ class Distil:
     """Teacher, then student, on a real capture: PSNR and SSIM on test views, PSNR against the teacher on unseen poses,
     seconds per frame of both in one run, size. Test views are used for nothing but the final figures."""
 
-    capture: Literal["lego", "fern", "fox"]
-    """Which capture."""
-    data_dir: Path
+    capture: str
+    """lego, fern or fox of --data-dir, or a name for the capture at --data."""
+    data_dir: Path | None = None
     """Folder that holds lego_400, fern_504, fox_540."""
+    data: Path | None = None
+    """Any other capture."""
+    dataparser: str = "nerfstudio-data"
+    """How the capture at --data is read, as `ns-train` names it: nerfstudio-data, blender-data, colmap, ..."""
     method: str = "r2l-lite"
     """The student's method, as for ns-train."""
     teacher: Path | None = None
@@ -99,7 +95,7 @@ class Distil:
         figures = {
             "capture": self.capture,
             "method": self.method,
-            "device": device_name(),
+            "device": device_name(torch.device("cuda" if torch.cuda.is_available() else "cpu")),
             "student_iterations": self.iterations,
             "student_rays_per_iteration": self.rays,
             "ring_views": self.num_views,
@@ -121,10 +117,7 @@ class Distil:
 
         from r2l_nerfstudio.lpips import without_lpips
 
-        capture = CAPTURES[self.capture]
-        data = self.data_dir / capture.folder
-        if not data.exists():
-            raise InputError(f"There is no capture at {data}: name the folder that holds it with --data-dir.")
+        capture, data = find_capture(self.capture, self.data_dir, self.data, self.dataparser)
         config = small_nerfacto(
             capture.dataparser(data),
             self.output_dir,
@@ -161,10 +154,48 @@ class Distil:
         return config.get_base_dir() / "config.yml", time.perf_counter() - start
 
 
+def find_capture(name: str, data_dir: Path | None, data: Path | None, dataparser: str) -> tuple[Capture, Path]:
+    """Return how a capture is trained on, and where it is.
+
+    Args:
+        name: one of `CAPTURES`, or any name where `data` is given.
+        data_dir: folder of the captures in `CAPTURES`.
+        data: another capture.
+        dataparser: how `data` is read, by Nerfstudio's name.
+
+    Raises:
+        InputError: there is no such capture or dataparser.
+    """
+    if data is None:
+        if name not in CAPTURES or data_dir is None:
+            raise InputError(
+                f"--capture {name} needs --data, the folder of a capture; or choose one of {', '.join(CAPTURES)} and name"
+                " with --data-dir the folder that holds it."
+            )
+        capture, place = CAPTURES[name], data_dir / CAPTURES[name].folder
+    else:
+        from nerfstudio.configs.dataparser_configs import all_dataparsers
+
+        if dataparser not in all_dataparsers:
+            raise InputError(f"--dataparser must be one of {', '.join(sorted(all_dataparsers))} (got {dataparser}).")
+
+        def configured(place: Path) -> DataParserConfig:
+            config = copy.deepcopy(all_dataparsers[dataparser])
+            config.data = place
+            return config
+
+        capture, place = Capture(str(data), configured, optimize_cameras=True), data
+    if not place.exists():
+        raise InputError(
+            f"There is no capture at {place}: name its folder with --data, or the one above with --data-dir."
+        )
+    return capture, place
+
+
 def measure(
     config_path: Path, teacher_path: Path, test_views: int
 ) -> tuple[dict[str, Any], list[tuple[str, list[Tensor]]]]:
-    """All figures of a finished student, and images for its contact sheet.
+    """Return all figures of a finished student, and images for its contact sheet.
 
     Args:
         config_path: of the student's run.
@@ -174,109 +205,39 @@ def measure(
     Returns:
         figures, and the rows of a contact sheet: teacher, student, difference.
     """
-    from nerfstudio.utils.eval_utils import eval_setup
-
-    from r2l_nerfstudio.distillation.datamanager import capture_cameras
-    from r2l_nerfstudio.distillation.pose_sampling import PoseSampler, PoseSamplerConfig
-    from r2l_nerfstudio.distillation.survey import Survey
-    from r2l_nerfstudio.distillation.view_ring import ViewRenderer
-    from r2l_nerfstudio.teacher import Teacher
-
-    config, pipeline, checkpoint, _ = eval_setup(config_path, test_mode="test")
-    model, datamanager = pipeline.model, pipeline.datamanager
-    teacher = Teacher.load(teacher_path, device=model.device, data=config.pipeline.datamanager.data)
-
-    def student_view(camera: Cameras) -> Float[Tensor, "height width 3"]:
-        return model.get_outputs_for_camera(camera)["rgb"].cpu()
-
-    def teacher_view(camera: Cameras) -> Float[Tensor, "height width 3"]:
-        return teacher.view(camera).rgb.cpu()
-
-    views = {"teacher": teacher_view, "student": student_view}
-    scores: dict[str, list[float]] = {f"{who}_{what}": [] for who in views for what in ("psnr", "ssim", "seconds")}
-    rows = []
-    dataset = datamanager.eval_dataset
-    chosen = torch.linspace(0, len(dataset) - 1, min(test_views, len(dataset))).round().long().tolist()
-    for index in chosen:
-        camera = dataset.cameras[index : index + 1].to(model.device)
-        truth = model.blend(dataset.get_data(index)["image"].to(model.device)).cpu()
-        images = []
-        for who, view in views.items():
-            start = time.perf_counter()
-            images.append(view(camera))
-            scores[f"{who}_seconds"].append(time.perf_counter() - start)
-            scores[f"{who}_psnr"].append(psnr(images[-1], truth))
-            scores[f"{who}_ssim"].append(ssim(images[-1], truth))
-        if index in chosen[:: max(1, math.ceil(len(chosen) / 3))]:
-            rows.append(("", [*images, (4 * (images[1] - images[0]).abs()).clamp(0, 1)]))
-    # One way to draw unseen poses for all methods, so that their figures compare.
-    poses = PoseSamplerConfig(kind=config.pipeline.datamanager.pose_sampler.kind)
-    sampler = PoseSampler(capture_cameras(datamanager.train_dataset.cameras), poses)
-    survey = Survey.take(teacher, datamanager.train_dataset.cameras)
-    size = (sampler.cameras.height, sampler.cameras.width)
-    renderer = ViewRenderer(teacher, sampler, survey, *size, seed=UNSEEN_SEED)
-    unseen = []
-    zoomed: dict[float, list[float]] = {0.5: [], 2.0: []}
-    steady: list[float] = []
-    for index in range(UNSEEN_VIEWS):
-        view = renderer.render(index)
-        fx, fy, cx, cy = view.intrinsics.tolist()
-        camera = Cameras(view.camera_to_world[None], fx, fy, cx, cy, width=size[1], height=size[0]).to(model.device)
-        unseen.append(psnr(student_view(camera), view.pixels[..., :3].cpu().float() / 255))
-        if index < ZOOMED_VIEWS:
-            for zoom, values in zoomed.items():
-                nearer = Cameras(camera.camera_to_worlds, zoom * fx, zoom * fy, cx, cy, width=size[1], height=size[0])
-                values.append(psnr(student_view(nearer.to(model.device)), teacher_view(nearer.to(model.device))))
-            steady += between_sizes(student_view, camera)
-    seconds = {who: sorted(scores.pop(f"{who}_seconds")) for who in views}
-    parameters = sum(p.numel() for p in model.parameters())
+    found = measurements.measure(config_path, teacher=teacher_path, test_views=test_views, shown_views=3)
+    assert found.teacher is not None and found.unseen is not None
+    rows = [
+        ("", [view.teacher, view.student, (4 * (view.student - view.teacher).abs()).clamp(0, 1)])
+        for view in found.shown
+        if view.teacher is not None
+    ]
     return {
-        "resolution": f"{size[1]}x{size[0]}",
-        "test_views": f"{len(chosen)} of {len(dataset)}",
-        **{key: round(sum(values) / len(values), 4) for key, values in scores.items()},
-        "student_psnr_against_teacher_unseen": round(sum(unseen) / len(unseen), 4),
+        "resolution": f"{found.resolution[0]}x{found.resolution[1]}",
+        "test_views": f"{len(found.views)} of {found.photos_in_test_split}",
         **{
-            f"student_psnr_against_teacher_zoom_{zoom}": round(sum(values) / len(values), 4)
-            for zoom, values in zoomed.items()
+            f"{who}_{metric}": rounded(found.mean(who, metric))
+            for who in ("teacher", "student")
+            for metric in ("psnr", "ssim")
         },
-        "student_lowest_psnr_between_sizes": round(min(steady), 4),
-        **{f"{who}_seconds_per_frame": round(values[len(values) // 2], 4) for who, values in seconds.items()},
+        "student_psnr_against_teacher_unseen": rounded(found.unseen.mean),
+        **{f"student_psnr_against_teacher_zoom_{zoom}": rounded(psnr) for zoom, psnr in found.unseen.zoom.items()},
+        "student_lowest_psnr_between_sizes": rounded(found.between_sizes),
+        **{f"{who}_seconds_per_frame": rounded(ms / 1e3) for who, ms in found.frame_milliseconds.items()},
         "student_train_rays_per_second": train_rays_per_second(config_path.parent),
-        "network_parameters": parameters,
-        "network_megabytes_fp16": round(2 * parameters / 1e6, 2),
-        "flop_per_pixel": round(flops_per_pixel(model)),
-        "student_checkpoint_megabytes": round(checkpoint.stat().st_size / 1e6, 1),
-        "teacher_checkpoint_megabytes": round(teacher.checkpoint.stat().st_size / 1e6, 1),
-        "teacher_method": teacher.config.method_name,
-        "teacher_iterations": teacher.step + 1,
-        "pose_sampler": config.pipeline.datamanager.pose_sampler.kind,
-        "scene": model.describe_scene(),
+        "network_parameters": found.sizes["network_parameters"],
+        "network_megabytes_fp16": rounded(found.sizes["network_megabytes_fp16"]),
+        "flop_per_pixel": round(found.sizes["flop_per_pixel"]),
+        "student_checkpoint_megabytes": rounded(found.sizes["checkpoint_megabytes"]),
+        "teacher_checkpoint_megabytes": rounded(found.teacher["checkpoint_megabytes"]),
+        "teacher_method": found.teacher["method"],
+        "teacher_iterations": found.teacher["iterations"],
     }, rows
 
 
-def between_sizes(view: Callable[[Cameras], Tensor], camera: Cameras) -> list[float]:
-    """PSNR in dB between pictures of one camera at its own size and at others, all resampled to the smaller of the two."""
-    own = view(camera)
-    found = []
-    for scale in (0.4, 0.75, 1.5):
-        width, height = (round(scale * size) for size in own.shape[1::-1])
-        across, down = width / own.shape[1], height / own.shape[0]  # exactly the same field of view
-        cx, cy = camera.cx * across, camera.cy * down
-        fx, fy = camera.fx * across, camera.fy * down
-        other = Cameras(camera.camera_to_worlds, fx, fy, cx, cy, width=width, height=height)
-        pictures = [own.permute(2, 0, 1)[None], view(other).permute(2, 0, 1)[None]]
-        size = min((picture.shape[2:] for picture in pictures), key=lambda shape: shape[0])
-        resampled = [interpolate(picture, size, mode="bilinear", antialias=True)[0] for picture in pictures]
-        found.append(psnr(*(picture.permute(1, 2, 0) for picture in resampled)))
-    return found
-
-
-def flops_per_pixel(model: LightFieldModel) -> float:
-    """Floating-point operations of the network for one pixel at the trained pitch."""
-    network = cast(MobileR2L | ResMLP, model.network)
-    if isinstance(network, MobileR2L):
-        return network.flops_per_cell / network.factor**2
-    return network.flops_per_ray
+def rounded(value: float | None) -> float | None:
+    """Four digits after the point."""
+    return None if value is None else round(value, 4)
 
 
 def train_rays_per_second(run: Path) -> float | None:
@@ -290,18 +251,6 @@ def train_rays_per_second(run: Path) -> float | None:
         return None
     values = sorted(event.value for event in log.Scalars(tags[0]))
     return round(values[len(values) // 2])
-
-
-def device_name() -> str:
-    """The machine that figures belong to."""
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
-    model = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        names = [line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
-        model = names[0] if names else model
-    return f"{model}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
 
 
 def as_table(figures: dict[str, Any]) -> str:

@@ -12,8 +12,7 @@ import shutil
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
@@ -25,10 +24,10 @@ from jaxtyping import Float
 from nerfstudio.cameras.cameras import Cameras
 from nerfstudio.data.dataparsers.nerfstudio_dataparser import NerfstudioDataParserConfig
 from nerfstudio.utils.rich_utils import CONSOLE
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from torch import Tensor
 
+from r2l_nerfstudio.console import progress_bar
 from r2l_nerfstudio.distillation.pose_sampling import PoseSamplerConfig
 from r2l_nerfstudio.errors import exit_on_input_error
 from r2l_nerfstudio.lpips import without_lpips
@@ -428,14 +427,6 @@ def report(root: Path, seconds: dict[str, float]) -> None:
     show(f"Picture: {shown(root / 'result.png')}; figures: {shown(root / 'result.json')}, {shown(root / 'result.md')}")
     markdown = [f"| {' | '.join(cells)} |" for cells in (titles, ["---"] * len(titles), *lines)]
     (root / "result.md").write_text("\n".join([*markdown, "", f"{caption}. Time: {times}.", ""]), encoding="utf-8")
-
-
-@contextmanager
-def progress_bar() -> Iterator[Progress]:
-    """A bar on Nerfstudio's console, so that its messages appear above it."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(compact=True))
-    with Progress(*columns, console=CONSOLE) as bar:
-        yield bar
 
 
 def digest(*settings: Any) -> str:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import fmean, median
@@ -16,10 +15,10 @@ from jaxtyping import Float
 from nerfstudio.cameras.cameras import Cameras
 from nerfstudio.data.datasets.base_dataset import InputDataset
 from nerfstudio.utils.rich_utils import CONSOLE
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 from torch.nn.functional import interpolate
 
+from r2l_nerfstudio.console import progress_bar
 from r2l_nerfstudio.dataparsers import dataparser_at
 from r2l_nerfstudio.distillation.datamanager import DistillationDataManagerConfig, capture_cameras
 from r2l_nerfstudio.distillation.learning_curve import CurvePoint, read_learning_curve
@@ -392,11 +391,3 @@ def flops_per_pixel(model: LightFieldModel) -> float:
     if isinstance(network, MobileR2L):
         return network.flops_per_cell / network.factor**2
     return network.flops_per_ray
-
-
-@contextmanager
-def progress_bar() -> Iterator[Progress]:
-    """A bar on Nerfstudio's console, so that its messages appear above it."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(compact=True))
-    with Progress(*columns, console=CONSOLE) as bar:
-        yield bar
