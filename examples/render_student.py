@@ -10,6 +10,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+import numpy as np
 import torch
 from PIL import Image
 
@@ -26,7 +27,7 @@ def main(run: Path, output: Path, size: int = 400) -> None:
     camera_to_world = torch.cat([axes, (center + distance * axes[:, 2])[:, None]], dim=1)
     intrinsics = [1.2 * size, 1.2 * size, size / 2, size / 2]  # fx, fy, cx, cy in pixels
     image = student.render(camera_to_world.numpy(), intrinsics, size, size)
-    Image.fromarray((image * 255).round().astype("uint8")).save(output)
+    Image.fromarray((np.asarray(image) * 255).round().astype("uint8")).save(output)
     print(f"{output}: {student.method_name}, outputs {', '.join(student.outputs)}")
 
 
