@@ -3,7 +3,7 @@
 Nerfstudio loads this for every `ns-*` command: import nothing heavy here.
 """
 
-from r2l_nerfstudio.method_configs.mobile_r2l import mobile_r2l, mobile_r2l_lite, mobile_r2l_paper
-from r2l_nerfstudio.method_configs.r2l import r2l, r2l_lite, r2l_paper
+from .mobile_r2l import mobile_r2l, mobile_r2l_lite, mobile_r2l_paper
+from .r2l import r2l, r2l_lite, r2l_paper
 
 __all__ = ["mobile_r2l", "mobile_r2l_lite", "mobile_r2l_paper", "r2l", "r2l_lite", "r2l_paper"]

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from nerfstudio.plugins.types import MethodSpecification
-from r2l_nerfstudio.method_configs.common import our_optimizers, published_optimizers, small_optimizers, student_config
 
 from r2l_nerfstudio.distillation.pose_sampling import PoseSamplerConfig
 from r2l_nerfstudio.distillation.ray_datamanager import RayDataManagerConfig
 from r2l_nerfstudio.models.r2l import R2LModelConfig
+
+from .common import our_optimizers, published_optimizers, small_optimizers, student_config
 
 r2l = MethodSpecification(
     config=student_config(

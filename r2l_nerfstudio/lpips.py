@@ -6,10 +6,14 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
 
 
 class AbsentLpips(nn.Module):
@@ -50,7 +54,7 @@ def without_lpips() -> Iterator[None]:
                 Lpips.__init__ = _real_init
 
 
-def _init(self: nn.Module, *args, **kwargs) -> None:
+def _init(self: LearnedPerceptualImagePatchSimilarity, *args: Any, **kwargs: Any) -> None:
     if not _absent.get():
         _real_init(self, *args, **kwargs)
         return

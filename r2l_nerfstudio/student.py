@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import pickle
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -17,8 +17,9 @@ from torch import Tensor
 from r2l_nerfstudio.distillation.averaging import put_average, saved_average
 from r2l_nerfstudio.engines.switch import EngineChoice
 from r2l_nerfstudio.errors import InputError
-from r2l_nerfstudio.models.light_field import LightFieldModel
+from r2l_nerfstudio.models.light_field import LightFieldModel, LightFieldModelConfig
 from r2l_nerfstudio.run_config import checkpoint_path, load_run_config, resolve_run
+from r2l_nerfstudio.torch_compat import load_tensors
 from r2l_nerfstudio.viewer.engine_menu import CACHE_FOLDER
 
 Array = np.ndarray | Tensor
@@ -99,10 +100,10 @@ class Student:
             if isinstance(error.__cause__, InputError):
                 raise error.__cause__ from None
             raise
-        found = {name: outputs[name] for name in self.outputs}
+        found: dict[str, Array] = {name: outputs[name] for name in self.outputs}
         if isinstance(camera_to_world, Tensor):
             return found
-        return {name: value.cpu().numpy() for name, value in found.items()}
+        return {name: outputs[name].cpu().numpy() for name in self.outputs}
 
 
 def load_student(
@@ -134,12 +135,11 @@ def load_student(
     checkpoint = checkpoint_path(config, config_path, step)
     weights, average, trained_step = _read_weights(checkpoint)
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    config.pipeline.model.engine = engine
+    model_config = cast(LightFieldModelConfig, config.pipeline.model)
+    model_config.engine = engine
     # A student keeps its bounds itself: neither the box nor the number of images shapes it.
     scene_box = SceneBox(torch.tensor([[-1.0, -1.0, -1.0], [1.0, 1.0, 1.0]]))
-    model = config.pipeline.model.setup(
-        scene_box=scene_box, num_train_data=1, metadata={}, device=str(device), grad_scaler=None
-    )
+    model = model_config.setup(scene_box=scene_box, num_train_data=1, metadata={}, device=str(device), grad_scaler=None)
     try:
         model.update_to_step(trained_step)
         model.load_state_dict(weights, strict=True)
@@ -153,13 +153,13 @@ def load_student(
     model.engines.check()
     if os.access(config_path.parent, os.W_OK):
         model.engines.cache_folder = config_path.parent / CACHE_FOLDER
-    return Student(model, config.method_name)
+    return Student(model, config.method_name or "")
 
 
 def _read_weights(checkpoint: Path) -> tuple[dict[str, Any], dict[str, Tensor], int]:
     """The model's part of a checkpoint, the average of its weights if training had not ended, and its step."""
     try:
-        loaded = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
+        loaded = load_tensors(checkpoint)
         state = {key.removeprefix("module."): value for key, value in loaded["pipeline"].items()}
         step = int(loaded["step"])
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, TypeError, KeyError) as error:

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 import torch
@@ -25,15 +25,20 @@ from nerfstudio.cameras.cameras import Cameras, CameraType
 from nerfstudio.cameras.rays import RayBundle
 from nerfstudio.model_components.renderers import background_color_override_context
 from torch import Tensor
+from torch.nn import ParameterDict
 
+from r2l_nerfstudio.dataparsers import dataparser_at
 from r2l_nerfstudio.errors import InputError
 from r2l_nerfstudio.lpips import AbsentLpips, without_lpips
 from r2l_nerfstudio.run_config import capture_path, checkpoint_path, load_run_config, resolve_run
+from r2l_nerfstudio.torch_compat import load_tensors
 
 if TYPE_CHECKING:
+    from nerfstudio.data.datamanagers.base_datamanager import VanillaDataManagerConfig
     from nerfstudio.data.dataparsers.base_dataparser import DataParserConfig, DataparserOutputs
     from nerfstudio.engine.trainer import TrainerConfig
     from nerfstudio.models.base_model import Model
+    from nerfstudio.models.splatfacto import SplatfactoModel
 
 CPU_RAYS_PER_CHUNK = 1024
 
@@ -217,8 +222,11 @@ class Teacher:
     @functools.cached_property
     def _fingerprint(self) -> str:
         digest = hashlib.sha256(self.config_path.read_bytes())
+        weights = hashlib.sha256()
         with self.checkpoint.open("rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
+            while chunk := file.read(1 << 20):
+                weights.update(chunk)
+        digest.update(weights.digest())
         return digest.hexdigest()
 
     @contextmanager
@@ -226,7 +234,7 @@ class Teacher:
         if self.background is None:
             yield
         elif self.views_only:
-            self.model.set_background(self.background)
+            cast("SplatfactoModel", self.model).set_background(self.background)
             yield
         else:
             with background_color_override_context(self.background):
@@ -256,11 +264,7 @@ def _read_capture(
     config: TrainerConfig, config_path: Path, data: Path | None
 ) -> tuple[DataParserConfig, DataparserOutputs]:
     data = capture_path(config, config_path) if data is None else Path(data)
-    dataparser_config = copy.deepcopy(config.pipeline.datamanager.dataparser)
-    dataparser_config.data = data.absolute()
-    if hasattr(dataparser_config, "load_3D_points"):
-        # Points only seed an untrained splat; reading them is slow, and may stop to ask a question.
-        dataparser_config.load_3D_points = False
+    dataparser_config = dataparser_at(config, data)
     remedy = "Say with --data where the capture that the teacher was trained on is now."
     try:
         outputs = dataparser_config.setup().get_dataparser_outputs(split="train")
@@ -308,8 +312,7 @@ def _read_checkpoint(checkpoint: Path) -> tuple[dict[str, Tensor], int]:
     allowed = [scalar, (scalar, "numpy.core.multiarray.scalar"), np.dtype]
     allowed += [type(np.dtype(kind)) for kind in (np.float64, np.float32, np.int64)]
     try:
-        with torch.serialization.safe_globals(allowed):
-            loaded = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
+        loaded = load_tensors(checkpoint, allowed)
         # Data-parallel training wraps the pipeline or the model in a `module`.
         state = {key.removeprefix("module."): value for key, value in loaded["pipeline"].items()}
         step = int(loaded["step"])
@@ -367,8 +370,9 @@ def _build_model(
             raise InputError(_not_built(config, config_path, error)) from error
     # The method's pipeline hands its model more than that: build it all and keep the model.
     pipeline_config = copy.deepcopy(config.pipeline)
-    pipeline_config.datamanager.dataparser = copy.deepcopy(dataparser_config)
-    pipeline_config.datamanager.data = dataparser_config.data
+    datamanager = cast("VanillaDataManagerConfig", pipeline_config.datamanager)
+    datamanager.dataparser = copy.deepcopy(dataparser_config)
+    datamanager.data = dataparser_config.data
     try:
         with without_lpips():
             return pipeline_config.setup(device=str(device), test_mode="inference").model
@@ -387,9 +391,10 @@ def _not_built(config: TrainerConfig, config_path: Path, error: Exception) -> st
 def _load_weights(model: Model, weights: dict[str, Tensor], step: int, checkpoint: Path) -> None:
     absent = tuple({"lpips."} | {f"{name}." for name, part in model.named_modules() if isinstance(part, AbsentLpips)})
     weights = {key: value for key, value in weights.items() if not key.startswith(absent)}
-    if "means" in weights and hasattr(model, "gauss_params"):
+    gauss_params = getattr(model, "gauss_params", None)
+    if "means" in weights and isinstance(gauss_params, ParameterDict):
         # Older splats kept these one level higher.
-        weights = {f"gauss_params.{key}" if key in model.gauss_params else key: value for key, value in weights.items()}
+        weights = {f"gauss_params.{key}" if key in gauss_params else key: value for key, value in weights.items()}
     try:
         model.update_to_step(step)  # first: grids that grow in training take their size from it
         model.load_state_dict(weights, strict=True)

@@ -10,14 +10,18 @@ from typing import Any, Literal
 import tyro
 from nerfstudio.utils.rich_utils import CONSOLE
 
+from r2l_nerfstudio.engines.sizes import is_grid
 from r2l_nerfstudio.errors import exit_on_input_error
 from r2l_nerfstudio.export.graph import GraphInputs, GraphPart, GraphPrecision, GraphSpec
 from r2l_nerfstudio.run_config import load_run_config
 from r2l_nerfstudio.student import Student, load_student
 
 R2L_SIZE = 400
+"""Default pixels along each side of an R2L student's image."""
+R2L_SIZE_AT_ONCE = 256
+"""Default pixels along each side where all rays of an R2L student's image pass through the graph in one piece."""
 CELLS = 100
-"""Of a MobileR2L picture without other wishes, along each side, as published."""
+"""Default cells along each side of a MobileR2L student's image, as published."""
 
 
 @dataclass
@@ -34,18 +38,27 @@ class GraphExport:
     precision: GraphPrecision = "fp32"
     """Of the network's weights and arithmetic; the encoding stays in fp32."""
     width: int | None = None
-    """Of the picture in pixels, fixed in the file; 400, or 100 cells for a mobile-r2l."""
+    """Width of the image in pixels, fixed in the file. Default: 100 cells (400, 800 or 1200 pixels) for MobileR2L; 400
+    for R2L, or 256 for parts of it and int8, whose rays pass through the graph in one piece."""
     height: int | None = None
-    """Of the picture in pixels, fixed in the file; likewise."""
+    """Height of the image in pixels, fixed in the file. Default: as for the width."""
     step: int | None = None
     """Training step of the checkpoint; the newest by default."""
     overwrite: bool = False
     """Replace a file that is there."""
 
-    def load(self, **more: Any) -> tuple[Student, GraphSpec]:
-        """The student on the CPU, and the graph that is asked for, with more fields of a `GraphSpec`."""
+    def load(self, at_once: bool = False, **more: Any) -> tuple[Student, GraphSpec]:
+        """Load the student on the CPU, and describe the graph to export.
+
+        Args:
+            at_once: whether all rays pass through the graph in one piece even if `part` is the whole.
+            more: further fields of a `GraphSpec`.
+        """
         student = load_student(self.load_config, device="cpu", step=self.step, engine="torch")
-        size = CELLS * getattr(student.model, "factor", 0) or R2L_SIZE
+        if is_grid(student.model.network):
+            size = CELLS * student.model.factor
+        else:
+            size = R2L_SIZE_AT_ONCE if at_once or more.get("part", "whole") != "whole" else R2L_SIZE
         width = size if self.width is None else self.width
         height = size if self.height is None else self.height
         return student, GraphSpec(
@@ -79,7 +92,9 @@ class Onnx(GraphExport):
         is_mobile = self.target == "mobile"
         part = self.part or ("network" if is_mobile else "whole")
         precision = "fp32" if self.precision == "int8" else self.precision
-        student, spec = self.load(precision=precision, part=part, is_static=is_mobile, is_plain=is_mobile)
+        student, spec = self.load(
+            self.precision == "int8", precision=precision, part=part, is_static=is_mobile, is_plain=is_mobile
+        )
         if self.precision == "int8":
             made = export_int8(student, spec, self.output, self.load_config, self.data, self.overwrite)
             CONSOLE.print(made.sentence, soft_wrap=True, highlight=False)

@@ -12,11 +12,10 @@ import shutil
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import numpy as np
 import torch
@@ -25,12 +24,10 @@ from jaxtyping import Float
 from nerfstudio.cameras.cameras import Cameras
 from nerfstudio.data.dataparsers.nerfstudio_dataparser import NerfstudioDataParserConfig
 from nerfstudio.utils.rich_utils import CONSOLE
-from r2l_nerfstudio.scripts.contact_sheet import contact_sheet
-from r2l_nerfstudio.scripts.small_nerfacto import small_nerfacto
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from torch import Tensor
 
+from r2l_nerfstudio.console import progress_bar
 from r2l_nerfstudio.distillation.pose_sampling import PoseSamplerConfig
 from r2l_nerfstudio.errors import exit_on_input_error
 from r2l_nerfstudio.lpips import without_lpips
@@ -38,9 +35,15 @@ from r2l_nerfstudio.models.metrics import psnr, ssim
 from r2l_nerfstudio.scene import Scene, band_poses, camera_in_dataparser_frame, write_capture
 from r2l_nerfstudio.scene.capture import RADIUS, band_cameras
 
-if TYPE_CHECKING:
-    from nerfstudio.engine.trainer import TrainerConfig
+from .contact_sheet import contact_sheet
+from .small_nerfacto import small_nerfacto
 
+if TYPE_CHECKING:
+    from nerfstudio.data.datamanagers.base_datamanager import VanillaDataManagerConfig
+    from nerfstudio.engine.trainer import TrainerConfig
+    from nerfstudio.models.nerfacto import NerfactoModelConfig
+
+Device = Literal["cpu", "cuda"]
 UNSEEN_SEED = 2_718_281
 EXPERIMENT = "procedural-scene"
 STUDENTS = {"R2L student": "r2l-lite", "MobileR2L student": "mobile-r2l-lite"}
@@ -123,7 +126,7 @@ class Quickstart:
         """
         sizes = FAST if self.fast else FULL
         root = self.folder / "fast" if self.fast else self.folder
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+        device: Device = "cuda" if torch.cuda.is_available() else "cpu"
         stages = Stages(root, self.force)
         CONSOLE.print(f"Quickstart in {root}, on {'CUDA' if device == 'cuda' else f'{os.cpu_count()} CPU cores'}.")
 
@@ -213,7 +216,7 @@ def photograph(folder: Path, sizes: Sizes, seed: int, overwrite: bool) -> Path:
     return folder / "transforms.json"
 
 
-def teacher_config(capture: Path, output_dir: Path, sizes: Sizes, device: str, seed: int) -> TrainerConfig:
+def teacher_config(capture: Path, output_dir: Path, sizes: Sizes, device: Device, seed: int) -> TrainerConfig:
     """Nerfacto for this scene. All cameras lie on the unit sphere of its frame, the object in the middle third."""
     scale = 1 / RADIUS
     config = small_nerfacto(
@@ -231,7 +234,8 @@ def teacher_config(capture: Path, output_dir: Path, sizes: Sizes, device: str, s
     )
     config.experiment_name = EXPERIMENT
     quieten(config, device, seed)
-    datamanager, model = config.pipeline.datamanager, config.pipeline.model
+    datamanager = cast("VanillaDataManagerConfig", config.pipeline.datamanager)
+    model = cast("NerfactoModelConfig", config.pipeline.model)
     datamanager.train_num_rays_per_batch = datamanager.eval_num_rays_per_batch = sizes.teacher_rays
     model.num_levels, model.log2_hashmap_size, model.base_res, model.max_res = 3, 15, 16, 128
     # Few samples: the object fills the range, and each view the student learns from costs this much.
@@ -245,7 +249,7 @@ def teacher_config(capture: Path, output_dir: Path, sizes: Sizes, device: str, s
     return config
 
 
-def student_config(method: str, teacher: Path, root: Path, sizes: Sizes, device: str, seed: int) -> TrainerConfig:
+def student_config(method: str, teacher: Path, root: Path, sizes: Sizes, device: Device, seed: int) -> TrainerConfig:
     """What `ns-train METHOD --teacher …` builds, sized for two cores."""
     from r2l_nerfstudio import method_configs
 
@@ -282,7 +286,7 @@ def train_in_one_thread(config: TrainerConfig) -> Path:
         torch.set_num_threads(threads)
 
 
-def quieten(config: TrainerConfig, device: str, seed: int) -> None:
+def quieten(config: TrainerConfig, device: Device, seed: int) -> None:
     """No viewer, no table of iterations: the progress bar says it all. Checkpoints at the end alone."""
     config.machine.device_type = device
     config.machine.seed = seed
@@ -423,14 +427,6 @@ def report(root: Path, seconds: dict[str, float]) -> None:
     show(f"Picture: {shown(root / 'result.png')}; figures: {shown(root / 'result.json')}, {shown(root / 'result.md')}")
     markdown = [f"| {' | '.join(cells)} |" for cells in (titles, ["---"] * len(titles), *lines)]
     (root / "result.md").write_text("\n".join([*markdown, "", f"{caption}. Time: {times}.", ""]), encoding="utf-8")
-
-
-@contextmanager
-def progress_bar() -> Iterator[Progress]:
-    """A bar on Nerfstudio's console, so that its messages appear above it."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(compact=True))
-    with Progress(*columns, console=CONSOLE) as bar:
-        yield bar
 
 
 def digest(*settings: Any) -> str:

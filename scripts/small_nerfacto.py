@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from typing import cast
 
 import torch
 from nerfstudio.cameras.camera_optimizers import CameraOptimizerConfig
 from nerfstudio.data.datamanagers.base_datamanager import VanillaDataManagerConfig
 from nerfstudio.data.dataparsers.base_dataparser import DataParserConfig
 from nerfstudio.engine.trainer import TrainerConfig
+from nerfstudio.models.nerfacto import NerfactoModelConfig
 
 
 def small_nerfacto(
@@ -36,7 +38,7 @@ def small_nerfacto(
     """
     from nerfstudio.configs.method_configs import method_configs
 
-    config = copy.deepcopy(method_configs["nerfacto"])
+    config = cast(TrainerConfig, copy.deepcopy(method_configs["nerfacto"]))
     config.output_dir = output_dir
     config.max_num_iterations = iterations
     config.steps_per_save = 500
@@ -53,7 +55,7 @@ def small_nerfacto(
         eval_num_rays_per_batch=1024,
         camera_res_scale_factor=camera_res_scale_factor,
     )
-    model = config.pipeline.model
+    model = cast(NerfactoModelConfig, config.pipeline.model)
     model.implementation = "torch"
     model.hidden_dim = model.hidden_dim_color = 32
     model.features_per_level = 4

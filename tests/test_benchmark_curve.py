@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 from distil import own_writers
-from r2l_nerfstudio.scripts.benchmark_curve import Curve
 
+from benchmarks.curve import Curve
 from r2l_nerfstudio.errors import InputError
 
 

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 from networks import code, network
-from r2l_nerfstudio.scripts import benchmark_render
-from r2l_nerfstudio.scripts.benchmark_render import Render, fastest, flops, frame_code, student
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks import render as benchmark_render
+from benchmarks.render import Render, fastest, flops, frame_code, student
 from r2l_nerfstudio.errors import InputError
 from r2l_nerfstudio.models.camera_rays import camera_rays
 from r2l_nerfstudio.rays.ray_image import MARGIN

@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from r2l_nerfstudio.scripts.benchmark_recipes import as_table, configured, draw_curves, rows_of
-from r2l_nerfstudio.scripts.benchmark_train import BareStep
+
+from benchmarks.recipes import as_table, configured, draw_curves, rows_of
+from benchmarks.train import BareStep
 
 
 @pytest.mark.parametrize("method", ["r2l", "mobile-r2l"])

@@ -12,6 +12,7 @@ import pytest
 import torch
 from networks import KINDS, code, network
 from torch import Tensor
+from versions import needs_half_on_cpu
 
 from r2l_nerfstudio.engines import torch_engine
 from r2l_nerfstudio.engines.cuda_graph import KEPT, CudaGraphs
@@ -178,6 +179,7 @@ def test_an_interrupted_call_costs_its_graph_alone(gpu):
     assert torch.equal(graphs(read), read + 1) and cuda.captures == 2
 
 
+@needs_half_on_cpu
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_torch_engine_replays_any_size_and_follows_its_weights(gpu, kind: str, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(torch_engine, "chunk_rows", lambda device: 64)

@@ -15,9 +15,9 @@ from student_runs import fill, tiny_mobile_r2l, tiny_r2l
 
 from r2l_nerfstudio.engines import tensorrt, torch_tensorrt
 from r2l_nerfstudio.engines.onnx_graph import INPUT, OUTPUT, network_onnx
-from r2l_nerfstudio.engines.parity import in_dim
 from r2l_nerfstudio.engines.protocol import BrokenEngine, Order
 from r2l_nerfstudio.engines.registry import build_engine
+from r2l_nerfstudio.engines.sizes import in_dim
 from r2l_nerfstudio.engines.tensorrt import Shapes, build_plan, find_flavour, usual_shapes
 from r2l_nerfstudio.errors import InputError
 from r2l_nerfstudio.export.graph import EncodedNetwork

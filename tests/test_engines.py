@@ -10,6 +10,7 @@ import pytest
 import torch
 from networks import KINDS, code, network
 from torch import Tensor, nn
+from versions import needs_ahead_of_time_compiler
 
 from r2l_nerfstudio.distillation.averaging import WeightAverage
 from r2l_nerfstudio.distillation.optimization import MatrixMuon
@@ -65,6 +66,7 @@ def test_engine_agrees_with_the_network_at_any_size(kind: str, name: str, precis
     check_sizes(kind, engine, net)
 
 
+@needs_ahead_of_time_compiler
 def test_inductor_agrees_at_any_size_and_is_compiled_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     kind = "mobile-r2l"  # the one whose sizes are open; a compilation takes most of a quarter of a minute
     engine, net = built(kind, "inductor", "fp32", tmp_path / "cache")
@@ -268,6 +270,7 @@ def test_missing_package_is_an_error_with_its_extra(
     assert remedy in str(caught.value)
 
 
+@needs_ahead_of_time_compiler
 def test_no_compiler_is_an_error_that_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CXX", raising=False)

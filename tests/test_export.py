@@ -17,7 +17,6 @@ import pytest
 import torch
 import yaml
 from nerfstudio.data.dataparsers.nerfstudio_dataparser import NerfstudioDataParserConfig
-from r2l_nerfstudio.scripts import export as script
 from student_runs import (
     tiny_composited_mobile_r2l,
     tiny_composited_r2l,
@@ -25,6 +24,7 @@ from student_runs import (
     tiny_r2l,
     write_run,
 )
+from versions import needs_graph_export
 
 from r2l_nerfstudio import load_student
 from r2l_nerfstudio.engines.parity import psnr
@@ -42,8 +42,11 @@ from r2l_nerfstudio.export.openvino_file import export_openvino
 from r2l_nerfstudio.export.plain_network import SigmoidGelu, SubpixelConv
 from r2l_nerfstudio.export.tensorrt_plan import export_plan, export_torch_tensorrt
 from r2l_nerfstudio.run_config import load_run_config
+from r2l_nerfstudio.scripts import export as script
 from r2l_nerfstudio.student import Student
 from r2l_nerfstudio.students.ray_features import FeatureVolume
+
+pytestmark = needs_graph_export
 
 CONFIGS = {
     "r2l": tiny_r2l(),
@@ -458,7 +461,8 @@ def test_tells_a_package_that_is_missing(
 
 
 @pytest.mark.parametrize(
-    ("name", "inputs"), [("r2l", "rays"), ("mobile-r2l", "camera"), ("composited-r2l", "rays"), ("composited-mobile", "camera")]
+    ("name", "inputs"),
+    [("r2l", "rays"), ("mobile-r2l", "camera"), ("composited-r2l", "rays"), ("composited-mobile", "camera")],
 )
 def test_tensorrt_rtx_plans_are_built_without_a_gpu(
     name: str, inputs: str, student: Callable[..., Student], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -504,6 +508,49 @@ def call(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> None:
     """As a user calls `r2l-export`."""
     monkeypatch.setattr(sys, "argv", ["r2l-export", *map(str, arguments)])
     script.main()
+
+
+DEFAULT_SIZES = [
+    ("r2l", [], (400, "whole", "fp32")),
+    ("r2l", ["--part", "encoding"], (256, "encoding", "fp32")),
+    ("r2l", ["--target", "mobile"], (256, "network", "fp32")),
+    ("r2l", ["--precision", "int8"], (256, "whole", "fp32")),
+    ("mobile-r2l", [], (400, "whole", "fp32")),
+    ("mobile-r2l", ["--target", "mobile"], (400, "network", "fp32")),
+]
+
+
+@pytest.mark.parametrize(("name", "flags", "wanted"), DEFAULT_SIZES)
+def test_defaults_of_onnx_are_the_documented_ones(
+    name: str, flags: list[str], wanted: tuple[int, str, str], run: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A size that a graph cannot take, as 400 once was for parts, would raise in `frame`."""
+    asked: list[GraphSpec] = []
+
+    def record(student: Student, spec: GraphSpec, *_: object) -> int8.Int8Report | float:
+        asked.append(spec)
+        if spec.part != "whole" or "int8" in flags:
+            replace(spec, part="encoding").frame(student)
+        return int8.Int8Report("all layers", 1, None, 50.0, 50.0) if "int8" in flags else 100.0
+
+    monkeypatch.setattr(onnx_file, "export_onnx", record)
+    monkeypatch.setattr(int8, "export_int8", record)
+    monkeypatch.setattr(phone, "phone_verdict", lambda path: "")
+    monkeypatch.setattr(script, "report", lambda *arguments: None)
+    call(monkeypatch, "onnx", "--load-config", run(name), "--output", "student.onnx", *flags)
+    (spec,) = asked
+    assert (spec.width, spec.height) == (wanted[0],) * 2 and (spec.part, spec.precision) == wanted[1:]
+    assert spec.inputs == "camera"
+
+
+@pytest.mark.parametrize("name", ["coreml", "openvino", "tensorrt", "tensorrt-rtx", "torch-tensorrt"])
+@pytest.mark.parametrize("student", ["r2l", "mobile-r2l"])
+def test_other_formats_default_to_the_whole_student_at_the_same_size(
+    name: str, student: str, run: Callable[..., Path]
+) -> None:
+    _, spec = script.COMMANDS[name](load_config=run(student), output=Path("student")).load()
+    assert (spec.width, spec.height, spec.part, spec.inputs) == (400, 400, "whole", "camera")
+    assert spec.precision == ("fp16" if name == "coreml" else "fp32")
 
 
 def test_command_line(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 import torchmetrics
@@ -320,7 +322,7 @@ def test_transparent_photographs_lie_on_the_background() -> None:
 
 
 @pytest.fixture
-def no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+def no_weights(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """LPIPS as it is where its weights cannot be had."""
 
     def build(**kwargs):

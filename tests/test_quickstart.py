@@ -14,10 +14,10 @@ from types import ModuleType
 import pytest
 import torch
 from PIL import Image
-from r2l_nerfstudio.scripts.contact_sheet import contact_sheet
-from r2l_nerfstudio.scripts.quickstart import Quickstart, Stages
 
 from r2l_nerfstudio.errors import InputError
+from r2l_nerfstudio.scripts.contact_sheet import contact_sheet
+from r2l_nerfstudio.scripts.quickstart import Quickstart, Stages
 
 ROOT = Path(__file__).parents[1]
 COMMAND = [sys.executable, "-W", "ignore", "-m", "r2l_nerfstudio.scripts.quickstart", "--fast", "--folder", "quick"]
@@ -131,8 +131,8 @@ def test_error_column_is_what_its_title_says():
 
 @pytest.fixture
 def dev(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> ModuleType:
-    """scripts/dev.py, as a fresh clone in a temporary folder would load it."""
-    spec = importlib.util.spec_from_file_location("dev", ROOT / "scripts" / "dev.py")
+    """dev.py, as a fresh clone in a temporary folder would load it."""
+    spec = importlib.util.spec_from_file_location("dev", ROOT / "dev.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     (tmp_path / "pyproject.toml").write_bytes((ROOT / "pyproject.toml").read_bytes())
@@ -168,7 +168,7 @@ def test_failed_set_up_says_so_and_is_tried_again(dev, monkeypatch, capsys):
 def test_old_python_is_told_what_is_needed(dev, monkeypatch, capsys):
     monkeypatch.setattr(dev.sys, "version_info", (3, 9, 1))
     assert dev.main(["test"]) == 1
-    assert "Python 3.11 or newer is needed" in capsys.readouterr().err
+    assert "Python 3.10 or newer is needed" in capsys.readouterr().err
 
 
 def test_pips_settings_reach_uv_but_never_over_its_own(dev, monkeypatch, tmp_path):
@@ -193,6 +193,6 @@ def test_pips_settings_reach_uv_but_never_over_its_own(dev, monkeypatch, tmp_pat
 
 
 def test_set_up_script_needs_the_standard_library_alone():
-    text = (ROOT / "scripts" / "dev.py").read_text()
+    text = (ROOT / "dev.py").read_text()
     modules = set(re.findall(r"^(?:import|from) (\w+)", text, re.MULTILINE))
     assert modules <= sys.stdlib_module_names

@@ -95,20 +95,22 @@ def test_what_is_left_out_changes_no_picture(kind: str, monkeypatch: pytest.Monk
         rays[-1] += code[:, 0].numel()
         return model.network(code)
 
-    monkeypatch.setattr(model, "run_network", count)
     views = [
         Cameras(pose[None], *intrinsics.tolist(), width=width, height=height)
         for pose, intrinsics, height, width in cameras(60)
     ]
-    drawn = [model.get_outputs_for_camera(view) for view in views]
+    with model.drawn_by(count):
+        drawn = [model.get_outputs_for_camera(view) for view in views]
     rays.append(0)
     if kind == "r2l":
         nothing = lambda origins, _: torch.zeros_like(origins[..., :1], dtype=torch.bool)  # noqa: E731
         monkeypatch.setattr(model.ray_code, "misses_scene", nothing)
     else:
         monkeypatch.setattr(mobile_r2l, "sphere_window", lambda _, __, height, width, *___: Window(0, 0, width, height))
-    for view, found in zip(views, drawn, strict=True):
-        for key, wanted in model.get_outputs_for_camera(view).items():
+    with model.drawn_by(count):
+        whole = [model.get_outputs_for_camera(view) for view in views]
+    for wanted_outputs, found in zip(whole, drawn, strict=True):
+        for key, wanted in wanted_outputs.items():
             torch.testing.assert_close(found[key], wanted, atol=1e-5, rtol=1e-5)
     few, many = rays
     assert few < 0.8 * many

@@ -18,6 +18,8 @@ class WeightAverage(nn.Module):
         decay: share of the average that is kept at each update; fewer at first, so that the beginning is forgotten.
     """
 
+    updates: torch.Tensor
+
     def __init__(self, module: nn.Module, decay: float) -> None:
         super().__init__()
         self.decay = decay

@@ -29,6 +29,7 @@ class Views(Protocol):
 
     def __len__(self) -> int:
         """The first so many views can be drawn from."""
+        ...
 
 
 def sample_crops(
@@ -63,8 +64,10 @@ def sample_crops(
     height, width = views.pixels.shape[1:3]
 
     def draw(*shape: int) -> tuple[Tensor, Tensor, Tensor]:
-        ends = (len(views), height - side + 1, width - side + 1)
-        return tuple(torch.randint(end, shape, generator=generator, device=device) for end in ends)
+        def below(end: int) -> Tensor:
+            return torch.randint(end, shape, generator=generator, device=device)
+
+        return below(len(views)), below(height - side + 1), below(width - side + 1)
 
     num_foreground = int(foreground_fraction * num_crops)
     places = draw(num_crops - num_foreground)

@@ -15,8 +15,10 @@ from torch.nn import Parameter
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from r2l_nerfstudio.torch_compat import Muon
 
-class MatrixMuon(torch.optim.Muon):
+
+class MatrixMuon(Muon):
     """Torch's Muon, which takes matrices alone, for 1x1 convolutions too: it works on views of their weights.
 
     Args:
@@ -114,11 +116,11 @@ class ScheduledRate(LRScheduler):
         """Share of the training that is done; None: counted in iterations."""
         super().__init__(optimizer)
 
-    def get_lr(self) -> list[float]:
+    def get_lr(self) -> list[float | Tensor]:
         step = self.last_epoch
         progress = step / max(1, self._config.max_steps) if self.progress is None else self.progress()
         # In Python floats: checkpoints then load with `weights_only`.
-        return [rate * self._config.share(step, progress) for rate in self.base_lrs]
+        return [float(rate) * self._config.share(step, progress) for rate in self.base_lrs]
 
     def state_dict(self) -> dict[str, Any]:
         """The iteration alone: all else is the configuration's."""

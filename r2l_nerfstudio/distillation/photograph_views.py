@@ -89,7 +89,9 @@ def _undistorted(
         across, down = small[0] / width, small[1] / height
         fx, cx, fy, cy = fx * across, cx * across, fy * down, cy * down
     across_map, down_map = _where(camera, (fx, fy, cx, cy), wanted, size, dataset.image_filenames[index])
-    read = cv2.remap(channels, across_map, down_map, cv2.INTER_LINEAR, borderMode=cv2.BORDER_CONSTANT, borderValue=0)
+    read = cv2.remap(
+        channels, across_map, down_map, cv2.INTER_LINEAR, borderMode=cv2.BORDER_CONSTANT, borderValue=(0, 0, 0, 0)
+    )
     valid = read[..., 3:4] > 0.999
     color = np.clip(read[..., :3], 0, 1) * 255
     # Image type of a teacher view: rgb, accumulation (unknown), validity.
@@ -110,7 +112,8 @@ def _where(
     kind = int(camera.camera_type)
     shape = size[::-1]
     if kind == CameraType.PERSPECTIVE.value and k4 == 0:
-        return cv2.initUndistortRectifyMap(matrix, np.array([k1, k2, p1, p2, k3]), None, target, shape, cv2.CV_32FC1)
+        lens_array = np.array([k1, k2, p1, p2, k3])
+        return cv2.initUndistortRectifyMap(matrix, lens_array, np.eye(3), target, shape, cv2.CV_32FC1)
     if kind == CameraType.FISHEYE.value and p1 == 0 and p2 == 0:
         lens_array = np.array([k1, k2, k3, k4])
         return cv2.fisheye.initUndistortRectifyMap(matrix, lens_array, np.eye(3), target, shape, cv2.CV_32FC1)

@@ -7,22 +7,20 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 import torch.distributed
 import tyro
 from jaxtyping import Float
 from nerfstudio.cameras.rays import RayBundle
-from nerfstudio.data.datamanagers.base_datamanager import DataManagerConfig
-from nerfstudio.engine.optimizers import Optimizers
 from nerfstudio.engine.callbacks import TrainingCallback, TrainingCallbackAttributes, TrainingCallbackLocation
-from nerfstudio.models.base_model import ModelConfig
+from nerfstudio.engine.optimizers import Optimizers
 from nerfstudio.pipelines.base_pipeline import VanillaPipeline, VanillaPipelineConfig
 from nerfstudio.utils import writer
 from nerfstudio.utils.rich_utils import CONSOLE
 from torch import Tensor
-from torch.amp import GradScaler
+from torch.cuda.amp.grad_scaler import GradScaler
 from torch.nn import Parameter
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import update_bn
@@ -40,6 +38,7 @@ from r2l_nerfstudio.distillation.progress import TrainingProgress
 from r2l_nerfstudio.distillation.scene_occupancy import SceneOccupancy
 from r2l_nerfstudio.distillation.survey import Survey
 from r2l_nerfstudio.errors import InputError, exit_on_input_error
+from r2l_nerfstudio.models.light_field import LightFieldModel, LightFieldModelConfig
 from r2l_nerfstudio.teacher import Teacher
 
 STATISTICS_BATCHES = 16
@@ -51,8 +50,8 @@ class DistillationPipelineConfig(VanillaPipelineConfig):
     """A student, its data, and the teacher they come from."""
 
     _target: type = field(default_factory=lambda: DistillationPipeline)
-    datamanager: DataManagerConfig = field(default_factory=DistillationDataManagerConfig)
-    model: ModelConfig = field(default_factory=ModelConfig)
+    datamanager: DistillationDataManagerConfig = field(default_factory=DistillationDataManagerConfig)
+    model: LightFieldModelConfig = field(default_factory=LightFieldModelConfig)
     teacher: tyro.conf.Suppress[Path | None] = None
     """The teacher's config.yml; set from --teacher."""
     check_frame: bool = True
@@ -75,6 +74,9 @@ class DistillationPipeline(VanillaPipeline):
 
     config: DistillationPipelineConfig
     datamanager: DistillationDataManager
+    _model: LightFieldModel | DistributedDataParallel
+    done: Tensor
+    """Share of the training that is done, in [0, 1]."""
 
     def __init__(
         self,
@@ -107,6 +109,11 @@ class DistillationPipeline(VanillaPipeline):
         self._optimizers: Optimizers | None = None
         self.progress: TrainingProgress | None = None
         self.register_buffer("done", torch.zeros(()))
+
+    @property
+    def model(self) -> LightFieldModel:
+        """The student, without the wrapper of data-parallel training."""
+        return cast(LightFieldModel, super().model)
 
     def _distributed(self, local_rank: int) -> DistributedDataParallel:
         # Nerfstudio's own wrapping names a GPU, and so fails between CPUs; and it searches every batch for unused weights.
@@ -235,8 +242,11 @@ class DistillationPipeline(VanillaPipeline):
         error = ((rgb.float() - held.target.rgb).square() * weight).sum() / (3 * weight.sum().clamp_min(1))
         return -10 * math.log10(max(float(error), 1e-12))
 
-    def get_training_callbacks(self, attributes: TrainingCallbackAttributes) -> list[TrainingCallback]:
+    def get_training_callbacks(
+        self, training_callback_attributes: TrainingCallbackAttributes
+    ) -> list[TrainingCallback]:
         """Nerfstudio's own, and the watch over the held-out views."""
+        attributes = training_callback_attributes
         if attributes.trainer is not None and self.datamanager.local_rank == 0:
             # Kinds that were "auto" are known only now.
             attributes.trainer.config.save_config()
@@ -390,7 +400,7 @@ def view_size(config: DistillationDataManagerConfig, teacher: Teacher) -> tuple[
 
 def background_of(teacher: Teacher) -> Float[Tensor, "3"]:
     """The colour a student paints where there is nothing: the teacher's fixed one, else the capture's, else white."""
-    fixed = {"white": 1.0, "black": 0.0}.get(getattr(teacher.model.config, "background_color", None))
+    fixed = {"white": 1.0, "black": 0.0}.get(str(getattr(teacher.model.config, "background_color", "")))
     if teacher.background is not None:
         return teacher.background.cpu()
     if fixed is not None:

@@ -157,7 +157,7 @@ class PoseSampler:
         self.config.check()  # one read from a file was never constructed
 
     @cached_property
-    def kind(self) -> str:
+    def kind(self) -> SamplerKind:
         """The sampler in use, `auto` resolved."""
         return choose_sampler(self.cameras) if self.config.kind == "auto" else self.config.kind
 

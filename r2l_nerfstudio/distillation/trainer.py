@@ -21,9 +21,13 @@ from nerfstudio.utils import writer
 from nerfstudio.utils.decorators import check_main_thread
 from nerfstudio.utils.rich_utils import CONSOLE
 
+from r2l_nerfstudio.dataparsers import dataparser_of
+from r2l_nerfstudio.distillation.learning_curve import LearningCurveWriter, read_learning_curve
 from r2l_nerfstudio.distillation.optimization import ScheduledRate
+from r2l_nerfstudio.distillation.pipeline import DistillationPipeline, DistillationPipelineConfig
 from r2l_nerfstudio.distillation.progress import TrainingProgress
 from r2l_nerfstudio.errors import InputError, exit_on_input_error
+from r2l_nerfstudio.torch_compat import OutOfMemoryError
 
 VIEWS_SHARE = 0.4
 """Of --max-minutes, that the teacher's first views may take; those still missing come while training."""
@@ -36,6 +40,7 @@ class DistillationTrainerConfig(TrainerConfig):
     """Training of a student from a teacher."""
 
     _target: type = field(default_factory=lambda: DistillationTrainer)
+    pipeline: DistillationPipelineConfig = field(default_factory=DistillationPipelineConfig)
     teacher: Path | None = None
     """Trained Nerfstudio run to learn from: its config.yml, or its folder."""
     max_minutes: float | None = None
@@ -85,8 +90,9 @@ class DistillationTrainerConfig(TrainerConfig):
         self.pipeline.teacher = config_path
         datamanager = self.pipeline.datamanager
         taught_from = teacher.pipeline.datamanager
-        if hasattr(taught_from, "dataparser"):
-            datamanager.dataparser = copy.deepcopy(taught_from.dataparser)
+        dataparser = dataparser_of(teacher)
+        if dataparser is not None:
+            datamanager.dataparser = copy.deepcopy(dataparser)
         datamanager.camera_res_scale_factor = getattr(taught_from, "camera_res_scale_factor", 1.0)
         data = self.data or datamanager.data
         datamanager.data = (Path(data) if data is not None else capture_path(teacher, config_path)).absolute()
@@ -114,6 +120,7 @@ class DistillationTrainer(Trainer):
     """Nerfstudio's trainer; a killed run can always be taken up again from its newest checkpoint."""
 
     config: DistillationTrainerConfig
+    pipeline: DistillationPipeline
 
     def setup(self, test_mode: Literal["test", "val", "inference"] = "val") -> None:
         """As `Trainer.setup`; a run that fails here leaves no config.yml that looks like a finished one."""
@@ -168,10 +175,13 @@ class DistillationTrainer(Trainer):
             if isinstance(scheduler, ScheduledRate):
                 scheduler.progress = lambda: self.progress.fraction
         self.progress.update(self._start_step)
+        curve = LearningCurveWriter(self.base_dir, resumed=self._resumed_minutes())
+        if self.local_rank == 0:
+            writer.EVENT_WRITERS.append(curve)
         try:
             with exit_on_input_error(), self._stop_on_signals():
                 super().train()
-        except torch.OutOfMemoryError as error:
+        except OutOfMemoryError as error:
             with exit_on_input_error():
                 raise InputError(
                     f"No room on {self.device} for a training batch: lower"
@@ -181,6 +191,13 @@ class DistillationTrainer(Trainer):
                 ) from error
         finally:
             self.config.max_num_iterations = total
+            if curve in writer.EVENT_WRITERS:
+                writer.EVENT_WRITERS.remove(curve)
+
+    def _resumed_minutes(self) -> float:
+        """Minutes on the learning curve of the run that this one resumes."""
+        former = [] if self.config.load_dir is None else read_learning_curve(Path(self.config.load_dir).parent)
+        return former[-1].minutes if former else 0.0
 
     def train_iteration(self, step: int) -> TRAIN_INTERATION_OUTPUT:
         """As Nerfstudio's; then looks whether training is over."""
@@ -222,6 +239,7 @@ class DistillationTrainer(Trainer):
         self.pipeline.finish(self.step)
         if self.progress.stopped:
             self.config.viewer.quit_on_train_completion = True
+        CONSOLE.print(f"Measure this student: r2l-report {self.base_dir}", markup=False, soft_wrap=True)
         super()._after_train()
 
     @check_main_thread

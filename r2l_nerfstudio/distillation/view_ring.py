@@ -23,6 +23,7 @@ from r2l_nerfstudio.distillation.survey import Survey, thumbnail
 from r2l_nerfstudio.errors import InputError
 from r2l_nerfstudio.rays.pinhole import pinhole_rays
 from r2l_nerfstudio.teacher import Teacher
+from r2l_nerfstudio.torch_compat import OutOfMemoryError
 
 BYTES_PER_PIXEL = 7  # rgb, accumulation and validity in uint8, depth in fp16
 MAX_REJECTIONS = 20
@@ -226,7 +227,7 @@ class ViewRing:
                 self.pixels = torch.empty(*size, 5, dtype=torch.uint8, device=self.device)
                 self.depth = torch.empty(*size, dtype=torch.float16, device=self.device)
                 break
-            except (torch.OutOfMemoryError, RuntimeError):  # CPU allocators raise the latter
+            except (OutOfMemoryError, RuntimeError):  # CPU allocators raise the latter
                 num_views //= 2
         if num_views == 0:
             raise InputError(

@@ -56,10 +56,10 @@ class CudaGraphs:
         self.has_failed = False
 
     def __call__(self, code: Float[Tensor, "*code"]) -> Float[Tensor, "*values"]:
-        free = self._free.get(tuple(code.shape))
+        free = self._free.get(tuple(code.shape), [])
         try:
-            graph = None if free is None else free.pop()
-        except IndexError:  # another thread has it
+            graph = free.pop()
+        except IndexError:  # none yet, or another thread has it
             graph = None
         if graph is None:
             if not self.has_failed and not self._capturing.locked():

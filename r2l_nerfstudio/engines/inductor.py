@@ -12,9 +12,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from r2l_nerfstudio.engines import torch_engine
-from r2l_nerfstudio.engines.parity import in_dim
 from r2l_nerfstudio.engines.protocol import EngineName, Order, Precision
-from r2l_nerfstudio.engines.sizes import chunk_rows, in_chunks, is_grid
+from r2l_nerfstudio.engines.sizes import chunk_rows, in_chunks, in_dim, is_grid, out_dim
 from r2l_nerfstudio.engines.weights import FixedNetwork, RowsLast
 
 _MOST_CELLS = 4096
@@ -29,6 +28,10 @@ def why_not(device: torch.device, precision: Precision) -> str | None:
     reason = torch_engine.why_not(device, precision)
     if reason is not None:
         return reason
+    import torch._inductor
+
+    if not hasattr(torch._inductor, "aoti_compile_and_package"):
+        return f"it needs torch 2.6 or newer, and this is {torch.__version__}."
     if device.type == "cuda":
         try:
             import triton  # noqa: F401
@@ -88,7 +91,7 @@ class InductorEngine:
     def __init__(self, order: Order, file: Path) -> None:
         self.precision: Precision = order.precision
         self._is_grid = is_grid(order.network)
-        self._out_dim = order.network.tail.weight.shape[0]
+        self._out_dim = out_dim(order.network)
         self._rows = chunk_rows(order.device)
         self._package = torch._inductor.aoti_load_package(str(file))
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from r2l_nerfstudio.engines.onnx_graph import INPUT, OUTPUT, network_onnx
 from r2l_nerfstudio.engines.protocol import EngineName, Order, Precision
-from r2l_nerfstudio.engines.sizes import chunk_rows, in_chunks, is_grid
+from r2l_nerfstudio.engines.sizes import chunk_rows, in_chunks, is_grid, out_dim
 
 
 def version() -> str:
@@ -51,7 +51,7 @@ class OnnxRuntimeEngine:
         import onnxruntime
 
         self._is_grid = is_grid(network)
-        self._out_dim = network.tail.weight.shape[0]
+        self._out_dim = out_dim(network)
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
         self._session = onnxruntime.InferenceSession(network_onnx(network), options, providers=["CPUExecutionProvider"])

@@ -12,9 +12,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from r2l_nerfstudio.engines.parity import in_dim
 from r2l_nerfstudio.engines.protocol import EngineName, Order, Precision
-from r2l_nerfstudio.engines.sizes import chunk_rows, in_chunks, is_grid
+from r2l_nerfstudio.engines.sizes import chunk_rows, in_chunks, in_dim, is_grid, out_dim, upsampling_factor
 from r2l_nerfstudio.engines.weights import FixedNetwork, RowsLast
 
 if TYPE_CHECKING:
@@ -65,10 +64,10 @@ class OpenVinoEngine:
     name: EngineName = "openvino"
 
     def __init__(self, network: nn.Module, precision: Precision) -> None:
-        self.precision = precision
+        self.precision: Precision = precision
         self._is_grid = is_grid(network)
-        self._out_dim = network.tail.weight.shape[0]
-        self._factor = network.factor if self._is_grid else 1
+        self._out_dim = out_dim(network)
+        self._factor = upsampling_factor(network)
         self._rows = chunk_rows(torch.device("cpu"))
         fixed = FixedNetwork(network, "fp32")
         if self._is_grid:

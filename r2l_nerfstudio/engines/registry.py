@@ -6,6 +6,7 @@ import math
 import threading
 from importlib import import_module
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import nn
@@ -35,7 +36,7 @@ def engine_module(name: str) -> EngineModule:
     """
     if name not in _MODULES:
         raise InputError(f"There is no engine {name!r}: choose one of auto, {', '.join(ENGINE_NAMES)}.")
-    return import_module(f"r2l_nerfstudio.engines.{_MODULES[name]}")
+    return cast(EngineModule, import_module(f"r2l_nerfstudio.engines.{_MODULES[name]}"))
 
 
 def make(module: EngineModule, order: Order) -> Engine:

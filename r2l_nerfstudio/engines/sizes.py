@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import cast
 
 import torch
 from jaxtyping import Float
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from r2l_nerfstudio.students.mobile import MobileR2L
+from r2l_nerfstudio.students.resmlp import ResMLP
 
 GRID_STEP = 8
 """Cells; on GPUs sides of ray images are rounded up to it, so that few sizes are ever planned for or captured."""
@@ -18,6 +20,26 @@ GRID_STEP = 8
 def is_grid(network: nn.Module) -> bool:
     """Whether a network reads ray images [batch, in_dim, rows, columns] rather than rays [rays, in_dim]."""
     return isinstance(network, MobileR2L)
+
+
+def in_dim(network: nn.Module) -> int:
+    """Return the length of the ray encoding that a student's network reads."""
+    return cast(MobileR2L | ResMLP, network).in_dim
+
+
+def out_dim(network: nn.Module) -> int:
+    """Return the number of values per ray, or per pixel of a ray image, that a student's network gives."""
+    return network.get_parameter("tail.weight").shape[0]
+
+
+def upsampling_factor(network: nn.Module) -> int:
+    """Return the pixels along each side of a cell: 1 for a network that reads single rays."""
+    return network.factor if isinstance(network, MobileR2L) else 1
+
+
+def device_of(network: nn.Module) -> torch.device:
+    """Return the device that a student's network is on."""
+    return network.get_parameter("head.weight").device
 
 
 def chunk_rows(device: torch.device) -> int:

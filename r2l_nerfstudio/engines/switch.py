@@ -20,6 +20,7 @@ from r2l_nerfstudio.engines.choice import Candidate, Choice, Task, candidates, c
 from r2l_nerfstudio.engines.parity import parity, random_code
 from r2l_nerfstudio.engines.protocol import PARITY_DB, Engine, EngineName
 from r2l_nerfstudio.engines.registry import engine_module
+from r2l_nerfstudio.engines.sizes import device_of
 from r2l_nerfstudio.engines.torch_engine import TorchEngine, is_bf16_fast
 from r2l_nerfstudio.engines.weights import weights_of, weights_state
 from r2l_nerfstudio.errors import InputError
@@ -136,7 +137,7 @@ class EngineSwitch:
         name = choice or self.choice
         if name == "auto":
             return
-        device = self.network.head.weight.device
+        device = device_of(self.network)
         module = engine_module(name)
         reasons = [module.why_not(device, c.precision) for c in named(name, device, is_exact=False)]
         if all(reason is not None for reason in reasons):
@@ -249,7 +250,7 @@ class EngineSwitch:
 
     def _make_live(self, lane: _Lane) -> None:
         """Torch for a viewer: in bf16 where the machine is good at it and it agrees; it overflows no earlier than fp32."""
-        device = self.network.head.weight.device
+        device = device_of(self.network)
         snapshot = None
         while lane.live is None and snapshot is None and not _STOPPING.is_set():
             snapshot, _ = self._snapshot()  # None in the middle of a step of training
@@ -269,7 +270,7 @@ class EngineSwitch:
         snapshot, found = self._snapshot()
         if snapshot is None or found != state:
             return
-        device = snapshot.head.weight.device
+        device = device_of(snapshot)
         if choice_wanted == "auto":
             wanted: list[Candidate] = candidates(device, lane.is_exact)
         else:
@@ -300,7 +301,7 @@ class EngineSwitch:
         return (snapshot if self._state() == state else None), state
 
     def _probe_code(self) -> Tensor:
-        device = self.network.head.weight.device
+        device = device_of(self.network)
         return random_code(self.network, device) if self._probe is None else self._probe()
 
 

@@ -18,9 +18,18 @@ from torch import Tensor, nn
 
 from r2l_nerfstudio.engines.cache import write_atomically
 from r2l_nerfstudio.engines.onnx_graph import INPUT, OUTPUT, network_onnx
-from r2l_nerfstudio.engines.parity import in_dim
 from r2l_nerfstudio.engines.protocol import BrokenEngine, EngineName, Order, Precision
-from r2l_nerfstudio.engines.sizes import GRID_STEP, chunk_rows, from_bucket, in_chunks, is_grid, to_bucket
+from r2l_nerfstudio.engines.sizes import (
+    GRID_STEP,
+    chunk_rows,
+    from_bucket,
+    in_chunks,
+    in_dim,
+    is_grid,
+    out_dim,
+    to_bucket,
+    upsampling_factor,
+)
 
 _MOST_CELLS = 512
 _LEAST_CAPABILITY = (7, 5)
@@ -188,8 +197,8 @@ class TensorRtEngine:
     def __init__(self, trt: ModuleType, plan: bytes, order: Order) -> None:
         self.precision: Precision = order.precision
         self._is_grid = is_grid(order.network)
-        self._factor = order.network.factor if self._is_grid else 1
-        self._out_dim = order.network.tail.weight.shape[0]
+        self._factor = upsampling_factor(order.network)
+        self._out_dim = out_dim(order.network)
         self._rows = chunk_rows(order.device)
         self._device = order.device
         log = _Log(trt)

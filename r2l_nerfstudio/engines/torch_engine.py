@@ -9,7 +9,15 @@ from torch.nn.functional import pad
 
 from r2l_nerfstudio.engines.cuda_graph import CudaGraphs
 from r2l_nerfstudio.engines.protocol import EngineName, Order, Precision
-from r2l_nerfstudio.engines.sizes import GRID_STEP, chunk_rows, from_bucket, is_grid, to_bucket
+from r2l_nerfstudio.engines.sizes import (
+    GRID_STEP,
+    chunk_rows,
+    device_of,
+    from_bucket,
+    is_grid,
+    to_bucket,
+    upsampling_factor,
+)
 from r2l_nerfstudio.engines.weights import FixedNetwork, weights_of, weights_state
 
 CPU_ROWS = 4096
@@ -55,13 +63,13 @@ class TorchEngine:
     name: EngineName = "torch"
 
     def __init__(self, network: nn.Module, precision: Precision) -> None:
-        self.precision = precision
+        self.precision: Precision = precision
         self._fixed = FixedNetwork(network, precision)
         self._is_grid = is_grid(network)
         self._seen: int | None = None
         self._weights = weights_of(network)
         # `refresh` writes in place, so that graphs see it.
-        self._graphs = CudaGraphs(self._network, network.head.weight.device) if precision == "fp16" else None
+        self._graphs = CudaGraphs(self._network, device_of(network)) if precision == "fp16" else None
 
     def follow(self, network: nn.Module) -> None:
         """Say whose weights `refresh` takes over: a network of the same shape, by default the one it was made from."""
@@ -93,7 +101,7 @@ class TorchEngine:
         network = self._fixed.network
         if self._is_grid:
             frames = torch.cat([graphs(frame) for frame in to_bucket(code, GRID_STEP).split(1)])
-            return from_bucket(frames, *code.shape[-2:], network.factor)
+            return from_bucket(frames, code.shape[-2], code.shape[-1], upsampling_factor(network))
         values = []
         for part in code.split(chunk_rows(code.device)):
             rows = max(_LEAST_ROWS, 1 << (len(part) - 1).bit_length())

@@ -5,20 +5,29 @@ NOT VERIFIED: it imports nowhere without a GPU and NVIDIA's own package index. E
 
 from __future__ import annotations
 
+from importlib import import_module
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from r2l_nerfstudio.engines.protocol import DTYPES, EngineName, Order, Precision
-from r2l_nerfstudio.engines.sizes import GRID_STEP, chunk_rows, from_bucket, in_chunks, is_grid, to_bucket
+from r2l_nerfstudio.engines.sizes import (
+    GRID_STEP,
+    chunk_rows,
+    from_bucket,
+    in_chunks,
+    is_grid,
+    out_dim,
+    to_bucket,
+    upsampling_factor,
+)
 from r2l_nerfstudio.engines.tensorrt import usual_shapes
 from r2l_nerfstudio.engines.weights import FixedNetwork
 
 
 def version() -> str:
-    import torch_tensorrt
-
-    return torch_tensorrt.__version__
+    return import_module("torch_tensorrt").__version__
 
 
 def why_not(device: torch.device, precision: Precision) -> str | None:
@@ -28,7 +37,7 @@ def why_not(device: torch.device, precision: Precision) -> str | None:
     if precision == "bf16":
         return "TensorRT has no transposed convolution in bf16, and fp16 is closer to fp32: choose fp16."
     try:
-        import torch_tensorrt  # noqa: F401
+        import_module("torch_tensorrt")
     except Exception as error:
         said = str(error).strip().splitlines()
         return (
@@ -40,8 +49,7 @@ def why_not(device: torch.device, precision: Precision) -> str | None:
 
 def build(order: Order) -> TorchTensorRtEngine:
     """Compile for one chunk of rays, or for ray images of any size in steps. NOT VERIFIED."""
-    import torch_tensorrt
-
+    torch_tensorrt = import_module("torch_tensorrt")
     network, device = order.network, order.device
     shapes = usual_shapes(network, device)
     fixed = FixedNetwork(network, order.precision).network
@@ -78,8 +86,8 @@ class TorchTensorRtEngine:
         self._dtype = DTYPES[order.precision]
         self._compiled = compiled
         self._is_grid = is_grid(order.network)
-        self._factor = order.network.factor if self._is_grid else 1
-        self._out_dim = order.network.tail.weight.shape[0]
+        self._factor = upsampling_factor(order.network)
+        self._out_dim = out_dim(order.network)
         self._rows = chunk_rows(order.device)
 
     def __call__(self, code: Float[Tensor, "*code"]) -> Float[Tensor, "*values"]:
@@ -88,7 +96,7 @@ class TorchTensorRtEngine:
             return in_chunks(self._run, code, self._out_dim, self._rows)
         padded = to_bucket(code, GRID_STEP).to(self._dtype).contiguous()
         values = torch.cat([self._compiled(frame) for frame in padded.split(1)]).float()
-        return from_bucket(values, *code.shape[-2:], self._factor)
+        return from_bucket(values, code.shape[-2], code.shape[-1], self._factor)
 
     def _run(self, code: Tensor, values: Tensor) -> None:
         values.copy_(self._compiled(code.to(self._dtype)))

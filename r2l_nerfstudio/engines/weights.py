@@ -28,7 +28,8 @@ class FixedNetwork(nn.Module):
         self.dtype = DTYPES[precision]
         self.network = copy.deepcopy(network).requires_grad_(False).eval()
         for block in _blocks(self.network):
-            block.first_norm = block.second_norm = nn.Identity()
+            for name in ("first_norm", "second_norm"):
+                block.register_module(name, nn.Identity())
         self.network.to(self.dtype)
         if isinstance(network, MobileR2L):
             self.network.to(memory_format=torch.channels_last)
@@ -52,9 +53,11 @@ class FixedNetwork(nn.Module):
         Gradients are kept out by detaching: a context for it stays open when the viewer interrupts inside one.
         """
         for mine, conv, norm in self._convolutions:
-            scale = norm.weight.detach() * torch.rsqrt(norm.running_var + norm.eps)
+            mean, variance = norm.get_buffer("running_mean"), norm.get_buffer("running_var")
+            scale = norm.weight.detach() * torch.rsqrt(variance + norm.eps)
             mine.weight.copy_(conv.weight.detach() * scale[:, None, None, None])
-            mine.bias.copy_((conv.bias.detach() - norm.running_mean) * scale + norm.bias.detach())
+            bias = (conv.get_parameter("bias").detach() - mean) * scale + norm.bias.detach()
+            mine.get_parameter("bias").copy_(bias)
         for mine, its in self._others:
             mine.copy_(its.detach())
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from jaxtyping import Float
 from nerfstudio.data.datasets.base_dataset import InputDataset
 from torch import Tensor
 
+from r2l_nerfstudio.dataparsers import dataparser_at
 from r2l_nerfstudio.distillation.datamanager import capture_cameras
 from r2l_nerfstudio.distillation.pose_sampling import CaptureCameras, look_along
 from r2l_nerfstudio.errors import InputError
@@ -39,12 +39,8 @@ def read_views(run: Path, data: Path | None = None) -> tuple[InputDataset, float
     config = load_run_config(config_path)
     datamanager = config.pipeline.datamanager
     place = capture_path(config, config_path) if data is None else Path(data)
-    dataparser = copy.deepcopy(datamanager.dataparser)
-    dataparser.data = place.absolute()
-    if hasattr(dataparser, "load_3D_points"):
-        dataparser.load_3D_points = False
     try:
-        outputs = dataparser.setup().get_dataparser_outputs(split="train")
+        outputs = dataparser_at(config, place).setup().get_dataparser_outputs(split="train")
     except Exception as error:  # every dataparser has failures of its own
         raise InputError(
             f"The capture {place} of the student {config_path} cannot be read ({' '.join(str(error).split())[:300]}), and"

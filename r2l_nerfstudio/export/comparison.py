@@ -37,8 +37,10 @@ def probe_inputs(student: Student, spec: GraphSpec, probe: int) -> tuple[Arrays,
         rays = image_rays(pose, intrinsics, spec.height, spec.width)
         origins, directions = (np.ascontiguousarray(tensor.reshape(-1, 3).numpy()) for tensor in rays)
         inputs = {"origins": origins, "directions": directions}
+    truth: Arrays = {}
     if spec.part in ("whole", "values"):
-        truth = student.render_all(pose.numpy(), intrinsics.numpy(), spec.width, spec.height)
+        rendered = student.render_all(pose.numpy(), intrinsics.numpy(), spec.width, spec.height)
+        truth = {name: np.asarray(value) for name, value in rendered.items()}
         if spec.inputs == "rays":
             truth = {name: value.reshape(-1, value.shape[-1]) for name, value in truth.items()}
         if spec.part == "whole":

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -38,11 +40,10 @@ class GatheredVolume(nn.Module):
         x, y, z = low.to(torch.int32).unbind(-1)
         first = (z * self.resolution + y) * self.resolution + x
         step = 1 if self.resolution > 1 else 0
-        features = None
+        rows = []
         for corner in range(8):
             beyond = [(corner >> axis) & 1 for axis in range(3)]
             weights = [shares[..., a : a + 1] if beyond[a] else 1.0 - shares[..., a : a + 1] for a in range(3)]
             offset = step * ((beyond[2] * self.resolution + beyond[1]) * self.resolution + beyond[0])
-            row = embedding(first + offset, self.table).float() * (weights[0] * weights[1] * weights[2])
-            features = row if features is None else features + row
-        return features.transpose(-1, -2).flatten(-2)
+            rows.append(embedding(first + offset, self.table).float() * (weights[0] * weights[1] * weights[2]))
+        return functools.reduce(torch.add, rows).transpose(-1, -2).flatten(-2)

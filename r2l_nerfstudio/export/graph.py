@@ -468,8 +468,8 @@ class GraphSpec:
             in_cells = ray_image_intrinsics(intrinsics, model.factor, rays_per_cell=per_cell)
             code, geometry = model.encode_rays(*image_rays(pose, in_cells, rows, columns))
             return EncodedRays(code.permute(2, 0, 1)[None].contiguous(), geometry)
-        rays = image_rays(pose, intrinsics, self.height, self.width)
-        return model.encode_rays(*(tensor.reshape(-1, 3) for tensor in rays))
+        origins, directions = image_rays(pose, intrinsics, self.height, self.width)
+        return model.encode_rays(origins.reshape(-1, 3), directions.reshape(-1, 3))
 
     def build(self, student: Student) -> StudentGraph:
         """The graph as a module, on the student's device.

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import torch
@@ -109,16 +110,18 @@ def export_int8(
         codes = calibration_codes(student, cameras)
         photographs = held_out(student, dataset, held_share)
         said = []
+        accepted = None
         for scheme, kept in schemes(network):
             quantise(network, quantised, codes, kept)
             report = judge(student, quantised, scheme, photographs, cameras)
             if _is_good(report):
+                accepted = report
                 break
             said.append(report.sentence)
-        else:
+        if accepted is None:
             raise InputError(
                 f"--precision int8: {' '.join(said)} At most {MOST_LOSS} dB may be lost"
-                + ("" if report.student is not None else f" ({NEEDED_DB:.0f} dB against its own pictures)")
+                + ("" if photographs else f" ({NEEDED_DB:.0f} dB against its own pictures)")
                 + ", so it was not kept; choose --precision fp16."
             )
         assemble(student, spec, quantised, file)
@@ -127,7 +130,7 @@ def export_int8(
         parity = check_export(
             student, spec, lambda inputs: run_onnx(file, inputs), f"The ONNX file {output}", needed=SANE_DB
         )
-        return replace(report, parity=parity)
+        return replace(accepted, parity=parity)
 
 
 def schemes(network: Path) -> list[tuple[str, list[str]]]:
@@ -157,18 +160,17 @@ def pseudo_views(
     sampler = PoseSampler(cameras)
     generator = torch.Generator().manual_seed(seed)
     focal = float(cameras.intrinsics[:, :2].mean())
-    is_image = isinstance(student.model, MobileR2LModel)
-    scale = (
-        float(student.model.focal) / focal
-        if is_image
-        else min(1.0, CALIBRATION_SIDE / max(cameras.width, cameras.height))
-    )
+    own_focal = float(student.model.focal) if isinstance(student.model, MobileR2LModel) else None
+    if own_focal is None:
+        scale = min(1.0, CALIBRATION_SIDE / max(cameras.width, cameras.height))
+    else:
+        scale = own_focal / focal
     width, height = max(1, round(scale * cameras.width)), max(1, round(scale * cameras.height))
     for _ in range(number):
         pose, intrinsics = sampler.sample(generator)
         own = intrinsics * scale
-        if is_image:
-            own[:2] = student.model.focal
+        if own_focal is not None:
+            own[:2] = own_focal
         yield pose, own, GraphSpec("camera", "fp32", width, height)
 
 
@@ -185,11 +187,10 @@ def quantise(network: Path, output: Path, codes: list[Float[np.ndarray, "*code"]
 
     class Codes(quantization.CalibrationDataReader):
         def __init__(self) -> None:
-            self.left = iter(codes)
+            self.left = iter([{"code": code} for code in codes])
 
-        def get_next(self) -> dict[str, np.ndarray] | None:
-            code = next(self.left, None)
-            return None if code is None else {"code": code}
+        def get_next(self) -> dict:
+            return next(self.left, cast(dict, None))  # annotated as a dictionary, documented to end with None
 
     with _quiet():
         quantization.quantize_static(
@@ -264,27 +265,17 @@ def judge(
     if photographs:
         for camera, truth in photographs:
             own.append(psnr(model.get_outputs_for_camera(camera)["rgb"], truth))
-            with _network(student, run):
+            with student.model.drawn_by(run):
                 other.append(psnr(model.get_outputs_for_camera(camera)["rgb"], truth))
     else:
         for pose, intrinsics, size in pseudo_views(student, cameras, JUDGED_VIEWS, seed=1):
             camera = (pose.numpy(), intrinsics.numpy(), size.width, size.height)
             truth = torch.from_numpy(student.render(*camera))
-            with _network(student, run):
+            with student.model.drawn_by(run):
                 other.append(psnr(torch.from_numpy(student.render(*camera)), truth))
     return Int8Report(
         scheme, len(other), sum(own) / len(own) if own else None, sum(other) / len(other), parity=math.nan
     )
-
-
-@contextmanager
-def _network(student: Student, run: Callable[[Tensor], Tensor]) -> Iterator[None]:
-    """Let the student draw with another network for a while."""
-    student.model.run_network = run
-    try:
-        yield
-    finally:
-        del student.model.run_network
 
 
 def _is_good(report: Int8Report) -> bool:

@@ -7,6 +7,7 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
 from r2l_nerfstudio.errors import InputError
@@ -16,6 +17,7 @@ from r2l_nerfstudio.export.graph import GraphSpec
 from r2l_nerfstudio.export.whole_files import whole_files
 from r2l_nerfstudio.models.mobile_r2l import MobileR2LModel
 from r2l_nerfstudio.student import Student
+from r2l_nerfstudio.torch_compat import has_graph_export
 
 if TYPE_CHECKING:
     import onnx
@@ -70,13 +72,24 @@ def write_onnx(student: Student, spec: GraphSpec, path: Path) -> None:
             external_data=False,
             verbose=False,
         )
-    model = program.model_proto
+    model = exported_model(program)
     forget_source(model)
     if spec.is_plain:
         phone.order_depth_first(model)
     onnx.helper.set_model_props(model, metadata(student, spec))
     onnx.checker.check_model(model)
     onnx.save_model(model, str(path))
+
+
+def exported_model(program: torch.onnx.ONNXProgram | None) -> onnx.ModelProto:
+    """Return the ONNX model of an exported program.
+
+    Raises:
+        RuntimeError: the exporter gave none.
+    """
+    if program is None:
+        raise RuntimeError("torch.onnx.export returned no program")
+    return program.model_proto
 
 
 def dynamic_shapes(student: Student, spec: GraphSpec, inputs: tuple[str, ...]) -> tuple[dict[int, Any], ...] | None:
@@ -133,15 +146,20 @@ def run_onnx(path: Path, inputs: Arrays) -> Arrays:
 
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     names = [output.name for output in session.get_outputs()]
-    return dict(zip(names, session.run(names, inputs), strict=True))
+    return {name: np.asarray(value) for name, value in zip(names, session.run(names, inputs), strict=True)}
 
 
 def require_onnx() -> None:
     """Find the packages that write, check and run ONNX.
 
     Raises:
-        InputError: one is missing.
+        InputError: one is missing, or PyTorch is too old.
     """
+    if not has_graph_export():
+        raise InputError(
+            f"An export needs torch 2.6 or newer, and this is torch {torch.__version__}. Run r2l-export in an environment"
+            " with a newer one; the run's folder is all that it reads."
+        )
     try:
         import onnx  # noqa: F401
         import onnxruntime  # noqa: F401

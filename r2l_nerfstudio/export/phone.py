@@ -11,6 +11,7 @@ from r2l_nerfstudio.errors import InputError
 
 if TYPE_CHECKING:
     import onnx
+    from onnxruntime.tools.mobile_helpers import usability_checker
 
 OPSET = 18
 """Older than what a desktop gets: every ONNX Runtime Mobile of the last years reads it."""
@@ -45,7 +46,7 @@ def phone_verdict(path: Path) -> str:
     return f"ONNX Runtime's mobile usability checker: {'; '.join(said)}."
 
 
-def _judged(info: object) -> str:
+def _judged(info: usability_checker.PartitioningInfo) -> str:
     lacks = ", ".join(sorted(operator.removeprefix("ai.onnx:") for operator in info.unsupported_ops))
     parts = f"{info.num_supported_nodes} of {info.num_nodes} operators, {info.num_partitions} partition"
     return f"{info.suitability().name} ({parts}{'s' * (info.num_partitions != 1)}{', not ' * bool(lacks)}{lacks})"

@@ -33,14 +33,15 @@ class SubpixelConv(nn.Module):
         super().__init__()
         stride, channels = layer.stride[0], layer.out_channels
         taps = layer.kernel_size[0] // stride
-        self.stride, self.edge = stride, layer.padding[0]
+        self.stride, self.edge = stride, int(layer.padding[0])
         made = nn.Conv2d(layer.in_channels, channels * stride**2, taps, padding=taps - 1)
         made.to(layer.weight)
         # [in, out, tap, row, tap, column]: the first tap belongs to the nearer input, which is the later one.
         weight = layer.weight.detach().unflatten(3, (taps, stride)).unflatten(2, (taps, stride)).flip(2, 4)
         weight = weight.permute(1, 3, 5, 0, 2, 4).reshape(channels * stride**2, layer.in_channels, taps, taps)
         made.weight.data.copy_(weight)
-        made.bias.data.copy_(layer.bias.detach().repeat_interleave(stride**2))
+        bias = layer.get_parameter("bias").detach()
+        made.get_parameter("bias").data.copy_(bias.repeat_interleave(stride**2))
         self.conv = made.requires_grad_(False)
 
     def forward(self, x: Float[Tensor, "batch in_dim rows columns"]) -> Float[Tensor, "batch out_dim height width"]:
@@ -58,8 +59,8 @@ def to_plain_operators(network: nn.Module) -> None:
     """
     for name, child in network.named_children():
         if isinstance(child, nn.ConvTranspose2d):
-            setattr(network, name, SubpixelConv(child))
+            network.register_module(name, SubpixelConv(child))
         elif isinstance(child, nn.GELU):
-            setattr(network, name, SigmoidGelu())
+            network.register_module(name, SigmoidGelu())
         else:
             to_plain_operators(child)

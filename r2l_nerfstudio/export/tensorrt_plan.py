@@ -98,7 +98,7 @@ def run_plan(trt: ModuleType, path: Path, inputs: Arrays) -> Arrays:
     """
     engine = trt.Runtime(trt.Logger(trt.Logger.ERROR)).deserialize_cuda_engine(path.read_bytes())
     context = None if engine is None else engine.create_execution_context()
-    if context is None:
+    if engine is None or context is None:
         raise BrokenEngine(f"{trt.__name__} does not take the plan that it built")
     held = {name: torch.from_numpy(np.ascontiguousarray(value)).cuda() for name, value in inputs.items()}
     for name, value in held.items():
@@ -130,7 +130,7 @@ def export_torch_tensorrt(student: Student, spec: GraphSpec, output: Path, overw
         raise InputError(f"A Torch-TensorRT program cannot be built here: {reason}")
     if spec.inputs != "camera":
         raise InputError("--inputs rays: a Torch-TensorRT program is built for one size; leave the flag out.")
-    import torch_tensorrt
+    torch_tensorrt = import_module("torch_tensorrt")
 
     graph = spec.build(student).cuda()
     inputs, _ = probe_inputs(student, spec, 0)

@@ -177,7 +177,7 @@ def _check_model(
     origin, directions = page_rays(WebGraph(student, "fp32"), pose, {"width": width, "height": height, "focal": focal})
     session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
     (pixels,) = session.run(None, {"origin": origin.numpy(), "directions": directions.numpy()})
-    rgb = torch.from_numpy(to_rgb(pixels)[:height, :width]).float() / 255
+    rgb = torch.from_numpy(to_rgb(np.asarray(pixels))[:height, :width]).float() / 255
     intrinsics = torch.tensor([focal, focal, width / 2, height / 2])
     # The page itself paints the background where rays pass by the scene.
     missed = student.model.ray_code.misses_scene(*image_rays(pose, intrinsics, height, width))
@@ -222,5 +222,5 @@ def _poster(student: Student, pose: Float[Tensor, "3 4"], picture: dict[str, Any
     scale = min(1.0, POSTER / max(picture["width"], picture["height"]))
     width, height = math.ceil(picture["width"] * scale), math.ceil(picture["height"] * scale)
     focal = picture["focal"] * scale
-    rgb = student.render(pose.numpy(), [focal, focal, width / 2, height / 2], width, height)
+    rgb = np.asarray(student.render(pose.numpy(), [focal, focal, width / 2, height / 2], width, height))
     return Image.fromarray((rgb.clip(0, 1) * 255).round().astype(np.uint8))

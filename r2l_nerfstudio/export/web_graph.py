@@ -13,7 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from r2l_nerfstudio.export.graph import EncodedNetwork, GraphPrecision
-from r2l_nerfstudio.export.onnx_file import OPSET, forget_source
+from r2l_nerfstudio.export.onnx_file import OPSET, exported_model, forget_source
 from r2l_nerfstudio.export.plain_network import to_plain_operators
 from r2l_nerfstudio.rays.ray_image import MARGIN
 from r2l_nerfstudio.student import Student
@@ -90,7 +90,7 @@ def write_web_graph(student: Student, precision: GraphPrecision, path: Path) -> 
             external_data=False,
             verbose=False,
         )
-    model = program.model_proto
+    model = exported_model(program)
     forget_source(model)
     keep_in_half(model)
     onnx.checker.check_model(model)

@@ -113,6 +113,9 @@ def _unpack(file: Path, folder: Path) -> None:
     with tarfile.open(file) as archive:
         for names in BACKENDS.values():
             for name in names:
-                content = archive.extractfile(f"package/dist/{name.removesuffix(PACKED)}").read()
+                member = archive.extractfile(f"package/dist/{name.removesuffix(PACKED)}")
+                if member is None:
+                    raise InputError(f"{file} holds a folder in place of {name}: fetch the package again.")
+                content = member.read()
                 # Without the time, the same package gives the same files.
                 (folder / name).write_bytes(gzip.compress(content, mtime=0) if name.endswith(PACKED) else content)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
@@ -122,6 +124,8 @@ class LightFieldModel(Model):
     network: torch.nn.Module
     """From encoded rays to numbers in (0, 1): rgb, and unless composited accumulation, depth as a position along the ray."""
     background: Tensor
+    _runner: Callable[[Tensor], Tensor] | None = None
+    """What runs the network in place of `engines`; see `drawn_by`."""
 
     def populate_modules(self) -> None:
         """Ray code and network; no metric network, it would live in every checkpoint."""
@@ -244,7 +248,7 @@ class LightFieldModel(Model):
 
     def get_param_groups(self) -> dict[str, list[Parameter]]:
         """`hidden`: the matrices between hidden layers; `ends`: the network's others; `volume`: features in space."""
-        hidden = [p for p in self.network.blocks.parameters() if p.ndim >= 2]
+        hidden = [p for p in self.network.get_submodule("blocks").parameters() if p.ndim >= 2]
         chosen = {id(p) for p in hidden}
         groups = {"hidden": hidden, "ends": [p for p in self.network.parameters() if id(p) not in chosen]}
         if self.composited is not None:
@@ -309,8 +313,23 @@ class LightFieldModel(Model):
 
     def run_network(self, code: Float[Tensor, "*in"]) -> Float[Tensor, "*out"]:
         """The network on encoded rays, as rendering calls it; fp32 in and out."""
+        if self._runner is not None:
+            return self._runner(code)
         with self.frame_time.network():
             return self.engines(code, is_exact=not in_render_thread())
+
+    @contextmanager
+    def drawn_by(self, runner: Callable[[Tensor], Tensor]) -> Iterator[None]:
+        """Within it, render with another runner of the network than the engines: a quantized one, or one that is measured.
+
+        Args:
+            runner: from encoded rays to values, both fp32, shapes as the network's.
+        """
+        former, self._runner = self._runner, runner
+        try:
+            yield
+        finally:
+            self._runner = former
 
     @torch.no_grad()
     def get_outputs_for_camera(self, camera: Cameras, obb_box: OrientedBox | None = None) -> dict[str, Tensor]:

@@ -118,8 +118,9 @@ def write_capture(
     names = [f"images/train_{i:03d}.png" for i in range(num_train)]
     names += [f"images/test_{i:03d}.png" for i in range(num_test)]
     scene = Scene()
-    for i, (camera, name) in enumerate(zip(band_cameras(poses, size), names, strict=True)):
-        rgb = scene.render(camera).rgb
+    cameras = band_cameras(poses, size)
+    for i, name in enumerate(names):
+        rgb = scene.render(cameras[i]).rgb
         Image.fromarray((rgb * 255).round().to(torch.uint8).numpy()).save(folder / name)
         on_picture(i + 1, len(names))
 

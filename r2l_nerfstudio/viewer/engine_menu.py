@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import threading
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from nerfstudio.utils.rich_utils import CONSOLE
 from nerfstudio.viewer.render_state_machine import RenderStateMachine
 from nerfstudio.viewer.viewer_elements import ViewerControl, ViewerDropdown
 
-from r2l_nerfstudio.engines.switch import EngineSwitch
+from r2l_nerfstudio.engines.sizes import device_of
+from r2l_nerfstudio.engines.switch import EngineChoice, EngineSwitch
 from r2l_nerfstudio.errors import InputError, exit_on_input_error
 
 if TYPE_CHECKING:
@@ -44,7 +45,7 @@ class EngineMenu(ViewerControl):
         super()._setup(viewer)
         with exit_on_input_error():
             self.engines.check()
-        on_gpu = self.engines.network.head.weight.device.type == "cuda"
+        on_gpu = device_of(self.engines.network).type == "cuda"
         names = _ON_GPU if on_gpu else _ON_CPU
         self.dropdown.set_options([*names, *({self.engines.choice} - {*names})])
         run = viewer.log_filename.parent
@@ -55,7 +56,7 @@ class EngineMenu(ViewerControl):
         if dropdown.value == self.engines.choice:
             return
         try:
-            self.engines.choose(dropdown.value)
+            self.engines.choose(cast(EngineChoice, dropdown.value))
             self._complaint = ""
         except InputError as error:
             self._complaint = str(error)

@@ -112,7 +112,9 @@ class ViewerPage:
 
     def canvas(self) -> dict[str, float]:
         """Where the scene is drawn: x, y, width and height in pixels of the page."""
-        return self.page.locator("canvas").last.bounding_box()
+        box = self.page.locator("canvas").last.bounding_box()
+        assert box is not None, "the page shows no canvas"
+        return {"x": box["x"], "y": box["y"], "width": box["width"], "height": box["height"]}
 
     def picture(self) -> np.ndarray:
         """The middle of what the canvas shows, [height, width, 3] uint8; the axes in its corner are left out."""

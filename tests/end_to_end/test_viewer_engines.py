@@ -35,7 +35,7 @@ def student(request: pytest.FixtureRequest) -> tuple[str, Path]:
 
 
 @pytest.fixture(scope="module")
-def page(
+def opened(
     student: tuple[str, Path],
     command: Callable[..., list[str]],
     environment: dict[str, str],
@@ -45,16 +45,16 @@ def page(
     arguments = command("ns-viewer", "--load-config", student[1] / "config.yml")
     folder = tmp_path_factory.mktemp("viewer")
     with serve(arguments, environment, folder) as served, chromium(tmp_path_factory.mktemp("browser")) as browser:
-        opened = ViewerPage(browser.new_page(), served.port)
-        opened.limit_resolution(MAX_RES)
-        yield opened, served
+        page = ViewerPage(browser.new_page(), served.port)
+        page.limit_resolution(MAX_RES)
+        yield page, served
         served.check()
-        assert not opened.crashes
+        assert not page.crashes
 
 
-def test_engines_are_chosen_told_and_changed(page: tuple[ViewerPage, Served], student: tuple[str, Path]):
+def test_engines_are_chosen_told_and_changed(opened: tuple[ViewerPage, Served], student: tuple[str, Path]):
     method, run = student
-    page, served = page
+    page, served = opened
     # Idle, a viewer draws nothing: a picture more, once the choice has been made, shows what came of it.
     page.wait_until(lambda: "Engine: " in served.log.read_text(), "auto to choose")
     another_picture(page)
@@ -92,8 +92,8 @@ def test_engines_are_chosen_told_and_changed(page: tuple[ViewerPage, Served], st
     still = page.settle()
     other.drag(-60, 0)
     assert difference(still, page.settle()) < SAME, "the second browser moved the first one's camera"
-    for opened in (page, other):
-        assert running(opened).split()[0] == BY_HAND[-1] and not opened.crashes
+    for browser in (page, other):
+        assert running(browser).split()[0] == BY_HAND[-1] and not browser.crashes
     served.check()
     other.page.close()
 

@@ -17,14 +17,13 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 import pytest
 import yaml
 from browser import PATIENCE, chromium, find_chromium
 from PIL import Image
-from r2l_nerfstudio.scripts import export as script
 
 from r2l_nerfstudio import load_student
 from r2l_nerfstudio.errors import InputError
@@ -32,6 +31,7 @@ from r2l_nerfstudio.export.capture_view import read_capture, start_pose, view_li
 from r2l_nerfstudio.export.web_runtime import fetch_runtime
 from r2l_nerfstudio.export.web_server import WebServer
 from r2l_nerfstudio.run_config import load_run_config
+from r2l_nerfstudio.scripts import export as script
 from r2l_nerfstudio.student import Student
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ POSES = ((-60, 25, 1.0), (-180, 15, 1.04), (110, 29, 0.97))
 """Azimuth and elevation in degrees, distance as a share of the start's; all where the capture's cameras were."""
 
 
-def lacks(what: str) -> None:
+def lacks(what: str) -> NoReturn:
     """Fail in CI, skip elsewhere."""
     (pytest.fail if os.environ.get("CI") == "true" else pytest.skip)(what)
 
@@ -168,7 +168,7 @@ def rendered(student: Student, run: Path, angles: tuple[float, float, float]) ->
         "distance": view["start"]["distance"] * angles[2],
     }
     focal = float(cameras.intrinsics[:, :2].mean())
-    return student.render(start_pose(view).numpy(), [focal, focal, SIDE / 2, SIDE / 2], SIDE, SIDE)
+    return np.asarray(student.render(start_pose(view).numpy(), [focal, focal, SIDE / 2, SIDE / 2], SIDE, SIDE))
 
 
 @pytest.mark.parametrize("name", ["r2l", "mobile-r2l"])

@@ -13,10 +13,10 @@ import numpy as np
 import torch
 from nerfstudio.engine.optimizers import Optimizers
 from nerfstudio.utils.rich_utils import CONSOLE
-from r2l_nerfstudio.scripts.benchmark_recipes import configured
-from r2l_nerfstudio.scripts.benchmark_render import fastest, products, results_stem
 from torch import Tensor
 
+from benchmarks.recipes import configured
+from benchmarks.render import fastest, products, results_stem
 from r2l_nerfstudio.distillation.pipeline import DistillationPipeline
 from r2l_nerfstudio.engines.cache import device_name
 
@@ -207,7 +207,8 @@ def as_markdown(figures: dict[str, Any]) -> str:
     lines = [
         f"# Training on {figures['device']}",
         "",
-        f"`r2l-benchmark train`, torch {figures['torch']}, one run: the fastest call of many in turns, in milliseconds.",
+        f"`python -m benchmarks train`, torch {figures['torch']}, one run:"
+        " the fastest call of many in turns, in milliseconds.",
         "*Bare* is `torch.matmul` in bf16 for the forward and backward pass of the network's layers at their own shapes;",
         "*published* a re-creation of the public loop on the same network and batch.",
         "",

@@ -1,7 +1,10 @@
 """Set up and run, from a fresh clone with nothing but Python and git.
 
-    python3 scripts/dev.py quickstart [options of r2l-quickstart]
-    python3 scripts/dev.py test [options of pytest]
+    python3 dev.py quickstart [options of r2l-quickstart]
+    python3 dev.py test [options of pytest]
+    python3 dev.py check             lint, format and types
+    python3 dev.py docs              the documentation, into build/docs
+    python3 dev.py test-oldest       the fast tests on the oldest supported PyTorch
 
 Makes .venv beside this repository's pyproject.toml and installs into it, once per state of that file.
 """
@@ -16,12 +19,28 @@ import sys
 import venv
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parent
 VENV = ROOT / ".venv"
 BIN = VENV / ("Scripts" if os.name == "nt" else "bin")
 PYTHON = BIN / ("python.exe" if os.name == "nt" else "python")
 STAMP = VENV / "installed"
-OLDEST = (3, 11)
+OLDEST = (3, 10)
+
+OLDEST_VENV = ROOT / ".venv-oldest"
+OLDEST_PACKAGES = (
+    "torch==2.1.2",  # as Nerfstudio's installation guide has it
+    "torchvision==0.16.2",
+    "numpy==1.26.4",
+    "onnx>=1.17",
+    "onnxruntime>=1.20",
+    "pytest>=8,<10",
+    "pytest-timeout>=2,<3",
+)
+OLDEST_TESTS = (
+    "tests",
+    *(f"--ignore=tests/{name}" for name in ("end_to_end", "examples")),
+    *(f"--ignore-glob=tests/test_{name}*.py" for name in ("benchmark", "engine_switch", "export", "mobile_trained")),
+)
 
 # uv reads none of pip's settings: what a user told pip is passed on, unless uv was told something itself.
 PIP_TO_UV = {
@@ -39,9 +58,9 @@ def main(arguments: list[str]) -> int:
     if sys.version_info < OLDEST:
         return fail(
             f"Python {OLDEST[0]}.{OLDEST[1]} or newer is needed, and this is {sys.version.split()[0]} ({sys.executable}). "
-            "Run this script with a newer one, for example: python3.11 scripts/dev.py quickstart"
+            "Run this script with a newer one, for example: python3.11 dev.py quickstart"
         )
-    if not arguments or arguments[0] not in ("quickstart", "test"):
+    if not arguments or arguments[0] not in ("quickstart", *COMMANDS):
         print(__doc__)
         return 0 if arguments[:1] in (["-h"], ["--help"]) else 2
     try:
@@ -52,7 +71,73 @@ def main(arguments: list[str]) -> int:
     if name == "quickstart":
         # In the caller's folder: its options name paths from there, and so does what it prints.
         return subprocess.call([str(PYTHON), "-m", "r2l_nerfstudio.scripts.quickstart", *rest])
-    return subprocess.call([str(PYTHON), "-m", "pytest", "--durations=15", *rest], cwd=ROOT)
+    try:
+        return COMMANDS[name](rest)
+    except InstallError as error:
+        return fail(str(error))
+
+
+def test(rest: list[str]) -> int:
+    """Run all tests."""
+    return call(str(PYTHON), "-m", "pytest", "--durations=15", *rest)
+
+
+def check(rest: list[str]) -> int:
+    """Run linter, formatter and type checker; all of them, whichever fails."""
+    codes = [
+        call(str(PYTHON), "-m", "ruff", "check", "."),
+        call(str(PYTHON), "-m", "ruff", "format", "--check", "."),
+        call(str(PYTHON), "-m", "pyright", "--pythonpath", str(PYTHON)),
+        call(str(PYTHON), "-m", "pyright", "--pythonpath", str(PYTHON), "--project", "tests"),
+    ]
+    return max(codes)
+
+
+def docs(rest: list[str]) -> int:
+    """Build the documentation; a warning is an error."""
+    return call(str(PYTHON), "-m", "sphinx", "-W", "--keep-going", "-q", "-b", "html", "docs", "build/docs", *rest)
+
+
+def test_oldest(rest: list[str]) -> int:
+    """Run the fast tests in an environment of the oldest supported PyTorch.
+
+    Raises:
+        InstallError: if that cannot be installed.
+    """
+    python = OLDEST_VENV / BIN.name / PYTHON.name
+    stamp = OLDEST_VENV / "installed"
+    wanted = hashlib.sha256((ROOT / "pyproject.toml").read_bytes() + repr(OLDEST_PACKAGES).encode()).hexdigest()
+    if not (python.exists() and stamp.exists() and stamp.read_text() == wanted):
+        stamp.unlink(missing_ok=True)
+        uv = [str(PYTHON), "-m", "uv"]
+        what = "the oldest supported PyTorch"
+        run([*uv, "venv", "--quiet", "--clear", "--python", python_for_oldest(), str(OLDEST_VENV)], what)
+        run(
+            [*uv, "pip", "install", "--quiet", "--python", str(python), "--editable", str(ROOT), *OLDEST_PACKAGES],
+            what,
+            uv_environment(),
+        )
+        stamp.write_text(wanted)
+    return call(str(python), "-m", "pytest", "-p", "no:cacheprovider", *OLDEST_TESTS, *rest)
+
+
+def python_for_oldest() -> str:
+    """Return a Python 3.10 or 3.11, for which the oldest PyTorch has wheels; a version for uv to fetch if there is none."""
+    pyenv = Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv")) / "versions"
+    found = [*sorted(pyenv.glob("3.10.*/bin/python")), "python3.10", sys.executable, "python3.11"]
+    for python in map(str, found):
+        try:
+            code = "import sys; print(sys.version_info[:2] in ((3, 10), (3, 11)))"
+            if subprocess.run([python, "-c", code], capture_output=True, text=True).stdout.strip() == "True":
+                return python
+        except OSError:
+            continue
+    return "3.10"
+
+
+def call(*command: str) -> int:
+    """Run a command in the repository's folder and return its exit code."""
+    return subprocess.call(command, cwd=ROOT)
 
 
 class InstallError(Exception):
@@ -80,7 +165,7 @@ def install() -> None:
         ) from error
     run([str(PYTHON), "-m", "pip", "install", "--quiet", "uv"], "uv, the installer,")
     run(
-        [str(PYTHON), "-m", "uv", "pip", "install", "--python", str(PYTHON), "--editable", f"{ROOT}[test]"],
+        [str(PYTHON), "-m", "uv", "pip", "install", "--python", str(PYTHON), "--editable", f"{ROOT}[dev]"],
         "this package with its dependencies",
         uv_environment(),
     )
@@ -143,6 +228,9 @@ def fail(message: str) -> int:
     """Print an error and return the exit code for it."""
     print(f"Error: {message}", file=sys.stderr)
     return 1
+
+
+COMMANDS = {"test": test, "check": check, "docs": docs, "test-oldest": test_oldest}
 
 
 if __name__ == "__main__":

@@ -104,8 +104,8 @@ class Render:
             runs[f"frame {label}"] = engines[label]
 
         def draw(run: Callable[[torch.Tensor], torch.Tensor]) -> None:
-            model.run_network = run
-            model.get_outputs_for_camera(camera)
+            with model.drawn_by(run):
+                model.get_outputs_for_camera(camera)
 
         frames = {label: lambda run=run: draw(run) for label, run in runs.items()}
         taken |= fastest(frames, self.seconds, device)
@@ -193,15 +193,13 @@ def student(method: str, side: int, device: torch.device) -> tuple[LightFieldMod
 def frame_code(model: LightFieldModel, camera: Cameras) -> torch.Tensor:
     """Everything that the network reads for one frame."""
     codes: list[torch.Tensor] = []
-    own = model.run_network
 
     def record(code: torch.Tensor) -> torch.Tensor:
         codes.append(code)
-        return own(code)
+        return model.engines(code)
 
-    model.run_network = record
-    model.get_outputs_for_camera(camera)
-    model.run_network = own
+    with model.drawn_by(record):
+        model.get_outputs_for_camera(camera)
     # A single one is kept as it lies in memory.
     return torch.cat(codes) if len(codes) > 1 else codes[0]
 
@@ -298,7 +296,8 @@ def as_markdown(figures: dict[str, Any]) -> str:
     lines = [
         f"# Drawing on {figures['device']}",
         "",
-        f"`r2l-benchmark render`, torch {figures['torch']}, one run, random weights: the fastest call of many in turns.",
+        f"`python -m benchmarks render`, torch {figures['torch']}, one run, random weights:"
+        " the fastest call of many in turns.",
         "*Network* is the compiled unit alone, *frame* all of `get_outputs_for_camera`: rays, encoding, network, depth.",
         "*Bare matmul* is `torch.matmul` at the shapes of the network's layers, in the fastest of several chunk sizes.",
         "",

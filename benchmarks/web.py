@@ -24,9 +24,9 @@ import torch
 from jaxtyping import Float
 from nerfstudio.utils.rich_utils import CONSOLE
 from PIL import Image
-from r2l_nerfstudio.scripts.benchmark_render import student as random_student
 from torch import Tensor
 
+from benchmarks.render import student as random_student
 from r2l_nerfstudio.distillation.pose_sampling import CaptureCameras, look_along
 from r2l_nerfstudio.engines.cache import device_name
 from r2l_nerfstudio.engines.parity import psnr
@@ -115,13 +115,12 @@ class Web:
     def _frame(self, chromium: Browser, runtime: Path, folder: Path, method: str, side: int) -> dict[str, Any]:
         CONSOLE.print(f"{method}, {side}x{side} …")
         model, _ = random_student(method, side, torch.device("cpu"))
-        # No engine is built beside the measurement.
-        model.run_network = lambda code: model.network(code)
         # Every cell is drawn: in a bounded scene those that miss it are left out.
         bounds = SceneBounds("near-far", (0.0, 0.0, 0.0), 1.0, 2.0, 6.0)
         focal = side / _FIELD_OF_VIEW
         model.set_scene(bounds, torch.eye(3), torch.ones(3), has_accumulation=True, has_depth=True, focal=focal)
-        made = export_web(Student(model, method), ring_of_cameras(side, focal), runtime, folder, method)
+        with model.drawn_by(lambda code: model.network(code)):  # no engine is built beside the measurement
+            made = export_web(Student(model, method), ring_of_cameras(side, focal), runtime, folder, method)
         taken = {}
         for count in self.threads:
             with visited(chromium, folder, f"?backend=wasm&threads={count}", side) as page:
@@ -301,7 +300,7 @@ def as_markdown(figures: dict[str, Any]) -> str:
     lines = [
         f"# The web page on {figures['device']}",
         "",
-        f"`r2l-benchmark web`, {figures['browser']}, {figures['runtime']}; load average"
+        f"`python -m benchmarks web`, {figures['browser']}, {figures['runtime']}; load average"
         f" {figures['load_average_at_start']} when it began. Weights are random where nothing else is said: sizes and"
         " times are the same.",
         "",

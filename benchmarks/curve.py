@@ -15,8 +15,9 @@ from typing import Any, Literal
 import torch
 from nerfstudio.engine.trainer import TrainerConfig
 from nerfstudio.utils.rich_utils import CONSOLE
-from r2l_nerfstudio.scripts.benchmark import CAPTURES, device_name, measure
 
+from benchmarks.distil import CAPTURES, measure
+from r2l_nerfstudio.engines.cache import device_name
 from r2l_nerfstudio.errors import InputError
 
 PUBLISHED = {"r2l": {"lego": 32.53}}
@@ -89,7 +90,7 @@ class Curve:
         figures: dict[str, Any] = {
             "capture": self.capture,
             "method": self.method,
-            "device": device_name(),
+            "device": device_name(torch.device("cuda" if torch.cuda.is_available() else "cpu")),
             "minutes": self.minutes,
             "published_test_psnr": PUBLISHED.get(self.method, {}).get(self.capture),
             "curve": read_curve(folder, self.minutes),

@@ -1,0 +1,1 @@
+"""What a finished student is worth: measurements, and the files that show them."""
