@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import pickle
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from r2l_nerfstudio.engines.switch import EngineChoice
 from r2l_nerfstudio.errors import InputError
 from r2l_nerfstudio.models.light_field import LightFieldModel
 from r2l_nerfstudio.run_config import checkpoint_path, load_run_config, resolve_run
-from r2l_nerfstudio.viewer.engine_menu import CACHE_FOLDER
+from r2l_nerfstudio.user_cache import engine_cache_folder
 
 Array = np.ndarray | Tensor
 
@@ -150,9 +149,9 @@ def load_student(
             f" ({_one_line(error)}): a run's config.yml goes with its own checkpoints; restore both from one copy."
         ) from error
     model = model.to(device).eval().requires_grad_(False)
+    model.teacher_split.teacher_path, model.teacher_split.device = config.pipeline.teacher, device
     model.engines.check()
-    if os.access(config_path.parent, os.W_OK):
-        model.engines.cache_folder = config_path.parent / CACHE_FOLDER
+    model.engines.cache_folder = engine_cache_folder()
     return Student(model, config.method_name)
 
 

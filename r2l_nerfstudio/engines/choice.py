@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -198,8 +199,7 @@ def _built_from_cache(task: Task, candidate: Candidate, folder: Path | None) -> 
             return engine
     except Exception:  # a file that is cut short, or of another make: build it anew
         pass
-    for file in folder.iterdir():
-        file.unlink()
+    shutil.rmtree(folder)
     return make(module, order)
 
 

@@ -50,9 +50,11 @@ def build(order: Order) -> InductorEngine:
         with tempfile.TemporaryDirectory() as folder:
             return InductorEngine(order, _compiled(order, Path(folder) / "network.pt2"))
     if not file.exists():
-        file.parent.mkdir(parents=True, exist_ok=True)
+        file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=file.parent) as folder:
-            _compiled(order, Path(folder) / "network.pt2").replace(file)
+            made = _compiled(order, Path(folder) / "network.pt2")
+            made.chmod(0o600)
+            made.replace(file)
     return InductorEngine(order, file)
 
 
