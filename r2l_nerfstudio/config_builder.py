@@ -192,7 +192,9 @@ class ConfigBuilder:
                     )
             object.__setattr__(instance, key, built)
         for name, missing in declared.items():
-            if name not in marker.values and missing.default_factory is not dataclasses.MISSING:
+            is_left_out = name not in marker.values and missing.default_factory is not dataclasses.MISSING
+            # What a run was made of is never guessed.
+            if is_left_out and name not in ("pipeline", "datamanager", "dataparser", "model"):
                 object.__setattr__(instance, name, missing.default_factory())
         return instance
 

@@ -60,7 +60,6 @@ def load_run_config(path: Path) -> TrainerConfig:
     path = resolve_run(path)
     # Plugins first: what they register is what a file may name.
     import nerfstudio.configs.method_configs  # noqa: F401
-    from nerfstudio.engine.trainer import TrainerConfig
 
     text = _read_text(path)
     try:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ from nerfstudio.cameras.cameras import Cameras
 from nerfstudio.data.scene_box import SceneBox
 from torch import Tensor
 
+from r2l_nerfstudio.checkpoints import check_fit, check_size, read_checkpoint
 from r2l_nerfstudio.distillation.averaging import put_average, saved_average
 from r2l_nerfstudio.engines.switch import EngineChoice
 from r2l_nerfstudio.errors import InputError
@@ -131,14 +131,21 @@ def load_student(
             " r2l, mobile-r2l or a variant of theirs."
         )
     checkpoint = checkpoint_path(config, config_path, step)
-    weights, average, trained_step = _read_weights(checkpoint)
+    loaded = read_checkpoint(checkpoint, "student")
+    weights, average, trained_step = loaded.model_weights(), saved_average(loaded.pipeline), loaded.step
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     config.pipeline.model.engine = engine
     # A student keeps its bounds itself: neither the box nor the number of images shapes it.
     scene_box = SceneBox(torch.tensor([[-1.0, -1.0, -1.0], [1.0, 1.0, 1.0]]))
-    model = config.pipeline.model.setup(
-        scene_box=scene_box, num_train_data=1, metadata={}, device=str(device), grad_scaler=None
-    )
+
+    def build() -> LightFieldModel:
+        return config.pipeline.model.setup(
+            scene_box=scene_box, num_train_data=1, metadata={}, device=str(device), grad_scaler=None
+        )
+
+    check_size(build, config_path, most=checkpoint.stat().st_size)
+    model = build()
+    check_fit(model, weights, checkpoint, "student")
     try:
         model.update_to_step(trained_step)
         model.load_state_dict(weights, strict=True)
@@ -148,28 +155,31 @@ def load_student(
             f"The checkpoint {checkpoint} does not fit the student that {config_path} describes"
             f" ({_one_line(error)}): a run's config.yml goes with its own checkpoints; restore both from one copy."
         ) from error
+    _check_scene(model, checkpoint)
     model = model.to(device).eval().requires_grad_(False)
-    model.teacher_split.teacher_path, model.teacher_split.device = config.pipeline.teacher, device
+    split = model.teacher_split
+    split.teacher_path, split.device = getattr(config.pipeline, "teacher", None), device
+    split.teacher_time = getattr(config.pipeline, "teacher_time", None)
     model.engines.check()
     model.engines.cache_folder = engine_cache_folder()
     return Student(model, config.method_name)
 
 
-def _read_weights(checkpoint: Path) -> tuple[dict[str, Any], dict[str, Tensor], int]:
-    """The model's part of a checkpoint, the average of its weights if training had not ended, and its step."""
-    try:
-        loaded = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
-        state = {key.removeprefix("module."): value for key, value in loaded["pipeline"].items()}
-        step = int(loaded["step"])
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, TypeError, KeyError) as error:
+def _check_scene(model: LightFieldModel, checkpoint: Path) -> None:
+    """Refuse a scene that cannot be: what the numbers of a network mean hangs on it."""
+    background = model.background
+    if not bool(((background >= 0) & (background <= 1)).all()):
         raise InputError(
-            f"The student's checkpoint {checkpoint} is damaged or no checkpoint of ns-train ({_one_line(error)}): restore it"
-            " from a copy; or delete it, if an older one is beside it; or train the student again."
-        ) from error
-    weights = {key.removeprefix("_model."): value for key, value in state.items() if key.startswith("_model.")}
-    if all(key.startswith("module.") for key in weights):  # trained by several ranks
-        weights = {key.removeprefix("module."): value for key, value in weights.items()}
-    return weights, saved_average(state), step
+            f"The student's checkpoint {checkpoint} is damaged: its background is {background.tolist()}, and colours lie"
+            " between 0 and 1. Restore it from a copy, or train the student again."
+        )
+    for name, holder in (("radius", model.ray_code), ("focal", model)):
+        value = getattr(holder, name, None)
+        if isinstance(value, Tensor) and value.numel() == 1 and not float(value) > 0:
+            raise InputError(
+                f"The student's checkpoint {checkpoint} is damaged: its {name} is {float(value):g} and must be above 0."
+                " Restore it from a copy, or train the student again."
+            )
 
 
 def _numbers(values: Any, name: str, shapes: set[tuple[int, ...]]) -> Float[Tensor, "..."]:

@@ -206,10 +206,10 @@ def test_photographs_of_other_places(shift: int, tiny_capture: Path) -> None:
     dataset = InputDataset(outputs)
     teacher = PhotographicTeacher(dataset, shift)
     if shift == 0:
-        check_frame(teacher, dataset)
+        check_frame(teacher, dataset, torch.ones(3))
         return
     with pytest.raises(InputError, match="no better than from others'") as caught:
-        check_frame(teacher, dataset)
+        check_frame(teacher, dataset, torch.ones(3))
     assert "--data" in str(caught.value) and str(tiny_capture) in str(caught.value)
 
 

@@ -38,6 +38,8 @@ HOLDOUT_VIEWS = 4
 SHARES = ("real_fraction", "hard_fraction", "holdout_fraction", "foreground_fraction", "refresh_share")
 """Settings that are shares of something."""
 HOLDOUT_SEED_OFFSET = 7_654_321
+MOST_FAILURES = 3
+"""Teacher views in a row that may fail while training before no more are rendered."""
 
 
 @dataclass
@@ -180,9 +182,16 @@ class DistillationDataManager(VanillaDataManager[InputDataset]):
             kept, held = split_holdout(len(self.train_dataset), config.holdout_fraction)
             corrections = teacher.pose_corrections()
             self.photographs = self.read_photographs(kept, corrections)
-            if held:
+            if len(self.photographs) == 0:
+                CONSOLE.print("[yellow]No photo has a pixel outside its mask: learning from the teacher only.")
+                self.photographs = None
+            if held and self.photographs is not None:
                 generator = torch.Generator().manual_seed(config.seed)
-                self.held_photographs = self.hold_out(self.read_photographs(held, corrections), generator)
+                watched = self.read_photographs(held, corrections)
+                if len(watched):
+                    self.held_photographs = self.hold_out(watched, generator)
+                else:
+                    CONSOLE.print("[yellow]No held-out photo has a pixel outside its mask: no figure against photos.")
         held_ring = ViewRing(renderer(seed + HOLDOUT_SEED_OFFSET, None), HOLDOUT_VIEWS, self.device)
         held_ring.fill()
         self.held_views = self.hold_out(held_ring, None)
@@ -194,6 +203,7 @@ class DistillationDataManager(VanillaDataManager[InputDataset]):
         self._renderer_thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="teacher")
         self._side_stream = torch.cuda.Stream(self.device) if torch.device(self.device).type == "cuda" else None
         self._next_view: Future[TeacherView] | None = None
+        self._failures = 0
 
     @abstractmethod
     def read_photographs(self, indices: list[int], corrections: Float[Tensor, "num_train 3 4"] | None) -> Any:
@@ -267,11 +277,27 @@ class DistillationDataManager(VanillaDataManager[InputDataset]):
             self._training_seconds += now - self._last_call
         self._last_call = now
         if self._next_view is not None and self._next_view.done():
-            self.ring.put(self._next_view.result())
+            self._take(self._next_view)
             self._next_view = None
+        if self._failures >= MOST_FAILURES:
+            return
         spent = self.ring.renderer.seconds - self._seconds_before
         if self._next_view is None and spent < self.config.refresh_share * self._training_seconds:
             self._next_view = self._renderer_thread.submit(self._render_next)
+
+    def _take(self, rendered: Future[TeacherView]) -> None:
+        """Put a view into the ring; one that failed ends no training that has others to learn from."""
+        try:
+            self.ring.put(rendered.result())
+            self._failures = 0
+        except Exception as error:  # a method may raise anything, and a GPU's memory may be full for a moment
+            self._failures += 1
+            if self._failures == MOST_FAILURES:
+                CONSOLE.print(
+                    f"[bold yellow]No more teacher views, after {MOST_FAILURES} failures ({type(error).__name__}:"
+                    f" {' '.join(str(error).split())[:300]}): training goes on with the {len(self.ring)} there are.",
+                    soft_wrap=True,
+                )
 
     def _render_next(self) -> TeacherView:
         if self._side_stream is None:

@@ -12,6 +12,7 @@ from jaxtyping import Float
 from nerfstudio.data.datasets.base_dataset import InputDataset
 from torch import Tensor
 
+from r2l_nerfstudio.capture import CaptureError, parse_capture
 from r2l_nerfstudio.distillation.datamanager import capture_cameras
 from r2l_nerfstudio.distillation.pose_sampling import CaptureCameras, look_along
 from r2l_nerfstudio.errors import InputError
@@ -44,8 +45,8 @@ def read_views(run: Path, data: Path | None = None) -> tuple[InputDataset, float
     if hasattr(dataparser, "load_3D_points"):
         dataparser.load_3D_points = False
     try:
-        outputs = dataparser.setup().get_dataparser_outputs(split="train")
-    except Exception as error:  # every dataparser has failures of its own
+        outputs = parse_capture(dataparser)
+    except CaptureError as error:
         raise InputError(
             f"The capture {place} of the student {config_path} cannot be read ({' '.join(str(error).split())[:300]}), and"
             " without its cameras nobody knows where a visitor may go: say with --data where it is now."
