@@ -83,6 +83,8 @@ def _stock_ranges() -> dict[type, dict[str, _Range]]:
     from nerfstudio.configs.base_config import LoggingConfig, MachineConfig, ViewerConfig
     from nerfstudio.configs.experiment_config import ExperimentConfig
     from nerfstudio.data.datamanagers.base_datamanager import VanillaDataManagerConfig
+    from nerfstudio.engine.optimizers import OptimizerConfig
+    from nerfstudio.engine.schedulers import SchedulerConfig
     from nerfstudio.models.base_model import ModelConfig
 
     return {
@@ -115,6 +117,13 @@ def _stock_ranges() -> dict[type, dict[str, _Range]]:
             "camera_res_scale_factor": FloatRange(0, above=True),
             "patch_size": IntRange(1),
         },
+        OptimizerConfig: {
+            "lr": FloatRange(0),
+            "eps": FloatRange(0),
+            "weight_decay": FloatRange(0),
+            "max_norm": FloatRange(0),
+        },
+        SchedulerConfig: {"warmup_steps": IntRange(0), "max_steps": IntRange(0), "decay_steps": IntRange(1)},
         ModelConfig: {"eval_num_rays_per_chunk": IntRange(1)},
     }
 

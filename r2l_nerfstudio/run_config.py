@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import stat
 from pathlib import Path
@@ -18,6 +19,10 @@ LARGEST_CONFIG = 4_000_000
 """Bytes; Nerfstudio's own are below a hundredth of that."""
 
 
+SEARCH_DEPTH = 4
+SEARCH_FOLDERS = 5000
+
+
 def resolve_run(path: Path) -> Path:
     """The config.yml of a run.
 
@@ -31,17 +36,35 @@ def resolve_run(path: Path) -> Path:
         InputError: when there is none; runs found deeper in the folder are listed.
     """
     path = Path(path)
-    if path.is_file():
+    try:
+        is_file, is_folder = path.is_file(), path.is_dir()
+    except OSError as error:  # a name that is too long, a folder that is closed
+        raise InputError(
+            f"There is no trained run at {str(path)[:200]} ({error.strerror}): pass another path."
+        ) from error
+    if is_file:
         return path
-    if not path.is_dir():
+    if not is_folder:
         raise InputError(
             f"There is no trained run at {path}: pass the config.yml of a Nerfstudio run, or the folder that holds it."
         )
     if (path / "config.yml").is_file():
         return path / "config.yml"
-    runs = sorted(path.glob("**/config.yml"), key=lambda run: run.stat().st_mtime, reverse=True)
+    runs = sorted(_runs_in(path), key=lambda run: run.stat().st_mtime, reverse=True)
     found = f" It holds these runs, newest first: {', '.join(map(str, runs[:5]))}." if runs else ""
     raise InputError(f"The folder {path} holds no config.yml, so it is not one Nerfstudio run.{found} Pass one run.")
+
+
+def _runs_in(folder: Path) -> list[Path]:
+    """Runs as deep as `ns-train` puts them below an output folder, without searching a whole disk."""
+    found, seen = [], 0
+    for root, folders, files in os.walk(folder):
+        seen += 1
+        if len(Path(root).relative_to(folder).parts) >= SEARCH_DEPTH or seen > SEARCH_FOLDERS:
+            folders.clear()
+        if "config.yml" in files and (Path(root) / "config.yml").is_file():
+            found.append(Path(root) / "config.yml")
+    return found
 
 
 def load_run_config(path: Path) -> TrainerConfig:

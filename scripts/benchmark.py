@@ -30,7 +30,7 @@ from r2l_nerfstudio.scripts.small_nerfacto import small_nerfacto
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from r2l_nerfstudio.errors import InputError, exit_on_input_error
+from r2l_nerfstudio.errors import InputError, command_line
 from r2l_nerfstudio.models.light_field import LightFieldModel
 from r2l_nerfstudio.models.metrics import psnr, ssim
 from r2l_nerfstudio.students.mobile import MobileR2L
@@ -315,7 +315,7 @@ def as_table(figures: dict[str, Any]) -> str:
 
 def main() -> None:
     """Console entry point `r2l-benchmark`."""
-    with exit_on_input_error():
+    with command_line():
         from r2l_nerfstudio.scripts.benchmark_curve import Curve  # it measures as this module does
 
         commands = {"distil": Distil, "curve": Curve, "render": Render, "train": Train, "recipes": Recipes, "web": Web}

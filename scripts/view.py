@@ -17,7 +17,7 @@ from nerfstudio.utils.rich_utils import CONSOLE
 from nerfstudio.viewer.viewer import VISER_NERFSTUDIO_SCALE_RATIO, Viewer
 
 from r2l_nerfstudio.engines.switch import EngineChoice
-from r2l_nerfstudio.errors import InputError, exit_on_input_error
+from r2l_nerfstudio.errors import InputError, command_line
 from r2l_nerfstudio.ranges import IntRange
 from r2l_nerfstudio.run_config import resolve_run
 from r2l_nerfstudio.student import Student, load_student
@@ -116,7 +116,7 @@ def _place(camera: object, student: Student) -> None:
 
 def main() -> None:
     """Console entry point `r2l-view`."""
-    with exit_on_input_error():
+    with command_line():
         tyro.cli(View, description=__doc__, prog="r2l-view").main()
 
 

@@ -316,4 +316,4 @@ def test_lens_that_cannot_be_undistorted(refused, capture: Path, tmp_path: Path)
 )
 def test_shares_out_of_range(option: str, refused, tiny_teacher: Path) -> None:
     said = refused(tiny_teacher, **{f"pipeline.datamanager.{option}": 1.5})
-    assert f"--pipeline.datamanager.{option.replace('_', '-')} 1.5" in said
+    assert f"--pipeline.datamanager.{option.replace('_', '-')} must be between 0 and 1 (got 1.5)" in said

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 import tyro
@@ -32,11 +32,10 @@ from r2l_nerfstudio.distillation.ray_sample import RaySample
 from r2l_nerfstudio.distillation.survey import Survey
 from r2l_nerfstudio.distillation.view_ring import TeacherView, ViewRenderer, ViewRing
 from r2l_nerfstudio.errors import InputError
+from r2l_nerfstudio.ranges import FloatRange, IntRange
 from r2l_nerfstudio.teacher import Teacher
 
 HOLDOUT_VIEWS = 4
-SHARES = ("real_fraction", "hard_fraction", "holdout_fraction", "foreground_fraction", "refresh_share")
-"""Settings that are shares of something."""
 HOLDOUT_SEED_OFFSET = 7_654_321
 MOST_FAILURES = 3
 """Teacher views in a row that may fail while training before no more are rendered."""
@@ -49,27 +48,27 @@ class DistillationDataManagerConfig(VanillaDataManagerConfig):
     _target: type = field(default_factory=lambda: DistillationDataManager)
     dataparser: tyro.conf.Suppress[DataParserConfig] = field(default_factory=NerfstudioDataParserConfig)
     """Inherited from the teacher, so that both live in one frame."""
-    train_num_rays_per_batch: int = 65536
+    train_num_rays_per_batch: Annotated[int, IntRange(1, 10**8)] = 65536
     """Pixels per training iteration."""
-    num_views: int = 300
+    num_views: Annotated[int, IntRange(1, 10**7)] = 300
     """Teacher views held on the device."""
-    view_downscale: float = 1.0
+    view_downscale: Annotated[float, FloatRange(0.01, 1024)] = 1.0
     """Teacher views are this much smaller than the training photographs."""
     pose_sampler: PoseSamplerConfig = field(default_factory=PoseSamplerConfig)
     """Where teacher views are taken from."""
-    foreground_fraction: float = 0.75
+    foreground_fraction: Annotated[float, FloatRange(0, 1)] = 0.75
     """Share of what is drawn from teacher views where the teacher sees something: a white background is soon learnt."""
-    refresh_share: float = 0.15
+    refresh_share: Annotated[float, FloatRange(0, 1)] = 0.15
     """Share of the training time that may go into replacing teacher views by new ones; 0 keeps the first ones."""
-    real_iterations: int = 2000
+    real_iterations: Annotated[int, IntRange(0, 10**9)] = 2000
     """The last iterations mix in rays of the photographs; 0 learns from the teacher alone."""
-    real_fraction: float = 0.5
+    real_fraction: Annotated[float, FloatRange(0, 1)] = 0.5
     """Share of photographs in those iterations."""
-    holdout_fraction: float = 0.1
+    holdout_fraction: Annotated[float, FloatRange(0, 1)] = 0.1
     """Share of the training photographs that is only watched, never learnt."""
     cache_dir: Path | None = None
     """Folder to keep rendered teacher views in, so that another run with this teacher starts at once."""
-    seed: int = 42
+    seed: Annotated[int, IntRange(0, 2**31 - 1)] = 42
     """Of the pseudo cameras."""
     fill_minutes: tyro.conf.Suppress[float | None] = None
     """Training begins after so long, however few views there are; set from --max-minutes."""
@@ -114,17 +113,11 @@ class DistillationDataManager(VanillaDataManager[InputDataset]):
         """As `VanillaDataManager`.
 
         Raises:
-            InputError: if a share is out of range, or the capture cannot be read.
+            InputError: if the capture cannot be read.
         """
-        for name in SHARES:
-            if not 0.0 <= getattr(config, name, 0.0) <= 1.0:
-                raise InputError(
-                    f"--pipeline.datamanager.{name.replace('_', '-')} {getattr(config, name)} is no share: give a number"
-                    " from 0 to 1."
-                )
         try:
             super().__init__(config, *args, **kwargs)
-        except Exception as error:  # every dataparser has failures of its own
+        except (Exception, SystemExit) as error:  # every dataparser has failures of its own
             raise InputError(
                 f"The capture {config.data or config.dataparser.data} cannot be read ({' '.join(str(error).split())}):"
                 " put it back, or name its new place with --data (ns-train) or in the run's config.yml"

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 import torch.distributed
@@ -38,6 +38,7 @@ from r2l_nerfstudio.distillation.frame_check import check_cameras, check_frame
 from r2l_nerfstudio.distillation.progress import TrainingProgress
 from r2l_nerfstudio.distillation.survey import Survey
 from r2l_nerfstudio.errors import InputError, exit_on_input_error
+from r2l_nerfstudio.ranges import FloatRange, IntRange
 from r2l_nerfstudio.teacher import Teacher
 
 STATISTICS_BATCHES = 16
@@ -61,9 +62,9 @@ class DistillationPipelineConfig(VanillaPipelineConfig):
     bf16: bool = True
     """Train the network in bfloat16 with fp32 weights: needs no loss scaling, unlike the fp16 that Nerfstudio's mixed
     precision means on CUDA. Rays, encoding and losses stay in fp32."""
-    steps_per_holdout: int = 500
+    steps_per_holdout: Annotated[int, IntRange(1, 10**9)] = 500
     """Iterations between looks at the held-out views."""
-    ema_decay: float = 0.0
+    ema_decay: Annotated[float, FloatRange(0, 1)] = 0.0
     """Decay of a moving average of the weights, which is what training leaves behind; 0 keeps none."""
 
 

@@ -26,7 +26,7 @@ from r2l_nerfstudio.checkpoints import read_checkpoint, weight_bytes
 from r2l_nerfstudio.disk import check_writable, free_bytes
 from r2l_nerfstudio.distillation.optimization import ScheduledRate
 from r2l_nerfstudio.distillation.progress import TrainingProgress
-from r2l_nerfstudio.errors import InputError, exit_on_input_error
+from r2l_nerfstudio.errors import InputError, command_line, exit_on_input_error
 from r2l_nerfstudio.ranges import FloatRange, IntRange, check_ranges
 
 VIEWS_SHARE = 0.4
@@ -59,14 +59,14 @@ class DistillationTrainerConfig(TrainerConfig):
         Raises:
             SystemExit: with a paragraph that says why, if the teacher or its capture cannot be used.
         """
-        with exit_on_input_error():
+        with command_line():
             check_ranges(self)
             self._check_names()
         super().set_timestamp()
         if self.machine.device_type == "cuda" and not torch.cuda.is_available():
             CONSOLE.print("[yellow]No CUDA device here: training on the CPU (--machine.device-type cpu).")
             self.machine.device_type = "cpu"
-        with exit_on_input_error():
+        with command_line():
             self.inherit_from_teacher()
             self._check_resumed()
             self._check_folders()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
 import torch
 import tyro
@@ -25,6 +25,7 @@ from r2l_nerfstudio.errors import InputError, exit_on_input_error
 from r2l_nerfstudio.models.camera_rays import camera_rays, crop_interval, is_pinhole, pinhole_parameters
 from r2l_nerfstudio.models.drawing_code import DrawingCode
 from r2l_nerfstudio.models.metrics import image_metrics
+from r2l_nerfstudio.ranges import FloatRange, IntRange
 from r2l_nerfstudio.rays.ray_code import RayCode, RayCodeKind
 from r2l_nerfstudio.rays.spacing import MISSED_FRACTION, SceneBounds, SpacingKind
 from r2l_nerfstudio.students.ray_features import FeatureVolume
@@ -43,29 +44,29 @@ class LightFieldModelConfig(ModelConfig):
     collider_params: tyro.conf.Suppress[dict[str, float] | None] = None
     loss_coefficients: tyro.conf.Suppress[dict[str, float]] = field(default_factory=dict)
     prompt: tyro.conf.Suppress[str | None] = None
-    width: int = 256
+    width: Annotated[int, IntRange(1, 8192)] = 256
     """Features of the hidden layers."""
     zero_init: bool = True
     """Start every residual block as the identity."""
     ray_code: RayCodeKind = "points"
     """How a ray becomes numbers: points along it, Plücker coordinates, or where it meets two planes."""
-    num_points: int = 16
+    num_points: Annotated[int, IntRange(1, 4096)] = 16
     """Points per ray."""
-    num_frequencies: int = 10
+    num_frequencies: Annotated[int, IntRange(0, 64)] = 10
     """Octaves of the frequency encoding."""
     jitter_points: bool = True
     """Draw the points at random inside their segments while training."""
     spacing: Literal["auto", "sphere", "near-far", "disparity"] = "auto"
     """Where the points lie; auto: inside the scene's sphere for a bounded capture, else by disparity."""
-    volume_resolution: int = 0
+    volume_resolution: Annotated[int, IntRange(0, 1024)] = 0
     """Grid points a side of a learned feature volume, read at the ray's points; 0 is the paper: no volume."""
-    volume_channels: int = 4
+    volume_channels: Annotated[int, IntRange(1, 256)] = 4
     """Features per grid point of that volume."""
-    volume_points: int = 16
+    volume_points: Annotated[int, IntRange(1, 4096)] = 16
     """Points per ray at which that volume is read."""
-    accumulation_weight: float = 0.1
+    accumulation_weight: Annotated[float, FloatRange(0, 1e6)] = 0.1
     """Weight of the accumulation loss."""
-    depth_weight: float = 0.1
+    depth_weight: Annotated[float, FloatRange(0, 1e6)] = 0.1
     """Weight of the depth loss, on positions in [0, 1] along the ray."""
     engine: EngineChoice = "auto"
     """What runs the network of a trained student; auto: the fastest that agrees with torch on the machine at hand."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Annotated
 
 import torch
 from jaxtyping import Float
@@ -13,6 +14,7 @@ from torch import Tensor
 from r2l_nerfstudio.engines.sizes import chunk_rows
 from r2l_nerfstudio.models.camera_rays import camera_rays
 from r2l_nerfstudio.models.light_field import LightFieldModel, LightFieldModelConfig
+from r2l_nerfstudio.ranges import IntRange
 from r2l_nerfstudio.rays.pinhole import image_rays
 from r2l_nerfstudio.students.resmlp import ResMLP
 
@@ -22,9 +24,9 @@ class R2LModelConfig(LightFieldModelConfig):
     """R2L: one network evaluation per pixel."""
 
     _target: type = field(default_factory=lambda: R2LModel)
-    eval_num_rays_per_chunk: int = 65536
+    eval_num_rays_per_chunk: Annotated[int, IntRange(1)] = 65536
     """Rays per network evaluation when rendering."""
-    depth: int = 88
+    depth: Annotated[int, IntRange(2, 1024)] = 88
     """Linear layers in all."""
 
 
