@@ -161,7 +161,7 @@ class DistillationPipeline(VanillaPipeline):
         weights = read_checkpoint(checkpoint, "student").model_weights()
         mine = {k: v for k, v in self.model.state_dict().items() if isinstance(v, Tensor)}
         theirs = {k: v for k, v in weights.items() if isinstance(v, Tensor)}
-        for key in sorted({*mine, *theirs}):
+        for key in dict.fromkeys([*mine, *theirs]):
             shapes = [list(state[key].shape) if key in state else "absent" for state in (theirs, mine)]
             if shapes[0] != shapes[1]:
                 raise InputError(
