@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +40,19 @@ class Student:
     def __init__(self, model: LightFieldModel, method_name: str) -> None:
         self.model = model
         self.method_name = method_name
+        self._source: tuple[str, str, int, EngineChoice] | None = None
+        self._process = os.getpid()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copy, in this process or another, is loaded from the run again, and takes over the weights as they are now."""
+        if self._source is None:
+            raise TypeError("only a student of load_student can be copied or pickled: load it in each process")
+        weights = {k: v.cpu() if isinstance(v, Tensor) else v for k, v in self.model.state_dict().items()}
+        return load_student, self._source, weights
+
+    def __setstate__(self, weights: dict[str, Any]) -> None:
+        with plain_torch():
+            self.model.load_state_dict(weights)
 
     @property
     def outputs(self) -> tuple[str, ...]:
@@ -71,15 +87,25 @@ class Student:
             )
         return self.render_all(camera_to_world, intrinsics, width, height)[output]
 
-    @torch.no_grad()
     def render_all(
         self, camera_to_world: Any, intrinsics: Any, width: int, height: int
     ) -> dict[str, Float[Array, "height width channels"]]:
         """All `outputs` of one camera by name; as `render`.
 
         Raises:
-            InputError: for a camera that is none.
+            InputError: for a camera that is none, or in a process forked from the one that loaded the student.
         """
+        if os.getpid() != self._process:
+            raise InputError(
+                "This student was loaded before its process was forked, and the libraries that draw it stop in the child:"
+                ' call load_student in the child, or start processes by multiprocessing.get_context("spawn").'
+            )
+        with plain_torch():
+            return self._render_all(camera_to_world, intrinsics, width, height)
+
+    def _render_all(
+        self, camera_to_world: Any, intrinsics: Any, width: int, height: int
+    ) -> dict[str, Float[Array, "height width channels"]]:
         pose = _numbers(camera_to_world, "camera_to_world", {(3, 4), (4, 4)})[:3]
         lens = _numbers(intrinsics, "intrinsics", {(4,), (3, 3)})
         fx, fy, cx, cy = lens if lens.ndim == 1 else (lens[0, 0], lens[1, 1], lens[0, 2], lens[1, 2])
@@ -122,7 +148,25 @@ def load_student(
     Raises:
         InputError: there is no such run or checkpoint, it is damaged, not a student's, or the engine cannot run here.
     """
-    config_path = resolve_run(Path(path))
+    with plain_torch():
+        student = _load(Path(path), device, step, engine)
+    return student
+
+
+@contextmanager
+def plain_torch() -> Iterator[None]:
+    """Torch as it starts, whatever the program around has set: no inference mode, no gradients, fp32."""
+    kept = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        with torch.inference_mode(False), torch.no_grad():
+            yield
+    finally:
+        torch.set_default_dtype(kept)
+
+
+def _load(path: Path, device: torch.device | str | None, step: int | None, engine: EngineChoice) -> Student:
+    config_path = resolve_run(path)
     config = load_run_config(config_path)
     target = getattr(config.pipeline.model, "_target", None)
     if not (isinstance(target, type) and issubclass(target, LightFieldModel)):
@@ -162,7 +206,9 @@ def load_student(
     split.teacher_time = getattr(config.pipeline, "teacher_time", None)
     model.engines.check()
     model.engines.cache_folder = engine_cache_folder()
-    return Student(model, config.method_name)
+    student = Student(model, config.method_name)
+    student._source = (str(config_path.absolute()), str(device), trained_step, engine)
+    return student
 
 
 def _check_scene(model: LightFieldModel, checkpoint: Path) -> None:

@@ -246,11 +246,8 @@ def test_a_cache_folder_that_cannot_be_made(tmp_path: Path, capsys) -> None:
 
 
 def test_what_a_killed_process_left_is_cleaned_up(tmp_path: Path) -> None:
-    old, own, fresh = (
-        tmp_path / "view_0_1.999999999.partial",
-        tmp_path / f"view_0_2.{os.getpid()}.partial",
-        tmp_path / "a.partial",
-    )
+    names = ("view_0_1.999999999.partial", f"view_0_2.{os.getpid()}.partial", "a.partial")
+    old, own, fresh = (tmp_path / name for name in names)
     for file in (old, own, fresh):
         file.touch()
     for file in (old, own):

@@ -238,7 +238,7 @@ def _key(task: Task, wanted: list[Candidate]) -> str:
 
 def _timing_code(task: Task) -> Tensor:
     shape = task.shape if is_grid(task.network) else (min(task.shape[0], _MOST_ROWS), *task.shape[1:])
-    return torch.rand(shape, device=task.device)
+    return torch.rand(shape, device=task.device, dtype=torch.float32)
 
 
 def milliseconds(calls: Sequence[Callable[[Tensor], Any]], code: Tensor) -> list[float]:

@@ -65,10 +65,10 @@ def _compiled(order: Order, file: Path) -> Path:
     if is_grid(network):
         # As codes lie in memory: transposing them would take as long as a layer.
         fixed = RowsLast(fixed)
-        example = torch.zeros(1, 64, 72, in_dim(network), device=device)
+        example = torch.zeros(1, 64, 72, in_dim(network), device=device, dtype=torch.float32)
         sizes = {axis: torch.export.Dim(name, min=2, max=_MOST_CELLS) for axis, name in ((1, "rows"), (2, "columns"))}
     else:
-        example = torch.zeros(chunk_rows(device), in_dim(network), device=device)
+        example = torch.zeros(chunk_rows(device), in_dim(network), device=device, dtype=torch.float32)
     with torch.no_grad():
         program = torch.export.export(fixed, (example,), dynamic_shapes=(sizes,))
         made = torch._inductor.aoti_compile_and_package(
