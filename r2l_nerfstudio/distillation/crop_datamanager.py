@@ -90,4 +90,4 @@ class CropDataManager(DistillationDataManager):
     ) -> Batch:
         cells = self.cells
         num_crops = max(1, round(num_pixels / (cells * self.factor) ** 2))
-        return sample_crops(source, num_crops, cells, self.factor, generator, foreground_fraction)
+        return sample_crops(source, num_crops, cells, self.factor, generator, foreground_fraction, self.rays_per_cell)

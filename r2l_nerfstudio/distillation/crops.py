@@ -38,6 +38,7 @@ def sample_crops(
     factor: int,
     generator: torch.Generator | None = None,
     foreground_fraction: float = 0.0,
+    rays_per_cell: int = 1,
 ) -> Batch:
     """Square crops at random places of random views.
 
@@ -51,9 +52,10 @@ def sample_crops(
         factor: pixels along each side of a cell.
         generator: on the views' device, for a repeatable draw.
         foreground_fraction: of them, drawn where the teacher sees something in the middle of the crop.
+        rays_per_cell: along each side of a cell.
 
     Returns:
-        rays of the cells with their margin (crops cells+2 cells+2), and the pixels inside it
+        rays of the cells with their margin (crops cells+2 cells+2, times `rays_per_cell`), and the pixels inside it
         (crops cells*factor cells*factor).
     """
     device = views.pixels.device
@@ -74,8 +76,9 @@ def sample_crops(
     poses = views.camera_to_worlds[chosen][:, None, None]
     intrinsics = views.intrinsics[chosen]
     corner = torch.stack([left, top], dim=-1)
-    grid = pixel_centers(cells + 2 * MARGIN, cells + 2 * MARGIN, device)
-    in_cells = ray_image_intrinsics(intrinsics, factor, corner)
+    rays = (cells + 2 * MARGIN) * rays_per_cell
+    grid = pixel_centers(rays, rays, device)
+    in_cells = ray_image_intrinsics(intrinsics, factor, corner, rays_per_cell)
     origins, directions = pinhole_rays(poses, in_cells[:, None, None], grid.expand(num_crops, -1, -1, -1))
     bundle = RayBundle(origins=origins, directions=directions, pixel_area=torch.zeros_like(origins[..., :1]))
 

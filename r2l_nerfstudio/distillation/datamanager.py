@@ -143,14 +143,17 @@ class DistillationDataManager(VanillaDataManager[InputDataset]):
         """The training cameras as pinholes of the size and focal lengths that teacher views have."""
         return capture_cameras(self.train_dataset.cameras, self.config.view_downscale)
 
-    def attach_teacher(self, teacher: Teacher, survey: Survey, background: Float[Tensor, "3"], factor: int) -> None:
+    def attach_teacher(
+        self, teacher: Teacher, survey: Survey, background: Float[Tensor, "3"], factor: int, rays_per_cell: int = 1
+    ) -> None:
         """Fill the ring of teacher views and read the photographs.
 
         Args:
             teacher: who renders.
             survey: what it shows from its training cameras.
             background: colour behind photographs that have an alpha channel.
-            factor: pixels along each side that one ray of the student explains.
+            factor: pixels along each side of the student's cells.
+            rays_per_cell: rays along each side of a cell that the student reads.
 
         Raises:
             InputError: if no plausible view is found, no view fits the device, or no training view is left.
@@ -158,6 +161,7 @@ class DistillationDataManager(VanillaDataManager[InputDataset]):
         config = self.config
         self.background = background
         self.factor = factor
+        self.rays_per_cell = rays_per_cell
         sampler = PoseSampler(self.view_cameras(), config.pose_sampler)
         config.pose_sampler.kind = sampler.kind
         CONSOLE.print(f"Pseudo cameras: {sampler.kind} sampler.")

@@ -44,8 +44,10 @@ class RayDataManager(DistillationDataManager):
 
     config: RayDataManagerConfig
 
-    def attach_teacher(self, teacher: Teacher, survey: Survey, background: Float[Tensor, "3"], factor: int) -> None:
-        super().attach_teacher(teacher, survey, background, factor)
+    def attach_teacher(
+        self, teacher: Teacher, survey: Survey, background: Float[Tensor, "3"], factor: int, rays_per_cell: int = 1
+    ) -> None:
+        super().attach_teacher(teacher, survey, background, factor, rays_per_cell)
         self._begin()
 
     def restart(self, config: RayDataManagerConfig) -> None:

@@ -120,6 +120,7 @@ def _fill(student: Student, cameras: CaptureCameras, runtime: Path, folder: Path
         "background": student.model.background.tolist(),
         "factor": graph.factor,
         "margin": graph.margin,
+        "raysPerCell": graph.rays_per_cell,
         "sphere": {"center": code.center.tolist(), "radius": float(code.radius)} if code.spacing == "sphere" else None,
         "picture": picture,
         "models": models,
@@ -153,8 +154,8 @@ def page_rays(
     width, height, focal = picture["width"], picture["height"], picture["focal"]
     intrinsics = torch.tensor([focal, focal, width / 2, height / 2])
     if graph.margin:
-        height, width = ray_image_size(height, width, graph.factor)
-        intrinsics = ray_image_intrinsics(intrinsics, graph.factor)
+        height, width = (size * graph.rays_per_cell for size in ray_image_size(height, width, graph.factor))
+        intrinsics = ray_image_intrinsics(intrinsics, graph.factor, rays_per_cell=graph.rays_per_cell)
     origins, directions = image_rays(pose, intrinsics, height, width)
     return origins[0, 0], directions
 

@@ -41,15 +41,13 @@ class WebGraph(nn.Module):
             # What WebAssembly runs: its GELU and transposed convolutions are slow, a sixth of a frame more.
             to_plain_operators(self.encoded_network.network)
 
-    @property
-    def factor(self) -> int:
-        """Pixels per ray along each side."""
-        return self.encoded_network.factor
-
-    @property
-    def margin(self) -> int:
-        """Cells of rays around the picture."""
-        return MARGIN if self.encoded_network.is_image else 0
+        model = student.model
+        self.factor = model.factor
+        """Pixels along each side of a cell."""
+        self.rays_per_cell = model.rays_per_cell
+        """Rays along each side of a cell."""
+        self.margin = MARGIN if self.encoded_network.encoding.is_image else 0
+        """Cells around the picture."""
 
     def forward(
         self, origin: Float[Tensor, "3"], directions: Float[Tensor, "rows columns 3"]
@@ -65,9 +63,6 @@ class WebGraph(nn.Module):
             `factor` times as many as there are cells inside the margin.
         """
         rgb = self.encoded_network(origin.expand_as(directions), directions)[..., :3]
-        if self.margin:
-            edge = self.margin * self.factor
-            rgb = rgb[edge:-edge, edge:-edge]
         steps = (rgb.clamp(0.0, 1.0) * 255.0 + 0.5).floor()
         # Below 2^24 every whole number is an fp32; the fourth byte, 255, makes the integer that much less than zero.
         packed = steps[..., 0] + 256.0 * steps[..., 1] + 65536.0 * steps[..., 2]
@@ -79,8 +74,9 @@ def write_web_graph(student: Student, precision: GraphPrecision, path: Path) -> 
     import onnx
 
     graph = WebGraph(student, precision).eval()
-    rows, columns = torch.export.Dim("rows", min=3), torch.export.Dim("columns", min=3)
-    example = torch.nn.functional.normalize(torch.randn(6, 5, 3), dim=-1)
+    cells = (torch.export.Dim("rows", min=3), torch.export.Dim("columns", min=3))
+    rows, columns = (dim if graph.rays_per_cell == 1 else graph.rays_per_cell * dim for dim in cells)
+    example = torch.nn.functional.normalize(torch.randn(6 * graph.rays_per_cell, 5 * graph.rays_per_cell, 3), dim=-1)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         program = torch.onnx.export(

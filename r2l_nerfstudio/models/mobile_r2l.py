@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate, pad
 
 from r2l_nerfstudio.models.any_camera import render_by_faces
+from r2l_nerfstudio.models.composited_encoding import CompositedEncoding, EncodedRays, encode_ray_image
 from r2l_nerfstudio.models.light_field import LightFieldModel, LightFieldModelConfig
 from r2l_nerfstudio.ranges import IntRange
 from r2l_nerfstudio.rays.pinhole import image_rays, pinhole_rays, pixel_centers
@@ -53,6 +54,10 @@ class MobileR2LModelConfig(LightFieldModelConfig):
     """Channels of the super-resolution's steps but the last."""
     last_width: Annotated[int, IntRange(1, 8192)] = 16
     """Channels of its last step."""
+    pixel_samples: int = 12
+    """composited: sample points per pixel; cells have `num_samples`."""
+    join_width: int = 32
+    """composited: channels of the layer in which the pixels' own features join."""
 
     def fit_to(self, width: int, height: int) -> None:
         """Choose the factor for views of this size, unless it is set.
@@ -80,15 +85,19 @@ class MobileR2LModel(LightFieldModel):
     def build_network(self, code_dim: int) -> MobileR2L:
         config = self.config
         self.factor = config.factor or FACTORS[0]
+        # Features and accumulation of each pixel of a cell join the last step.
+        joined = 0 if self.composited is None else config.feature_channels + 1
         return MobileR2L(
-            code_dim,
-            5,
+            code_dim + joined * self.factor**2,
+            self.out_dim,
             config.width,
             config.blocks,
             self.factor,
             config.up_width,
             config.last_width,
             zero_init=config.zero_init,
+            joined=joined,
+            join_width=config.join_width,
         )
 
     def set_scene(
@@ -107,7 +116,7 @@ class MobileR2LModel(LightFieldModel):
         """Colour, accumulation and coded depth of the pixels of ray images, without their margins.
 
         Args:
-            ray_bundle: rays of the cells, margin included (crops rows columns); or single rays (rays), as `ns-render` asks
+            ray_bundle: rays of the cells, margin included (crops rows columns), `rays_per_cell` times as many; or single rays (rays), as `ns-render` asks
                 to find out what hides a camera.
 
         Returns:
@@ -117,11 +126,20 @@ class MobileR2LModel(LightFieldModel):
         if ray_bundle.origins.ndim == 2:
             return self._answer_rays(ray_bundle.origins, ray_bundle.directions)
         jitter = self.training and self.config.jitter_points
-        code = self.encode(ray_bundle.origins, ray_bundle.directions, jitter)
+        code, geometry = self.encode_rays(ray_bundle.origins, ray_bundle.directions, jitter)
         values = self.network(code.permute(0, 3, 1, 2)).float().permute(0, 2, 3, 1)
         margin = MARGIN * self.factor
-        values = values[:, margin:-margin, margin:-margin]
+        values = self.finish(values[:, margin:-margin, margin:-margin], geometry)
         return {"rgb": values[..., :3], "accumulation": values[..., 3:4], "depth_fraction": values[..., 4:5]}
+
+    def encode_composited(
+        self,
+        encoding: CompositedEncoding,
+        origins: Float[Tensor, "*batch height width 3"],
+        directions: Float[Tensor, "*batch height width 3"],
+        jitter: bool,
+    ) -> EncodedRays:
+        return encode_ray_image(encoding, self.factor, self.config.pixel_samples, origins, directions, jitter)
 
     @torch.no_grad()
     def _answer_rays(self, origins: Float[Tensor, "rays 3"], directions: Float[Tensor, "rays 3"]) -> dict[str, Tensor]:
@@ -133,11 +151,12 @@ class MobileR2LModel(LightFieldModel):
         right = right / right.norm(dim=-1, keepdim=True)
         axes = torch.stack([right, torch.linalg.cross(right, directions), -directions, origins], dim=-1)
         intrinsics = torch.stack([self.focal, self.focal, *torch.full_like(self.focal.expand(2), 0.5)])
-        cells = 1 + 2 * MARGIN
-        grid = pixel_centers(cells, cells, self.device)
-        rays = pinhole_rays(axes[:, None, None], ray_image_intrinsics(intrinsics, self.factor), grid)
-        values = self.run_network(self.encode(*rays).permute(0, 3, 1, 2))[:, :, MARGIN * self.factor]
-        values = values[:, :, MARGIN * self.factor]
+        side = (1 + 2 * MARGIN) * self.rays_per_cell
+        grid = pixel_centers(side, side, self.device)
+        in_cells = ray_image_intrinsics(intrinsics, self.factor, rays_per_cell=self.rays_per_cell)
+        code, geometry = self.encode_rays(*pinhole_rays(axes[:, None, None], in_cells, grid))
+        values = self.run_network(code.permute(0, 3, 1, 2))[:, :, MARGIN * self.factor, MARGIN * self.factor]
+        values = self.finish(values, None if geometry is None else geometry[:, 0, 0])
         fraction = values[:, 4:5]
         return {
             "rgb": values[:, :3],
@@ -182,11 +201,13 @@ class MobileR2LModel(LightFieldModel):
         left, columns = self._cells(window.left, window.right, width)
         top, rows = self._cells(window.top, window.bottom, height)
         corner = intrinsics.new_tensor([left, top])
-        rays = image_rays(pose, ray_image_intrinsics(intrinsics, self.factor, corner), rows, columns)
-        values = self.run_network(self.encode(*rays).permute(2, 0, 1)[None])
-        margin = MARGIN * self.factor
-        values = values[..., margin : margin + height - top, margin : margin + width - left]
-        values = values[..., : (rows - 2 * MARGIN) * self.factor, : (columns - 2 * MARGIN) * self.factor]
+        per_cell, margin = self.rays_per_cell, MARGIN * self.factor
+        in_cells = ray_image_intrinsics(intrinsics, self.factor, corner, per_cell)
+        code, geometry = self.encode_rays(*image_rays(pose, in_cells, rows * per_cell, columns * per_cell))
+        values = self.run_network(code.permute(2, 0, 1)[None])[..., margin:-margin, margin:-margin]
+        if geometry is not None:
+            values = self.finish(values[0].permute(1, 2, 0), geometry).permute(2, 0, 1)[None]
+        values = values[..., : height - top, : width - left]
         beyond = (left, width - left - values.shape[-1], top, height - top - values.shape[-2])
         return pad(values, beyond) if any(beyond) else values
 

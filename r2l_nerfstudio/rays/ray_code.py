@@ -13,7 +13,7 @@ from r2l_nerfstudio.rays.contraction import contract
 from r2l_nerfstudio.rays.encoding import encoded_dim, frequency_encode, frequency_encode_into
 from r2l_nerfstudio.rays.spacing import SceneBounds, SpacingKind, SphereCrossing, cross_sphere, stratified
 
-RayCodeKind = Literal["points", "plucker", "two-plane"]
+RayCodeKind = Literal["points", "plucker", "two-plane", "composited"]
 
 
 class RayCode(nn.Module):

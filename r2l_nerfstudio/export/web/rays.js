@@ -26,7 +26,7 @@ export function plane(width, height, focal) {
 }
 
 /**
- * Unit directions through the centres of cells.
+ * Unit directions through the centres of cells, or of parts of them.
  *
  * @param {Pose} pose
  * @param {Plane} where

@@ -60,6 +60,7 @@ export interface Scene {
   background: Vector;
   factor: number;
   margin: number;
+  raysPerCell: number;
   sphere: Sphere | null;
   picture: { width: number; height: number; focal: number };
   models: { fp16: ModelFile; fp32: ModelFile };
