@@ -18,6 +18,12 @@ if TYPE_CHECKING:
     from nerfstudio.data.dataparsers.base_dataparser import DataParserConfig, DataparserOutputs
 
 
+_ONE_PLACE = (
+    "its cameras are all in one place, or their positions are not finite, so it has no scale: record it from more places, or"
+    " train the teacher with --auto-scale-poses False"
+)
+
+
 class CaptureError(Exception):
     """Why a capture cannot be read; the message goes into a sentence about it."""
 
@@ -42,6 +48,8 @@ def parse_capture(config: DataParserConfig, split: str = "train") -> DataparserO
         outputs = parser.get_dataparser_outputs(split=split)
     except (CaptureError, InputError):
         raise
+    except ZeroDivisionError as error:  # Nerfstudio divides by the spread of the positions
+        raise CaptureError(_ONE_PLACE) from error
     except (Exception, SystemExit) as error:  # every dataparser has failures of its own
         raise CaptureError(f"{type(error).__name__}: {error}") from error
     _check_cameras(outputs)
@@ -106,10 +114,7 @@ def _check_cameras(outputs: DataparserOutputs) -> None:
     if sizes.numel() and (int(sizes.min()) < 1 or int(sizes.max()) > 10**5):
         raise CaptureError(f"a camera's picture has a side of {int(sizes.min())} to {int(sizes.max())} pixels")
     if not math.isfinite(float(outputs.dataparser_scale)):
-        raise CaptureError(
-            "its cameras are all in one place, or their positions are not finite, so its scale is not: record it from more"
-            " places, or train with --auto-scale-poses False"
-        )
+        raise CaptureError(_ONE_PLACE)
 
 
 def _joined(*values: Tensor) -> Tensor:

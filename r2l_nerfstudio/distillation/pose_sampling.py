@@ -38,16 +38,19 @@ class PoseSamplerConfig:
         self.check()
 
     def check(self) -> None:
-        """Raises: InputError: for an unknown kind or a range of nothing, however it got here."""
-        if not self.focal_range[0] <= self.focal_range[1]:
-            raise InputError(
-                "--pipeline.datamanager.pose-sampler.focal-range must go from the smaller to the larger focal length (got"
-                f" {self.focal_range[0]:g} {self.focal_range[1]:g})."
-            )
+        """Raises: InputError: for an unknown kind, however it got here."""
         if self.kind not in get_args(SamplerKind):
             raise InputError(
                 f"Unknown pose sampler {self.kind!r}: choose --pipeline.datamanager.pose-sampler.kind from "
                 f"{', '.join(get_args(SamplerKind))}."
+            )
+
+    def check_focal_range(self) -> None:
+        """Raises: InputError: for a range of nothing. Not while a command line is parsed, where it would be a traceback."""
+        if not self.focal_range[0] <= self.focal_range[1]:
+            raise InputError(
+                "--pipeline.datamanager.pose-sampler.focal-range must go from the smaller to the larger focal length (got"
+                f" {self.focal_range[0]:g} {self.focal_range[1]:g})."
             )
 
 

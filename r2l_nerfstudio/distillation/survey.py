@@ -36,6 +36,16 @@ def thumbnail(camera: Cameras, long_side: int = LONG_SIDE, undistorted: bool = F
     return copy
 
 
+def _mean_seen(teacher: Teacher, whole: Cameras, camera: Cameras, outputs: TeacherOutputs) -> float:
+    """Mean accumulation of a training view, as the pinhole that teacher views are would show it."""
+    if camera.camera_type.item() != CameraType.PERSPECTIVE.value:
+        outputs = teacher.view(thumbnail(whole, undistorted=True))
+    if outputs.accumulation is None:
+        return 0.0
+    known = outputs.rgb.isfinite().all(-1) & outputs.accumulation[..., 0].isfinite()
+    return float(outputs.accumulation[known].mean()) if known.any() else 0.0
+
+
 def _pinhole(camera: Cameras) -> Cameras:
     fx, fy, cx, cy = camera.fx, camera.fy, camera.cx, camera.cy
     width, height = int(camera.width), int(camera.height)
@@ -86,7 +96,7 @@ class Survey:
             if outputs.accumulation is not None:
                 known = good & outputs.accumulation[..., 0].isfinite()
                 has_accumulation |= bool(known.any())
-                accumulations.append(float(outputs.accumulation[known].mean()) if known.any() else 0.0)
+                accumulations.append(_mean_seen(teacher, cameras[index], camera, outputs))
                 if has_accumulation:
                     good = good & (outputs.accumulation[..., 0] > 0.5)
             if outputs.depth is not None:

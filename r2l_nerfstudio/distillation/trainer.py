@@ -61,6 +61,7 @@ class DistillationTrainerConfig(TrainerConfig):
         """
         with command_line():
             check_ranges(self)
+            self.pipeline.datamanager.pose_sampler.check_focal_range()
             self._check_names()
         super().set_timestamp()
         if self.machine.device_type == "cuda" and not torch.cuda.is_available():
