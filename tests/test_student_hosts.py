@@ -80,7 +80,7 @@ def _draw(student: Student, queue) -> None:
 
 
 @pytest.mark.parametrize("way", ["fork", "spawn"])
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(300)
 @pytest.mark.filterwarnings("ignore")
 def test_in_another_process(way: str, run: Path, truth: np.ndarray) -> None:
     student = load_student(run, engine="torch")
@@ -89,7 +89,7 @@ def test_in_another_process(way: str, run: Path, truth: np.ndarray) -> None:
     queue = context.Queue()
     child = context.Process(target=_draw, args=(student, queue))
     child.start()
-    found = queue.get(timeout=100)
+    found = queue.get(timeout=250)
     child.join(10)
     if way == "spawn":
         np.testing.assert_allclose(found, truth, atol=1e-4)
