@@ -169,7 +169,37 @@ def install() -> None:
         "this package with its dependencies",
         uv_environment(),
     )
+    check_multiprocess()
     STAMP.write_text(wanted)
+
+
+LOCK = "import multiprocess; multiprocess.get_context('spawn').Lock()"
+"""What Nerfstudio's data managers begin with."""
+
+
+def check_multiprocess() -> None:
+    """See that `multiprocess` is the wheel of this Python, and put it right.
+
+    It has one wheel for each Python, and tags all of them as fit for newer ones. With several indexes uv takes the first
+    index's, whichever that is; pip takes the best one.
+
+    Raises:
+        InstallError: if it cannot be put right.
+    """
+    if subprocess.run([str(PYTHON), "-c", LOCK], capture_output=True).returncode == 0:
+        return
+    version = "import importlib.metadata; print(importlib.metadata.version('multiprocess'))"
+    found = subprocess.run([str(PYTHON), "-c", version], capture_output=True, text=True).stdout.strip()
+    wanted = f"multiprocess=={found}" if found else "multiprocess"
+    run(
+        [str(PYTHON), "-m", "pip", "install", "--quiet", "--force-reinstall", "--no-deps", "--no-cache-dir", wanted],
+        "multiprocess for this Python",
+    )
+    if subprocess.run([str(PYTHON), "-c", LOCK]).returncode:
+        raise InstallError(
+            f"The package multiprocess does not work with this Python ({sys.version.split()[0]}; the reason is above):"
+            f" ns-train cannot start with it. Install another version of it into {VENV}, or use another Python."
+        )
 
 
 def usable() -> bool:

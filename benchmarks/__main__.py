@@ -10,14 +10,14 @@ from benchmarks.recipes import Recipes
 from benchmarks.render import Render
 from benchmarks.train import Train
 from benchmarks.web import Web
-from r2l_nerfstudio.errors import exit_on_input_error
+from r2l_nerfstudio.errors import command_line
 
 COMMANDS = {"distil": Distil, "curve": Curve, "recipes": Recipes, "render": Render, "train": Train, "web": Web}
 
 
 def main() -> None:
     """Run the benchmark that the command line names."""
-    with exit_on_input_error():
+    with command_line():
         tyro.extras.subcommand_cli_from_dict(COMMANDS, description=__doc__, prog="python -m benchmarks").main()
 
 

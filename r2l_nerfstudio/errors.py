@@ -23,5 +23,26 @@ def exit_on_input_error() -> Iterator[None]:
         # Imported late: the module that declares our methods to Nerfstudio must stay light.
         from nerfstudio.utils.rich_utils import CONSOLE
 
-        CONSOLE.print(f"Error: {error}", style="bold red", markup=False, highlight=False, soft_wrap=True)
+        # A path may hold bytes that are no text.
+        said = str(error).encode("utf8", "replace").decode()
+        CONSOLE.print(f"Error: {said}", style="bold red", markup=False, highlight=False, soft_wrap=True)
         raise SystemExit(1) from error
+
+
+@contextmanager
+def command_line() -> Iterator[None]:
+    """As `exit_on_input_error`, and for files that cannot be read or written too: what a whole command runs in.
+
+    Raises:
+        SystemExit: with code 1, in place of an `InputError` or `OSError`.
+    """
+    with exit_on_input_error():
+        try:
+            yield
+        except OSError as error:
+            name = str(error.filename or "")
+            shown = name if len(name) <= 200 else f"{name[:100]}...{name[-60:]}"
+            raise InputError(
+                f"{f'The path {shown}' if name else 'A file'} cannot be used ({error.strerror or error}): check it, its"
+                " permissions and the room on its disk, or name another one."
+            ) from error

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-import pickle
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
@@ -14,13 +15,13 @@ from nerfstudio.cameras.cameras import Cameras
 from nerfstudio.data.scene_box import SceneBox
 from torch import Tensor
 
+from r2l_nerfstudio.checkpoints import check_fit, check_size, read_checkpoint
 from r2l_nerfstudio.distillation.averaging import put_average, saved_average
 from r2l_nerfstudio.engines.switch import EngineChoice
 from r2l_nerfstudio.errors import InputError
 from r2l_nerfstudio.models.light_field import LightFieldModel, LightFieldModelConfig
 from r2l_nerfstudio.run_config import checkpoint_path, load_run_config, resolve_run
-from r2l_nerfstudio.torch_compat import load_tensors
-from r2l_nerfstudio.viewer.engine_menu import CACHE_FOLDER
+from r2l_nerfstudio.user_cache import engine_cache_folder
 
 Array = np.ndarray | Tensor
 
@@ -39,6 +40,19 @@ class Student:
     def __init__(self, model: LightFieldModel, method_name: str) -> None:
         self.model = model
         self.method_name = method_name
+        self._source: tuple[str, str, int, EngineChoice] | None = None
+        self._process = os.getpid()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copy, in this process or another, is loaded from the run again, and takes over the weights as they are now."""
+        if self._source is None:
+            raise TypeError("only a student of load_student can be copied or pickled: load it in each process")
+        weights = {k: v.cpu() if isinstance(v, Tensor) else v for k, v in self.model.state_dict().items()}
+        return load_student, self._source, weights
+
+    def __setstate__(self, weights: dict[str, Any]) -> None:
+        with plain_torch():
+            self.model.load_state_dict(weights)
 
     @property
     def outputs(self) -> tuple[str, ...]:
@@ -73,15 +87,25 @@ class Student:
             )
         return self.render_all(camera_to_world, intrinsics, width, height)[output]
 
-    @torch.no_grad()
     def render_all(
         self, camera_to_world: Any, intrinsics: Any, width: int, height: int
     ) -> dict[str, Float[Array, "height width channels"]]:
         """All `outputs` of one camera by name; as `render`.
 
         Raises:
-            InputError: for a camera that is none.
+            InputError: for a camera that is none, or in a process forked from the one that loaded the student.
         """
+        if os.getpid() != self._process:
+            raise InputError(
+                "This student was loaded before its process was forked, and the libraries that draw it stop in the child:"
+                ' call load_student in the child, or start processes by multiprocessing.get_context("spawn").'
+            )
+        with plain_torch():
+            return self._render_all(camera_to_world, intrinsics, width, height)
+
+    def _render_all(
+        self, camera_to_world: Any, intrinsics: Any, width: int, height: int
+    ) -> dict[str, Float[Array, "height width channels"]]:
         pose = _numbers(camera_to_world, "camera_to_world", {(3, 4), (4, 4)})[:3]
         lens = _numbers(intrinsics, "intrinsics", {(4,), (3, 3)})
         fx, fy, cx, cy = lens if lens.ndim == 1 else (lens[0, 0], lens[1, 1], lens[0, 2], lens[1, 2])
@@ -124,7 +148,25 @@ def load_student(
     Raises:
         InputError: there is no such run or checkpoint, it is damaged, not a student's, or the engine cannot run here.
     """
-    config_path = resolve_run(Path(path))
+    with plain_torch():
+        student = _load(Path(path), device, step, engine)
+    return student
+
+
+@contextmanager
+def plain_torch() -> Iterator[None]:
+    """Torch as it starts, whatever the program around has set: no inference mode, no gradients, fp32."""
+    kept = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        with torch.inference_mode(False), torch.no_grad():
+            yield
+    finally:
+        torch.set_default_dtype(kept)
+
+
+def _load(path: Path, device: torch.device | str | None, step: int | None, engine: EngineChoice) -> Student:
+    config_path = resolve_run(path)
     config = load_run_config(config_path)
     target = getattr(config.pipeline.model, "_target", None)
     if not (isinstance(target, type) and issubclass(target, LightFieldModel)):
@@ -133,13 +175,22 @@ def load_student(
             " r2l, mobile-r2l or a variant of theirs."
         )
     checkpoint = checkpoint_path(config, config_path, step)
-    weights, average, trained_step = _read_weights(checkpoint)
+    loaded = read_checkpoint(checkpoint, "student")
+    weights, average, trained_step = loaded.model_weights(), saved_average(loaded.pipeline), loaded.step
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     model_config = cast(LightFieldModelConfig, config.pipeline.model)
     model_config.engine = engine
     # A student keeps its bounds itself: neither the box nor the number of images shapes it.
     scene_box = SceneBox(torch.tensor([[-1.0, -1.0, -1.0], [1.0, 1.0, 1.0]]))
-    model = model_config.setup(scene_box=scene_box, num_train_data=1, metadata={}, device=str(device), grad_scaler=None)
+
+    def build() -> LightFieldModel:
+        return model_config.setup(
+            scene_box=scene_box, num_train_data=1, metadata={}, device=str(device), grad_scaler=None
+        )
+
+    check_size(build, config_path, most=checkpoint.stat().st_size)
+    model = build()
+    check_fit(model, weights, checkpoint, "student")
     try:
         model.update_to_step(trained_step)
         model.load_state_dict(weights, strict=True)
@@ -149,28 +200,33 @@ def load_student(
             f"The checkpoint {checkpoint} does not fit the student that {config_path} describes"
             f" ({_one_line(error)}): a run's config.yml goes with its own checkpoints; restore both from one copy."
         ) from error
+    _check_scene(model, checkpoint)
     model = model.to(device).eval().requires_grad_(False)
+    split = model.teacher_split
+    split.teacher_path, split.device = getattr(config.pipeline, "teacher", None), device
+    split.teacher_time = getattr(config.pipeline, "teacher_time", None)
     model.engines.check()
-    if os.access(config_path.parent, os.W_OK):
-        model.engines.cache_folder = config_path.parent / CACHE_FOLDER
-    return Student(model, config.method_name or "")
+    model.engines.cache_folder = engine_cache_folder()
+    student = Student(model, config.method_name)
+    student._source = (str(config_path.absolute()), str(device), trained_step, engine)
+    return student
 
 
-def _read_weights(checkpoint: Path) -> tuple[dict[str, Any], dict[str, Tensor], int]:
-    """The model's part of a checkpoint, the average of its weights if training had not ended, and its step."""
-    try:
-        loaded = load_tensors(checkpoint)
-        state = {key.removeprefix("module."): value for key, value in loaded["pipeline"].items()}
-        step = int(loaded["step"])
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, TypeError, KeyError) as error:
+def _check_scene(model: LightFieldModel, checkpoint: Path) -> None:
+    """Refuse a scene that cannot be: what the numbers of a network mean hangs on it."""
+    background = model.background
+    if not bool(((background >= 0) & (background <= 1)).all()):
         raise InputError(
-            f"The student's checkpoint {checkpoint} is damaged or no checkpoint of ns-train ({_one_line(error)}): restore it"
-            " from a copy; or delete it, if an older one is beside it; or train the student again."
-        ) from error
-    weights = {key.removeprefix("_model."): value for key, value in state.items() if key.startswith("_model.")}
-    if all(key.startswith("module.") for key in weights):  # trained by several ranks
-        weights = {key.removeprefix("module."): value for key, value in weights.items()}
-    return weights, saved_average(state), step
+            f"The student's checkpoint {checkpoint} is damaged: its background is {background.tolist()}, and colours lie"
+            " between 0 and 1. Restore it from a copy, or train the student again."
+        )
+    for name, holder in (("radius", model.ray_code), ("focal", model)):
+        value = getattr(holder, name, None)
+        if isinstance(value, Tensor) and value.numel() == 1 and not float(value) > 0:
+            raise InputError(
+                f"The student's checkpoint {checkpoint} is damaged: its {name} is {float(value):g} and must be above 0."
+                " Restore it from a copy, or train the student again."
+            )
 
 
 def _numbers(values: Any, name: str, shapes: set[tuple[int, ...]]) -> Float[Tensor, "..."]:

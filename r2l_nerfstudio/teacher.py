@@ -10,7 +10,7 @@ import copy
 import functools
 import hashlib
 import json
-import pickle
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
@@ -27,11 +27,12 @@ from nerfstudio.model_components.renderers import background_color_override_cont
 from torch import Tensor
 from torch.nn import ParameterDict
 
+from r2l_nerfstudio.capture import CaptureError, parse_capture
+from r2l_nerfstudio.checkpoints import check_fit, check_size, read_checkpoint
 from r2l_nerfstudio.dataparsers import dataparser_at
 from r2l_nerfstudio.errors import InputError
 from r2l_nerfstudio.lpips import AbsentLpips, without_lpips
 from r2l_nerfstudio.run_config import capture_path, checkpoint_path, load_run_config, resolve_run
-from r2l_nerfstudio.torch_compat import load_tensors
 
 if TYPE_CHECKING:
     from nerfstudio.data.datamanagers.base_datamanager import VanillaDataManagerConfig
@@ -41,6 +42,8 @@ if TYPE_CHECKING:
     from nerfstudio.models.splatfacto import SplatfactoModel
 
 CPU_RAYS_PER_CHUNK = 1024
+OVERSHOOT = 0.5
+"""By how much a colour may leave [0, 1] before it is clamped: spherical harmonics overshoot a little."""
 
 # Weights with one row per training image, by the end of their name.
 _PER_IMAGE_WEIGHTS = ("camera_optimizer.pose_adjustment", "embedding_appearance.embedding.weight")
@@ -82,20 +85,30 @@ class Teacher:
     `camera_res_scale_factor` of the run's data manager."""
     background: Float[Tensor, "3"] | None
     """The colour composited behind the scene, or None where the model paints its own (fixed colour or last sample)."""
+    time: float | None = None
+    """The instant at which a time-dependent model is frozen, as its capture counts time; None for a model without time."""
 
     @classmethod
-    def load(cls, path: Path, device: torch.device | str = "cpu", data: Path | None = None) -> Teacher:
-        """Load the newest checkpoint of a run.
+    def load(
+        cls,
+        path: Path,
+        device: torch.device | str = "cpu",
+        data: Path | None = None,
+        time: float | None = None,
+    ) -> Teacher:
+        """Load the checkpoint of a run: the one its configuration names (`load_step`), else the newest.
 
         Args:
             path: the run's config.yml, or the folder that holds it; a moved run loads from where it is now.
             device: where to put the model.
             data: where the capture is now, if not where the run was trained on it. A relative path in the run is
                 looked for in the current folder, then in each folder above the run.
+            time: the instant to freeze a time-dependent model at, in [0, 1] for Nerfstudio's captures.
 
         Raises:
             InputError: run, configuration, checkpoint or capture missing, damaged or not matching one another, a
-                method that is not installed, or one that renders only with CUDA when `device` is not.
+                method that is not installed, one that renders only with CUDA when `device` is not, or one that depends on
+                time without a `time`.
         """
         device = torch.device(device)
         config_path = resolve_run(path)
@@ -103,7 +116,8 @@ class Teacher:
         checkpoint = checkpoint_path(config, config_path)
         dataparser_config, dataparser_outputs = _read_capture(config, config_path, data)
         _check_frame(config_path, dataparser_config.data, dataparser_outputs)
-        weights, step = _read_checkpoint(checkpoint)
+        loaded = read_checkpoint(checkpoint, "teacher")
+        weights, step = loaded.model_weights(), loaded.step
         _check_image_count(weights, checkpoint, dataparser_config.data, len(dataparser_outputs.image_filenames))
         model = _build_model(config, config_path, dataparser_config, dataparser_outputs, device)
         _load_weights(model, weights, step, checkpoint)
@@ -118,6 +132,7 @@ class Teacher:
                 f"device is {device}: run this on a machine with an NVIDIA GPU and --machine.device-type cuda, or "
                 "distil a method that runs without one, such as nerfacto."
             )
+        _check_time(model, dataparser_outputs.cameras, time, config_path, config.method_name)
         background = None
         if _paints_random(model):
             alpha_color = dataparser_outputs.alpha_color
@@ -132,6 +147,7 @@ class Teacher:
             dataparser_config=dataparser_config,
             dataparser_outputs=dataparser_outputs,
             background=background,
+            time=time,
         )
 
     @property
@@ -162,13 +178,15 @@ class Teacher:
         if rays.camera_indices is None:
             # Some fields insist on an index, though at evaluation they do not use it.
             rays.camera_indices = torch.zeros_like(rays.origins[:, :1], dtype=torch.long)
+        if self.time is not None:
+            rays.times = torch.full_like(rays.origins[:, :1], self.time)
         chunk_size = self.model.config.eval_num_rays_per_chunk
         chunks = []
         with self._background():
             for start in range(0, len(rays), chunk_size):
                 # Indexing by a tensor copies, so the model may edit its bundle.
                 indices = torch.arange(start, min(start + chunk_size, len(rays)), device=rays.origins.device)
-                chunks.append(self._outputs(self.model(rays[indices].to(self.device))))
+                chunks.append(self._outputs(self.model(rays[indices].to(self.device)), (len(indices),)))
         joined = {}
         for field in fields(TeacherOutputs):
             parts = [getattr(chunk, field.name) for chunk in chunks]
@@ -196,9 +214,12 @@ class Teacher:
             raise ValueError(f"a teacher renders one camera at a time, got {camera.size}")
         # A copy, since some models edit their camera in place.
         camera = copy.deepcopy(camera).reshape((1,)).to(self.device)
+        if self.time is not None:
+            camera.times = torch.full((1, 1), self.time, device=self.device)
         ray_lengths = _splat_ray_lengths(camera) if self.views_only else None
+        shape = (int(camera.height[0]), int(camera.width[0]))
         with self._background():
-            outputs = self._outputs(self.model.get_outputs_for_camera(camera))
+            outputs = self._outputs(self.model.get_outputs_for_camera(camera), shape)
         if ray_lengths is not None and outputs.depth is not None:
             outputs.depth = outputs.depth * ray_lengths
         return outputs
@@ -222,6 +243,8 @@ class Teacher:
     @functools.cached_property
     def _fingerprint(self) -> str:
         digest = hashlib.sha256(self.config_path.read_bytes())
+        if self.time is not None:
+            digest.update(f"time {self.time}".encode())
         weights = hashlib.sha256()
         with self.checkpoint.open("rb") as file:
             while chunk := file.read(1 << 20):
@@ -240,7 +263,7 @@ class Teacher:
             with background_color_override_context(self.background):
                 yield
 
-    def _outputs(self, outputs: Mapping[str, Tensor]) -> TeacherOutputs:
+    def _outputs(self, outputs: Mapping[str, Tensor], shape: tuple[int, ...]) -> TeacherOutputs:
         rgb = _first(outputs, "rgb", "rgb_fine")
         if rgb is None:
             raise InputError(
@@ -248,11 +271,36 @@ class Teacher:
                 f"{', '.join(outputs) or 'nothing'}, and neither rgb nor rgb_fine is among them. Choose a teacher that "
                 "renders colour."
             )
+        rgb = self._shaped("colour", rgb, shape, 3)
+        low, high = (float(value) for value in rgb.nan_to_num(0.5, 0.5, 0.5).aminmax()) if rgb.numel() else (0.0, 1.0)
+        if low < -OVERSHOOT or high > 1 + OVERSHOOT:
+            raise InputError(
+                f"The teacher {self.config_path} ('{self.config.method_name}') gives colours between {low:.3g} and"
+                f" {high:.3g}, and a student learns colours between 0 and 1: choose a teacher that renders those."
+            )
+        accumulation = _first(outputs, "accumulation", "accumulation_fine")
+        depth = _first(outputs, "depth", "depth_fine")
         return TeacherOutputs(
             rgb=rgb.clamp(0.0, 1.0),
-            accumulation=_first(outputs, "accumulation", "accumulation_fine"),
-            depth=_first(outputs, "depth", "depth_fine"),
+            accumulation=None if accumulation is None else self._shaped("accumulation", accumulation, shape, 1),
+            depth=None if depth is None else self._shaped("depth", depth, shape, 1),
         )
+
+    def _shaped(self, name: str, value: Tensor, shape: tuple[int, ...], channels: int) -> Tensor:
+        """An output of the shape (*shape channels).
+
+        Raises:
+            InputError: it has another number of pixels or channels.
+        """
+        if channels == 1 and tuple(value.shape) == shape:
+            value = value[..., None]
+        if value.ndim == 0 or value.shape[-1] != channels or value.numel() != math.prod(shape) * channels:
+            raise InputError(
+                f"The teacher {self.config_path} ('{self.config.method_name}') gives a {name} of shape"
+                f" {list(value.shape)}, and {[*shape, channels]} is needed: its method does not render as Nerfstudio's"
+                " models do. Choose another teacher."
+            )
+        return value.reshape(*shape, channels)
 
 
 def _first(outputs: Mapping[str, Tensor], *keys: str) -> Tensor | None:
@@ -267,8 +315,8 @@ def _read_capture(
     dataparser_config = dataparser_at(config, data)
     remedy = "Say with --data where the capture that the teacher was trained on is now."
     try:
-        outputs = dataparser_config.setup().get_dataparser_outputs(split="train")
-    except Exception as error:  # every dataparser has failures of its own
+        outputs = parse_capture(dataparser_config)
+    except CaptureError as error:
         raise InputError(
             f"The capture {data} of the teacher {config_path} cannot be read ({_one_line(error)}). {remedy}"
         ) from error
@@ -291,7 +339,9 @@ def _check_frame(config_path: Path, data: Path, outputs: DataparserOutputs) -> N
     try:
         saved = json.loads(file.read_text("utf8"))
         transform, scale = np.array(saved["transform"], dtype=float).reshape(3, 4), float(saved["scale"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        if not (np.isfinite(transform).all() and math.isfinite(scale)):
+            raise ValueError("its numbers are not finite")
+    except (OSError, ValueError, KeyError, TypeError, RecursionError, OverflowError) as error:
         raise InputError(
             f"The teacher's file {file} is damaged ({_one_line(error)}): restore it, or delete it if you are sure that "
             f"{data} is the capture it was trained on."
@@ -303,36 +353,6 @@ def _check_frame(config_path: Path, data: Path, outputs: DataparserOutputs) -> N
             f"{outputs.dataparser_scale:.6g} and a transform that differ from scale {scale:.6g} and the transform in "
             f"{file}. Pass with --data the capture as it was when the teacher was trained, or train the teacher again."
         )
-
-
-def _read_checkpoint(checkpoint: Path) -> tuple[dict[str, Tensor], int]:
-    """The model's part of a checkpoint and its step, mapped rather than read."""
-    # Schedulers that work in numpy leave its scalars beside the tensors.
-    scalar = np.float64(0).__reduce__()[0]
-    allowed = [scalar, (scalar, "numpy.core.multiarray.scalar"), np.dtype]
-    allowed += [type(np.dtype(kind)) for kind in (np.float64, np.float32, np.int64)]
-    try:
-        loaded = load_tensors(checkpoint, allowed)
-        # Data-parallel training wraps the pipeline or the model in a `module`.
-        state = {key.removeprefix("module."): value for key, value in loaded["pipeline"].items()}
-        step = int(loaded["step"])
-    except pickle.UnpicklingError as error:
-        reason = next((line for line in str(error).splitlines() if "GLOBAL" in line), str(error))
-        raise InputError(
-            f"The teacher's checkpoint {checkpoint} was not loaded, for it is damaged or holds more than tensors "
-            f"({reason.strip()[:300]}). Use a checkpoint that ns-train wrote, or train the teacher again."
-        ) from error
-    except (RuntimeError, EOFError, OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        raise InputError(
-            f"The teacher's checkpoint {checkpoint} is truncated or no Nerfstudio checkpoint ({_one_line(error)}). "
-            "Restore it from a copy; or delete it, if an older one is beside it; or train the teacher again."
-        ) from error
-    weights = {key.removeprefix("_model."): value for key, value in state.items() if key.startswith("_model.")}
-    if all(key.startswith("module.") for key in weights):
-        weights = {key.removeprefix("module."): value for key, value in weights.items()}
-    if not weights:
-        raise InputError(f"The teacher's checkpoint {checkpoint} holds no model: train the teacher again.")
-    return weights, step
 
 
 def _check_image_count(weights: Mapping[str, Tensor], checkpoint: Path, data: Path, num_images: int) -> None:
@@ -354,7 +374,7 @@ def _build_model(
     from nerfstudio.pipelines.base_pipeline import VanillaPipeline
     from nerfstudio.pipelines.dynamic_batch import DynamicBatchPipeline
 
-    try:
+    def build() -> Model:
         with without_lpips():
             # Copies, since models edit their configuration and metadata.
             return copy.deepcopy(config.pipeline.model).setup(
@@ -365,6 +385,11 @@ def _build_model(
                 grad_scaler=None,
                 seed_points=None,
             )
+
+    if device.type == "cpu":  # a GPU's libraries refuse what is too large by themselves
+        check_size(build, config_path)
+    try:
+        return build()
     except Exception as error:  # a method's constructor may raise anything
         if config.pipeline._target in (VanillaPipeline, DynamicBatchPipeline):
             raise InputError(_not_built(config, config_path, error)) from error
@@ -389,6 +414,7 @@ def _not_built(config: TrainerConfig, config_path: Path, error: Exception) -> st
 
 
 def _load_weights(model: Model, weights: dict[str, Tensor], step: int, checkpoint: Path) -> None:
+    check_fit(model, weights, checkpoint, "teacher")
     absent = tuple({"lpips."} | {f"{name}." for name, part in model.named_modules() if isinstance(part, AbsentLpips)})
     weights = {key: value for key, value in weights.items() if not key.startswith(absent)}
     gauss_params = getattr(model, "gauss_params", None)
@@ -421,6 +447,43 @@ def _needs_cuda(model: Model) -> bool:
     from nerfstudio.models.splatfacto import SplatfactoModel
 
     return isinstance(model, SplatfactoModel) or any(isinstance(part, OccGridEstimator) for part in model.modules())
+
+
+def _check_time(model: Model, cameras: Cameras, time: float | None, config_path: Path, method_name: str) -> None:
+    """Refuse a model that depends on time without a time, and a time for one that does not."""
+    is_dependent = _depends_on_time(model, cameras)
+    if is_dependent and time is None:
+        raise InputError(
+            f"The teacher {config_path} is a '{method_name}' whose scene changes over time, and a student holds one instant:"
+            " choose it with --teacher-time, a number from 0 to 1."
+        )
+    if time is not None and not is_dependent:
+        raise InputError(
+            f"The teacher {config_path} is a '{method_name}' whose scene does not change over time: leave --teacher-time"
+            " out."
+        )
+
+
+@torch.no_grad()
+def _depends_on_time(model: Model, cameras: Cameras) -> bool:
+    """Whether a model's views depend on the camera's time, by what it is made of, else by two small views."""
+    if getattr(model, "temporal_distortion", None) is not None:
+        return True
+    if cameras.times is None:
+        return False
+    size = 16
+    views = []
+    for time in (0.0, 1.0):
+        pose = cameras.camera_to_worlds[:1].to(model.device)
+        camera = Cameras(
+            pose, fx=size, fy=size, cx=size / 2, cy=size / 2, width=size, height=size, times=torch.tensor([[time]])
+        ).to(model.device)
+        try:
+            views.append(_first(model.get_outputs_for_camera(camera), "rgb", "rgb_fine"))
+        except Exception:  # it says so again when it is asked for its first view
+            return False
+    first, last = views
+    return first is not None and last is not None and not torch.allclose(first, last, atol=1e-6, equal_nan=True)
 
 
 def _paints_random(model: Model) -> bool:

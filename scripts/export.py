@@ -5,14 +5,15 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 from nerfstudio.utils.rich_utils import CONSOLE
 
 from r2l_nerfstudio.engines.sizes import is_grid
-from r2l_nerfstudio.errors import exit_on_input_error
+from r2l_nerfstudio.errors import command_line
 from r2l_nerfstudio.export.graph import GraphInputs, GraphPart, GraphPrecision, GraphSpec
+from r2l_nerfstudio.ranges import IntRange
 from r2l_nerfstudio.run_config import load_run_config
 from r2l_nerfstudio.student import Student, load_student
 
@@ -37,12 +38,12 @@ class GraphExport:
     directions, any number)."""
     precision: GraphPrecision = "fp32"
     """Of the network's weights and arithmetic; the encoding stays in fp32."""
-    width: int | None = None
+    width: Annotated[int, IntRange(1, 16384)] | None = None
     """Width of the image in pixels, fixed in the file. Default: 100 cells (400, 800 or 1200 pixels) for MobileR2L; 400
     for R2L, or 256 for parts of it and int8, whose rays pass through the graph in one piece."""
-    height: int | None = None
+    height: Annotated[int, IntRange(1, 16384)] | None = None
     """Height of the image in pixels, fixed in the file. Default: as for the width."""
-    step: int | None = None
+    step: Annotated[int, IntRange(0)] | None = None
     """Training step of the checkpoint; the newest by default."""
     overwrite: bool = False
     """Replace a file that is there."""
@@ -198,7 +199,7 @@ class Web:
     """Where the student's capture is now; where it was in training, by default. Its cameras say where a visitor may go."""
     runtime: Path | None = None
     """The npm package onnxruntime-web as a .tgz file; fetched by npm once, by default."""
-    step: int | None = None
+    step: Annotated[int, IntRange(0)] | None = None
     """Training step of the checkpoint; the newest by default."""
     overwrite: bool = False
     """Replace an export that is there."""
@@ -207,7 +208,7 @@ class Web:
     --overwrite is given."""
     host: str = "127.0.0.1"
     """Interface to serve on: this machine alone by default, 0.0.0.0 for all its networks."""
-    port: int = 8090
+    port: Annotated[int, IntRange(0, 65535)] = 8090
     """Port to serve on; 0 for any free one."""
 
     def main(self) -> None:
@@ -280,7 +281,7 @@ def report(
 
 def main() -> None:
     """Console entry point `r2l-export`."""
-    with exit_on_input_error():
+    with command_line():
         tyro.extras.subcommand_cli_from_dict(COMMANDS, description=__doc__, prog="r2l-export").main()
 
 

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from r2l_nerfstudio.console import progress_bar
 from r2l_nerfstudio.distillation.pose_sampling import PoseSamplerConfig
-from r2l_nerfstudio.errors import exit_on_input_error
+from r2l_nerfstudio.errors import command_line
 from r2l_nerfstudio.lpips import without_lpips
 from r2l_nerfstudio.models.metrics import psnr, ssim
 from r2l_nerfstudio.scene import Scene, band_poses, camera_in_dataparser_frame, write_capture
@@ -454,7 +454,7 @@ def command(name: str) -> str:
 
 def main() -> None:
     """Console entry point `r2l-quickstart`."""
-    with exit_on_input_error():
+    with command_line():
         tyro.cli(Quickstart, prog="r2l-quickstart", description=__doc__).main()
 
 

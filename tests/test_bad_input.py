@@ -206,10 +206,10 @@ def test_photographs_of_other_places(shift: int, tiny_capture: Path) -> None:
     dataset = InputDataset(outputs)
     teacher = PhotographicTeacher(dataset, shift)
     if shift == 0:
-        check_frame(teacher, dataset)
+        check_frame(teacher, dataset, torch.ones(3))
         return
     with pytest.raises(InputError, match="no better than from others'") as caught:
-        check_frame(teacher, dataset)
+        check_frame(teacher, dataset, torch.ones(3))
     assert "--data" in str(caught.value) and str(tiny_capture) in str(caught.value)
 
 
@@ -316,4 +316,4 @@ def test_lens_that_cannot_be_undistorted(refused, capture: Path, tmp_path: Path)
 )
 def test_shares_out_of_range(option: str, refused, tiny_teacher: Path) -> None:
     said = refused(tiny_teacher, **{f"pipeline.datamanager.{option}": 1.5})
-    assert f"--pipeline.datamanager.{option.replace('_', '-')} 1.5" in said
+    assert f"--pipeline.datamanager.{option.replace('_', '-')} must be between 0 and 1 (got 1.5)" in said

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import base64
+import contextlib
 import gzip
 import hashlib
 import math
+import os
+import socket
 import subprocess
 import tarfile
 import threading
+import time
 import urllib.error
 import urllib.request
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +24,7 @@ import torch
 
 from r2l_nerfstudio.distillation.pose_sampling import CaptureCameras, look_along
 from r2l_nerfstudio.errors import InputError
-from r2l_nerfstudio.export import web_runtime
+from r2l_nerfstudio.export import web_runtime, web_server
 from r2l_nerfstudio.export.capture_view import start_pose, view_limits
 from r2l_nerfstudio.export.graph import reduced_frequency_encode
 from r2l_nerfstudio.export.web_folder import to_rgb
@@ -142,3 +148,79 @@ def test_the_server_lets_pages_use_threads(tmp_path: Path) -> None:
                 WebServer(tmp_path, port=server.server_address[1])
         finally:
             server.shutdown()
+
+
+@pytest.fixture
+def served(tmp_path: Path) -> Iterator[WebServer]:
+    """A folder `site` beside a secret, with a page, a subfolder, and links that lead out of it."""
+    site = tmp_path / "site"
+    (site / "ort").mkdir(parents=True)
+    (site / "index.html").write_text("<script>here()</script>")
+    (site / "ort" / "a.mjs").write_text("1")
+    (site / "inside.json").symlink_to(site / "ort" / "a.mjs")
+    (tmp_path / "secret").write_text("secret")
+    (site / "secret.json").symlink_to(tmp_path / "secret")
+    (site / "out").symlink_to(tmp_path)
+    os.mkfifo(site / "pipe")
+    with WebServer(site) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield server
+        server.shutdown()
+
+
+def status(server: WebServer, path: str) -> int:
+    with socket.create_connection(("127.0.0.1", server.server_address[1]), timeout=10) as connection:
+        connection.sendall(f"GET {path} HTTP/1.0\r\n\r\n".encode())
+        return int(connection.makefile("rb").readline().split()[1])
+
+
+def test_the_server_stays_in_its_folder(served: WebServer) -> None:
+    assert [status(served, path) for path in ("/", "/index.html", "/ort/a.mjs", "/inside.json")] == [200] * 4
+    outside = [
+        "/secret.json",
+        "/out/secret",
+        "/../secret",
+        "/%2e%2e/secret",
+        "//etc/passwd",
+        "/ort",
+        "/ort/",
+        "/pipe",
+        "/no",
+    ]
+    assert {path: status(served, path) for path in outside} == dict.fromkeys(outside, 404)
+    with urllib.request.urlopen(served.address, timeout=10) as response:
+        assert response.headers["X-Content-Type-Options"] == "nosniff"
+        policy = response.headers["Content-Security-Policy"]
+    assert "frame-ancestors 'self'" in policy and "default-src 'none'" in policy and "unsafe-inline" not in policy
+    assert base64.b64encode(hashlib.sha256(b"here()").digest()).decode() in policy
+
+
+def test_the_server_outlasts_half_open_requests(served: WebServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(web_server, "SECONDS_FOR_REQUEST", 0.5)
+    before = threading.active_count()
+    waiting = []
+    for _ in range(200):
+        waiting.append(socket.create_connection(("127.0.0.1", served.server_address[1]), timeout=10))
+        with contextlib.suppress(OSError):  # closed at once, beyond the room there is
+            waiting[-1].sendall(b"GET / HTTP/1.0\r\nX-Slow: ")
+    assert threading.active_count() - before <= web_server.MOST_THREADS
+    end = time.monotonic() + 20
+    while True:
+        try:
+            if status(served, "/") == 200:
+                break
+        except (OSError, IndexError, ValueError):
+            assert time.monotonic() < end
+        # What trickles in does not buy time.
+        for connection in waiting[:20]:
+            with contextlib.suppress(OSError):
+                connection.sendall(b"a")
+        time.sleep(0.1)
+    for connection in waiting:
+        connection.close()
+
+
+@pytest.mark.parametrize("host", ["", " ", "no.such.host.invalid"])
+def test_the_server_refuses_no_host(host: str, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="--host.*127.0.0.1 for this machine"):
+        WebServer(tmp_path, host=host)

@@ -16,7 +16,6 @@ import numpy as np
 import pytest
 import torch
 from fleets import QUIET, ThreadCluster, need, ran, run_fleet, stand_in_fleet, statuses, write_folder
-from r2l_nerfstudio.scripts import fleet as script
 
 from r2l_nerfstudio.errors import InputError
 from r2l_nerfstudio.fleet import task
@@ -31,6 +30,7 @@ from r2l_nerfstudio.fleet.resume import make_loadable, newest_checkpoint
 from r2l_nerfstudio.fleet.scheduler import Scheduler
 from r2l_nerfstudio.fleet.storage import Storage, download
 from r2l_nerfstudio.fleet.table import fleet_table
+from r2l_nerfstudio.scripts import fleet as script
 
 
 @pytest.fixture(autouse=True)

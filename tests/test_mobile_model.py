@@ -13,8 +13,8 @@ from torch import Tensor
 from r2l_nerfstudio.distillation.crops import joined, sample_crops
 from r2l_nerfstudio.distillation.photograph_views import PhotographViews
 from r2l_nerfstudio.errors import InputError
-from r2l_nerfstudio.models.composited_encoding import EncodedRays
 from r2l_nerfstudio.models.any_camera import render_by_faces
+from r2l_nerfstudio.models.composited_encoding import EncodedRays
 from r2l_nerfstudio.models.mobile_r2l import MAX_CELLS, MobileR2LModel, MobileR2LModelConfig
 from r2l_nerfstudio.rays.pinhole import image_rays
 from r2l_nerfstudio.rays.spacing import SceneBounds

@@ -57,9 +57,9 @@ def taken(dataset: Painted, focal: float = 50.0, size: tuple[int, int] = (40, 52
 @pytest.mark.parametrize("lens", LENSES)
 def test_every_pixel_has_the_colour_of_its_ray(lens: str, width: int) -> None:
     views = taken(Painted(width, round(width * 44 / 60), **LENSES[lens]))
-    assert len(views) == 1 and views.pixels.shape == (1, 40, 52, 5) and not views.has_geometry
+    assert len(views) == 1 and views.pixels.shape == (1, 40, 52, 4) and not views.has_geometry
     directions = image_rays(views.camera_to_worlds[0], views.intrinsics[0], 40, 52)[1]
-    valid = views.pixels[0, ..., 4] == 1
+    valid = views.pixels[0, ..., 3] == 1
     assert valid.float().mean() > 0.8
     color = views.pixels[0, ..., :3].float() / 255
     torch.testing.assert_close(color[valid], (0.5 + 0.45 * directions)[valid], atol=0.004, rtol=0)
@@ -73,7 +73,7 @@ def test_a_view_wider_than_the_photograph_ends_where_that_ends() -> None:
     x = float(camera.cx) - 0.5 + float(camera.fx) * local[..., 0] / -local[..., 2]
     y = float(camera.cy) - 0.5 - float(camera.fy) * local[..., 1] / -local[..., 2]
     depth = torch.stack([x, 59 - x, y, 43 - y]).amin(0)
-    valid = views.pixels[0, ..., 4] == 1
+    valid = views.pixels[0, ..., 3] == 1
     # Half a pixel of the photograph after it was shrunk.
     assert valid[depth > 1].all() and not valid[depth < -1].any()
     assert 0.2 < valid.float().mean() < 0.8
@@ -85,7 +85,7 @@ def test_a_photograph_of_the_views_own_camera_is_copied() -> None:
     own = torch.tensor([float(camera.fx), float(camera.fy), float(camera.cx), float(camera.cy)]).expand(2, 4)
     views = photograph_views(dataset, [1], own, (44, 60), None, WHITE, "cpu")
     expected = (dataset.get_data(1, "float32")["image"] * 255).round().to(torch.uint8)
-    assert torch.equal(views.pixels[0, ..., :3], expected) and (views.pixels[..., 4] == 1).all()
+    assert torch.equal(views.pixels[0, ..., :3], expected) and (views.pixels[..., 3] == 1).all()
     assert torch.equal(views.camera_to_worlds[0], camera.camera_to_worlds)
 
 
@@ -94,9 +94,9 @@ def test_masked_pixels_and_what_is_read_from_them_are_not_learnt() -> None:
     dataset.mask = torch.ones(44, 60, 1, dtype=torch.bool)
     dataset.mask[10:30, 10:30] = False
     whole, masked = taken(Painted()), taken(dataset)
-    lost = (whole.pixels[0, ..., 4] == 1) & (masked.pixels[0, ..., 4] == 0)
+    lost = (whole.pixels[0, ..., 3] == 1) & (masked.pixels[0, ..., 3] == 0)
     assert 300 < lost.sum() < 500
-    kept = masked.pixels[0, ..., 4] == 1
+    kept = masked.pixels[0, ..., 3] == 1
     assert torch.equal(masked.pixels[0][kept], whole.pixels[0][kept])
 
 
@@ -106,7 +106,7 @@ def test_transparent_photographs_lie_on_the_background() -> None:
     background = torch.tensor([0.1, 0.9, 0.3])
     opaque, thin = taken(Painted()), taken(dataset, background=background)
     expected = 0.25 * opaque.pixels[..., :3].float() / 255 + 0.75 * background
-    valid = opaque.pixels[..., 4] == 1
+    valid = opaque.pixels[..., 3] == 1
     torch.testing.assert_close((thin.pixels[..., :3].float() / 255)[valid], expected[valid], atol=0.005, rtol=0)
 
 
@@ -158,6 +158,6 @@ def test_mixed_resolutions_become_one() -> None:
     views = photograph_views(mixed, [0, 1], wanted, (40, 52), None, WHITE, "cpu")
     for index in range(2):
         directions = image_rays(views.camera_to_worlds[index], views.intrinsics[index], 40, 52)[1]
-        valid = views.pixels[index, ..., 4] == 1
+        valid = views.pixels[index, ..., 3] == 1
         color = views.pixels[index, ..., :3].float() / 255
         torch.testing.assert_close(color[valid], (0.5 + 0.45 * directions)[valid], atol=0.004, rtol=0)

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import shutil
+import threading
+import time
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from nerfstudio.cameras.camera_optimizers import CameraOptimizerConfig
@@ -17,8 +21,11 @@ from nerfstudio.model_components.ray_generators import RayGenerator
 from PIL import Image
 from teachers import write_blender_capture
 
-from r2l_nerfstudio.distillation.photographs import Photographs, split_holdout
-from r2l_nerfstudio.distillation.pipeline import background_of
+from r2l_nerfstudio.distillation import photograph_views as photograph_views_module
+from r2l_nerfstudio.distillation import photographs as photographs_module
+from r2l_nerfstudio.distillation.background import background_of
+from r2l_nerfstudio.distillation.photograph_views import photograph_views
+from r2l_nerfstudio.distillation.photographs import Photographs, read_photo, split_holdout
 from r2l_nerfstudio.errors import InputError
 from r2l_nerfstudio.teacher import Teacher
 
@@ -108,23 +115,147 @@ def test_a_trained_teachers_corrections_reach_the_photographs(tiny_teacher: Path
 
 
 def test_masked_pixels_are_never_drawn(capture: Path) -> None:
+    masks = {index: np.zeros((24, 24), dtype=np.uint8) for index in range(8)}
+    for index, mask in masks.items():
+        mask[index : index + 9, 5:19] = 255
+    write_masks(capture, masks)
+    dataset = dataset_of(capture)
+    photographs = Photographs(dataset, [0, 1, 2, 3, 4, 5], None, WHITE, "cpu")
+    assert photographs.pixels.shape == (6 * 24 * 24, 4)
+    counts = photographs.pixels[:, 3].view(6, 24, 24)
+    assert int(counts.sum()) == 6 * 9 * 14
+    for view in range(6):
+        assert torch.equal(counts[view].bool(), dataset.get_data(view)["mask"][..., 0])
+    drawn = photographs.sample(20000, torch.Generator().manual_seed(0))
+    assert 0.98 < drawn.weight.mean() <= 1.0
+    # Every pixel that counts is drawn about as often as any other.
+    rays = photographs.rays(counts.flatten().nonzero()[:, 0])
+    nearest = torch.cdist(drawn.directions[drawn.weight[:, 0] > 0][:2000], rays.directions).amin(-1)
+    assert nearest.max() < 1e-3  # neighbours are forty times as far apart
+
+
+def test_photos_that_masks_cover_are_left_out(capture: Path, capsys: pytest.CaptureFixture) -> None:
+    masks = {index: 0 if index in (1, 2) else 255 for index in range(8)}
+    write_masks(capture, {index: np.full((24, 24), value, np.uint8) for index, value in masks.items()})
+    dataset = dataset_of(capture)  # of the files 1, 2, 3, 5, 6, 7
+    photographs = Photographs(dataset, [0, 1, 2], None, WHITE, "cpu")
+    assert len(photographs) == 1 and len(photographs.pixels) == 24 * 24
+    assert torch.equal(photographs.rays(torch.tensor([0])).origins, dataset.cameras.camera_to_worlds[2:3, :, 3])
+    assert "Leaving out 2 photos" in capsys.readouterr().out
+    assert len(Photographs(dataset, [0, 1], None, WHITE, "cpu")) == 0
+    views = photograph_views(dataset, [0, 1, 2], INTRINSICS.expand(6, 4), (24, 24), None, WHITE, "cpu")
+    assert len(views) == 1 and torch.equal(views.camera_to_worlds[0], dataset.cameras.camera_to_worlds[2])
+
+
+def write_masks(capture: Path, masks: dict[int, np.ndarray]) -> None:
     meta = json.loads((capture / "transforms.json").read_text())
     (capture / "masks").mkdir()
     for index, frame in enumerate(meta["frames"]):
-        mask = np.zeros((24, 24), dtype=np.uint8)
-        mask[index : index + 9, 5:19] = 255
         frame["mask_path"] = f"masks/{index:03d}.png"
-        Image.fromarray(mask).save(capture / frame["mask_path"])
+        Image.fromarray(masks[index]).save(capture / frame["mask_path"])
     edit(capture, frames=meta["frames"])
+
+
+INTRINSICS = torch.tensor([24.0, 24.0, 12.0, 12.0])
+
+
+def test_photos_take_three_bytes_a_pixel_and_one_more_photo_while_they_load(tmp_path: Path) -> None:
+    capture, size, count = large_capture(tmp_path), 1000, 12
+    dataset = InputDataset(
+        NerfstudioDataParserConfig(data=capture, eval_mode="all").setup().get_dataparser_outputs("train")
+    )
+    Photographs(dataset, [0], None, WHITE, "cpu")  # what is loaded once
+    gc.collect()
+    process = psutil.Process()
+    before = process.memory_info().rss
+    peak, done = [0], threading.Event()
+
+    def watch() -> None:
+        while not done.is_set():
+            peak[0] = max(peak[0], process.memory_info().rss)
+            time.sleep(0.002)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    photographs = Photographs(dataset, list(range(count)), None, WHITE, "cpu")
+    done.set()
+    watcher.join()
+    assert photographs.pixels.shape == (count * size * size, 3) and photographs.pixels.dtype == torch.uint8
+    assert (peak[0] - before) / (count * size * size) < 4.0 + 9.0 / count
+
+
+def test_photos_shrink_where_memory_is_short(capture: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     dataset = dataset_of(capture)
-    photographs = Photographs(dataset, [0, 1, 2, 3, 4, 5], None, WHITE, "cpu")
-    assert len(photographs.pixels) == 6 * 9 * 14
-    for view in range(6):
-        rows = photographs.rows[photographs.views == view]
-        columns = photographs.columns[photographs.views == view]
-        first = int(dataset.image_filenames[view].stem)
-        assert (rows.min(), rows.max(), columns.min(), columns.max()) == (first, first + 8, 5, 18)
-        assert dataset.get_data(view)["mask"][rows.long(), columns.long()].all()
+    whole = Photographs(dataset, [1, 4], None, WHITE, "cpu")
+    monkeypatch.setattr(photographs_module, "free_memory", lambda device: 24 * 24 * 3 * 2 / 0.4 / 3.9)
+    small = Photographs(dataset, [1, 4], None, WHITE, "cpu")
+    assert len(small.pixels) == 2 * 12 * 12
+    assert "1/2 of their width and height" in capsys.readouterr().out
+    # A pixel of the small photo has the mean colour of four, and the ray through their middle.
+    colors = whole.pixels[:576].view(12, 2, 12, 2, 3).float().mean(dim=(1, 3)).reshape(-1, 3)
+    assert (small.pixels[:144].float() - colors).abs().max() <= 1
+    rays = whole.rays(torch.arange(576)).directions.view(12, 2, 12, 2, 3).mean(dim=(1, 3)).reshape(-1, 3)
+    mean = torch.nn.functional.normalize(rays, dim=-1)
+    torch.testing.assert_close(small.rays(torch.arange(144)).directions, mean, atol=1e-3, rtol=0)
+    monkeypatch.setattr(photograph_views_module, "free_memory", lambda device: 24 * 24 * 4 * 3 / 0.4)
+    views = photograph_views(dataset, [0, 1, 2, 3, 4], INTRINSICS.expand(6, 4), (24, 24), None, WHITE, "cpu")
+    assert len(views) == 3 and "3 of 5 photos" in capsys.readouterr().out
+    assert views.pixels.shape[-1] == 4 and views.depth.untyped_storage().nbytes() <= 2
+
+
+def large_capture(folder: Path, size: int = 1000, count: int = 12) -> Path:
+    (folder / "images").mkdir()
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (size, size, 3), dtype=np.uint8)).save(
+        folder / "images/0.bmp"
+    )
+    frames = []
+    for index in range(count):
+        if index:
+            shutil.copyfile(folder / "images/0.bmp", folder / f"images/{index}.bmp")
+        pose = np.eye(4)
+        pose[0, 3] = index
+        frames.append({"file_path": f"images/{index}.bmp", "transform_matrix": pose.tolist()})
+    camera = {"w": size, "h": size, "fl_x": size, "fl_y": size, "cx": size / 2, "cy": size / 2}
+    (folder / "transforms.json").write_text(json.dumps({**camera, "frames": frames}))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("mode", "said"),
+    [
+        ("CMYK", "CMYK"),
+        ("P", "a palette"),
+        ("I;16", "mode I;16"),
+        ("LA", "grey with alpha"),
+        ("1", "one bit"),
+        ("F", "mode F"),
+    ],
+)
+def test_images_that_nerfstudio_misreads(mode: str, said: str, capture: Path) -> None:
+    file = capture / "images" / "001.png"
+    with Image.open(file) as image:
+        grey = image.convert("L")
+        other = Image.fromarray(np.array(grey).astype(np.uint16) * 256) if mode == "I;16" else image.convert(mode)
+    other.save(file, format={"CMYK": "JPEG", "F": "TIFF"}.get(mode, "PNG"))
+    with pytest.raises(InputError, match=f"001.png is an image of an unusual kind .*{said}.*8-bit RGB"):
+        read_photo(dataset_of(capture), 0, WHITE)
+
+
+@pytest.mark.parametrize("mode", ["L", "RGB"])
+def test_images_that_nerfstudio_reads(mode: str, capture: Path) -> None:
+    file = capture / "images" / "001.png"
+    with Image.open(file) as image:
+        image.convert(mode).save(file)
+        expected = np.array(image.convert(mode).convert("RGB"))
+    assert np.array_equal(read_photo(dataset_of(capture), 0, WHITE).rgb, expected)
+
+
+@pytest.mark.parametrize(("size", "said"), [((24, 36), "on its side"), ((12, 12), "restore the photos")])
+def test_photos_of_another_size_than_their_cameras(size: tuple[int, int], said: str, capture: Path) -> None:
+    edit(capture, w=36, h=24)
+    Image.new("RGB", size).save(capture / "images" / "001.png")
+    with pytest.raises(InputError, match=f"001.png has {size[0]}x{size[1]} pixels, and its camera 36x24.*{said}"):
+        read_photo(dataset_of(capture), 0, WHITE)
 
 
 def test_transparent_photographs_lie_on_the_background(tmp_path: Path) -> None:
@@ -134,7 +265,7 @@ def test_transparent_photographs_lie_on_the_background(tmp_path: Path) -> None:
         dataset = InputDataset(config.setup().get_dataparser_outputs("train"))
         background = torch.tensor([0.1, 0.7, 0.3])
         photographs = Photographs(dataset, [0, 1], None, background, "cpu")
-        assert photographs.pixels.shape[-1] == (4 if alpha_color is None else 3)
+        assert photographs.pixels.shape[-1] == 3
         sample = photographs.rays(torch.arange(576))
         with Image.open(dataset.image_filenames[0]) as image:
             pixels = torch.from_numpy(np.array(image)).reshape(-1, 4).float() / 255

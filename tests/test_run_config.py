@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import os
+import re
 import sys
 from pathlib import Path
 
@@ -37,9 +40,10 @@ def plugin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     folder.mkdir(parents=True)
     (folder / "__init__.py").write_text(
         "from dataclasses import dataclass\n"
+        "from nerfstudio.models.nerfacto import NerfactoModelConfig\n"
         "from os import system\n"
         "@dataclass\n"
-        "class BallConfig:\n"
+        "class BallConfig(NerfactoModelConfig):\n"
         "    radius: float = 1.0\n"
         "    def __post_init__(self):\n"
         "        raise RuntimeError('code of the plugin ran')\n"
@@ -143,17 +147,170 @@ def test_method_that_is_not_installed(config_file: Path, config_text: str) -> No
 def test_plugins_are_read_once_registered(
     plugin: str, config_file: Path, config_text: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config_file.write_text(config_text + f"extra: !!python/object:{plugin}.BallConfig {{radius: 2.0}}\n")
+    model = "model: !!python/object:nerfstudio.models.nerfacto.NerfactoModelConfig"
+    assert model in config_text
+    text = config_text.replace(model, f"model: !!python/object:{plugin}.BallConfig\n    radius: 2.0")
+    config_file.write_text(text)
     monkeypatch.delenv("NERFSTUDIO_METHOD_CONFIGS", raising=False)
     message = _error(config_file)
     assert f"{plugin}.BallConfig" in message and "registered" in message
     assert plugin not in sys.modules  # not even imported
 
     monkeypatch.setenv("NERFSTUDIO_METHOD_CONFIGS", f"ball={plugin}:method")
-    assert load_run_config(config_file).extra.radius == 2.0
+    assert load_run_config(config_file).pipeline.model.radius == 2.0
 
     config_file.write_text(config_text + f"extra: !!python/name:{plugin}.system\n")
     assert f"{plugin}.system" in _error(config_file)  # os.system under the plugin's name
+
+
+MODEL = "_target: !!python/name:nerfstudio.models.nerfacto.NerfactoModel ''"
+DATAPARSER = "_target: !!python/name:nerfstudio.data.dataparsers.nerfstudio_dataparser.Nerfstudio ''"
+DATAMANAGER = "_target: !!python/name:nerfstudio.data.datamanagers.parallel_datamanager.ParallelDataManager ''"
+
+
+def _named(name: str) -> str:
+    return f"_target: !!python/name:{name} ''"
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "named"),
+    [
+        # Functions of allowed packages, and classes of another role.
+        (DATAPARSER, _named("nerfstudio.utils.install_checks.check_colmap_installed"), "check_colmap_installed"),
+        (MODEL, _named("r2l_nerfstudio.engines.inductor.build"), "r2l_nerfstudio.engines.inductor.build"),
+        (MODEL, _named("nerfstudio.utils.eval_utils.eval_setup"), "eval_setup"),
+        (MODEL, _named("nerfstudio.data.dataparsers.nerfstudio_dataparser.Nerfstudio"), "a Model is expected"),
+        (MODEL, _named("nerfstudio.models.base_model.ModelConfig"), "a Model is expected"),
+        (MODEL, _named("nerfstudio.configs.external_methods.ExternalMethodDummyTrainerConfig"), "a Model is expected"),
+        (MODEL, "_target: null", "not a class"),
+        (MODEL, "_target: 5", "not a class"),
+        (DATAMANAGER, _named("nerfstudio.models.nerfacto.NerfactoModel"), "a DataManager is expected"),
+        (
+            "_target: &id001 !!python/name:torch.optim.adam.Adam ''",
+            _named("torch.optim.swa_utils.AveragedModel").replace("_target:", "_target: &id001"),
+            "Optimizer",
+        ),
+        (
+            "relative_model_dir:",
+            "setup: !!python/name:nerfstudio.utils.eval_utils.eval_setup ''\nrelative_model_dir:",
+            "'setup'",
+        ),
+        ("relative_model_dir:", "save_config: 5\nrelative_model_dir:", "'save_config'"),
+        ("relative_model_dir:", "__dict__: {}\nrelative_model_dir:", "'__dict__'"),
+        (
+            "collate_fn: !!python/name:nerfstudio.data.utils.nerfstudio_collate.nerfstudio_collate ''",
+            "collate_fn: !!python/name:nerfstudio.utils.install_checks.check_ffmpeg_installed ''",
+            "check_ffmpeg_installed",
+        ),
+        # A dataparser that unpickles what it reads.
+        (DATAPARSER, _named("nerfstudio.data.dataparsers.minimal_dataparser.MinimalDataParser"), "unpickles"),
+        (
+            "dataparser: !!python/object:nerfstudio.data.dataparsers.nerfstudio_dataparser.NerfstudioDataParserConfig",
+            "dataparser: !!python/object:nerfstudio.data.dataparsers.minimal_dataparser.MinimalDataParserConfig",
+            "unpickles",
+        ),
+    ],
+)
+def test_targets_and_fields_of_another_role(
+    old: str, new: str, named: str, config_file: Path, config_text: str
+) -> None:
+    assert old in config_text
+    config_file.write_text(config_text.replace(old, new, 1))
+    assert named in _error(config_file)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "named"),
+    [
+        ("timestamp", "2001-99-99", "damaged"),
+        ("timestamp", "2001-01-01", "timestamp"),
+        ("max_num_iterations", "1" + "0" * 5000, "damaged"),
+        ("max_num_iterations", "many", "max_num_iterations is 'many', and int is expected"),
+        ("max_num_iterations", "-1", "max_num_iterations must be between 0"),
+        ("experiment_name", "[" * 900 + "]" * 900, "damaged"),
+        ("experiment_name", "&a [*a]", "damaged"),
+        ("experiment_name", "{[1]: 2}", "damaged"),
+        ("vis", "hologram", "'viewer' or 'wandb'"),
+        ("relative_model_dir", "null", "relative_model_dir is None, and Path is expected"),
+        ("load_dir", "5", "load_dir is 5"),
+        ("machine", "3", "MachineConfig"),
+        ("optimizers", "[]", "optimizers"),
+        ("optimizers", "{fields: 1}", "optimizers.fields"),
+        ("pipeline.datamanager.dataparser", "nerfstudio-data", "DataParserConfig"),
+        ("pipeline.datamanager.data", "5", "pipeline.datamanager.data is 5"),
+        ("pipeline.datamanager.camera_res_scale_factor", "0", "camera_res_scale_factor must be above 0"),
+        ("pipeline.datamanager.camera_res_scale_factor", ".nan", "camera_res_scale_factor is nan"),
+        ("pipeline.model.background_color", "beige", "'last_sample'"),
+        ("pipeline.model.eval_num_rays_per_chunk", "0", "eval_num_rays_per_chunk must be at least 1"),
+        ("pipeline.model.num_levels", "1.5", "num_levels is 1.5, and int is expected"),
+        ("machine.seed", "-1", "machine.seed must be between 0"),
+        ("viewer.websocket_port", "70000", "viewer.websocket_port must be between 0 and 65535"),
+    ],
+)
+def test_values_that_no_field_can_have(field: str, value: str, named: str, config_file: Path) -> None:
+    config_file.write_text(_with_value(field, value))
+    assert named in _error(config_file)
+
+
+def _with_value(field: str, value: str) -> str:
+    """The YAML of nerfacto's configuration with one field's value replaced by other text."""
+    config = copy.deepcopy(_stock_config("nerfacto"))
+    *parents, name = field.split(".")
+    holder = config
+    for parent in parents:
+        holder = getattr(holder, parent)
+    assert hasattr(holder, name)
+    setattr(holder, name, "PLACEHOLDER")
+    return yaml.dump(config).replace("PLACEHOLDER", value)
+
+
+def test_fields_of_another_version_are_dropped(
+    config_file: Path, config_text: str, capsys: pytest.CaptureFixture
+) -> None:
+    config_file.write_text(config_text + "of_the_future: {a: [1, 2]}\n")
+    assert not hasattr(load_run_config(config_file), "of_the_future")
+    assert "of_the_future" in capsys.readouterr().out
+
+
+def test_fields_that_are_missing_have_their_defaults(config_file: Path, config_text: str) -> None:
+    text = re.sub(r"^logging: .*?^(?=\w)", "", config_text, flags=re.MULTILINE | re.DOTALL)
+    assert text != config_text
+    config_file.write_text(text)
+    assert load_run_config(config_file).logging.steps_per_log == 10
+
+
+def test_paths_written_by_hand(config_file: Path) -> None:
+    config_file.write_text(_with_value("pipeline.datamanager.data", "/captures/ball"))
+    assert load_run_config(config_file).pipeline.datamanager.data == Path("/captures/ball")
+
+
+def test_aliases_that_multiply(config_file: Path, config_text: str) -> None:
+    lines = ["bomb0: &b0 [x, x, x, x, x, x, x, x, x]"]
+    lines += [f"bomb{i}: &b{i} [{', '.join([f'*b{i - 1}'] * 9)}]" for i in range(1, 12)]
+    config_file.write_text(config_text + "\n".join(lines) + "\n")
+    assert load_run_config(config_file).method_name == "nerfacto"
+
+
+def test_no_ordinary_file(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "config.yml")
+    with pytest.raises(InputError):
+        load_run_config(tmp_path / "config.yml")
+    with pytest.raises(InputError):
+        load_run_config(tmp_path)
+
+
+def test_pinned_checkpoint(config_file: Path, config_text: str) -> None:
+    folder = config_file.parent / "nerfstudio_models"
+    folder.mkdir()
+    for step in (10, 2000):
+        (folder / f"step-{step:09d}.ckpt").touch()
+    config_file.write_text(config_text.replace("load_step: null", "load_step: 10"))
+    config = load_run_config(config_file)
+    assert checkpoint_path(config, config_file).name == "step-000000010.ckpt"
+    assert checkpoint_path(config, config_file, step=2000).name == "step-000002000.ckpt"
+    config.load_step = 11
+    with pytest.raises(InputError, match=r"load_step.*\[10, 2000\].*null for the newest"):
+        checkpoint_path(config, config_file)
 
 
 @pytest.mark.parametrize("part", [0.0, 0.003, 0.1, 0.25, 0.4, 0.5, 0.65, 0.8, 0.9, 0.95])

@@ -101,7 +101,7 @@ def test_tells_a_damaged_checkpoint(damage: str, tmp_path: Path) -> None:
         file.write_text("weights")
     else:
         torch.save({"step": 7} if damage == "no pipeline" else {"step": 7, "pipeline": Path}, file)
-    with pytest.raises(InputError, match="damaged or no checkpoint"):
+    with pytest.raises(InputError, match="damaged or (no checkpoint|holds more than tensors)"):
         load_student(config)
 
 

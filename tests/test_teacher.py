@@ -169,7 +169,7 @@ def test_one_camera_at_a_time_left_as_it_was(tiny_teacher: Path) -> None:
         config = NerfactoModelConfig()
 
         def get_outputs_for_camera(self, camera: Cameras) -> dict:
-            camera.rescale_output_resolution(0.5)
+            camera.fx *= 0.5
             camera.camera_to_worlds += 1
             return {"rgb": torch.zeros(int(camera.height), int(camera.width), 3)}
 
@@ -181,7 +181,7 @@ def test_one_camera_at_a_time_left_as_it_was(tiny_teacher: Path) -> None:
     teacher = replace(Teacher.load(tiny_teacher), model=Editing())
     cameras = teacher.dataparser_outputs.cameras
     before = copy.deepcopy(cameras)
-    assert teacher.view(cameras[0]).rgb.shape == (12, 12, 3)  # of batch shape ()
+    assert teacher.view(cameras[0]).rgb.shape == (24, 24, 3)  # of batch shape ()
     view = teacher.view(cameras[:1])
     assert view.accumulation is None and view.depth is None
     assert _equal(cameras, before)
@@ -423,7 +423,7 @@ def test_checkpoint_trained_with_tiny_cuda_nn(run: Path, edit_checkpoint) -> Non
 
 
 def test_model_that_cannot_be_built(run: Path) -> None:
-    _edit_config(run, "hidden_dim_color: 16", "hidden_dim_color: many")
+    _edit_config(run, "hidden_dim_color: 16", "hidden_dim_color: -3")
     message = _error(run)
     assert "cannot be built" in message and str(run / "config.yml") in message
 

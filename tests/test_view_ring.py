@@ -1,5 +1,11 @@
 """The ring of teacher views: right rays with right colours, and what happens when something is wrong."""
 
+import errno
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
 import psutil
 import pytest
 import torch
@@ -166,3 +172,112 @@ def test_records_keep_every_field() -> None:
     assert records.shape == (7, RECORD_WIDTH)
     assert torch.equal(RaySample.from_records(records).depth, sample.depth)
     assert torch.equal(RaySample.from_records(records).geometry_weight, sample.geometry_weight)
+
+
+# The cache.
+
+
+def stored(file: Path) -> dict[str, np.ndarray]:
+    with np.load(file) as content:
+        return dict(content)
+
+
+def with_field(name: str, change):
+    def edit(file: Path) -> None:
+        content = stored(file)
+        content[name] = change(content[name])
+        # Its hash is that of the changed numbers: whoever changed them can do that too.
+        content["sha256"] = np.array(view_ring._digest({k: v for k, v in content.items() if k != "sha256"}))
+        np.savez_compressed(file, **content)
+
+    return edit
+
+
+def flip_a_pixel(file: Path) -> None:
+    content = stored(file)
+    content["pixels"][3, 3, 0] ^= 1
+    np.savez_compressed(file, **content)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        with_field("camera_to_world", lambda pose: pose * np.nan),
+        with_field("camera_to_world", lambda pose: pose.astype(np.float64)),
+        with_field("intrinsics", lambda intrinsics: -intrinsics),
+        with_field("intrinsics", lambda intrinsics: intrinsics[:2]),
+        with_field("depth", lambda depth: depth[:3]),
+        with_field("depth", lambda depth: depth * np.inf),
+        with_field("pixels", lambda pixels: pixels[..., :4]),
+        with_field("pixels", lambda pixels: np.zeros((4000, 4000, 5), np.uint8)),
+        with_field("pixels", lambda pixels: pixels.astype(object)),
+        flip_a_pixel,
+    ],
+)
+def test_cached_views_that_cannot_be_are_rendered_again(damage, tmp_path: Path) -> None:
+    truth = renderer(cache_dir=tmp_path).render(0)
+    (file,) = tmp_path.glob("*.npz")
+    before = stored(file)
+    damage(file)
+    again = renderer(cache_dir=tmp_path).render(0)
+    assert torch.equal(again.pixels, truth.pixels) and torch.equal(again.camera_to_world, truth.camera_to_world)
+    assert stored(file)["sha256"] == before["sha256"]
+
+
+def test_a_full_disk_ends_the_cache_and_nothing_else(tmp_path: Path, monkeypatch, capsys) -> None:
+    made = renderer(cache_dir=tmp_path / "views")
+
+    def fail(path: Path, data: bytes) -> None:
+        path.open("wb").write(data[:100])
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", fail)
+    ring = ViewRing(made, 3, "cpu")
+    ring.fill()
+    assert len(ring) == 3 and made.cache_dir is None
+    assert " ".join(capsys.readouterr().out.split()).count("Going on without the cache") == 1
+    assert not list((tmp_path / "views").iterdir())
+
+
+def test_a_cache_folder_that_cannot_be_made(tmp_path: Path, capsys) -> None:
+    (tmp_path / "file").write_text("")
+    assert renderer(cache_dir=tmp_path / "file").cache_dir is None
+    assert "Going on without the cache" in capsys.readouterr().out
+
+
+def test_what_a_killed_process_left_is_cleaned_up(tmp_path: Path) -> None:
+    names = ("view_0_1.999999999.partial", f"view_0_2.{os.getpid()}.partial", "a.partial")
+    old, own, fresh = (tmp_path / name for name in names)
+    for file in (old, own, fresh):
+        file.touch()
+    for file in (old, own):
+        os.utime(file, (0, 0))
+    renderer(cache_dir=tmp_path)
+    assert not old.exists() and own.exists() and fresh.exists()
+
+
+# Odd teachers.
+
+
+class OddTeacher(SceneTeacher):
+    """Gives some outputs as other numbers."""
+
+    def __init__(self, **numbers: float) -> None:
+        super().__init__()
+        self.numbers = numbers
+
+    def view(self, camera):
+        outputs = super().view(camera)
+        return replace(outputs, **{k: torch.full_like(getattr(outputs, k), v) for k, v in self.numbers.items()})
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("name", ["depth", "accumulation"])
+def test_outputs_that_are_never_finite_count_as_missing(name: str, value: float) -> None:
+    made = renderer(OddTeacher(**{name: value}))
+    assert made.survey.has_depth == (name != "depth") and made.survey.has_accumulation == (name != "accumulation")
+    view, truth = made.render(0), renderer().render(0)
+    assert torch.equal(view.pixels[..., :3], truth.pixels[..., :3])
+    assert (view.depth == 0).all() if name == "depth" else (view.pixels[..., 3] == 255).all()
+    bounds = made.survey.bounds(made.sampler.cameras)
+    assert np.isfinite([*bounds.center, bounds.radius, bounds.near, bounds.far]).all()

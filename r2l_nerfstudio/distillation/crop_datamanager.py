@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Annotated
 
 import torch
 from jaxtyping import Float
@@ -15,6 +16,7 @@ from r2l_nerfstudio.distillation.datamanager import Batch, DistillationDataManag
 from r2l_nerfstudio.distillation.photograph_views import PhotographViews, photograph_views
 from r2l_nerfstudio.distillation.pose_sampling import CaptureCameras, PoseSamplerConfig
 from r2l_nerfstudio.errors import InputError
+from r2l_nerfstudio.ranges import IntRange
 
 HOLDOUT_PIXELS = 32768
 
@@ -29,7 +31,7 @@ class CropDataManagerConfig(DistillationDataManagerConfig):
     )
     """Where teacher views are taken from. One focal length: the student draws at the pitch it was trained at, and zooming
     out shows more of what it knows, not the same coarser."""
-    crop_cells: int = 8
+    crop_cells: Annotated[int, IntRange(1, 4096)] = 8
     """Cells along each side of a crop; fewer where a view has fewer."""
 
 
@@ -88,6 +90,4 @@ class CropDataManager(DistillationDataManager):
     ) -> Batch:
         cells = self.cells
         num_crops = max(1, round(num_pixels / (cells * self.factor) ** 2))
-        return sample_crops(
-            source, num_crops, cells, self.factor, generator, foreground_fraction, self.rays_per_cell
-        )
+        return sample_crops(source, num_crops, cells, self.factor, generator, foreground_fraction, self.rays_per_cell)

@@ -19,8 +19,8 @@ from r2l_nerfstudio.rays.ray_image import MARGIN, ray_image_intrinsics
 class Views(Protocol):
     """Pinhole views of one size: a ring of teacher views, or undistorted photographs."""
 
-    pixels: UInt8[Tensor, "capacity height width 5"]
-    """rgb, accumulation, and 1 where the colour is to be learnt."""
+    pixels: UInt8[Tensor, "capacity height width channels"]
+    """rgb, accumulation where it is known, and 1 where the colour is to be learnt."""
     depth: Float[Tensor, "capacity height width"]
     camera_to_worlds: Float[Tensor, "capacity 3 4"]
     intrinsics: Float[Tensor, "capacity 4"]
@@ -90,12 +90,12 @@ def sample_crops(
     pixels = views.pixels[chosen[:, None, None], rows, columns]
     at = torch.stack([columns.expand(-1, side, -1), rows.expand(-1, -1, side)], dim=-1) + 0.5
     pixel_origins, pixel_directions = pinhole_rays(poses, intrinsics[:, None, None], at)
-    weight = pixels[..., 4:5].float()
+    weight = pixels[..., -1:].float()
     target = RaySample(
         origins=pixel_origins,
         directions=pixel_directions,
         rgb=pixels[..., :3].float() / 255,
-        accumulation=pixels[..., 3:4].float() / 255,
+        accumulation=pixels[..., 3:4].float() / 255 if pixels.shape[-1] == 5 else torch.ones_like(weight),
         depth=views.depth[chosen[:, None, None], rows, columns].float()[..., None],
         weight=weight,
         geometry_weight=weight if views.has_geometry else torch.zeros_like(weight),

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 import tyro
@@ -32,12 +32,13 @@ from r2l_nerfstudio.distillation.ray_sample import RaySample
 from r2l_nerfstudio.distillation.survey import Survey
 from r2l_nerfstudio.distillation.view_ring import TeacherView, ViewRenderer, ViewRing
 from r2l_nerfstudio.errors import InputError
+from r2l_nerfstudio.ranges import FloatRange, IntRange
 from r2l_nerfstudio.teacher import Teacher
 
 HOLDOUT_VIEWS = 4
-SHARES = ("real_fraction", "hard_fraction", "holdout_fraction", "foreground_fraction", "refresh_share")
-"""Settings that are shares of something."""
 HOLDOUT_SEED_OFFSET = 7_654_321
+MOST_FAILURES = 3
+"""Teacher views in a row that may fail while training before no more are rendered."""
 
 
 @dataclass
@@ -47,27 +48,27 @@ class DistillationDataManagerConfig(VanillaDataManagerConfig):
     _target: type = field(default_factory=lambda: DistillationDataManager)
     dataparser: tyro.conf.Suppress[DataParserConfig] = field(default_factory=NerfstudioDataParserConfig)
     """Inherited from the teacher, so that both live in one frame."""
-    train_num_rays_per_batch: int = 65536
+    train_num_rays_per_batch: Annotated[int, IntRange(1, 10**8)] = 65536
     """Pixels per training iteration."""
-    num_views: int = 300
+    num_views: Annotated[int, IntRange(1, 10**7)] = 300
     """Teacher views held on the device."""
-    view_downscale: float = 1.0
+    view_downscale: Annotated[float, FloatRange(0.01, 1024)] = 1.0
     """Teacher views are this much smaller than the training photographs."""
     pose_sampler: PoseSamplerConfig = field(default_factory=PoseSamplerConfig)
     """Where teacher views are taken from."""
-    foreground_fraction: float = 0.75
+    foreground_fraction: Annotated[float, FloatRange(0, 1)] = 0.75
     """Share of what is drawn from teacher views where the teacher sees something: a white background is soon learnt."""
-    refresh_share: float = 0.15
+    refresh_share: Annotated[float, FloatRange(0, 1)] = 0.15
     """Share of the training time that may go into replacing teacher views by new ones; 0 keeps the first ones."""
-    real_iterations: int = 2000
+    real_iterations: Annotated[int, IntRange(0, 10**9)] = 2000
     """The last iterations mix in rays of the photographs; 0 learns from the teacher alone."""
-    real_fraction: float = 0.5
+    real_fraction: Annotated[float, FloatRange(0, 1)] = 0.5
     """Share of photographs in those iterations."""
-    holdout_fraction: float = 0.1
+    holdout_fraction: Annotated[float, FloatRange(0, 1)] = 0.1
     """Share of the training photographs that is only watched, never learnt."""
     cache_dir: Path | None = None
     """Folder to keep rendered teacher views in, so that another run with this teacher starts at once."""
-    seed: int = 42
+    seed: Annotated[int, IntRange(0, 2**31 - 1)] = 42
     """Of the pseudo cameras."""
     fill_minutes: tyro.conf.Suppress[float | None] = None
     """Training begins after so long, however few views there are; set from --max-minutes."""
@@ -112,17 +113,11 @@ class DistillationDataManager(VanillaDataManager[InputDataset]):
         """As `VanillaDataManager`.
 
         Raises:
-            InputError: if a share is out of range, or the capture cannot be read.
+            InputError: if the capture cannot be read.
         """
-        for name in SHARES:
-            if not 0.0 <= getattr(config, name, 0.0) <= 1.0:
-                raise InputError(
-                    f"--pipeline.datamanager.{name.replace('_', '-')} {getattr(config, name)} is no share: give a number"
-                    " from 0 to 1."
-                )
         try:
             super().__init__(config, *args, **kwargs)
-        except Exception as error:  # every dataparser has failures of its own
+        except (Exception, SystemExit) as error:  # every dataparser has failures of its own
             raise InputError(
                 f"The capture {config.data or config.dataparser.data} cannot be read ({' '.join(str(error).split())}):"
                 " put it back, or name its new place with --data (ns-train) or in the run's config.yml"
@@ -148,7 +143,9 @@ class DistillationDataManager(VanillaDataManager[InputDataset]):
         """The training cameras as pinholes of the size and focal lengths that teacher views have."""
         return capture_cameras(self.train_dataset.cameras, self.config.view_downscale)
 
-    def attach_teacher(self, teacher: Teacher, survey: Survey, background: Float[Tensor, "3"], factor: int, rays_per_cell: int = 1) -> None:
+    def attach_teacher(
+        self, teacher: Teacher, survey: Survey, background: Float[Tensor, "3"], factor: int, rays_per_cell: int = 1
+    ) -> None:
         """Fill the ring of teacher views and read the photographs.
 
         Args:
@@ -182,9 +179,16 @@ class DistillationDataManager(VanillaDataManager[InputDataset]):
             kept, held = split_holdout(len(self.train_dataset), config.holdout_fraction)
             corrections = teacher.pose_corrections()
             self.photographs = self.read_photographs(kept, corrections)
-            if held:
+            if len(self.photographs) == 0:
+                CONSOLE.print("[yellow]No photo has a pixel outside its mask: learning from the teacher only.")
+                self.photographs = None
+            if held and self.photographs is not None:
                 generator = torch.Generator().manual_seed(config.seed)
-                self.held_photographs = self.hold_out(self.read_photographs(held, corrections), generator)
+                watched = self.read_photographs(held, corrections)
+                if len(watched):
+                    self.held_photographs = self.hold_out(watched, generator)
+                else:
+                    CONSOLE.print("[yellow]No held-out photo has a pixel outside its mask: no figure against photos.")
         held_ring = ViewRing(renderer(seed + HOLDOUT_SEED_OFFSET, None), HOLDOUT_VIEWS, self.device)
         held_ring.fill()
         self.held_views = self.hold_out(held_ring, None)
@@ -196,6 +200,7 @@ class DistillationDataManager(VanillaDataManager[InputDataset]):
         self._renderer_thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="teacher")
         self._side_stream = torch.cuda.Stream(self.device) if torch.device(self.device).type == "cuda" else None
         self._next_view: Future[TeacherView] | None = None
+        self._failures = 0
 
     @abstractmethod
     def read_photographs(self, indices: list[int], corrections: Float[Tensor, "num_train 3 4"] | None) -> Any:
@@ -269,11 +274,27 @@ class DistillationDataManager(VanillaDataManager[InputDataset]):
             self._training_seconds += now - self._last_call
         self._last_call = now
         if self._next_view is not None and self._next_view.done():
-            self.ring.put(self._next_view.result())
+            self._take(self._next_view)
             self._next_view = None
+        if self._failures >= MOST_FAILURES:
+            return
         spent = self.ring.renderer.seconds - self._seconds_before
         if self._next_view is None and spent < self.config.refresh_share * self._training_seconds:
             self._next_view = self._renderer_thread.submit(self._render_next)
+
+    def _take(self, rendered: Future[TeacherView]) -> None:
+        """Put a view into the ring; one that failed ends no training that has others to learn from."""
+        try:
+            self.ring.put(rendered.result())
+            self._failures = 0
+        except Exception as error:  # a method may raise anything, and a GPU's memory may be full for a moment
+            self._failures += 1
+            if self._failures == MOST_FAILURES:
+                CONSOLE.print(
+                    f"[bold yellow]No more teacher views, after {MOST_FAILURES} failures ({type(error).__name__}:"
+                    f" {' '.join(str(error).split())[:300]}): training goes on with the {len(self.ring)} there are.",
+                    soft_wrap=True,
+                )
 
     def _render_next(self) -> TeacherView:
         if self._side_stream is None:

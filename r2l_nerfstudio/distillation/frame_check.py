@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import cv2
 import torch
+from jaxtyping import Float, UInt8
 from nerfstudio.cameras.cameras import Cameras
 from nerfstudio.data.datasets.base_dataset import InputDataset
+from nerfstudio.utils.rich_utils import CONSOLE
+from torch import Tensor
 from torch.nn.functional import interpolate
 
-from r2l_nerfstudio.distillation.photographs import read_photograph
+from r2l_nerfstudio.distillation.photograph_views import undistorted_photo
+from r2l_nerfstudio.distillation.photographs import read_photo
 from r2l_nerfstudio.distillation.survey import thumbnail
 from r2l_nerfstudio.errors import InputError
+from r2l_nerfstudio.models.camera_rays import is_pinhole
 from r2l_nerfstudio.teacher import Teacher
 
 NUM_VIEWS = 6
@@ -35,29 +41,32 @@ def check_cameras(teacher: Teacher, cameras: Cameras) -> None:
         )
 
 
-def check_frame(teacher: Teacher, dataset: InputDataset) -> None:
-    """Render thumbnails from some training cameras and compare them with the photographs.
+def check_frame(teacher: Teacher, dataset: InputDataset, background: Float[Tensor, "3"]) -> None:
+    """Render thumbnails from some training cameras and compare them with the photos.
 
-    A teacher in the data's frame fits each camera's own photograph clearly better than another camera's.
+    A teacher in the data's frame fits each camera's own photo clearly better than another camera's.
 
     Args:
         teacher: who renders.
         dataset: the training views.
+        background: what photos with an alpha channel are put on; as `background_of` the teacher.
 
     Raises:
-        InputError: if own photographs fit no better than others'.
+        InputError: if own photos fit no better than others'.
     """
     count = min(NUM_VIEWS, len(dataset))
     if count < 3:  # too few for others to compare with
         return
     renders, photographs = [], []
     for index in torch.linspace(0, len(dataset) - 1, count).round().long().tolist():
-        rgb = teacher.view(thumbnail(dataset.cameras[index], 32, undistorted=teacher.views_only)).rgb.cpu()
-        image = read_photograph(dataset, index, "float32")["image"]
-        image = image[..., :3] * image[..., 3:] + 1 - image[..., 3:] if image.shape[-1] == 4 else image
+        camera = thumbnail(dataset.cameras[index], 32, undistorted=teacher.views_only)
+        photo = _small_photo(teacher, dataset, index, camera, background)
+        if photo is None:
+            return
+        rgb = teacher.view(camera).rgb.cpu()
         size = (32, 32)
         renders.append(interpolate(rgb.permute(2, 0, 1)[None].float().nan_to_num(), size, mode="area"))
-        photographs.append(interpolate(image.permute(2, 0, 1)[None], size, mode="area"))
+        photographs.append(interpolate(photo.permute(2, 0, 1)[None].float() / 255, size, mode="area"))
     own = torch.stack([(a - b).square().mean() for a, b in zip(renders, photographs, strict=True)])
     other = torch.stack(
         [
@@ -74,3 +83,21 @@ def check_frame(teacher: Teacher, dataset: InputDataset) -> None:
             " the teacher was trained on, or the teacher is barely trained. Leave --data out to use the teacher's own;"
             " if you are sure, add --pipeline.check-frame False."
         )
+
+
+def _small_photo(
+    teacher: Teacher, dataset: InputDataset, index: int, camera: Cameras, background: Float[Tensor, "3"]
+) -> UInt8[Tensor, "height width 3"] | None:
+    """What the thumbnail's camera should see; None where the photo cannot be brought into its projection."""
+    if not teacher.views_only or is_pinhole(dataset.cameras[index : index + 1]):
+        # A photo at once to its thumbnail's size: many millions of pixels take gigabytes in fp32.
+        size = (int(camera.width), int(camera.height))
+        photo = read_photo(dataset, index, background).rgb
+        return torch.from_numpy(cv2.resize(photo, size, interpolation=cv2.INTER_AREA))
+    wanted = torch.cat([camera.fx, camera.fy, camera.cx, camera.cy], dim=-1)[0]
+    try:
+        view = undistorted_photo(dataset, index, wanted, (int(camera.height), int(camera.width)), background)
+    except InputError:
+        CONSOLE.print("[yellow]Not checking the teacher against the photos: their lens cannot be undistorted.")
+        return None
+    return view[..., :3]

@@ -10,9 +10,11 @@ import torch
 from jaxtyping import Float, UInt8
 from nerfstudio.cameras.cameras import Cameras, CameraType
 from nerfstudio.data.datasets.base_dataset import InputDataset
+from nerfstudio.utils.rich_utils import CONSOLE
 from torch import Tensor
 
-from r2l_nerfstudio.distillation.photographs import read_photograph
+from r2l_nerfstudio.distillation.photographs import SHARE_OF_MEMORY, read_photo
+from r2l_nerfstudio.distillation.view_ring import free_memory
 from r2l_nerfstudio.errors import InputError
 
 
@@ -20,7 +22,8 @@ from r2l_nerfstudio.errors import InputError
 class PhotographViews:
     """Photographs as `crops.Views`."""
 
-    pixels: UInt8[Tensor, "views height width 5"]
+    pixels: UInt8[Tensor, "views height width 4"]
+    """rgb, and 1 where the colour is to be learnt."""
     depth: Float[Tensor, "views height width"]
     camera_to_worlds: Float[Tensor, "views 3 4"]
     intrinsics: Float[Tensor, "views 4"]
@@ -53,31 +56,56 @@ def photograph_views(
     Raises:
         InputError: for an image that cannot be read, or a lens that cannot be undistorted.
     """
-    made = [_undistorted(dataset, index, intrinsics[index], size, background) for index in indices]
-    poses = dataset.cameras.camera_to_worlds[indices].cpu().float().clone()
+    chosen = _affordable(indices, size, device)
+    pixels = torch.empty(len(chosen), *size, 4, dtype=torch.uint8, device=device)
+    shown = []
+    for index in chosen:
+        view = undistorted_photo(dataset, index, intrinsics[index], size, background)
+        if view[..., 3].any():
+            pixels[len(shown)] = view.to(device)
+            shown.append(index)
+    if len(shown) < len(chosen):
+        missing = next(index for index in chosen if index not in shown)
+        CONSOLE.print(
+            f"[yellow]Leaving out {len(chosen) - len(shown)} photos that their masks cover entirely,"
+            f" {dataset.image_filenames[missing]} the first.",
+            soft_wrap=True,
+        )
+    poses = dataset.cameras.camera_to_worlds[shown].cpu().float().clone()
     if corrections is not None:
         # As CameraOptimizer.apply_to_raybundle: shift the origin, rotate the directions, both in the world frame.
-        chosen = corrections[indices].cpu()
-        poses = torch.cat([chosen[:, :, :3] @ poses[:, :, :3], poses[:, :, 3:] + chosen[:, :, 3:]], dim=-1)
-    pixels = torch.stack(made).to(device)
+        moved = corrections[shown].cpu()
+        poses = torch.cat([moved[:, :, :3] @ poses[:, :, :3], poses[:, :, 3:] + moved[:, :, 3:]], dim=-1)
     return PhotographViews(
-        pixels=pixels,
-        depth=torch.zeros(pixels.shape[:3], dtype=torch.float16, device=device),
+        pixels=pixels[: len(shown)],
+        # Unknown: one number stands for all.
+        depth=torch.zeros(1, 1, 1, dtype=torch.float16, device=device).expand(len(shown), *size),
         camera_to_worlds=poses.to(device),
-        intrinsics=intrinsics[indices].to(device),
+        intrinsics=intrinsics[shown].to(device),
     )
 
 
-def _undistorted(
-    dataset: InputDataset, index: int, wanted: Tensor, size: tuple[int, int], background: Tensor
-) -> UInt8[Tensor, "height width 5"]:
-    data = read_photograph(dataset, index, "float32")
-    image = data["image"]
-    if image.shape[-1] == 4:
-        image = image[..., :3] * image[..., 3:] + background.cpu() * (1 - image[..., 3:])
-    known = data["mask"].float() if "mask" in data else torch.ones_like(image[..., :1])
+def _affordable(indices: list[int], size: tuple[int, int], device: torch.device | str) -> list[int]:
+    """As many of the photos as there is room for, evenly spaced."""
+    room = int(SHARE_OF_MEMORY * free_memory(torch.device(device))) // (4 * size[0] * size[1])
+    if room >= len(indices):
+        return indices
+    CONSOLE.print(
+        f"[bold yellow]Room on {device} for {max(1, room)} of {len(indices)} photos: learning from that many."
+    )
+    places = np.linspace(0, len(indices) - 1, max(1, room)).round().astype(int)
+    return [indices[place] for place in dict.fromkeys(places.tolist())]
+
+
+def undistorted_photo(
+    dataset: InputDataset, index: int, wanted: Float[Tensor, "4"], size: tuple[int, int], background: Float[Tensor, "3"]
+) -> UInt8[Tensor, "height width 4"]:
+    """One photo as a pinhole view: rgb, and 1 where the colour is known. Arguments and errors as of `photograph_views`."""
+    photo = read_photo(dataset, index, background)
+    known = np.ones(photo.rgb.shape[:2], np.uint8) if photo.mask is None else photo.mask.astype(np.uint8)
     # One array, so that colours never come from beyond the picture or from under a mask without being known to.
-    channels = torch.cat([image * known, known], dim=-1).numpy()
+    # 16 bits, so that shrinking does not round to 8 once more; fp32 would take twice the memory.
+    channels = np.dstack([photo.rgb * known[..., None], 255 * known]).astype(np.uint16) * 256
     height, width = channels.shape[:2]
     camera = dataset.cameras[index : index + 1]
     fx, fy, cx, cy = (float(value) for value in (camera.fx, camera.fy, camera.cx, camera.cy))
@@ -90,13 +118,15 @@ def _undistorted(
         fx, cx, fy, cy = fx * across, cx * across, fy * down, cy * down
     across_map, down_map = _where(camera, (fx, fy, cx, cy), wanted, size, dataset.image_filenames[index])
     read = cv2.remap(
-        channels, across_map, down_map, cv2.INTER_LINEAR, borderMode=cv2.BORDER_CONSTANT, borderValue=(0, 0, 0, 0)
+        channels.astype(np.float32) / 256,
+        across_map,
+        down_map,
+        cv2.INTER_LINEAR,
+        borderMode=cv2.BORDER_CONSTANT,
+        borderValue=0,
     )
-    valid = read[..., 3:4] > 0.999
-    color = np.clip(read[..., :3], 0, 1) * 255
-    # Image type of a teacher view: rgb, accumulation (unknown), validity.
-    filler = np.full_like(read[..., :1], 255)
-    return torch.from_numpy(np.concatenate([color, filler, valid], axis=-1).round().astype(np.uint8))
+    valid = read[..., 3:4] > 0.999 * 255
+    return torch.from_numpy(np.concatenate([np.clip(read[..., :3], 0, 255), valid], axis=-1).round().astype(np.uint8))
 
 
 def _where(

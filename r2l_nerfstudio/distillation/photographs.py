@@ -1,16 +1,31 @@
-"""The training photographs as rays, for the stage that follows distillation."""
+"""The training photos as rays, for the stage that follows distillation."""
 
 from __future__ import annotations
 
-from typing import Any, Literal
+import math
+from dataclasses import dataclass
+from typing import Any
 
+import cv2
+import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int, UInt8
 from nerfstudio.data.datasets.base_dataset import InputDataset
+from nerfstudio.data.utils.data_utils import get_image_mask_tensor_from_path
+from nerfstudio.utils.rich_utils import CONSOLE
+from PIL import Image
 from torch import Tensor
 
 from r2l_nerfstudio.distillation.ray_sample import RaySample
+from r2l_nerfstudio.distillation.view_ring import free_memory
 from r2l_nerfstudio.errors import InputError
+
+SHARE_OF_MEMORY = 0.4
+"""Of what is free on the device, that photos may take; teacher views need room too."""
+MOST_TRIES = 64
+_MODES = ("RGB", "RGBA", "L")
+"""Kinds of images that Nerfstudio reads as what they show."""
+_ROWS_AT_ONCE = 256
 
 
 def split_holdout(num_views: int, fraction: float) -> tuple[list[int], list[int]]:
@@ -37,32 +52,124 @@ def split_holdout(num_views: int, fraction: float) -> tuple[list[int], list[int]
     return kept, held
 
 
-def read_photograph(dataset: InputDataset, index: int, image_type: Literal["uint8", "float32"]) -> dict[str, Any]:
-    """As `InputDataset.get_data`.
+@dataclass
+class Photo:
+    """A photo as it is learnt from."""
+
+    rgb: UInt8[np.ndarray, "height width 3"]
+    """On the background, where it had an alpha channel."""
+    mask: Bool[np.ndarray, "height width"] | None
+    """Which pixels count; None for all."""
+
+
+def read_photo(dataset: InputDataset, index: int, background: Float[Tensor, "3"]) -> Photo:
+    """Read a photo and its mask, in 8 bits.
+
+    Args:
+        dataset: the training views.
+        index: which one.
+        background: colour behind photos with an alpha channel, unless the capture has one of its own (`alpha_color`).
 
     Raises:
-        InputError: if the image or its mask cannot be read.
+        InputError: the photo or its mask cannot be read, is of a kind that Nerfstudio misreads, or is not of its camera's
+            size.
     """
+    path = dataset.image_filenames[index]
+    _check_mode(path)
     try:
-        return dataset.get_data(index, image_type=image_type)
+        photo = _read(dataset, index, background)
     except Exception as error:  # every decoder has failures of its own
         raise InputError(
-            f"The photograph {dataset.image_filenames[index]} cannot be used ({' '.join(str(error).split())}): restore"
-            " it, or name a whole copy of the capture with --data."
+            f"The photo {path} cannot be used ({' '.join(str(error).split())[:300]}): restore it, or name a whole copy of"
+            " the capture with --data."
         ) from error
+    _check_size(dataset, index, photo)
+    return photo
+
+
+def _read(dataset: InputDataset, index: int, background: Tensor) -> Photo:
+    outputs = getattr(dataset, "_dataparser_outputs", None)
+    is_stock = getattr(type(dataset), "get_data", None) is InputDataset.get_data and dataset.mask_color is None
+    if is_stock:
+        # Not `get_data`, which blends a whole photo in fp32.
+        image: Any = dataset.get_numpy_image(index)
+        alpha_color, mask = outputs.alpha_color, None
+        if outputs.mask_filenames is not None:
+            mask = get_image_mask_tensor_from_path(outputs.mask_filenames[index], scale_factor=dataset.scale_factor)
+    else:
+        data = dataset.get_data(index, image_type="uint8")
+        image, mask, alpha_color = data["image"].numpy(), data.get("mask"), None
+    if image.dtype != np.uint8:
+        image = (image.clip(0, 1) * 255).round().astype(np.uint8)
+    if mask is not None:
+        mask = mask[..., 0].numpy().astype(bool)
+        if mask.shape != image.shape[:2]:
+            raise ValueError(
+                f"its mask has {mask.shape[1]}x{mask.shape[0]} pixels, it {image.shape[1]}x{image.shape[0]}"
+            )
+    if image.shape[-1] == 4:
+        behind = background if alpha_color is None else alpha_color
+        image = _blended(image, 255 * behind.detach().cpu().float().numpy())
+    return Photo(image, mask)
+
+
+def _blended(image: np.ndarray, behind: np.ndarray) -> UInt8[np.ndarray, "height width 3"]:
+    """A few rows at a time: a photo of 12 million pixels takes 150 MB in fp32."""
+    out = np.empty((*image.shape[:2], 3), np.uint8)
+    for top in range(0, len(image), _ROWS_AT_ONCE):
+        part = image[top : top + _ROWS_AT_ONCE].astype(np.float32)
+        alpha = part[..., 3:] / 255
+        out[top : top + _ROWS_AT_ONCE] = (part[..., :3] * alpha + behind * (1 - alpha)).round()
+    return out
+
+
+def _check_mode(path: Any) -> None:
+    try:
+        with Image.open(path) as photo:
+            mode = photo.mode
+    except Exception:  # read by other means, or not at all: the reading itself says so
+        return
+    if mode not in _MODES:
+        kind = {"CMYK": "CMYK", "P": "a palette", "LA": "grey with alpha", "1": "one bit a pixel"}.get(
+            mode, f"mode {mode}"
+        )
+        raise InputError(
+            f"The photo {path} is an image of an unusual kind ({kind}), whose numbers Nerfstudio takes for other colours:"
+            " convert the capture's photos to 8-bit RGB, for instance with ImageMagick (mogrify -colorspace sRGB -type"
+            " TrueColor -depth 8 *.png), and train the teacher again."
+        )
+
+
+def _check_size(dataset: InputDataset, index: int, photo: Photo) -> None:
+    height, width = photo.rgb.shape[:2]
+    wanted = int(dataset.cameras.height[index]), int(dataset.cameras.width[index])
+    if abs(height - wanted[0]) <= 2 and abs(width - wanted[1]) <= 2:  # roundings of a downscaled capture
+        return
+    is_turned = abs(height - wanted[1]) <= 2 and abs(width - wanted[0]) <= 2
+    remedy = (
+        "it is stored on its side (EXIF orientation), and its camera describes it upright: rotate the capture's photos"
+        " (mogrify -auto-orient), or describe them as they are stored"
+        if is_turned
+        else "write the size of the photos into the capture's cameras, or restore the photos they were made for"
+    )
+    raise InputError(
+        f"The photo {dataset.image_filenames[index]} has {width}x{height} pixels, and its camera"
+        f" {wanted[1]}x{wanted[0]}: {remedy}; then train the teacher again."
+    )
 
 
 class Photographs:
-    """Pixels of some training photographs, in uint8 on the device, with the rays that the teacher's cameras saw them by.
+    """Pixels of some training photos in 8 bits on the device, 3 bytes each, 4 with masks; and the rays that saw them.
 
     Lens distortion is undone per ray, and the teacher's learnt pose corrections are applied, so that student and teacher
-    agree on where every photograph was taken from.
+    agree on where every photo was taken from. Photos that a mask covers entirely are left out. Where memory is short,
+    photos are shrunk by a whole number.
 
     Args:
         dataset: the training views.
         indices: which of them.
         corrections: the teacher's pose corrections for all training views, or None.
-        background: colour behind photographs that have an alpha channel.
+        background: colour behind photos that have an alpha channel.
         device: where pixels live and rays are made.
     """
 
@@ -75,51 +182,114 @@ class Photographs:
         device: torch.device | str,
     ) -> None:
         self.device = torch.device(device)
-        self.background = background.to(self.device)
         self.cameras = dataset.cameras.to(self.device)
         self.corrections = None if corrections is None else corrections.to(self.device)
-        pixels, views, rows, columns = [], [], [], []
-        for index in indices:
-            data = read_photograph(dataset, index, "uint8")
-            image = data["image"]
-            keep = torch.ones(image.shape[:2], dtype=torch.bool)
-            if "mask" in data:
-                keep = data["mask"][..., 0].bool()
-            y, x = keep.nonzero(as_tuple=True)
-            pixels.append(image[y, x])
-            views.append(torch.full_like(y, index, dtype=torch.int32))
-            rows.append(y.to(torch.int16))
-            columns.append(x.to(torch.int16))
-        self.pixels = torch.cat(pixels).to(self.device)
-        self.views = torch.cat(views).to(self.device)
-        self.rows = torch.cat(rows).to(self.device)
-        self.columns = torch.cat(columns).to(self.device)
+        outputs = getattr(dataset, "_dataparser_outputs", None)
+        channels = 3 if getattr(outputs, "mask_filenames", None) is None else 4
+        sizes = [_stored_size(dataset, index) for index in indices]
+        shrink = self._shrink(sum(height * width for height, width in sizes) * channels)
+        sizes = [(max(1, height // shrink), max(1, width // shrink)) for height, width in sizes]
+        self.pixels = torch.empty(
+            sum(height * width for height, width in sizes), channels, dtype=torch.uint8, device=self.device
+        )
+        """rgb, and with masks 1 where the pixel counts."""
+        views, starts, kept, blank = [], [0], 0, []
+        for index, (height, width) in zip(indices, sizes, strict=True):
+            rgb, mask = _at_size(read_photo(dataset, index, background), height, width)
+            if mask is not None and not mask.any():
+                blank.append(dataset.image_filenames[index])
+                continue
+            part = self.pixels[starts[-1] : starts[-1] + height * width]
+            part[:, :3] = torch.from_numpy(rgb.reshape(-1, 3)).to(self.device)
+            if channels == 4:
+                part[:, 3] = 1 if mask is None else torch.from_numpy(mask.reshape(-1)).to(self.device)
+            kept += height * width if mask is None else int(mask.sum())
+            views.append((index, height, width))
+            starts.append(starts[-1] + height * width)
+        if blank:
+            CONSOLE.print(
+                f"[yellow]Leaving out {len(blank)} photos that their masks cover entirely, {blank[0]} the first.",
+                soft_wrap=True,
+            )
+        self.pixels = self.pixels[: starts[-1]]
+        self._starts = torch.tensor(starts, device=self.device)
+        self._views = torch.tensor(views, device=self.device).reshape(-1, 3)
+        self._tries = 1
+        if len(self.pixels) and kept < len(self.pixels):
+            # So many that one draw in a hundred finds no pixel that counts.
+            self._tries = min(MOST_TRIES, math.ceil(math.log(0.01) / math.log1p(-kept / len(self.pixels))))
+
+    def __len__(self) -> int:
+        """Photos that have a pixel which counts."""
+        return len(self._views)
+
+    def _shrink(self, needed: int) -> int:
+        room = int(SHARE_OF_MEMORY * free_memory(self.device))
+        if needed <= room:
+            return 1
+        shrink = math.ceil(math.sqrt(needed / max(1, room)))
+        CONSOLE.print(
+            f"[bold yellow]Photos would take {needed / 1e9:.1f} GB on {self.device}, where there is room for"
+            f" {room / 1e9:.1f} GB: learning from them at 1/{shrink} of their width and height."
+        )
+        return shrink
 
     def sample(self, num_rays: int, generator: torch.Generator | None = None) -> RaySample:
-        """Rays drawn uniformly over all pixels.
+        """Rays drawn uniformly over all pixels that count; the few found masked after some tries have no weight.
 
         Args:
             num_rays: how many.
             generator: for a repeatable draw.
         """
-        flat = torch.randint(
-            len(self.pixels), (num_rays,), generator=generator, device="cpu" if generator else self.device
+        device = "cpu" if generator else self.device
+        flat = torch.randint(len(self.pixels), (self._tries, num_rays), generator=generator, device=device).to(
+            self.device
         )
-        return self.rays(flat.to(self.device))
+        if self._tries == 1:
+            return self.rays(flat[0])
+        first = (self.pixels[flat, 3] > 0).int().argmax(dim=0)
+        return self.rays(flat.gather(0, first[None])[0])
 
     def rays(self, flat: Int[Tensor, "rays"]) -> RaySample:
-        """Rays of given pixels, numbered through all photographs."""
-        views = self.views[flat].long()
-        coords = torch.stack([self.rows[flat], self.columns[flat]], dim=-1).float() + 0.5
+        """Rays of given pixels, numbered row by row through all photos."""
+        photo = torch.searchsorted(self._starts, flat, right=True) - 1
+        views, heights, widths = self._views[photo].unbind(-1)
+        inside = flat - self._starts[photo]
+        # In the camera's pixels, which are smaller than those of a photo that was shrunk.
+        down = self.cameras.height[views, 0] / heights
+        across = self.cameras.width[views, 0] / widths
+        rows, columns = (inside // widths + 0.5) * down, (inside % widths + 0.5) * across
+        coords = torch.stack([rows, columns], dim=-1).float()
         bundle = self.cameras.generate_rays(camera_indices=views[:, None], coords=coords)
         origins, directions = bundle.origins, bundle.directions
         if self.corrections is not None:
             # As CameraOptimizer.apply_to_raybundle: shift the origin, rotate the direction, both in the world frame.
             origins = origins + self.corrections[views, :, 3]
             directions = (self.corrections[views, :, :3] @ directions[..., None]).squeeze(-1)
-        color = self.pixels[flat].float() / 255
-        if color.shape[-1] == 4:
-            alpha = color[:, 3:]
-            color = color[:, :3] * alpha + self.background * (1 - alpha)
-        ones = torch.ones_like(color[:, :1])
-        return RaySample(origins, directions, color, ones, torch.zeros_like(ones), ones, torch.zeros_like(ones))
+        pixels = self.pixels[flat]
+        ones = torch.ones_like(origins[:, :1])
+        weight = pixels[:, 3:].float() if pixels.shape[-1] == 4 else ones
+        zeros = torch.zeros_like(ones)
+        return RaySample(origins, directions, pixels[:, :3].float() / 255, ones, zeros, weight, zeros)
+
+
+def _stored_size(dataset: InputDataset, index: int) -> tuple[int, int]:
+    """Height and width of a photo, by its file's header where there is one."""
+    try:
+        with Image.open(dataset.image_filenames[index]) as photo:
+            width, height = photo.size
+        scale = getattr(dataset, "scale_factor", 1.0)
+        return (height, width) if scale == 1.0 else (int(height * scale), int(width * scale))
+    except Exception:  # read by other means
+        return int(dataset.cameras.height[index]), int(dataset.cameras.width[index])
+
+
+def _at_size(photo: Photo, height: int, width: int) -> tuple[np.ndarray, np.ndarray | None]:
+    if photo.rgb.shape[:2] == (height, width):
+        return photo.rgb, photo.mask
+    rgb = cv2.resize(photo.rgb, (width, height), interpolation=cv2.INTER_AREA)
+    if photo.mask is None:
+        return rgb, None
+    # Only where all that a pixel is made of counts.
+    mask = cv2.resize(photo.mask.astype(np.uint8) * 255, (width, height), interpolation=cv2.INTER_AREA)
+    return rgb, mask == 255

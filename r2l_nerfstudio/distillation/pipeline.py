@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Annotated, Any, Literal, cast
 
 import torch
 import torch.distributed
@@ -25,12 +25,14 @@ from torch.nn import Parameter
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import update_bn
 
+from r2l_nerfstudio.checkpoints import read_checkpoint
 from r2l_nerfstudio.distillation.averaging import (
     WeightAverage,
     normalization_statistics,
     put_average,
     saved_average,
 )
+from r2l_nerfstudio.distillation.background import background_of
 from r2l_nerfstudio.distillation.datamanager import Batch, DistillationDataManager, DistillationDataManagerConfig
 from r2l_nerfstudio.distillation.frame_check import check_cameras, check_frame
 from r2l_nerfstudio.distillation.optimization import move_state
@@ -39,6 +41,7 @@ from r2l_nerfstudio.distillation.scene_occupancy import SceneOccupancy
 from r2l_nerfstudio.distillation.survey import Survey
 from r2l_nerfstudio.errors import InputError, exit_on_input_error
 from r2l_nerfstudio.models.light_field import LightFieldModel, LightFieldModelConfig
+from r2l_nerfstudio.ranges import FloatRange, IntRange
 from r2l_nerfstudio.teacher import Teacher
 
 STATISTICS_BATCHES = 16
@@ -54,14 +57,18 @@ class DistillationPipelineConfig(VanillaPipelineConfig):
     model: LightFieldModelConfig = field(default_factory=LightFieldModelConfig)
     teacher: tyro.conf.Suppress[Path | None] = None
     """The teacher's config.yml; set from --teacher."""
+    teacher_time: tyro.conf.Suppress[float | None] = None
+    """The instant at which a time-dependent teacher is frozen; set from --teacher-time."""
+    resumes: tyro.conf.Suppress[Path | None] = None
+    """Checkpoint that training goes on from; set from --load-dir or --load-checkpoint."""
     check_frame: bool = True
     """Before training, check that the teacher's renders match the photographs they should match."""
     bf16: bool = True
     """Train the network in bfloat16 with fp32 weights: needs no loss scaling, unlike the fp16 that Nerfstudio's mixed
     precision means on CUDA. Rays, encoding and losses stay in fp32."""
-    steps_per_holdout: int = 500
+    steps_per_holdout: Annotated[int, IntRange(1, 10**9)] = 500
     """Iterations between looks at the held-out views."""
-    ema_decay: float = 0.0
+    ema_decay: Annotated[float, FloatRange(0, 1)] = 0.0
     """Decay of a moving average of the weights, which is what training leaves behind; 0 keeps none."""
 
 
@@ -97,6 +104,8 @@ class DistillationPipeline(VanillaPipeline):
             self.average: WeightAverage | None = None
             self.scene_occupancy: SceneOccupancy | None = None
             if teacher is not None:
+                if config.resumes is not None:
+                    self._check_resumed(config.resumes)
                 self._attach_teacher(teacher)
             if world_size > 1:  # only now, since the scene says how many features there are
                 self._model = self._distributed(local_rank)
@@ -104,6 +113,7 @@ class DistillationPipeline(VanillaPipeline):
                 if config.ema_decay > 0:
                     self.average = WeightAverage(self.model, config.ema_decay)
         self.model.teacher_split.teacher_path = config.teacher
+        self.model.teacher_split.teacher_time = config.teacher_time
         self.model.teacher_split.device = device
         self._best: tuple[float, dict[str, Any]] | None = None
         self._optimizers: Optimizers | None = None
@@ -124,10 +134,11 @@ class DistillationPipeline(VanillaPipeline):
     def _attach_teacher(self, teacher: Teacher) -> None:
         cameras = self.datamanager.train_dataset.cameras
         check_cameras(teacher, self.datamanager.train_dataparser_outputs.cameras)
-        if self.config.check_frame:
-            check_frame(teacher, self.datamanager.train_dataset)
+        # First of all: it tells a teacher that has diverged from one in another frame.
         survey = Survey.take(teacher, cameras)
         background = background_of(teacher)
+        if self.config.check_frame:
+            check_frame(teacher, self.datamanager.train_dataset, background)
         self._set_scene(survey, background)
         CONSOLE.print(f"Scene: {self.model.describe_scene()}.")
         self.datamanager.attach_teacher(teacher, survey, background, self.model.factor, self.model.rays_per_cell)
@@ -179,6 +190,21 @@ class DistillationPipeline(VanillaPipeline):
         self._start_occupancy()
         self.average = WeightAverage(self.model, config.ema_decay) if config.ema_decay > 0 else None
         self._best = None
+
+    def _check_resumed(self, checkpoint: Path) -> None:
+        """Refuse another model's checkpoint before the teacher renders for minutes."""
+        weights = read_checkpoint(checkpoint, "student").model_weights()
+        mine = {k: v for k, v in self.model.state_dict().items() if isinstance(v, Tensor)}
+        theirs = {k: v for k, v in weights.items() if isinstance(v, Tensor)}
+        for key in dict.fromkeys([*mine, *theirs]):
+            shapes = [list(state[key].shape) if key in state else "absent" for state in (theirs, mine)]
+            # How many features a composited encoding has is known only when the teacher has rendered.
+            if shapes[0] != shapes[1] and not key.startswith("composited"):
+                raise InputError(
+                    f"The checkpoint {checkpoint} is not one of the student that the command line describes ({key} is"
+                    f" {shapes[0]} in it, and {shapes[1]} here): to go on from it with --load-dir, give the same"
+                    " --pipeline.model options."
+                )
 
     def load_pipeline(self, loaded_state: dict[str, Any], step: int) -> None:
         """Load a student, all of it: Nerfstudio's own leaves what does not fit at random, without a word.
@@ -233,12 +259,14 @@ class DistillationPipeline(VanillaPipeline):
 
     @torch.no_grad()
     def holdout_psnr(self, held: Batch) -> float:
-        """PSNR in dB of the student on pixels it never learns from."""
+        """PSNR in dB of the student on pixels it never learns from; NaN where none of them counts."""
         was_training = self.training
         self.eval()
         rgb = self.model(held.ray_bundle)["rgb"]
         self.train(was_training)
         weight = held.target.weight
+        if not bool(weight.any()):
+            return math.nan
         error = ((rgb.float() - held.target.rgb).square() * weight).sum() / (3 * weight.sum().clamp_min(1))
         return -10 * math.log10(max(float(error), 1e-12))
 
@@ -339,9 +367,14 @@ class DistillationPipeline(VanillaPipeline):
             line = f"Step {step}: {pseudo:.2f} dB against the teacher on views never trained on"
             if self.datamanager.held_photographs is not None:
                 real = self.holdout_psnr(self.datamanager.held_photographs)
-                writer.put_scalar(name="Holdout PSNR (photographs)", scalar=real, step=step)
-                line += f", {real:.2f} dB against held-out training photographs"
-                if self.datamanager.photographs_now and (self._best is None or real > self._best[0]):
+                if not math.isnan(real):
+                    writer.put_scalar(name="Holdout PSNR (photographs)", scalar=real, step=step)
+                    line += f", {real:.2f} dB against held-out training photographs"
+                if (
+                    not math.isnan(real)
+                    and self.datamanager.photographs_now
+                    and (self._best is None or real > self._best[0])
+                ):
                     self._best = (real, self._weights())
         if self.datamanager.local_rank == 0:
             CONSOLE.print(f"{line}{self._time_left(step)}.")
@@ -387,7 +420,7 @@ def load_teacher(config: DistillationPipelineConfig, device: str) -> Teacher:
     """
     if config.teacher is None:
         raise InputError("A student needs a teacher: name a trained Nerfstudio run with --teacher …/config.yml.")
-    return Teacher.load(config.teacher, device=device, data=config.datamanager.data)
+    return Teacher.load(config.teacher, device=device, data=config.datamanager.data, time=config.teacher_time)
 
 
 def view_size(config: DistillationDataManagerConfig, teacher: Teacher) -> tuple[int, int]:
@@ -396,14 +429,3 @@ def view_size(config: DistillationDataManagerConfig, teacher: Teacher) -> tuple[
     scale = config.camera_res_scale_factor / config.view_downscale
     width, height = (round(float(sizes.float().median()) * scale) for sizes in (cameras.width, cameras.height))
     return width, height
-
-
-def background_of(teacher: Teacher) -> Float[Tensor, "3"]:
-    """The colour a student paints where there is nothing: the teacher's fixed one, else the capture's, else white."""
-    fixed = {"white": 1.0, "black": 0.0}.get(str(getattr(teacher.model.config, "background_color", "")))
-    if teacher.background is not None:
-        return teacher.background.cpu()
-    if fixed is not None:
-        return torch.full((3,), fixed)
-    alpha = teacher.dataparser_outputs.alpha_color
-    return torch.ones(3) if alpha is None else alpha.cpu().float()

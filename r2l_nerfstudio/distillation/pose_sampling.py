@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Literal, get_args
+from typing import Annotated, Literal, get_args
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from r2l_nerfstudio.errors import InputError
+from r2l_nerfstudio.ranges import FloatRange, IntRange
 
 SamplerKind = Literal["auto", "neighbour", "sphere", "box"]
 
@@ -23,13 +24,13 @@ class PoseSamplerConfig:
     kind: SamplerKind = "auto"
     """neighbour: between neighbouring training cameras; sphere: the band they cover around an object; box: the box of
     positions and viewing axes of a forward-facing capture; auto: what the capture's layout asks for."""
-    num_neighbours: int = 4
+    num_neighbours: Annotated[int, IntRange(1, 10**6)] = 4
     """neighbour: how many nearest cameras to interpolate to."""
-    jitter: float = 0.3
+    jitter: Annotated[float, FloatRange(0, 100)] = 0.3
     """Random displacement, as a share of the distance to neighbouring cameras."""
-    focal_range: tuple[float, float] = (0.95, 1.25)
+    focal_range: tuple[Annotated[float, FloatRange(0.01, 100)], Annotated[float, FloatRange(0.01, 100)]] = (0.95, 1.25)
     """Focal lengths, as multiples of the training cameras'."""
-    overscan: float = 0.0
+    overscan: Annotated[float, FloatRange(0, 10)] = 0.0
     """neighbour, box: how far teacher views look past the training cameras' field of view, as a share of it: what a
     wider picture of the same place shows, as a viewer's window is."""
 
@@ -42,6 +43,14 @@ class PoseSamplerConfig:
             raise InputError(
                 f"Unknown pose sampler {self.kind!r}: choose --pipeline.datamanager.pose-sampler.kind from "
                 f"{', '.join(get_args(SamplerKind))}."
+            )
+
+    def check_focal_range(self) -> None:
+        """Raises: InputError: for a range of nothing. Not while a command line is parsed, where it would be a traceback."""
+        if not self.focal_range[0] <= self.focal_range[1]:
+            raise InputError(
+                "--pipeline.datamanager.pose-sampler.focal-range must go from the smaller to the larger focal length (got"
+                f" {self.focal_range[0]:g} {self.focal_range[1]:g})."
             )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Annotated
 
 import torch
 from jaxtyping import Float
@@ -19,6 +20,7 @@ from r2l_nerfstudio.distillation.photographs import Photographs
 from r2l_nerfstudio.distillation.ray_sample import RECORD_WIDTH, RaySample
 from r2l_nerfstudio.distillation.survey import Survey
 from r2l_nerfstudio.distillation.view_ring import ViewRing
+from r2l_nerfstudio.ranges import FloatRange, IntRange
 from r2l_nerfstudio.teacher import Teacher
 
 HOLDOUT_RAYS = 8192
@@ -31,9 +33,9 @@ class RayDataManagerConfig(DistillationDataManagerConfig):
     """Supervision ray by ray: teacher views, hard rays, then photographs."""
 
     _target: type = field(default_factory=lambda: RayDataManager)
-    hard_fraction: float = 0.2
+    hard_fraction: Annotated[float, FloatRange(0, 1)] = 0.2
     """Share of every batch drawn from the rays with the largest errors so far."""
-    hard_pool_batches: int = 20
+    hard_pool_batches: Annotated[int, IntRange(1, 10**6)] = 20
     """How many iterations' hard rays are remembered."""
 
 

@@ -270,6 +270,3 @@ def _sum_of_ranks(tensor: Tensor) -> Tensor:
     if _ranks() > 1:
         torch.distributed.all_reduce(tensor)
     return tensor
-
-
-

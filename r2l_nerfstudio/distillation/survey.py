@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
-from nerfstudio.cameras.cameras import Cameras
+from nerfstudio.cameras.cameras import Cameras, CameraType
 from torch import Tensor
 
 from r2l_nerfstudio.distillation.pose_sampling import CaptureCameras
@@ -24,15 +24,36 @@ def thumbnail(camera: Cameras, long_side: int = LONG_SIDE, undistorted: bool = F
     Args:
         camera: one camera, with or without a batch dimension.
         long_side: in pixels.
-        undistorted: leave the lens distortion out (rasterizers draw pinholes only).
+        undistorted: without lens distortion, and as a pinhole of 90 degrees across the shorter side where it is of another
+            kind (rasterizers draw pinholes only).
     """
     copy = camera.reshape((1,)).to("cpu")[0:1]
     if undistorted:
-        copy.distortion_params = None
+        copy = _pinhole(copy)
     longest = max(int(copy.height[0]), int(copy.width[0]))
     if longest > long_side:
         copy.rescale_output_resolution(long_side / longest)
     return copy
+
+
+def _mean_seen(teacher: Teacher, whole: Cameras, camera: Cameras, outputs: TeacherOutputs) -> float:
+    """Mean accumulation of a training view, as the pinhole that teacher views are would show it."""
+    if camera.camera_type.item() != CameraType.PERSPECTIVE.value:
+        outputs = teacher.view(thumbnail(whole, undistorted=True))
+    if outputs.accumulation is None:
+        return 0.0
+    known = outputs.rgb.isfinite().all(-1) & outputs.accumulation[..., 0].isfinite()
+    return float(outputs.accumulation[known].mean()) if known.any() else 0.0
+
+
+def _pinhole(camera: Cameras) -> Cameras:
+    fx, fy, cx, cy = camera.fx, camera.fy, camera.cx, camera.cy
+    width, height = int(camera.width), int(camera.height)
+    if camera.camera_type.item() != CameraType.PERSPECTIVE.value:
+        # As `capture_cameras` has it for the teacher views.
+        fx = fy = min(width, height) / 2
+        cx, cy = width / 2, height / 2
+    return Cameras(camera.camera_to_worlds, fx=fx, fy=fy, cx=cx, cy=cy, width=width, height=height, times=camera.times)
 
 
 @dataclass(frozen=True)
@@ -65,16 +86,22 @@ class Survey:
         points, distances, accumulations, nearest = [], [], [], []
         outputs: TeacherOutputs | None = None
         finite = 0
+        # Of outputs without a single finite number nothing can be learnt: they count as missing.
+        has_accumulation = has_depth = False
         for index in chosen.tolist():
             camera = thumbnail(cameras[index], undistorted=teacher.views_only)
             outputs = teacher.view(camera)
             good = outputs.rgb.isfinite().all(-1)
             finite += int(good.sum())
             if outputs.accumulation is not None:
-                accumulations.append(float(outputs.accumulation[good].mean()) if good.any() else 0.0)
-                good = good & (outputs.accumulation[..., 0] > 0.5)
+                known = good & outputs.accumulation[..., 0].isfinite()
+                has_accumulation |= bool(known.any())
+                accumulations.append(_mean_seen(teacher, cameras[index], camera, outputs))
+                if has_accumulation:
+                    good = good & (outputs.accumulation[..., 0] > 0.5)
             if outputs.depth is not None:
                 good = good & outputs.depth[..., 0].isfinite() & (outputs.depth[..., 0] > 0)
+                has_depth |= bool(good.any())
                 if good.sum() < 8:
                     continue
                 rays = camera.generate_rays(camera_indices=0, keep_shape=True)
@@ -88,8 +115,8 @@ class Survey:
                 " training has diverged. Train it again, or name an earlier checkpoint's run with --teacher."
             )
         return cls(
-            has_accumulation=outputs.accumulation is not None,
-            has_depth=outputs.depth is not None,
+            has_accumulation=has_accumulation,
+            has_depth=has_depth,
             points=torch.cat(points) if points else torch.zeros(0, 3),
             distances=torch.cat(distances) if distances else torch.zeros(0),
             lowest_accumulation=min(accumulations, default=0.0),

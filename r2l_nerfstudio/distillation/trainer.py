@@ -6,6 +6,7 @@ import copy
 import shutil
 import signal
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -13,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from nerfstudio.engine.trainer import TRAIN_INTERATION_OUTPUT, Trainer, TrainerConfig
@@ -21,16 +22,21 @@ from nerfstudio.utils import writer
 from nerfstudio.utils.decorators import check_main_thread
 from nerfstudio.utils.rich_utils import CONSOLE
 
+from r2l_nerfstudio.checkpoints import read_checkpoint, weight_bytes
 from r2l_nerfstudio.dataparsers import dataparser_of
+from r2l_nerfstudio.disk import check_writable, free_bytes
 from r2l_nerfstudio.distillation.learning_curve import LearningCurveWriter, read_learning_curve
 from r2l_nerfstudio.distillation.optimization import ScheduledRate
 from r2l_nerfstudio.distillation.pipeline import DistillationPipeline, DistillationPipelineConfig
 from r2l_nerfstudio.distillation.progress import TrainingProgress
-from r2l_nerfstudio.errors import InputError, exit_on_input_error
+from r2l_nerfstudio.errors import InputError, command_line, exit_on_input_error
+from r2l_nerfstudio.ranges import FloatRange, IntRange, check_ranges
 from r2l_nerfstudio.torch_compat import OutOfMemoryError
 
 VIEWS_SHARE = 0.4
 """Of --max-minutes, that the teacher's first views may take; those still missing come while training."""
+_DISK_ERRORS = (OSError, RuntimeError)
+"""What writing a checkpoint to a full disk raises; torch's writer has errors of its own."""
 MIN_TRAINING_SHARE = 0.1
 """Of --max-minutes, that training gets, however long the start took."""
 
@@ -43,7 +49,12 @@ class DistillationTrainerConfig(TrainerConfig):
     pipeline: DistillationPipelineConfig = field(default_factory=DistillationPipelineConfig)
     teacher: Path | None = None
     """Trained Nerfstudio run to learn from: its config.yml, or its folder."""
-    max_minutes: float | None = None
+    teacher_time: Annotated[float, FloatRange(0, 1)] | None = None
+    """The instant, from 0 to 1, at which to freeze a teacher whose scene changes over time. Photos show other instants, so
+    the student learns from the teacher only."""
+    max_num_iterations: Annotated[int, IntRange(1, 10**9)] = 30000
+    """Training iterations, those before a resumed checkpoint included."""
+    max_minutes: Annotated[float, FloatRange(0, above=True)] | None = None
     """End after so many minutes, the teacher's first views included; schedules and photographs fit themselves to it, and
     --max-num-iterations no longer counts. A run that goes on with --load-dir gets what is left of them."""
 
@@ -53,21 +64,64 @@ class DistillationTrainerConfig(TrainerConfig):
         Raises:
             SystemExit: with a paragraph that says why, if the teacher or its capture cannot be used.
         """
+        with command_line():
+            check_ranges(self)
+            self.pipeline.datamanager.pose_sampler.check_focal_range()
+            self._check_names()
         super().set_timestamp()
         if self.machine.device_type == "cuda" and not torch.cuda.is_available():
             CONSOLE.print("[yellow]No CUDA device here: training on the CPU (--machine.device-type cpu).")
             self.machine.device_type = "cpu"
-        with exit_on_input_error():
+        with command_line():
             self.inherit_from_teacher()
-            self._check_load_dir()
-            self._check_minutes()
+            self._check_resumed()
+            self._check_folders()
+            if self.max_minutes is not None:
+                self.pipeline.datamanager.fill_minutes = VIEWS_SHARE * self.max_minutes
 
-    def _check_minutes(self) -> None:
-        if self.max_minutes is None:
-            return
-        if not self.max_minutes > 0:
-            raise InputError(f"--max-minutes {self.max_minutes} leaves no time to train: give a number above 0.")
-        self.pipeline.datamanager.fill_minutes = VIEWS_SHARE * self.max_minutes
+    def _check_names(self) -> None:
+        """Names that become folders, before they do."""
+        for name in ("experiment_name", "method_name", "timestamp", "project_name"):
+            value = getattr(self, name)
+            if value is not None and (not value.strip() or len(value.encode()) > 200 or "\0" in value):
+                shown = value if len(value) < 60 else f"{value[:60]}..."
+                raise InputError(
+                    f"--{name.replace('_', '-')} must have between 1 and 200 bytes and no NUL (got {shown!r})."
+                )
+
+    def _check_folders(self) -> None:
+        """See that there are, or can be, the folders to write to.
+
+        Raises:
+            InputError: if not.
+        """
+        folders = {
+            "--output-dir": self.get_base_dir(),
+            "--pipeline.datamanager.cache-dir": self.pipeline.datamanager.cache_dir,
+        }
+        for flag, folder in folders.items():
+            if folder is not None:
+                check_writable(flag, Path(folder))
+
+    def save_config(self) -> None:
+        """As Nerfstudio's, without what tells this training alone where it began: tools would look for it in the run.
+
+        Raises:
+            SystemExit: with a paragraph that says why, if the file cannot be written.
+        """
+        kept = self.load_step, self.pipeline.resumes
+        self.load_step = self.pipeline.resumes = None
+        try:
+            with exit_on_input_error():
+                try:
+                    super().save_config()
+                except OSError as error:
+                    raise InputError(
+                        f"The run's configuration cannot be written to {self.get_base_dir()} ({error.strerror or error}):"
+                        " make room there, or choose another --output-dir."
+                    ) from error
+        finally:
+            self.load_step, self.pipeline.resumes = kept
 
     def inherit_from_teacher(self) -> None:
         """Take over the teacher's capture and frame: dataparser configuration, data path, experiment name.
@@ -88,7 +142,13 @@ class DistillationTrainerConfig(TrainerConfig):
         checkpoint_path(teacher, config_path)
         self.teacher = config_path
         self.pipeline.teacher = config_path
+        self.pipeline.teacher_time = self.teacher_time
         datamanager = self.pipeline.datamanager
+        if self.teacher_time is not None and (datamanager.real_iterations or self.pipeline.check_frame):
+            CONSOLE.print(
+                f"The teacher is frozen at time {self.teacher_time:g}: learning from it only, without photos."
+            )
+            datamanager.real_iterations, self.pipeline.check_frame = 0, False
         taught_from = teacher.pipeline.datamanager
         dataparser = dataparser_of(teacher)
         if dataparser is not None:
@@ -104,16 +164,32 @@ class DistillationTrainerConfig(TrainerConfig):
             if group["scheduler"] is not None:
                 group["scheduler"].max_steps = self.max_num_iterations
 
-    def _check_load_dir(self) -> None:
-        """A wrong --load-dir is told now, not after the teacher has rendered for minutes."""
-        if self.load_dir is None:
-            return
-        name = "step-*.ckpt" if self.load_step is None else f"step-{self.load_step:09d}.ckpt"
-        if not any(Path(self.load_dir).glob(name)):
-            raise InputError(
-                f"There is no checkpoint to go on from: --load-dir {self.load_dir} holds no {name}. Name the"
-                f" {self.relative_model_dir} folder of a run of {self.method_name}."
-            )
+    def _check_resumed(self) -> None:
+        """Fail early on a checkpoint that training cannot go on from, not after the teacher has rendered for minutes."""
+        self.pipeline.resumes = None
+        if self.load_dir is not None:
+            folder = Path(self.load_dir)
+            name = "step-*.ckpt" if self.load_step is None else f"step-{self.load_step:09d}.ckpt"
+            found = sorted(folder.glob(name)) if folder.is_dir() else []
+            if not found:
+                raise InputError(
+                    f"There is no checkpoint to go on from: --load-dir {self.load_dir} holds no {name}. Name the"
+                    f" {self.relative_model_dir} folder of a run of {self.method_name}."
+                )
+            self.pipeline.resumes = found[-1]
+        elif self.load_checkpoint is not None:
+            self.pipeline.resumes = Path(self.load_checkpoint)
+            if not self.pipeline.resumes.is_file():
+                raise InputError(
+                    f"There is no checkpoint to go on from: --load-checkpoint {self.load_checkpoint} is no file. Name a"
+                    f" step-*.ckpt of a run of {self.method_name}."
+                )
+        if self.pipeline.resumes is not None:
+            try:
+                read_checkpoint(self.pipeline.resumes, "student")
+            except InputError as error:
+                flag = "--load-checkpoint" if self.load_dir is None else "--load-dir"
+                raise InputError(f"Training cannot go on from {flag}: {error}") from error
 
 
 class DistillationTrainer(Trainer):
@@ -127,11 +203,37 @@ class DistillationTrainer(Trainer):
         self._setup_began = time.monotonic()
         try:
             with exit_on_input_error():
+                self._check_room()
                 super().setup(test_mode)
         except BaseException:
             if not any(self.checkpoint_dir.glob("*.ckpt")):
                 (self.base_dir / "config.yml").unlink(missing_ok=True)
             raise
+
+    def _check_room(self) -> None:
+        """See that the disk has room for a checkpoint, before the teacher renders for minutes.
+
+        Raises:
+            InputError: not even for the weights.
+        """
+        config = copy.deepcopy(self.config.pipeline.model)
+        weights = weight_bytes(lambda: config.setup(scene_box=None, num_train_data=1, metadata={}))
+        free = free_bytes(self.checkpoint_dir)
+        if weights is None or free is None:
+            return
+        # Two moments of Adam's for each weight, and their average.
+        checkpoint = weights * (4 if self.config.pipeline.ema_decay > 0 else 3)
+        if free < weights:
+            raise InputError(
+                f"The disk of {self.checkpoint_dir} has {free / 1e6:.1f} MB free, and a checkpoint takes about"
+                f" {checkpoint / 1e6:.1f} MB: make room there, or choose another --output-dir."
+            )
+        if free < 2 * checkpoint:
+            CONSOLE.print(
+                f"[bold yellow]The disk of {self.checkpoint_dir} has {free / 1e6:.1f} MB free, and a checkpoint takes about"
+                f" {checkpoint / 1e6:.1f} MB, for a moment beside the one before it.",
+                soft_wrap=True,
+            )
 
     def _load_checkpoint(self) -> None:
         """As Nerfstudio's.
@@ -244,18 +346,69 @@ class DistillationTrainer(Trainer):
 
     @check_main_thread
     def save_checkpoint(self, step: int) -> None:
-        """Write the checkpoint beside its place and move it there: a kill at any moment leaves the old or the new one."""
-        final_dir = self.checkpoint_dir
+        """Write the checkpoint beside its place and move it there: a kill at any moment leaves the old or the new one.
+
+        A disk without room ends no training: it is said, and tried again when the next checkpoint is due. At the end of
+        training the weights are saved without what going on from them needs, else in the system's temporary folder.
+
+        Raises:
+            SystemExit: with a paragraph that says why, if training has ended and the student cannot be saved anywhere.
+        """
+        try:
+            self._write_checkpoint(step, self.checkpoint_dir)
+            return
+        except _DISK_ERRORS as error:
+            self._complain(
+                error, "training goes on, and tries again" if self.training_state != "completed" else "trying less"
+            )
+        if self.training_state != "completed":
+            return
+        elsewhere = Path(tempfile.gettempdir()) / f"r2l-{self.config.experiment_name}-{self.config.timestamp}"
+        for folder, is_whole in ((self.checkpoint_dir, False), (elsewhere / self.checkpoint_dir.name, True)):
+            try:
+                self._write_checkpoint(step, folder, is_whole)
+            except _DISK_ERRORS:
+                continue
+            if not is_whole:
+                CONSOLE.print("Saved the weights only: the student is whole, but training cannot go on from it.")
+            else:
+                self._copy_run(elsewhere)
+                CONSOLE.print(f"[bold yellow]Saved the run in {elsewhere} instead: move it to where there is room.")
+            return
+        with exit_on_input_error():
+            raise InputError(f"The student of step {step} could not be saved in {self.checkpoint_dir} or {elsewhere}.")
+
+    def _copy_run(self, folder: Path) -> None:
+        """The run's small files, beside a checkpoint that had to go elsewhere."""
+        for name in ("config.yml", "dataparser_transforms.json"):
+            if (self.base_dir / name).is_file():
+                shutil.copyfile(self.base_dir / name, folder / name)
+
+    def _complain(self, error: BaseException, then: str) -> None:
+        free = free_bytes(self.checkpoint_dir)
+        room = "" if free is None else f", whose disk has {free / 1e6:.1f} MB free"
+        reason = getattr(error, "strerror", None) or " ".join(str(error).split())[:200]
+        CONSOLE.print(
+            f"[bold yellow]The checkpoint could not be written to {self.checkpoint_dir}{room} ({reason}): make room"
+            f" there; {then}.",
+            soft_wrap=True,
+        )
+
+    def _write_checkpoint(self, step: int, final_dir: Path, is_whole: bool = True) -> None:
         partial_dir = final_dir.with_name(final_dir.name + ".partial")
+        name = f"step-{step:09d}.ckpt"
+        own_dir, optimizers, schedulers = self.checkpoint_dir, self.optimizers.optimizers, self.optimizers.schedulers
         self.checkpoint_dir = partial_dir
+        if not is_whole:
+            self.optimizers.optimizers, self.optimizers.schedulers = {}, {}
         try:
             super().save_checkpoint(step)
+            final_dir.mkdir(parents=True, exist_ok=True)
+            (partial_dir / name).replace(final_dir / name)
         finally:
-            self.checkpoint_dir = final_dir
-        final_dir.mkdir(parents=True, exist_ok=True)
-        name = f"step-{step:09d}.ckpt"
-        (partial_dir / name).replace(final_dir / name)
-        shutil.rmtree(partial_dir)
+            self.checkpoint_dir = own_dir
+            self.optimizers.optimizers, self.optimizers.schedulers = optimizers, schedulers
+            shutil.rmtree(partial_dir, ignore_errors=True)
         if self.config.save_only_latest_checkpoint:
             for old in final_dir.glob("*.ckpt"):
                 if old.name != name:

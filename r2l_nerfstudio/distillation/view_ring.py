@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import os
+import re
 import time
-from dataclasses import dataclass
+import zipfile
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +25,7 @@ from r2l_nerfstudio.distillation.ray_sample import RaySample
 from r2l_nerfstudio.distillation.survey import Survey, thumbnail
 from r2l_nerfstudio.errors import InputError
 from r2l_nerfstudio.rays.pinhole import pinhole_rays
-from r2l_nerfstudio.teacher import Teacher
+from r2l_nerfstudio.teacher import Teacher, TeacherOutputs
 from r2l_nerfstudio.torch_compat import OutOfMemoryError
 
 BYTES_PER_PIXEL = 7  # rgb, accumulation and validity in uint8, depth in fp16
@@ -76,7 +79,28 @@ class ViewRenderer:
         self.seconds = 0.0
         self._warn_at = 1
         if cache_dir is not None:
+            self._open_cache(cache_dir)
+
+    def _open_cache(self, cache_dir: Path) -> None:
+        try:
             cache_dir.mkdir(parents=True, exist_ok=True)
+            started = psutil.Process().create_time()
+            for partial in cache_dir.glob("*.partial"):
+                # What a process left that was killed while it wrote.
+                owner = re.fullmatch(r".*\.(\d+)\.partial", partial.name)
+                is_written = owner is not None and psutil.pid_exists(int(owner[1]))
+                if not is_written and partial.lstat().st_mtime < started:
+                    partial.unlink()
+        except OSError as error:
+            self._leave_cache(error)
+
+    def _leave_cache(self, error: OSError) -> None:
+        CONSOLE.print(
+            f"[bold yellow]Going on without the cache of teacher views: {self.cache_dir} cannot be written to"
+            f" ({error.strerror or error}).",
+            soft_wrap=True,
+        )
+        self.cache_dir = None
 
     def render(self, index: int) -> TeacherView:
         """Pseudo view number `index`, from the cache if it is there.
@@ -122,26 +146,36 @@ class ViewRenderer:
         """Whether a thumbnail shows about what the training views show: something, and not from inside it."""
         if not (self.survey.has_accumulation or self.survey.has_depth):
             return True
-        outputs = self.teacher.view(thumbnail(camera, 24))
+        outputs = self._view(thumbnail(camera, 24))
         finite = outputs.rgb.isfinite().all(-1)
         if not finite.any():
             return False
         seen = finite
         if outputs.accumulation is not None:
-            if float(outputs.accumulation[finite].mean()) < 0.3 * self.survey.lowest_accumulation:
+            if float(outputs.accumulation[finite].nan_to_num(1.0).mean()) < 0.3 * self.survey.lowest_accumulation:
                 return False
             seen = seen & (outputs.accumulation[..., 0] > 0.5)
         if outputs.depth is None or not seen.any():
             return True
         depth = outputs.depth[..., 0][seen]
-        return float(depth[depth.isfinite()].quantile(0.1)) > 0.3 * self.survey.nearest_depth
+        depth = depth[depth.isfinite() & (depth > 0)]
+        return len(depth) == 0 or float(depth.quantile(0.1)) > 0.3 * self.survey.nearest_depth
+
+    def _view(self, camera: Cameras) -> TeacherOutputs:
+        """What the teacher sees, without the outputs that the survey found to be missing."""
+        outputs = self.teacher.view(camera)
+        return replace(
+            outputs,
+            accumulation=outputs.accumulation if self.survey.has_accumulation else None,
+            depth=outputs.depth if self.survey.has_depth else None,
+        )
 
     def _ask(self, camera: Cameras, pose: Tensor, intrinsics: Tensor) -> TeacherView:
-        outputs = self.teacher.view(camera)
+        outputs = self._view(camera)
         valid = outputs.rgb.isfinite().all(-1, keepdim=True)
         accumulation = torch.ones_like(valid) if outputs.accumulation is None else outputs.accumulation
         depth = torch.zeros_like(valid) if outputs.depth is None else outputs.depth
-        color = torch.cat([outputs.rgb, accumulation.float()], dim=-1).nan_to_num(0.0).clamp(0, 1)
+        color = torch.cat([outputs.rgb.nan_to_num(0.0), accumulation.float().nan_to_num(1.0)], dim=-1).clamp(0, 1)
         pixels = torch.cat([(color * 255).round().to(torch.uint8), valid.to(torch.uint8)], dim=-1)
         # fp16 ends at 65504: a distance beyond that is as good as infinite.
         depth = depth[..., 0].float().nan_to_num(0.0, posinf=6e4).clamp(0, 6e4).half()
@@ -153,35 +187,63 @@ class ViewRenderer:
 
     def _load(self, index: int) -> TeacherView | None:
         path = self._path(index)
-        if path is None or not path.exists():
+        if path is None or not path.is_file():
             return None
         try:
-            with np.load(path) as stored:
-                view = TeacherView(
-                    torch.from_numpy(stored["camera_to_world"]),
-                    torch.from_numpy(stored["intrinsics"]),
-                    torch.from_numpy(stored["pixels"]),
-                    torch.from_numpy(stored["depth"]),
-                )
+            with zipfile.ZipFile(path) as archive:
+                if sum(entry.file_size for entry in archive.infolist()) > self.height * self.width * 7 + 4096:
+                    return None
+            with np.load(path, allow_pickle=False) as stored:
+                arrays = {name: stored[name] for name in ("camera_to_world", "intrinsics", "pixels", "depth")}
+                is_same = str(stored["sha256"]) == _digest(arrays)
         except Exception:  # a broken file, whatever is broken in it, is rendered again
             return None
-        return view if view.pixels.shape == (self.height, self.width, 5) else None
+        view = TeacherView(**{name: torch.from_numpy(array) for name, array in arrays.items()})
+        return view if is_same and self._is_whole(view) else None
+
+    def _is_whole(self, view: TeacherView) -> bool:
+        kinds = {
+            "camera_to_world": ((3, 4), torch.float32),
+            "intrinsics": ((4,), torch.float32),
+            "pixels": ((self.height, self.width, 5), torch.uint8),
+            "depth": ((self.height, self.width), torch.float16),
+        }
+        for name, (shape, kind) in kinds.items():
+            value = getattr(view, name)
+            if tuple(value.shape) != shape or value.dtype != kind or not bool(value.isfinite().all()):
+                return False
+        return bool((view.intrinsics[:2] > 0).all()) and bool((view.depth >= 0).all())
 
     def _store(self, index: int, view: TeacherView) -> None:
         path = self._path(index)
         if path is None:
             return
+        arrays = {
+            "camera_to_world": view.camera_to_world.numpy(),
+            "intrinsics": view.intrinsics.numpy(),
+            "pixels": view.pixels.numpy(),
+            "depth": view.depth.numpy(),
+        }
         buffer = io.BytesIO()
-        np.savez_compressed(
-            buffer,
-            camera_to_world=view.camera_to_world.numpy(),
-            intrinsics=view.intrinsics.numpy(),
-            pixels=view.pixels.numpy(),
-            depth=view.depth.numpy(),
-        )
+        np.savez_compressed(buffer, sha256=np.array(_digest(arrays)), **arrays)
         partial = path.with_suffix(f".{os.getpid()}.partial")
-        partial.write_bytes(buffer.getvalue())
-        partial.replace(path)
+        try:
+            partial.write_bytes(buffer.getvalue())
+            partial.replace(path)
+        except OSError as error:  # a full disk above all
+            try:
+                partial.unlink(missing_ok=True)
+            except OSError:
+                pass
+            self._leave_cache(error)
+
+
+def _digest(arrays: dict[str, np.ndarray]) -> str:
+    digest = hashlib.sha256()
+    for name, array in sorted(arrays.items()):
+        digest.update(f"{name}{array.dtype}{array.shape}".encode())
+        digest.update(np.ascontiguousarray(array).data)
+    return digest.hexdigest()
 
 
 class ViewRing:

@@ -1,4 +1,8 @@
-"""What engines leave on disk beside a checkpoint: compiled artefacts, and which engine was the fastest."""
+"""What engines leave in the user's cache folder: compiled artefacts, and which engine was the fastest.
+
+Compiled artefacts are machine code that loading runs. So they are never read from a run's folder, which may come from
+anybody, and only where nobody but the user can have written them.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from r2l_nerfstudio.user_cache import is_private
 
 
 def write_atomically(file: Path, content: bytes) -> None:
@@ -44,24 +50,31 @@ class EngineCache:
     """A folder for one network on one device. What does not read as it was written is as good as absent.
 
     Args:
-        folder: beside the checkpoint; made when something is written.
+        folder: the user's own (`user_cache.engine_cache_folder`); made when something is written.
         weights: `weights_hash` of the network.
         device: where it runs.
     """
 
     def __init__(self, folder: Path, weights: str, device: torch.device) -> None:
         place = hashlib.sha256(device_name(device).encode()).hexdigest()[:12]
-        self.folder = folder / f"{weights[:16]}-{place}"
+        self.folder = folder / f"{weights}-{place}"
 
-    def artefacts(self, name: str, version: str) -> Path:
-        """Folder for what one version of one engine compiles."""
-        return self.folder / f"{name}-{hashlib.sha256(version.encode()).hexdigest()[:12]}"
+    def artefacts(self, name: str, version: str) -> Path | None:
+        """Folder for what one version of one engine compiles; None where somebody else may have written there."""
+        folder = self.folder / f"{name}-{hashlib.sha256(version.encode()).hexdigest()[:12]}"
+        try:
+            self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        except OSError:  # a full disk, or none of this user's
+            return None
+        is_trusted = is_private(self.folder, deep=False) and (is_private(folder) or not os.path.lexists(folder))
+        return folder if is_trusted else None
 
     def read(self, key: str) -> dict[str, Any] | None:
         """What was remembered under a key; None for nothing, or nothing that can be trusted."""
+        file = self.folder / f"{key}.json"
         try:
-            record = json.loads((self.folder / f"{key}.json").read_text())
-        except (OSError, ValueError):
+            record = json.loads(file.read_text()) if is_private(file) else None
+        except (OSError, ValueError, RecursionError):
             return None
         return record if isinstance(record, dict) else None
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -198,8 +199,7 @@ def _built_from_cache(task: Task, candidate: Candidate, folder: Path | None) -> 
             return engine
     except Exception:  # a file that is cut short, or of another make: build it anew
         pass
-    for file in folder.iterdir():
-        file.unlink()
+    shutil.rmtree(folder)
     return make(module, order)
 
 
@@ -238,7 +238,7 @@ def _key(task: Task, wanted: list[Candidate]) -> str:
 
 def _timing_code(task: Task) -> Tensor:
     shape = task.shape if is_grid(task.network) else (min(task.shape[0], _MOST_ROWS), *task.shape[1:])
-    return torch.rand(shape, device=task.device)
+    return torch.rand(shape, device=task.device, dtype=torch.float32)
 
 
 def milliseconds(calls: Sequence[Callable[[Tensor], Any]], code: Tensor) -> list[float]:

@@ -75,7 +75,7 @@ class CudaGraphs:
             return
         try:
             graph = self._captured(shape)
-            probe = torch.rand(shape, device=self._device)
+            probe = torch.rand(shape, device=self._device, dtype=torch.float32)
             # The same kernels on the same numbers: what differs more than rounding was not captured whole.
             if not torch.allclose(graph(probe), self._run(probe), atol=1e-2):
                 raise RuntimeError("the graph gives other values")
@@ -88,7 +88,7 @@ class CudaGraphs:
             self._capturing.release()
 
     def _captured(self, shape: tuple[int, ...]) -> _Graph:
-        code = torch.zeros(shape, device=self._device)
+        code = torch.zeros(shape, device=self._device, dtype=torch.float32)
         stream = torch.cuda.Stream(self._device)
         stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(stream):

@@ -53,9 +53,11 @@ def build(order: Order) -> InductorEngine:
         with tempfile.TemporaryDirectory() as folder:
             return InductorEngine(order, _compiled(order, Path(folder) / "network.pt2"))
     if not file.exists():
-        file.parent.mkdir(parents=True, exist_ok=True)
+        file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=file.parent) as folder:
-            _compiled(order, Path(folder) / "network.pt2").replace(file)
+            made = _compiled(order, Path(folder) / "network.pt2")
+            made.chmod(0o600)
+            made.replace(file)
     return InductorEngine(order, file)
 
 
@@ -66,10 +68,10 @@ def _compiled(order: Order, file: Path) -> Path:
     if is_grid(network):
         # As codes lie in memory: transposing them would take as long as a layer.
         fixed = RowsLast(fixed)
-        example = torch.zeros(1, 64, 72, in_dim(network), device=device)
+        example = torch.zeros(1, 64, 72, in_dim(network), device=device, dtype=torch.float32)
         sizes = {axis: torch.export.Dim(name, min=2, max=_MOST_CELLS) for axis, name in ((1, "rows"), (2, "columns"))}
     else:
-        example = torch.zeros(chunk_rows(device), in_dim(network), device=device)
+        example = torch.zeros(chunk_rows(device), in_dim(network), device=device, dtype=torch.float32)
     with torch.no_grad():
         program = torch.export.export(fixed, (example,), dynamic_shapes=(sizes,))
         made = torch._inductor.aoti_compile_and_package(

@@ -36,10 +36,10 @@ def network_onnx(network: nn.Module, precision: Precision = "fp32") -> bytes:
     """
     device = device_of(network)
     if is_grid(network):
-        example = torch.zeros(1, in_dim(network), 5, 6, device=device)
+        example = torch.zeros(1, in_dim(network), 5, 6, device=device, dtype=torch.float32)
         axes = {INPUT: {2: "rows", 3: "columns"}, OUTPUT: {2: "height", 3: "width"}}
     else:
-        example = torch.zeros(8, in_dim(network), device=device)
+        example = torch.zeros(8, in_dim(network), device=device, dtype=torch.float32)
         axes = {INPUT: {0: "rays"}, OUTPUT: {0: "rays"}}
     file = io.BytesIO()
     with warnings.catch_warnings():

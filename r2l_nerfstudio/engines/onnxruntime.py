@@ -10,7 +10,15 @@ from torch import Tensor, nn
 
 from r2l_nerfstudio.engines.onnx_graph import INPUT, OUTPUT, network_onnx
 from r2l_nerfstudio.engines.protocol import EngineName, Order, Precision
-from r2l_nerfstudio.engines.sizes import chunk_rows, in_chunks, is_grid, out_dim
+from r2l_nerfstudio.engines.sizes import (
+    chunk_rows,
+    from_bucket,
+    in_chunks,
+    is_grid,
+    out_dim,
+    to_cpu_bucket,
+    upsampling_factor,
+)
 
 
 def version() -> str:
@@ -51,6 +59,7 @@ class OnnxRuntimeEngine:
         import onnxruntime
 
         self._is_grid = is_grid(network)
+        self._factor = upsampling_factor(network)
         self._out_dim = out_dim(network)
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
@@ -59,7 +68,8 @@ class OnnxRuntimeEngine:
     def __call__(self, code: Float[Tensor, "*code"]) -> Float[Tensor, "*values"]:
         code = code.detach()
         if self._is_grid:
-            return torch.cat([self._values(frame.contiguous()) for frame in code.split(1)])
+            values = torch.cat([self._values(frame.contiguous()) for frame in to_cpu_bucket(code).split(1)])
+            return from_bucket(values, *code.shape[-2:], self._factor)
         return in_chunks(self._run, code, self._out_dim, chunk_rows(code.device))
 
     def _run(self, code: Tensor, values: Tensor) -> None:

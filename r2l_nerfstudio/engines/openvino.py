@@ -13,7 +13,16 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from r2l_nerfstudio.engines.protocol import EngineName, Order, Precision
-from r2l_nerfstudio.engines.sizes import chunk_rows, in_chunks, in_dim, is_grid, out_dim, upsampling_factor
+from r2l_nerfstudio.engines.sizes import (
+    chunk_rows,
+    from_bucket,
+    in_chunks,
+    in_dim,
+    is_grid,
+    out_dim,
+    to_cpu_bucket,
+    upsampling_factor,
+)
 from r2l_nerfstudio.engines.weights import FixedNetwork, RowsLast
 
 if TYPE_CHECKING:
@@ -71,10 +80,10 @@ class OpenVinoEngine:
         self._rows = chunk_rows(torch.device("cpu"))
         fixed = FixedNetwork(network, "fp32")
         if self._is_grid:
-            example, shape = torch.zeros(1, 5, 6, in_dim(network)), [1, -1, -1, in_dim(network)]
+            example, shape = torch.zeros(1, 5, 6, in_dim(network), dtype=torch.float32), [1, -1, -1, in_dim(network)]
             fixed = RowsLast(fixed)
         else:
-            example = torch.zeros(8, in_dim(network))
+            example = torch.zeros(8, in_dim(network), dtype=torch.float32)
             shape = [self._rows, in_dim(network)]
         model = _converted(fixed, example)
         model.reshape(shape)
@@ -96,11 +105,12 @@ class OpenVinoEngine:
         if not self._is_grid:
             return in_chunks(self._run, code, self._out_dim, self._rows)
         frames = []
-        for rays in code.permute(0, 2, 3, 1).split(1):
+        for rays in to_cpu_bucket(code).permute(0, 2, 3, 1).split(1):
             _, rows, columns, _ = rays.shape
             frames.append(code.new_empty(1, rows * self._factor, columns * self._factor, self._out_dim))
             self._run(rays.contiguous(), frames[-1])
-        return torch.cat(frames).permute(0, 3, 1, 2) if len(frames) > 1 else frames[0].permute(0, 3, 1, 2)
+        values = torch.cat(frames) if len(frames) > 1 else frames[0]
+        return from_bucket(values.permute(0, 3, 1, 2), *code.shape[-2:], self._factor)
 
     def _run(self, code: Tensor, values: Tensor) -> None:
         """Read and write the tensors' own memory: nothing is copied."""

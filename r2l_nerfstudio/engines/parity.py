@@ -41,4 +41,4 @@ def parity(engine: Engine, network: nn.Module, device: torch.device, probe: Tens
 def random_code(network: nn.Module, device: torch.device) -> Float[Tensor, "*code"]:
     """Numbers in [-1, 1] in the shape of a code, the same ones each time."""
     shape = (1, in_dim(network), *PROBE_CELLS) if is_grid(network) else (PROBE_ROWS, in_dim(network))
-    return torch.rand(shape, generator=torch.Generator().manual_seed(0)).mul(2).sub(1).to(device)
+    return torch.rand(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float32).mul(2).sub(1).to(device)

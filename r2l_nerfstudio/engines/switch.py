@@ -95,7 +95,7 @@ class EngineSwitch:
             engine_module(choice)  # knows its name
         self._network = network
         self.cache_folder: Path | None = None
-        """Beside the checkpoint; set by who knows where that is."""
+        """The user's own, never a run's (`user_cache.engine_cache_folder`); None keeps nothing."""
         self.choice: EngineChoice = choice
         self._probe = probe
         self._interrupts = interrupts

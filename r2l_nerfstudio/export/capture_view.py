@@ -11,6 +11,7 @@ from jaxtyping import Float
 from nerfstudio.data.datasets.base_dataset import InputDataset
 from torch import Tensor
 
+from r2l_nerfstudio.capture import CaptureError, parse_capture
 from r2l_nerfstudio.dataparsers import dataparser_at
 from r2l_nerfstudio.distillation.datamanager import capture_cameras
 from r2l_nerfstudio.distillation.pose_sampling import CaptureCameras, look_along
@@ -40,8 +41,8 @@ def read_views(run: Path, data: Path | None = None) -> tuple[InputDataset, float
     datamanager = config.pipeline.datamanager
     place = capture_path(config, config_path) if data is None else Path(data)
     try:
-        outputs = dataparser_at(config, place).setup().get_dataparser_outputs(split="train")
-    except Exception as error:  # every dataparser has failures of its own
+        outputs = parse_capture(dataparser_at(config, place))
+    except CaptureError as error:
         raise InputError(
             f"The capture {place} of the student {config_path} cannot be read ({' '.join(str(error).split())[:300]}), and"
             " without its cameras nobody knows where a visitor may go: say with --data where it is now."

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from r2l_nerfstudio.distillation.datamanager import capture_cameras
-from r2l_nerfstudio.distillation.photographs import read_photograph, split_holdout
+from r2l_nerfstudio.distillation.photographs import read_photo, split_holdout
 from r2l_nerfstudio.distillation.pose_sampling import CaptureCameras, PoseSampler
 from r2l_nerfstudio.engines.parity import psnr
 from r2l_nerfstudio.errors import InputError
@@ -234,7 +234,7 @@ def held_out(student: Student, dataset: InputDataset, share: float) -> list[tupl
     found = []
     for index in chosen:
         camera = dataset.cameras[index : index + 1]
-        truth = student.model.blend(read_photograph(dataset, index, "float32")["image"])
+        truth = torch.from_numpy(read_photo(dataset, index, student.model.background).rgb).float() / 255
         side = max(truth.shape[:2])
         if not isinstance(student.model, MobileR2LModel) and side > JUDGED_SIDE:
             camera.rescale_output_resolution(JUDGED_SIDE / side)

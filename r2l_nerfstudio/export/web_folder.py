@@ -40,6 +40,7 @@ PAGE = (
     "rigs.js",
     "pace.js",
     "rays.js",
+    "scene.js",
     "fetching.js",
     "worker.js",
 )

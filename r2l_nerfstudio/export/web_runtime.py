@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import gzip
 import hashlib
-import os
 import shutil
 import subprocess
 import tarfile
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from r2l_nerfstudio.errors import InputError
+from r2l_nerfstudio.user_cache import cache_folder
 
 PACKAGE = "onnxruntime-web"
 VERSION = "1.30.0"
@@ -69,11 +69,6 @@ def describe_runtime(folder: str, files: Path) -> dict[str, Any]:
         paths = {"module": module, "loader": loader, "wasm": wasm}
         found[backend] = {**{key: f"{folder}/{name}" for key, name in paths.items()}, "bytes": size}
     return found
-
-
-def cache_folder() -> Path:
-    """Of this package, for what can be fetched again."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "r2l-nerfstudio"
 
 
 def _is_whole(folder: Path) -> bool:

@@ -1,16 +1,58 @@
-"""A server for a web export: the headers that let a page use threads, and nothing else."""
+"""A server for a web export: the files of one folder, with the headers that let a page use threads and load nothing else.
+
+It is made for a few visitors on a network one knows, and holds its ground against hostile ones: a fixed number of threads, a
+deadline for every request, no listing, no file outside the folder.
+"""
 
 from __future__ import annotations
 
+import base64
 import functools
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+import hashlib
+import re
+import socket
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from http import HTTPStatus
+from http.server import HTTPServer, SimpleHTTPRequestHandler
+from io import BufferedReader
 from pathlib import Path
+from typing import Any, BinaryIO
 
 from r2l_nerfstudio.errors import InputError
 
+SECONDS_FOR_REQUEST = 5.0
+"""In which a request's line and headers have to arrive."""
+SECONDS_FOR_PART = 20.0
+"""In which a part of 64 KiB of a file has to be taken."""
+MOST_THREADS = 32
+MOST_CONNECTIONS = 128
+"""Served and waiting together; further ones are closed at once."""
+_INLINE_SCRIPT = re.compile(rb"<script>(.*?)</script>", re.DOTALL)
+
+
+class _Deadline(socket.SocketIO):
+    """Reads of a socket, all of which together have to end in time: one byte now and then keeps no thread."""
+
+    def __init__(self, connection: socket.socket, seconds: float) -> None:
+        super().__init__(connection, "r")
+        self._connection = connection
+        self._end = time.monotonic() + seconds
+
+    def readinto(self, buffer: Any) -> int | None:
+        left = self._end - time.monotonic()
+        if left <= 0:
+            raise TimeoutError("the request did not arrive in time")
+        self._connection.settimeout(left)
+        return super().readinto(buffer)
+
 
 class WebHandler(SimpleHTTPRequestHandler):
-    """Files of one folder, isolated from other origins, as browsers ask of pages with threads."""
+    """Files of one folder, isolated from other origins, as browsers ask of pages with threads.
+
+    Args: as `SimpleHTTPRequestHandler`, and `policy`, the Content-Security-Policy of all answers.
+    """
 
     extensions_map = {
         **SimpleHTTPRequestHandler.extensions_map,
@@ -21,11 +63,44 @@ class WebHandler(SimpleHTTPRequestHandler):
         ".json": "application/json",
         ".onnx": "application/octet-stream",
     }
+    server_version = "r2l-export"
+    sys_version = ""
+
+    def __init__(self, *args: Any, policy: str, **kwargs: Any) -> None:
+        self._policy = policy
+        super().__init__(*args, **kwargs)
+
+    def setup(self) -> None:
+        super().setup()
+        self.rfile = BufferedReader(_Deadline(self.connection, SECONDS_FOR_REQUEST))
+
+    def send_head(self) -> BinaryIO | None:
+        """As the base class; without listings, and only of ordinary files that lie in the folder."""
+        self.connection.settimeout(SECONDS_FOR_PART)
+        path = Path(self.translate_path(self.path))
+        root = Path(self.directory).resolve()
+        try:
+            file = path.resolve()
+            is_served = file.is_relative_to(root) and (
+                file.is_file() or (file == root and (root / "index.html").resolve() == root / "index.html")
+            )
+        except (OSError, ValueError, RuntimeError):  # a path that is none, a loop of links
+            is_served = False
+        if not is_served:
+            self.send_error(HTTPStatus.NOT_FOUND, "File not found")
+            return None
+        return super().send_head()
+
+    def list_directory(self, path: Any) -> None:
+        self.send_error(HTTPStatus.NOT_FOUND, "File not found")
 
     def end_headers(self) -> None:
         self.send_header("Cross-Origin-Opener-Policy", "same-origin")
         self.send_header("Cross-Origin-Embedder-Policy", "require-corp")
         self.send_header("Cross-Origin-Resource-Policy", "same-origin")
+        self.send_header("Content-Security-Policy", self._policy)
+        self.send_header("X-Content-Type-Options", "nosniff")
+        self.send_header("Referrer-Policy", "no-referrer")
         # A new export in the same place is seen at once; what did not change is not sent again.
         self.send_header("Cache-Control", "no-cache")
         super().end_headers()
@@ -34,7 +109,7 @@ class WebHandler(SimpleHTTPRequestHandler):
         """Nothing: a visitor's every file would be a line."""
 
 
-class WebServer(ThreadingHTTPServer):
+class WebServer(HTTPServer):
     """Serves a folder; a port of 0 takes a free one.
 
     Args:
@@ -46,17 +121,72 @@ class WebServer(ThreadingHTTPServer):
         InputError: the port is taken, or the host is none of this machine's.
     """
 
-    daemon_threads = True
+    request_queue_size = 128
 
     def __init__(self, folder: Path, host: str = "127.0.0.1", port: int = 0) -> None:
+        if not host.strip():
+            raise InputError(
+                'Nothing is served at --host "", which would listen on every network: choose 127.0.0.1 for this machine'
+                " only, or 0.0.0.0 for all its networks."
+            )
+        self._room = threading.BoundedSemaphore(MOST_CONNECTIONS)
+        self._threads = ThreadPoolExecutor(MOST_THREADS, thread_name_prefix="web")
         try:
-            super().__init__((host, port), functools.partial(WebHandler, directory=str(folder)))
-        except (OSError, OverflowError) as error:
+            super().__init__(
+                (host, port), functools.partial(WebHandler, directory=str(folder), policy=page_policy(Path(folder)))
+            )
+        except (OSError, OverflowError, ValueError) as error:
             raise InputError(
                 f"Nothing can be served at --host {host} --port {port} ({error}): choose another port, or 127.0.0.1 for"
                 " this machine alone, 0.0.0.0 for all its networks."
             ) from error
         self.address = f"http://{'localhost' if host in ('127.0.0.1', '0.0.0.0') else host}:{self.server_address[1]}/"
 
+    def process_request(self, request: socket.socket, client_address: Any) -> None:
+        """In a thread of the pool; connections beyond its room are closed."""
+        if not self._room.acquire(blocking=False):
+            self.shutdown_request(request)
+            return
+        request.settimeout(SECONDS_FOR_PART)
+        self._threads.submit(self._serve, request, client_address)
+
+    def _serve(self, request: socket.socket, client_address: Any) -> None:
+        try:
+            self.finish_request(request, client_address)
+        except Exception:  # a browser that leaves in the middle of a file is no error
+            pass
+        finally:
+            self.shutdown_request(request)
+            self._room.release()
+
     def handle_error(self, request: object, client_address: object) -> None:
-        """Nothing: a browser that leaves in the middle of a file is no error."""
+        """Nothing, as in `_serve`."""
+
+    def server_close(self) -> None:
+        super().server_close()
+        self._threads.shutdown(wait=False, cancel_futures=True)
+
+
+def page_policy(folder: Path) -> str:
+    """The Content-Security-Policy of a page: scripts, workers, models and pictures of its own folder only.
+
+    Args:
+        folder: with the page, whose inline scripts are allowed as they are now.
+    """
+    try:
+        scripts = _INLINE_SCRIPT.findall((folder / "index.html").read_bytes())
+    except OSError:
+        scripts = []
+    hashes = [f"'sha256-{base64.b64encode(hashlib.sha256(script).digest()).decode()}'" for script in scripts]
+    allowed = {
+        "default-src": "'none'",
+        "script-src": " ".join(["'self'", "'wasm-unsafe-eval'", *hashes]),
+        "worker-src": "'self' blob:",
+        "connect-src": "'self'",
+        "img-src": "'self' data: blob:",
+        "style-src": "'self'",
+        "base-uri": "'none'",
+        "form-action": "'self'",
+        "frame-ancestors": "'self'",
+    }
+    return "; ".join(f"{name} {sources}" for name, sources in allowed.items())

@@ -25,7 +25,7 @@ def whole_files(output: Path, overwrite: bool, also: tuple[str, ...] = ()) -> It
     Raises:
         InputError: a file is there and may not be replaced, or cannot be written.
     """
-    output = Path(output)
+    output = _named(output, "a file")
     names = [output.name, *(output.with_suffix(suffix).name for suffix in also)]
     for name in names:
         taken = output.with_name(name)
@@ -57,7 +57,7 @@ def whole_folder(output: Path, overwrite: bool, mark: str, what: str) -> Iterato
     Raises:
         InputError: something is there and may not be replaced, or cannot be written.
     """
-    output = Path(output)
+    output = _named(output, "a folder")
     if output.is_file():
         raise InputError(f"{output} is a file: name a folder to be made.")
     if output.is_dir() and any(output.iterdir()):
@@ -72,6 +72,27 @@ def whole_folder(output: Path, overwrite: bool, mark: str, what: str) -> Iterato
         if output.exists():
             shutil.rmtree(output)
         made.replace(output)
+
+
+def _named(output: Path, kind: str) -> Path:
+    """The path, if it can be one.
+
+    Raises:
+        InputError: it is empty, the root of a disk, or no path to the system.
+    """
+    output = Path(output)
+    shown = str(output) if len(str(output)) <= 200 else f"{str(output)[:100]}..."
+    if output.name in ("", ".."):
+        raise InputError(f"{shown!r} names no file: name {kind} to write.")
+    try:
+        output.exists()
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"{shown} cannot be written ({getattr(error, 'strerror', None) or error}): name {kind}."
+        ) from error
+    if output.exists() and not (output.is_file() or output.is_dir()):
+        raise InputError(f"{shown} is a device or a pipe: name {kind} to write.")
+    return output
 
 
 @contextmanager

@@ -6,7 +6,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
 import torch
 import tyro
@@ -33,6 +33,7 @@ from r2l_nerfstudio.models.composited_encoding import (
 )
 from r2l_nerfstudio.models.drawing_code import DrawingCode
 from r2l_nerfstudio.models.metrics import image_metrics
+from r2l_nerfstudio.ranges import FloatRange, IntRange
 from r2l_nerfstudio.rays.ray_code import RayCode, RayCodeKind
 from r2l_nerfstudio.rays.spacing import MISSED_FRACTION, SceneBounds, SpacingKind
 from r2l_nerfstudio.students.ray_features import FeatureVolume
@@ -51,45 +52,45 @@ class LightFieldModelConfig(ModelConfig):
     collider_params: tyro.conf.Suppress[dict[str, float] | None] = None
     loss_coefficients: tyro.conf.Suppress[dict[str, float]] = field(default_factory=dict)
     prompt: tyro.conf.Suppress[str | None] = None
-    width: int = 256
+    width: Annotated[int, IntRange(1, 8192)] = 256
     """Features of the hidden layers."""
     zero_init: bool = True
     """Start every residual block as the identity."""
     ray_code: RayCodeKind = "points"
     """How a ray becomes numbers: points along it, Plücker coordinates, where it meets two planes, or composited: features
     gathered along it where the scene is."""
-    num_points: int = 16
+    num_points: Annotated[int, IntRange(1, 4096)] = 16
     """Points per ray."""
-    num_frequencies: int = 10
+    num_frequencies: Annotated[int, IntRange(0, 64)] = 10
     """Octaves of the frequency encoding."""
     jitter_points: bool = True
     """Draw the points at random inside their segments while training."""
     spacing: Literal["auto", "sphere", "near-far", "disparity"] = "auto"
     """Where the points lie; auto: inside the scene's sphere for a bounded capture, else by disparity."""
-    feature_channels: int = 4
+    feature_channels: Annotated[int, IntRange(1, 256)] = 4
     """composited: features per grid point."""
-    num_samples: int = 24
+    num_samples: Annotated[int, IntRange(1, 4096)] = 24
     """composited: sample points per ray."""
-    num_probes: int = 64
+    num_probes: Annotated[int, IntRange(1, 4096)] = 64
     """composited: bins per ray in which the scene is looked for."""
-    occupancy_cells: int = 64
+    occupancy_cells: Annotated[int, IntRange(1, 1024)] = 64
     """composited: the occupancy grid has about this many cells cubed."""
-    max_grid_points: int = 200_000
+    max_grid_points: Annotated[int, IntRange(1, 10**8)] = 200_000
     """composited: grid points with features, at most; the volume is as fine as a pixel of the teacher views, or as this
     allows."""
-    point_octaves: int = 4
+    point_octaves: Annotated[int, IntRange(0, 64)] = 4
     """composited: octaves of the encoding of the expected point."""
-    direction_octaves: int = 3
+    direction_octaves: Annotated[int, IntRange(0, 64)] = 3
     """composited: octaves of the encoding of the direction."""
-    volume_resolution: int = 0
+    volume_resolution: Annotated[int, IntRange(0, 1024)] = 0
     """Grid points a side of a learned feature volume, read at the ray's points; 0 is the paper: no volume."""
-    volume_channels: int = 4
+    volume_channels: Annotated[int, IntRange(1, 256)] = 4
     """Features per grid point of that volume."""
-    volume_points: int = 16
+    volume_points: Annotated[int, IntRange(1, 4096)] = 16
     """Points per ray at which that volume is read."""
-    accumulation_weight: float = 0.1
+    accumulation_weight: Annotated[float, FloatRange(0, 1e6)] = 0.1
     """Weight of the accumulation loss."""
-    depth_weight: float = 0.1
+    depth_weight: Annotated[float, FloatRange(0, 1e6)] = 0.1
     """Weight of the depth loss, on positions in [0, 1] along the ray."""
     engine: EngineChoice = "auto"
     """What runs the network of a trained student; auto: the fastest that agrees with torch on the machine at hand."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from typing import Annotated
 
 import torch
 from jaxtyping import Float
@@ -15,6 +16,7 @@ from torch.nn.functional import interpolate, pad
 from r2l_nerfstudio.models.any_camera import render_by_faces
 from r2l_nerfstudio.models.composited_encoding import CompositedEncoding, EncodedRays, encode_ray_image
 from r2l_nerfstudio.models.light_field import LightFieldModel, LightFieldModelConfig
+from r2l_nerfstudio.ranges import IntRange
 from r2l_nerfstudio.rays.pinhole import image_rays, pinhole_rays, pixel_centers
 from r2l_nerfstudio.rays.ray_image import MARGIN, ray_image_intrinsics
 from r2l_nerfstudio.rays.spacing import SceneBounds
@@ -40,17 +42,17 @@ class MobileR2LModelConfig(LightFieldModelConfig):
     zero_init: bool = False
     """Start every residual block as the identity. BatchNorm does without: 23.0 dB with it, 23.7 without it (lego, 100x100,
     60 s on one core)."""
-    num_points: int = 8
+    num_points: Annotated[int, IntRange(1, 4096)] = 8
     """Points per ray."""
-    num_frequencies: int = 6
+    num_frequencies: Annotated[int, IntRange(0, 64)] = 6
     """Octaves of the frequency encoding."""
-    blocks: int = 29
+    blocks: Annotated[int, IntRange(1, 1024)] = 29
     """Residual blocks of the body."""
-    factor: int = 0
+    factor: Annotated[int, IntRange(0, 64)] = 0
     """Pixels per cell along each side; 0: 4, 8 or 12, whichever leaves about 100 cells across."""
-    up_width: int = 64
+    up_width: Annotated[int, IntRange(1, 8192)] = 64
     """Channels of the super-resolution's steps but the last."""
-    last_width: int = 16
+    last_width: Annotated[int, IntRange(1, 8192)] = 16
     """Channels of its last step."""
     pixel_samples: int = 12
     """composited: sample points per pixel; cells have `num_samples`."""

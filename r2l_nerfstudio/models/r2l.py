@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from typing import Annotated
 
 import torch
 from jaxtyping import Float
@@ -16,6 +17,7 @@ from r2l_nerfstudio.engines.sizes import chunk_rows
 from r2l_nerfstudio.models.camera_rays import camera_rays
 from r2l_nerfstudio.models.composited_encoding import CompositedEncoding, EncodedRays, encode_single_rays
 from r2l_nerfstudio.models.light_field import LightFieldModel, LightFieldModelConfig
+from r2l_nerfstudio.ranges import IntRange
 from r2l_nerfstudio.rays.pinhole import image_rays
 from r2l_nerfstudio.rays.spacing import SceneBounds
 from r2l_nerfstudio.students.resmlp import ResMLP
@@ -32,9 +34,9 @@ class R2LModelConfig(LightFieldModelConfig):
     """R2L: one network evaluation per pixel."""
 
     _target: type = field(default_factory=lambda: R2LModel)
-    eval_num_rays_per_chunk: int = 65536
+    eval_num_rays_per_chunk: Annotated[int, IntRange(1)] = 65536
     """Rays per network evaluation when rendering."""
-    depth: int = 88
+    depth: Annotated[int, IntRange(2, 1024)] = 88
     """Linear layers in all."""
 
 
@@ -130,7 +132,9 @@ class R2LModel(LightFieldModel):
         """
         if self.composited is not None:
             parts = zip(*(t.reshape(-1, 3).split(COMPOSITED_AT_ONCE) for t in (origins, directions)), strict=True)
-            return torch.cat([self._render_composited(self.composited, *part) for part in parts]).view(*origins.shape[:-1], 5)
+            return torch.cat([self._render_composited(self.composited, *part) for part in parts]).view(
+                *origins.shape[:-1], 5
+            )
         flat = [tensor.reshape(-1, 3) for tensor in (origins, directions)]
         seen: Tensor | None = None
         if self.ray_code.spacing == "sphere":

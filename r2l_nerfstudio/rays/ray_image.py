@@ -48,12 +48,16 @@ class CellPixels:
 
     factor: int
 
-    def by_cell(self, image: Float[Tensor, "*batch height width values"]) -> Float[Tensor, "*batch rows columns pixels values"]:
+    def by_cell(
+        self, image: Float[Tensor, "*batch height width values"]
+    ) -> Float[Tensor, "*batch rows columns pixels values"]:
         """The `factor`² pixels of each cell, row by row."""
         cells = image.unflatten(-2, (-1, self.factor)).unflatten(-4, (-1, self.factor))
         return cells.transpose(-4, -3).flatten(-3, -2)
 
-    def to_image(self, cells: Float[Tensor, "*batch rows columns pixels values"]) -> Float[Tensor, "*batch height width values"]:
+    def to_image(
+        self, cells: Float[Tensor, "*batch rows columns pixels values"]
+    ) -> Float[Tensor, "*batch height width values"]:
         """Inverse of `by_cell`."""
         image = cells.unflatten(-2, (self.factor, self.factor)).transpose(-4, -3)
         return image.flatten(-5, -4).flatten(-3, -2)

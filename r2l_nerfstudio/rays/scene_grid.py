@@ -145,5 +145,3 @@ class SceneGrid(nn.Module):
         first, second = (self.low - start) / safe, (self.low + self.extent - start) / safe
         enter = torch.minimum(first, second).amax(-1, keepdim=True).clamp_min(0.0)
         return enter, torch.maximum(first, second).amin(-1, keepdim=True)
-
-

@@ -22,7 +22,7 @@ from r2l_nerfstudio.console import progress_bar
 from r2l_nerfstudio.dataparsers import dataparser_at
 from r2l_nerfstudio.distillation.datamanager import DistillationDataManagerConfig, capture_cameras
 from r2l_nerfstudio.distillation.learning_curve import CurvePoint, read_learning_curve
-from r2l_nerfstudio.distillation.photographs import read_photograph
+from r2l_nerfstudio.distillation.photographs import read_photo
 from r2l_nerfstudio.distillation.pose_sampling import PoseSampler, PoseSamplerConfig
 from r2l_nerfstudio.distillation.survey import Survey
 from r2l_nerfstudio.distillation.view_ring import TeacherView, ViewRenderer
@@ -223,7 +223,7 @@ def measure(
     with progress_bar() as bar:
         for index in bar.track(chosen, description="Test views"):
             camera = test.cameras[index : index + 1].to(model.device)
-            photo = model.blend(read_photograph(test, index, "float32")["image"].to(model.device)).cpu()
+            photo = model.blend(read_photo(test, index, "float32")["image"].to(model.device)).cpu()
             image = student_view(camera)
             truth = None if teacher_view is None else teacher_view(camera)
             name = Path(test.image_filenames[index]).name

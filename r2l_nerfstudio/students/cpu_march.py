@@ -69,7 +69,14 @@ def _in_parts(work: Callable[[slice], None], rays: int) -> None:
 class _March(torch.autograd.Function):
     @staticmethod
     def forward(
-        context: Any, rows: Tensor, start: Tensor, step: Tensor, missed: Tensor | None, space: MarchSpace, samples: int, jitter: bool
+        context: Any,
+        rows: Tensor,
+        start: Tensor,
+        step: Tensor,
+        missed: Tensor | None,
+        space: MarchSpace,
+        samples: int,
+        jitter: bool,
     ) -> tuple[Tensor, Tensor]:
         from r2l_nerfstudio.students import cpu_kernels  # Numba: a second to import, and Nerfstudio loads every method
 

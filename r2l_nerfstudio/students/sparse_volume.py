@@ -132,7 +132,9 @@ def read_rows(
         weights = [shares[..., a : a + 1] if far[a] else 1.0 - shares[..., a : a + 1] for a in range(3)]
         offset = (far[2] * y + far[1]) * x + far[0]
         # int32, which they are: Core ML's converter forgets it.
-        read = read + embedding(gathered(index, first + offset).to(torch.int32), rows).float() * (weights[0] * weights[1] * weights[2])
+        read = read + embedding(gathered(index, first + offset).to(torch.int32), rows).float() * (
+            weights[0] * weights[1] * weights[2]
+        )
     return read
 
 

@@ -12,12 +12,11 @@ from nerfstudio.viewer.viewer_elements import ViewerControl, ViewerDropdown
 from r2l_nerfstudio.engines.sizes import device_of
 from r2l_nerfstudio.engines.switch import EngineChoice, EngineSwitch
 from r2l_nerfstudio.errors import InputError, exit_on_input_error
+from r2l_nerfstudio.user_cache import engine_cache_folder
 
 if TYPE_CHECKING:
     from nerfstudio.viewer.viewer import Viewer
 
-CACHE_FOLDER = "engines"
-"""In a run's folder."""
 _ON_CPU = ["auto", "torch", "openvino", "onnxruntime", "inductor"]
 _ON_GPU = ["auto", "torch", "tensorrt", "inductor", "torch-tensorrt"]
 
@@ -48,9 +47,7 @@ class EngineMenu(ViewerControl):
         on_gpu = device_of(self.engines.network).type == "cuda"
         names = _ON_GPU if on_gpu else _ON_CPU
         self.dropdown.set_options([*names, *({self.engines.choice} - {*names})])
-        run = viewer.log_filename.parent
-        if (run / "config.yml").exists():
-            self.engines.cache_folder = run / CACHE_FOLDER
+        self.engines.cache_folder = engine_cache_folder()
 
     def _chosen(self, dropdown: ViewerDropdown) -> None:
         if dropdown.value == self.engines.choice:

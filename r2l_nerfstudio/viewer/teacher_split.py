@@ -35,6 +35,7 @@ class TeacherSplit:
 
     def __init__(self) -> None:
         self.teacher_path: Path | None = None
+        self.teacher_time: float | None = None
         self.device: torch.device | str = "cpu"
         self._teacher: Teacher | None = None
         self._frame_time = FrameTime()
@@ -62,7 +63,7 @@ class TeacherSplit:
         try:
             if self.teacher_path is None:
                 raise InputError("this student's run does not say which teacher it had.")
-            teacher = Teacher.load(self.teacher_path, device=self.device)
+            teacher = Teacher.load(self.teacher_path, device=self.device, time=self.teacher_time)
             # Twice: what the method imports or compiles at its first view must neither be interrupted nor timed.
             for _ in range(2):
                 self._draw(teacher, _thumbnail(teacher))

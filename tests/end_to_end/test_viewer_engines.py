@@ -52,8 +52,10 @@ def opened(
         assert not page.crashes
 
 
-def test_engines_are_chosen_told_and_changed(opened: tuple[ViewerPage, Served], student: tuple[str, Path]):
-    method, run = student
+def test_engines_are_chosen_told_and_changed(
+    opened: tuple[ViewerPage, Served], student: tuple[str, Path], user_cache: Path
+):
+    method, _ = student
     page, served = opened
     # Idle, a viewer draws nothing: a picture more, once the choice has been made, shows what came of it.
     page.wait_until(lambda: "Engine: " in served.log.read_text(), "auto to choose")
@@ -64,7 +66,7 @@ def test_engines_are_chosen_told_and_changed(opened: tuple[ViewerPage, Served], 
     assert chosen, line
     page.wait_until(lambda: running(page) == chosen[1], "the chosen engine to draw")
     page.save(SCREENSHOTS / f"engine_auto_{method}.png")
-    assert list((run / "engines").glob("*/*.json")), "the choice was not remembered"
+    assert list((user_cache / "r2l-nerfstudio" / "engines").glob("*/*.json")), "the choice was not remembered"
 
     for name in BY_HAND:
         page.row("Engine").first.click()

@@ -4,6 +4,7 @@ import { listen } from "./hands.js";
 import { Pace } from "./pace.js";
 import { drawnSize } from "./rays.js";
 import { OrbitRig, WalkRig } from "./rigs.js";
+import { faultyField } from "./scene.js";
 
 /** @import {Answer, Scene} from "./types.d.ts" */
 
@@ -46,7 +47,13 @@ function giveUp(sentence) {
   document.body.dataset.state = "failed";
 }
 
-void begin();
+begin().catch(stop);
+
+/** @param {unknown} error that nobody foresaw */
+function stop(error) {
+  const reason = String(error instanceof Error ? error.message : error).replace(/\s+/g, " ").slice(0, 160);
+  giveUp(`This page stopped (${reason}): load it again, or copy the whole folder of the export to the server again.`);
+}
 
 async function begin() {
   if (!canRun()) return giveUp("This browser cannot draw the scene: it lacks fast WebAssembly. A current Chrome, Edge, Firefox or Safari has it.");
@@ -59,6 +66,8 @@ async function begin() {
   } catch {
     return giveUp("The file scene.json is missing or damaged: copy the whole folder of the export to the server again.");
   }
+  const fault = faultyField(scene);
+  if (fault) return giveUp(`The file scene.json is not the one that was exported (wrong: ${fault}): copy the whole folder of the export to the server again.`);
   const [red, green, blue] = scene.background.map((value) => Math.round(255 * value));
   document.documentElement.style.setProperty("--backdrop", `rgb(${red} ${green} ${blue})`);
   document.title = scene.title;
@@ -106,7 +115,12 @@ function run(scene, backend) {
       else giveUp(data.sentence);
     } else if (data.kind === "ready") {
       document.body.dataset.backend = data.backend;
-      show = play(scene, worker, data.backend);
+      try {
+        show = play(scene, worker, data.backend);
+      } catch (error) {
+        worker.terminate();
+        stop(error);
+      }
     } else show?.(data);
   });
   worker.postMessage({ kind: "start", scene, base: document.baseURI, backend, threads });

@@ -46,9 +46,9 @@ function reason(error) {
 
 /** @param {StartRequest} request */
 async function start(request) {
-  scene = request.scene;
-  const files = scene.runtime[request.backend];
   try {
+    scene = request.scene;
+    const files = scene.runtime[request.backend];
     const features = request.backend === "webgpu" ? await gpuFeatures() : null;
     if (request.backend === "webgpu" && !features) return say({ kind: "refused", reason: "there is no GPU for it" });
     const isHalf = features?.has("shader-f16");
