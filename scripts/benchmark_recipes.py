@@ -62,7 +62,7 @@ PAPER: dict[str, tuple[str, Changes]] = {
         {
             "pipeline.model.width": 128,
             "pipeline.model.factor": 4,
-            "pipeline.datamanager.train_num_rays_per_batch": 40000,
+            "pipeline.datamanager.whole_images": 4,
         },
     ),
 }
@@ -74,20 +74,26 @@ FULL: dict[str, tuple[str, Changes]] = {
         "mobile-r2l",
         PAPER["mobile-r2l"][1]
         | WARM_UP
-        | {"pipeline.datamanager.train_num_rays_per_batch": 16384, "pipeline.datamanager.crop_cells": 8},
+        | {
+            "pipeline.datamanager.whole_images": 0,
+            "pipeline.datamanager.train_num_rays_per_batch": 16384,
+            "pipeline.datamanager.crop_cells": 8,
+        },
     ),
 }
 """What a GPU trains, on the same small network as the published recipe: batches and warm-up as short as the training."""
 
 VOLUME: Changes = {"pipeline.model.volume_resolution": 40}
 ZERO: Changes = {"pipeline.model.zero_init": True}
-SPHERE: Changes = {"pipeline.model.spacing": "auto"}
+SPHERE: Changes = {"pipeline.model.spacing": "auto", "pipeline.model.published_rays": False}
 SHALLOW: dict[str, Changes] = {"r2l": {"pipeline.model.depth": 12}, "mobile-r2l": {"pipeline.model.blocks": 4}}
 SMALL_BATCH: dict[str, Changes] = {
     "r2l": {"pipeline.datamanager.train_num_rays_per_batch": 1024},
     "mobile-r2l": {
+        "pipeline.datamanager.whole_images": 0,
         "pipeline.datamanager.train_num_rays_per_batch": 8192,
         "pipeline.datamanager.crop_cells": 6,
+        "pipeline.model.margin": 1,
     },
 }
 
@@ -289,7 +295,7 @@ class Laboratory:
                 scheduler.step()
             pipeline._update_average(step)
             step += 1
-            learnt += datamanager.train_num_rays_per_batch
+            learnt += pipeline.datamanager.get_train_rays_per_batch()
             progress.update(step)
             if progress.fraction >= (len(points) + 1) / looks:
                 with clock.stopped():

@@ -31,6 +31,9 @@ class CropDataManagerConfig(DistillationDataManagerConfig):
     out shows more of what it knows, not the same coarser."""
     crop_cells: int = 8
     """Cells along each side of a crop; fewer where a view has fewer."""
+    whole_images: int = 0
+    """Whole views per iteration instead of square crops, as published: then neither --train-num-rays-per-batch nor
+    --crop-cells counts. 0: square crops."""
 
 
 class CropDataManager(DistillationDataManager):
@@ -46,20 +49,22 @@ class CropDataManager(DistillationDataManager):
         return dataclasses.replace(cameras, intrinsics=intrinsics)
 
     @cached_property
-    def cells(self) -> int:
-        """Cells along each side of a crop.
+    def cells(self) -> tuple[int, int]:
+        """Rows and columns of cells of a crop.
 
         Raises:
             InputError: if a view is smaller than one cell.
         """
         cameras = self.view_cameras()
-        cells = min(self.config.crop_cells, cameras.height // self.factor, cameras.width // self.factor)
-        if cells < 1:
+        rows, columns = cameras.height // self.factor, cameras.width // self.factor
+        if not self.config.whole_images:
+            rows = columns = min(self.config.crop_cells, rows, columns)
+        if min(rows, columns) < 1:
             raise InputError(
                 f"Views of {cameras.width}x{cameras.height} pixels are smaller than one cell of {self.factor}x{self.factor}:"
                 " lower --pipeline.datamanager.view-downscale or --pipeline.model.factor."
             )
-        return cells
+        return rows, columns
 
     def read_photographs(
         self, indices: list[int], corrections: Float[Tensor, "num_train 3 4"] | None
@@ -75,7 +80,7 @@ class CropDataManager(DistillationDataManager):
 
     def draw(self, num_real: int) -> Batch:
         """Crops of teacher views, then crops of photographs."""
-        num_fresh = self.config.train_num_rays_per_batch - num_real
+        num_fresh = self.get_train_rays_per_batch() - num_real
         fresh = self._crops(self.ring, num_fresh, foreground_fraction=self.config.foreground_fraction)
         return joined(fresh, self._crops(self.photographs, num_real)) if num_real else fresh
 
@@ -86,6 +91,22 @@ class CropDataManager(DistillationDataManager):
         generator: torch.Generator | None = None,
         foreground_fraction: float = 0.0,
     ) -> Batch:
-        cells = self.cells
-        num_crops = max(1, round(num_pixels / (cells * self.factor) ** 2))
-        return sample_crops(source, num_crops, cells, self.factor, generator, foreground_fraction)
+        rows, columns = self.cells
+        num_crops = max(1, round(num_pixels / (rows * columns * self.factor**2)))
+        return sample_crops(
+            source,
+            num_crops,
+            self.cells,
+            self.factor,
+            generator,
+            foreground_fraction,
+            margin=self.margin,
+            conventions=self.conventions,
+        )
+
+    def get_train_rays_per_batch(self) -> int:
+        """Pixels per iteration."""
+        if not self.config.whole_images:
+            return self.config.train_num_rays_per_batch
+        rows, columns = self.cells
+        return self.config.whole_images * rows * columns * self.factor**2

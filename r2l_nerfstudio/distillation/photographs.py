@@ -11,6 +11,8 @@ from torch import Tensor
 
 from r2l_nerfstudio.distillation.ray_sample import RaySample
 from r2l_nerfstudio.errors import InputError
+from r2l_nerfstudio.rays.conventions import OURS, RayConventions
+from r2l_nerfstudio.rays.pinhole import planar_directions
 
 
 def split_holdout(num_views: int, fraction: float) -> tuple[list[int], list[int]]:
@@ -64,6 +66,7 @@ class Photographs:
         corrections: the teacher's pose corrections for all training views, or None.
         background: colour behind photographs that have an alpha channel.
         device: where pixels live and rays are made.
+        conventions: how the student's ray encoding reads rays.
     """
 
     def __init__(
@@ -73,8 +76,10 @@ class Photographs:
         corrections: Float[Tensor, "num_train 3 4"] | None,
         background: Float[Tensor, "3"],
         device: torch.device | str,
+        conventions: RayConventions = OURS,
     ) -> None:
         self.device = torch.device(device)
+        self.conventions = conventions
         self.background = background.to(self.device)
         self.cameras = dataset.cameras.to(self.device)
         self.corrections = None if corrections is None else corrections.to(self.device)
@@ -110,13 +115,18 @@ class Photographs:
     def rays(self, flat: Int[Tensor, "rays"]) -> RaySample:
         """Rays of given pixels, numbered through all photographs."""
         views = self.views[flat].long()
-        coords = torch.stack([self.rows[flat], self.columns[flat]], dim=-1).float() + 0.5
+        coords = torch.stack([self.rows[flat], self.columns[flat]], dim=-1).float() + self.conventions.pixel_offset
         bundle = self.cameras.generate_rays(camera_indices=views[:, None], coords=coords)
         origins, directions = bundle.origins, bundle.directions
         if self.corrections is not None:
             # As CameraOptimizer.apply_to_raybundle: shift the origin, rotate the direction, both in the world frame.
             origins = origins + self.corrections[views, :, 3]
             directions = (self.corrections[views, :, :3] @ directions[..., None]).squeeze(-1)
+        if self.conventions.is_planar:
+            poses = self.cameras.camera_to_worlds[views]
+            if self.corrections is not None:
+                poses = self.corrections[views, :, :3] @ poses
+            directions = planar_directions(directions, poses)
         color = self.pixels[flat].float() / 255
         if color.shape[-1] == 4:
             alpha = color[:, 3:]

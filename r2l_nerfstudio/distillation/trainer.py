@@ -16,12 +16,13 @@ from types import FrameType
 from typing import Any, Literal
 
 import torch
+from nerfstudio.engine.optimizers import Optimizers
 from nerfstudio.engine.trainer import TRAIN_INTERATION_OUTPUT, Trainer, TrainerConfig
 from nerfstudio.utils import writer
 from nerfstudio.utils.decorators import check_main_thread
 from nerfstudio.utils.rich_utils import CONSOLE
 
-from r2l_nerfstudio.distillation.optimization import ScheduledRate
+from r2l_nerfstudio.distillation.optimization import PublishedSchedulerConfig, ScheduledRate
 from r2l_nerfstudio.distillation.progress import TrainingProgress
 from r2l_nerfstudio.errors import InputError, exit_on_input_error
 
@@ -125,6 +126,14 @@ class DistillationTrainer(Trainer):
             if not any(self.checkpoint_dir.glob("*.ckpt")):
                 (self.base_dir / "config.yml").unlink(missing_ok=True)
             raise
+
+    def setup_optimizers(self) -> Optimizers:
+        """As Nerfstudio's, once schedules that depend on the kind of capture are settled."""
+        is_forward_facing = getattr(self.pipeline.datamanager.config.pose_sampler, "kind", None) == "box"
+        for group in self.config.optimizers.values():
+            if isinstance(group["scheduler"], PublishedSchedulerConfig):
+                group["scheduler"].settle(is_forward_facing)
+        return super().setup_optimizers()
 
     def _load_checkpoint(self) -> None:
         """As Nerfstudio's.

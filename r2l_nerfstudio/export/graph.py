@@ -18,9 +18,10 @@ from r2l_nerfstudio.export.gathered_volume import GatheredVolume
 from r2l_nerfstudio.export.plain_network import to_plain_operators
 from r2l_nerfstudio.models.light_field import LightFieldModel
 from r2l_nerfstudio.models.mobile_r2l import MobileR2LModel
+from r2l_nerfstudio.rays.conventions import RayConventions
 from r2l_nerfstudio.rays.encoding import frequency_encode
 from r2l_nerfstudio.rays.pinhole import image_rays
-from r2l_nerfstudio.rays.ray_image import MARGIN, ray_image_intrinsics, ray_image_size
+from r2l_nerfstudio.rays.ray_image import ray_image_intrinsics, ray_image_size
 from r2l_nerfstudio.rays.spacing import MISSED_FRACTION
 from r2l_nerfstudio.student import Student
 
@@ -171,25 +172,31 @@ class PictureFrame(nn.Module):
         super().__init__()
         self.factor = model.factor if isinstance(model, MobileR2LModel) else 1
         self.is_image = isinstance(model, MobileR2LModel)
+        self.margin = model.margin if isinstance(model, MobileR2LModel) else 0
+        self.conventions: RayConventions = model.ray_code.conventions
         self.height = height
         self.width = width
-        self.register_buffer("margin_offset", torch.tensor([0.0, 0.0, MARGIN, MARGIN]))
+        self.register_buffer("margin_offset", torch.tensor([0.0, 0.0, self.margin, self.margin]))
 
     def pixels(self, camera_to_world: Float[Tensor, "3 4"], intrinsics: Float[Tensor, "4"]) -> tuple[Tensor, Tensor]:
-        """Origins and directions [height, width, 3]."""
-        return image_rays(camera_to_world, intrinsics, self.height, self.width)
+        """Origins and directions [height, width, 3], as the ray encoding reads them."""
+        return self._rays(camera_to_world, intrinsics, self.height, self.width)
+
+    def _rays(self, camera_to_world: Tensor, intrinsics: Tensor, rows: int, columns: int) -> tuple[Tensor, Tensor]:
+        conventions = self.conventions
+        return image_rays(camera_to_world, intrinsics, rows, columns, conventions.pixel_offset, conventions.is_planar)
 
     def evaluated(self, camera_to_world: Float[Tensor, "3 4"], intrinsics: Float[Tensor, "4"]) -> tuple[Tensor, Tensor]:
         """Origins and directions [rows, columns, 3] of a MobileR2L's cells, margin included; else those of the pixels."""
         if not self.is_image:
             return self.pixels(camera_to_world, intrinsics)
-        rows, columns = ray_image_size(self.height, self.width, self.factor)
+        rows, columns = ray_image_size(self.height, self.width, self.factor, self.margin)
         # As `ray_image_intrinsics`, without writing in place: few runtimes scatter.
-        return image_rays(camera_to_world, intrinsics / self.factor + self.margin_offset, rows, columns)
+        return self._rays(camera_to_world, intrinsics / self.factor + self.margin_offset, rows, columns)
 
     def crop(self, values: Float[Tensor, "drawn_height drawn_width 5"]) -> Float[Tensor, "height width 5"]:
         """The picture, of all that was drawn."""
-        margin = MARGIN * self.factor if self.is_image else 0
+        margin = self.margin * self.factor
         return values[margin : margin + self.height, margin : margin + self.width]
 
 
@@ -362,7 +369,7 @@ class ValuesGraph(nn.Module):
         if self.frame.is_image:
             values = self.frame.crop(values[0].permute(1, 2, 0))
         else:
-            values = values.reshape(self.frame.height, self.frame.width, 5)
+            values = values.reshape(self.frame.height, self.frame.width, -1)
         return self.pictures(values, *rays)
 
 
@@ -409,10 +416,11 @@ class GraphSpec:
     ) -> Float[Tensor, "*code"]:
         """What the network reads of a camera of this size, as torch makes it."""
         if isinstance(model, MobileR2LModel):
-            rows, columns = ray_image_size(self.height, self.width, model.factor)
-            rays = image_rays(pose, ray_image_intrinsics(intrinsics, model.factor), rows, columns)
+            rows, columns = ray_image_size(self.height, self.width, model.factor, model.margin)
+            in_cells = ray_image_intrinsics(intrinsics, model.factor, margin=model.margin)
+            rays = model.ray_code.image_rays(pose, in_cells, rows, columns)
             return model.encode(*rays).permute(2, 0, 1)[None].contiguous()
-        rays = image_rays(pose, intrinsics, self.height, self.width)
+        rays = model.ray_code.image_rays(pose, intrinsics, self.height, self.width)
         return model.encode(*(tensor.reshape(-1, 3) for tensor in rays))
 
     def build(self, student: Student) -> StudentGraph:

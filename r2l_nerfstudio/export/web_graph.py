@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from r2l_nerfstudio.export.graph import EncodedNetwork, GraphPrecision
 from r2l_nerfstudio.export.onnx_file import OPSET, forget_source
 from r2l_nerfstudio.export.plain_network import to_plain_operators
-from r2l_nerfstudio.rays.ray_image import MARGIN
+from r2l_nerfstudio.models.mobile_r2l import MobileR2LModel
 from r2l_nerfstudio.student import Student
 
 if TYPE_CHECKING:
@@ -35,6 +35,8 @@ class WebGraph(nn.Module):
 
     def __init__(self, student: Student, precision: GraphPrecision) -> None:
         super().__init__()
+        self.margin = student.model.margin if isinstance(student.model, MobileR2LModel) else 0
+        """Cells of rays around the picture."""
         # GPUs are at liberty to compute sines of large angles badly, and some do.
         self.encoded_network = EncodedNetwork(student.model, precision, reduce_angles=True)
         if precision == "fp32":
@@ -42,14 +44,14 @@ class WebGraph(nn.Module):
             to_plain_operators(self.encoded_network.network)
 
     @property
+    def is_image(self) -> bool:
+        """Whether it draws whole ray images."""
+        return self.encoded_network.is_image
+
+    @property
     def factor(self) -> int:
         """Pixels per ray along each side."""
         return self.encoded_network.factor
-
-    @property
-    def margin(self) -> int:
-        """Cells of rays around the picture."""
-        return MARGIN if self.encoded_network.is_image else 0
 
     def forward(
         self, origin: Float[Tensor, "3"], directions: Float[Tensor, "rows columns 3"]
@@ -58,7 +60,7 @@ class WebGraph(nn.Module):
 
         Args:
             origin: of all rays, in the run's frame.
-            directions: unit length, rows from the top.
+            directions: as the ray encoding reads them, rows from the top.
 
         Returns:
             int32, its bytes red, green, blue and 255 where the lowest byte comes first; [rows, columns], or for a MobileR2L

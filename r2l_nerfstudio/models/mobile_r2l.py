@@ -12,9 +12,11 @@ from nerfstudio.cameras.rays import RayBundle
 from torch import Tensor
 from torch.nn.functional import interpolate, pad
 
+from r2l_nerfstudio.errors import InputError
 from r2l_nerfstudio.models.any_camera import render_by_faces
 from r2l_nerfstudio.models.light_field import LightFieldModel, LightFieldModelConfig
-from r2l_nerfstudio.rays.pinhole import image_rays, pinhole_rays, pixel_centers
+from r2l_nerfstudio.rays.conventions import OURS, RayConventions
+from r2l_nerfstudio.rays.pinhole import pixel_centers
 from r2l_nerfstudio.rays.ray_image import MARGIN, ray_image_intrinsics
 from r2l_nerfstudio.rays.spacing import SceneBounds
 from r2l_nerfstudio.rays.sphere_window import Window, sphere_window
@@ -51,6 +53,9 @@ class MobileR2LModelConfig(LightFieldModelConfig):
     """Channels of the super-resolution's steps but the last."""
     last_width: int = 16
     """Channels of its last step."""
+    margin: int = MARGIN
+    """Cells around a picture that are drawn and dropped, so that its border sees its surroundings; 0, as published: none,
+    and zeros beyond the border."""
 
     def fit_to(self, width: int, height: int) -> None:
         """Choose the factor for views of this size, unless it is set.
@@ -61,6 +66,11 @@ class MobileR2LModelConfig(LightFieldModelConfig):
         if self.factor == 0:
             self.factor = next((f for f in FACTORS if max(width, height) <= CELLS_ACROSS * f), FACTORS[-1])
         up_steps(self.factor)
+        if self.margin not in (0, 1):
+            raise InputError(
+                f"--pipeline.model.margin must be 0 or 1 (got {self.margin}): a pixel depends on its own cell and the"
+                " eight around it."
+            )
 
 
 class MobileR2LModel(LightFieldModel):
@@ -78,9 +88,10 @@ class MobileR2LModel(LightFieldModel):
     def build_network(self, code_dim: int) -> MobileR2L:
         config = self.config
         self.factor = config.factor or FACTORS[0]
+        self.margin = config.margin
         return MobileR2L(
             code_dim,
-            5,
+            self.num_outputs,
             config.width,
             config.blocks,
             self.factor,
@@ -97,8 +108,9 @@ class MobileR2LModel(LightFieldModel):
         has_accumulation: bool,
         has_depth: bool,
         focal: float,
+        conventions: RayConventions = OURS,
     ) -> None:
-        super().set_scene(bounds, axes, background, has_accumulation, has_depth, focal)
+        super().set_scene(bounds, axes, background, has_accumulation, has_depth, focal, conventions)
         self.focal.fill_(focal)
 
     def get_outputs(self, ray_bundle: RayBundle) -> dict[str, Tensor]:
@@ -115,10 +127,13 @@ class MobileR2LModel(LightFieldModel):
         if ray_bundle.origins.ndim == 2:
             return self._answer_rays(ray_bundle.origins, ray_bundle.directions)
         jitter = self.training and self.config.jitter_points
-        code = self.encode(ray_bundle.origins, ray_bundle.directions, jitter)
+        code = self.encode(*self.bundle_rays(ray_bundle), jitter)
         values = self.network(code.permute(0, 3, 1, 2)).float().permute(0, 2, 3, 1)
-        margin = MARGIN * self.factor
-        values = values[:, margin:-margin, margin:-margin]
+        margin = self.margin * self.factor
+        height, width = values.shape[1:3]
+        values = values[:, margin : height - margin, margin : width - margin]
+        if self.config.color_only:
+            return {"rgb": values}
         return {"rgb": values[..., :3], "accumulation": values[..., 3:4], "depth_fraction": values[..., 4:5]}
 
     @torch.no_grad()
@@ -131,11 +146,14 @@ class MobileR2LModel(LightFieldModel):
         right = right / right.norm(dim=-1, keepdim=True)
         axes = torch.stack([right, torch.linalg.cross(right, directions), -directions, origins], dim=-1)
         intrinsics = torch.stack([self.focal, self.focal, *torch.full_like(self.focal.expand(2), 0.5)])
-        cells = 1 + 2 * MARGIN
+        cells = 1 + 2 * self.margin
         grid = pixel_centers(cells, cells, self.device)
-        rays = pinhole_rays(axes[:, None, None], ray_image_intrinsics(intrinsics, self.factor), grid)
-        values = self.run_network(self.encode(*rays).permute(0, 3, 1, 2))[:, :, MARGIN * self.factor]
-        values = values[:, :, MARGIN * self.factor]
+        in_cells = ray_image_intrinsics(intrinsics, self.factor, margin=self.margin)
+        rays = self.ray_code.pinhole_rays(axes[:, None, None], in_cells, grid)
+        values = self.run_network(self.encode(*rays).permute(0, 3, 1, 2))[:, :, self.margin * self.factor]
+        values = values[:, :, self.margin * self.factor]
+        if self.config.color_only:
+            return {"rgb": values, "depth": self.unknown_depth(values[:, :1])}
         fraction = values[:, 4:5]
         return {
             "rgb": values[:, :3],
@@ -180,11 +198,12 @@ class MobileR2LModel(LightFieldModel):
         left, columns = self._cells(window.left, window.right, width)
         top, rows = self._cells(window.top, window.bottom, height)
         corner = intrinsics.new_tensor([left, top])
-        rays = image_rays(pose, ray_image_intrinsics(intrinsics, self.factor, corner), rows, columns)
+        in_cells = ray_image_intrinsics(intrinsics, self.factor, corner, self.margin)
+        rays = self.ray_code.image_rays(pose, in_cells, rows, columns)
         values = self.run_network(self.encode(*rays).permute(2, 0, 1)[None])
-        margin = MARGIN * self.factor
+        margin = self.margin * self.factor
         values = values[..., margin : margin + height - top, margin : margin + width - left]
-        values = values[..., : (rows - 2 * MARGIN) * self.factor, : (columns - 2 * MARGIN) * self.factor]
+        values = values[..., : (rows - 2 * self.margin) * self.factor, : (columns - 2 * self.margin) * self.factor]
         beyond = (left, width - left - values.shape[-1], top, height - top - values.shape[-2])
         return pad(values, beyond) if any(beyond) else values
 
@@ -193,7 +212,7 @@ class MobileR2LModel(LightFieldModel):
         most = math.ceil(size / self.factor)
         first, last = start // self.factor, math.ceil(end / self.factor)
         count = min(most, max(1, math.ceil((last - first) / WINDOW_STEP)) * WINDOW_STEP)
-        return min(first, most - count) * self.factor, count + 2 * MARGIN
+        return min(first, most - count) * self.factor, count + 2 * self.margin
 
     def render_other(self, camera: Cameras) -> Float[Tensor, "height width 5"]:
         return render_by_faces(camera, float(self.focal), self.render_pinhole, self.device)

@@ -11,9 +11,9 @@ from nerfstudio.cameras.rays import RayBundle
 from torch import Tensor
 
 from r2l_nerfstudio.engines.sizes import chunk_rows
+from r2l_nerfstudio.models.any_camera import render_by_faces
 from r2l_nerfstudio.models.camera_rays import camera_rays
 from r2l_nerfstudio.models.light_field import LightFieldModel, LightFieldModelConfig
-from r2l_nerfstudio.rays.pinhole import image_rays
 from r2l_nerfstudio.students.resmlp import ResMLP
 
 
@@ -35,18 +35,21 @@ class R2LModel(LightFieldModel):
     network: ResMLP
 
     def build_network(self, code_dim: int) -> ResMLP:
-        return ResMLP(code_dim, 5, self.config.width, self.config.depth, zero_init=self.config.zero_init)
+        return ResMLP(code_dim, self.num_outputs, self.config.width, self.config.depth, zero_init=self.config.zero_init)
 
     def get_outputs(self, ray_bundle: RayBundle) -> dict[str, Tensor]:
         """Colour, accumulation and depth of rays.
 
         Returns:
             `rgb` (*batch 3), `accumulation` (*batch 1), `depth` (*batch 1, distance along the ray), and
-            `depth_fraction`, the position in [0, 1] along the ray that codes the depth.
+            `depth_fraction`, the position in [0, 1] along the ray that codes the depth. Of a student of colour only, `rgb`
+            and an infinite `depth`.
         """
-        origins, directions = ray_bundle.origins, ray_bundle.directions
+        origins, directions = self.bundle_rays(ray_bundle)
         code = self.encode(origins, directions, jitter=self.training and self.config.jitter_points)
         values = self.network(code).float()
+        if self.config.color_only:
+            return {"rgb": values, "depth": self.unknown_depth(values[..., :1].detach())}
         fraction = values[..., 4:5]
         return {
             "rgb": values[..., :3],
@@ -58,9 +61,12 @@ class R2LModel(LightFieldModel):
     def render_pinhole(
         self, pose: Float[Tensor, "3 4"], intrinsics: Float[Tensor, "4"], height: int, width: int
     ) -> Float[Tensor, "height width 5"]:
-        return self.render_rays(*image_rays(pose, intrinsics, height, width))
+        return self.render_rays(*self.ray_code.image_rays(pose, intrinsics, height, width))
 
     def render_other(self, camera: Cameras) -> Float[Tensor, "height width 5"]:
+        if self.ray_code.conventions.is_planar:  # which only pinholes are
+            focal = float(camera.fx[0])
+            return render_by_faces(camera, focal, self.render_pinhole, self.device)
         return self.render_rays(*camera_rays(camera, self.device))
 
     def render_rays(

@@ -161,7 +161,7 @@ async function drawImage(request, origin, where, cells, misses, pixels) {
   const { width, height } = request;
   const [rows, columns] = [cells.rows + 2 * margin, cells.columns + 2 * margin];
   const all = { top: cells.top - margin, left: cells.left - margin, rows, columns };
-  const found = await evaluate(origin, cellRays(request.pose, where, factor, all), rows, columns);
+  const found = await evaluate(origin, cellRays(request.pose, where, factor, all, scene.rays), rows, columns);
   const stride = cells.columns * factor;
   const [top, left] = [cells.top * factor, cells.left * factor];
   const [bottom, right] = [Math.min(height, top + cells.rows * factor), Math.min(width, left + stride)];
@@ -182,7 +182,7 @@ async function drawImage(request, origin, where, cells, misses, pixels) {
  */
 async function drawRays(request, origin, where, cells, misses, pixels) {
   const { width } = request;
-  const directions = cellRays(request.pose, where, 1, cells);
+  const directions = cellRays(request.pose, where, 1, cells, scene.rays);
   const places = new Int32Array(cells.rows * cells.columns);
   let count = 0;
   for (let row = 0; row < cells.rows; row++) {
