@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
+from jaxtyping import Float
 from nerfstudio.cameras.cameras import Cameras
 from nerfstudio.data.datasets.base_dataset import InputDataset
+from torch import Tensor
 from torch.nn.functional import interpolate
 
 from r2l_nerfstudio.distillation.photographs import read_photograph
@@ -13,6 +17,8 @@ from r2l_nerfstudio.errors import InputError
 from r2l_nerfstudio.teacher import Teacher
 
 NUM_VIEWS = 6
+OWN_SHARE = 0.85
+"""Own photos fit at least this much better than others', by mean squared error."""
 
 
 def check_cameras(teacher: Teacher, cameras: Cameras) -> None:
@@ -47,12 +53,41 @@ def check_frame(teacher: Teacher, dataset: InputDataset) -> None:
     Raises:
         InputError: if own photographs fit no better than others'.
     """
+    def render(camera: Cameras) -> Float[Tensor, "height width 3"]:
+        return teacher.view(thumbnail(camera, 32, undistorted=teacher.views_only)).rgb.cpu()
+
+    errors = view_errors(render, dataset)
+    if errors is None:
+        return
+    own, other = errors
+    if own > OWN_SHARE * other:
+        raise InputError(
+            f"Teacher and data do not match: the teacher {teacher.config_path} renders the photographs of"
+            f" {teacher.dataparser_outputs.image_filenames[0].parent} from their own cameras no better than from others'"
+            f" (mean squared errors {own:.4f} and {other:.4f}). Either --data names another capture than"
+            " the teacher was trained on, or the teacher is barely trained. Leave --data out to use the teacher's own;"
+            " if you are sure, add --pipeline.check-frame False."
+        )
+
+
+def view_errors(
+    render: Callable[[Cameras], Float[Tensor, "height width 3"]], dataset: InputDataset
+) -> tuple[float, float] | None:
+    """Compare pictures from some training cameras with the photos, at thumbnail size.
+
+    Args:
+        render: draws one camera, at any size.
+        dataset: the training views.
+
+    Returns:
+        mean squared errors against the cameras' own photos, and against other cameras'; None for fewer than three views.
+    """
     count = min(NUM_VIEWS, len(dataset))
     if count < 3:  # too few for others to compare with
-        return
+        return None
     renders, photographs = [], []
     for index in torch.linspace(0, len(dataset) - 1, count).round().long().tolist():
-        rgb = teacher.view(thumbnail(dataset.cameras[index], 32, undistorted=teacher.views_only)).rgb.cpu()
+        rgb = render(dataset.cameras[index])
         image = read_photograph(dataset, index, "float32")["image"]
         image = image[..., :3] * image[..., 3:] + 1 - image[..., 3:] if image.shape[-1] == 4 else image
         size = (32, 32)
@@ -66,11 +101,4 @@ def check_frame(teacher: Teacher, dataset: InputDataset) -> None:
             for shift in range(1, count)
         ]
     )
-    if own.mean() > 0.85 * other.mean():
-        raise InputError(
-            f"Teacher and data do not match: the teacher {teacher.config_path} renders the photographs of"
-            f" {teacher.dataparser_outputs.image_filenames[0].parent} from their own cameras no better than from others'"
-            f" (mean squared errors {own.mean():.4f} and {other.mean():.4f}). Either --data names another capture than"
-            " the teacher was trained on, or the teacher is barely trained. Leave --data out to use the teacher's own;"
-            " if you are sure, add --pipeline.check-frame False."
-        )
+    return float(own.mean()), float(other.mean())

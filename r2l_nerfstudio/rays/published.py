@@ -93,8 +93,10 @@ def fit_similarity(
     fitted = Similarity(rotation, scale, theirs_mean - scale * rotation @ ours_mean)
     moved = fitted.poses(source)
     residual = float((moved[:, :, 3] - theirs).square().sum(-1).mean().sqrt() / spread.clamp_min(1e-12))
-    cosine = ((moved[:, :, :3].mT @ target[:, :, :3]).diagonal(dim1=-2, dim2=-1).sum(-1) - 1) / 2
-    return fitted, residual, float(torch.rad2deg(cosine.clamp(-1, 1).acos().max()))
+    # By the chord: the cosine of a small angle is all rounding.
+    chord = (moved[:, :, :3] - target[:, :, :3]).flatten(1).norm(dim=-1).max()
+    degrees = torch.rad2deg(2 * (chord / 8**0.5).clamp_max(1.0).asin())
+    return fitted, residual, float(degrees)
 
 
 def recentred(poses: Float[Tensor, "num 3 4"], center: Float[Tensor, "3"] | None = None) -> Similarity:
