@@ -24,7 +24,7 @@ from r2l_nerfstudio.importing.run_folder import place, write_run
 
 @dataclass
 class ImportCheckpoint:
-    """Read a published .tar (R2L, MobileR2L) or .onnx (MobileR2L's network), find its frame in the capture, draw one picture,
+    """Read a published .tar (R2L, MobileR2L) or .onnx (MobileR2L), find its frame in the capture, draw one picture,
     compare it with the file's own weights, and write a run folder."""
 
     checkpoint: tyro.conf.Positional[Path]

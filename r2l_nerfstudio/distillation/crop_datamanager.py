@@ -14,7 +14,11 @@ from r2l_nerfstudio.distillation.crops import Views, joined, sample_crops
 from r2l_nerfstudio.distillation.datamanager import Batch, DistillationDataManager, DistillationDataManagerConfig
 from r2l_nerfstudio.distillation.photograph_views import PhotographViews, photograph_views
 from r2l_nerfstudio.distillation.pose_sampling import CaptureCameras, PoseSamplerConfig
+from r2l_nerfstudio.distillation.survey import Survey
 from r2l_nerfstudio.errors import InputError
+from r2l_nerfstudio.rays.conventions import OURS, RayConventions
+from r2l_nerfstudio.rays.ray_image import MARGIN
+from r2l_nerfstudio.teacher import Teacher
 
 HOLDOUT_PIXELS = 32768
 
@@ -40,6 +44,25 @@ class CropDataManager(DistillationDataManager):
     """Batches of square crops, all of one angular pitch."""
 
     config: CropDataManagerConfig
+
+    def attach_teacher(
+        self,
+        teacher: Teacher,
+        survey: Survey,
+        background: Float[Tensor, "3"],
+        factor: int,
+        conventions: RayConventions = OURS,
+        margin: int = MARGIN,
+    ) -> None:
+        super().attach_teacher(teacher, survey, background, factor, conventions, self._crop_margin(margin))
+
+    def restart(self, config: CropDataManagerConfig, conventions: RayConventions, margin: int) -> None:
+        self.config = config
+        super().restart(config, conventions, self._crop_margin(margin))
+
+    def _crop_margin(self, margin: int) -> int:
+        """Cells around a crop: a crop from inside a view has neighbours, whatever a whole picture's border sees."""
+        return margin if self.config.whole_images else max(margin, MARGIN)
 
     def view_cameras(self) -> CaptureCameras:
         """As pinholes of one focal length, the capture's median."""

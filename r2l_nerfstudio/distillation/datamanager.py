@@ -177,6 +177,7 @@ class DistillationDataManager(VanillaDataManager[InputDataset]):
         self.factor = factor
         self.conventions = conventions
         self.margin = margin
+        """Cells around a crop that the student drops."""
         sampler = PoseSampler(self.view_cameras(), config.pose_sampler)
         config.pose_sampler.kind = sampler.kind
         CONSOLE.print(f"Pseudo cameras: {sampler.kind} sampler.")

@@ -53,6 +53,7 @@ def check_frame(teacher: Teacher, dataset: InputDataset) -> None:
     Raises:
         InputError: if own photographs fit no better than others'.
     """
+
     def render(camera: Cameras) -> Float[Tensor, "height width 3"]:
         return teacher.view(thumbnail(camera, 32, undistorted=teacher.views_only)).rgb.cpu()
 

@@ -128,6 +128,7 @@ class DistillationPipeline(VanillaPipeline):
         self.datamanager.attach_teacher(
             teacher, survey, background, model.factor, model.ray_code.conventions, model.margin
         )
+        model.crop_margin = self.datamanager.margin
         self._survey = survey
 
     def _set_scene(self, survey: Survey, background: Float[Tensor, "3"]) -> None:
@@ -161,6 +162,7 @@ class DistillationPipeline(VanillaPipeline):
         ).to(self.datamanager.device)
         self._set_scene(self._survey, self.datamanager.background)
         self.datamanager.restart(config.datamanager, self.model.ray_code.conventions, self.model.margin)
+        self.model.crop_margin = self.datamanager.margin
         self.average = WeightAverage(self.model, config.ema_decay) if config.ema_decay > 0 else None
         self._best = None
 

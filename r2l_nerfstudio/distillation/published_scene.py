@@ -50,7 +50,8 @@ def scene_of_capture(
     similarity = llff_frame(cameras.camera_to_worlds, nearest)
     ndc = None
     if is_image and layout == "box":
-        fx, fy = (float(value) for value in cameras.intrinsics[:, :2].median(dim=0).values)
+        # Contiguous: torch's median of an expanded tensor is wrong.
+        fx, fy = (float(value) for value in cameras.intrinsics[:, :2].contiguous().median(dim=0).values)
         ndc = (2 * fx / cameras.width, 2 * fy / cameras.height)
     seen = (similarity.scale * nearest, similarity.scale * farthest)
     return published_scene(similarity, is_image, False, seen, ndc)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import shutil
 import signal
 import sys
@@ -109,6 +110,30 @@ class DistillationTrainerConfig(TrainerConfig):
                 f"There is no checkpoint to go on from: --load-dir {self.load_dir} holds no {name}. Name the"
                 f" {self.relative_model_dir} folder of a run of {self.method_name}."
             )
+        self._take_published_student(Path(self.load_dir).absolute().parent)
+
+    def _take_published_student(self, run: Path) -> None:
+        """Take over the network and ray encoding of an imported run, so that any method of its kind can fine-tune it.
+
+        Raises:
+            InputError: if it is of the other kind.
+        """
+        from r2l_nerfstudio.run_config import load_run_config
+
+        if not (run / "config.yml").is_file():
+            return
+        model = load_run_config(run).pipeline.model
+        if not getattr(model, "published_rays", False) or model == self.pipeline.model:
+            return
+        if type(model) is not type(self.pipeline.model):
+            raise InputError(
+                f"--load-dir {self.load_dir} is a run of a {type(model).__name__.removesuffix('ModelConfig')} student, which"
+                f" ns-train {self.method_name} cannot go on from: choose the method of its kind."
+            )
+        CONSOLE.print(f"Taking network and ray encoding from {run / 'config.yml'}.", soft_wrap=True)
+        engine = self.pipeline.model.engine
+        self.pipeline.model = model
+        model.engine = engine
 
 
 class DistillationTrainer(Trainer):
@@ -141,6 +166,7 @@ class DistillationTrainer(Trainer):
         Raises:
             InputError: if the checkpoint to go on from is damaged, or another method's.
         """
+        self._check_load_frame()
         try:
             super()._load_checkpoint()
         except Exception as error:  # a damaged file may raise anything
@@ -150,6 +176,32 @@ class DistillationTrainer(Trainer):
                 f" {self.config.relative_model_dir} folder of a run of {self.config.method_name}, or leave it out to"
                 " begin anew."
             ) from error
+
+    def _check_load_frame(self) -> None:
+        """A student goes on in the frame it was made in.
+
+        Raises:
+            InputError: if the run to go on from lived in another frame than the teacher.
+        """
+        if self.config.load_dir is None:
+            return
+        path = Path(self.config.load_dir).absolute().parent / "dataparser_transforms.json"
+        if not path.is_file():
+            return
+        try:
+            saved = json.loads(path.read_text(encoding="utf8"))
+            transform, scale = torch.tensor(saved["transform"]), float(saved["scale"])
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            raise InputError(f"{path} is damaged ({' '.join(str(error).split())[:200]}): restore it.") from error
+        outputs = self.pipeline.datamanager.train_dataparser_outputs
+        ours = outputs.dataparser_transform
+        same = transform.shape == ours.shape and torch.allclose(transform, ours.to(transform), atol=1e-4)
+        if not same or abs(scale / outputs.dataparser_scale - 1) > 1e-4:
+            raise InputError(
+                f"The student of --load-dir {self.config.load_dir} lives in another frame than the teacher"
+                f" {self.config.teacher}: go on with the teacher it was distilled from; an imported student, import again"
+                " with r2l-import --teacher."
+            )
 
     def train(self) -> None:
         """Train up to `max_num_iterations` in all, those before a resumed checkpoint included, or for `max_minutes`.

@@ -179,7 +179,7 @@ def _llff(
     similarity, residual, degrees = fit_similarity(ours, to_published.poses(poses[order]))
     if not (residual <= MOST_RESIDUAL and degrees <= MOST_DEGREES):
         raise InputError(
-            f"The cameras of {data} and of its {BOUNDS_FILE} are not those of one scene: after the best fit they are apart by"
+            f"The cameras of {data} and of its {BOUNDS_FILE} are not of one scene: after the best fit they are apart by"
             f" {residual:.3f} of their spread (at most {MOST_RESIDUAL:g}) and {degrees:.1f} degrees (at most"
             f" {MOST_DEGREES:g}). Name the checkpoint's own scene with --data."
         )
@@ -220,7 +220,9 @@ def read_poses_bounds(path: Path) -> tuple[Float[Tensor, "num 3 4"], Float[Tenso
         raise InputError(f"{path} cannot be read ({' '.join(str(error).split())[:200]}): restore it.") from error
     shape = getattr(array, "shape", None)
     if shape is None or len(shape) != 2 or shape[1] != 17 or shape[0] < 3 or array.dtype.kind != "f":
-        raise InputError(f"{path} holds no LLFF poses (shape {shape}, and [cameras, 17] numbers are needed): restore it.")
+        raise InputError(
+            f"{path} holds no LLFF poses (shape {shape}, and [cameras, 17] numbers are needed): restore it."
+        )
     table = torch.from_numpy(array.astype(np.float64))
     bounds = table[:, 15:]
     if not bool(table.isfinite().all()) or float(bounds.min()) <= 0:

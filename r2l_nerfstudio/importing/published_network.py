@@ -285,7 +285,9 @@ def _mobile(
             for part in ("weight", "bias", "running_mean", "running_var"):
                 state[f"{ours}.{name}_norm.{part}"] = left.take(f"{source}.{part}", channels)
             count = f"{source}.num_batches_tracked"
-            state[f"{ours}.{name}_norm.num_batches_tracked"] = left.take(count) if count in left.left else torch.tensor(0)
+            state[f"{ours}.{name}_norm.num_batches_tracked"] = (
+                left.take(count) if count in left.left else torch.tensor(0)
+            )
             if bool((state[f"{ours}.{name}_norm.running_var"] < 0).any()):
                 raise _refused(path, f"its {source}.running_var holds negative variances")
 
@@ -345,9 +347,7 @@ def _mobile(
         layer = f"tail.{layers - 1}"
         return F.conv2d(hidden, weights[f"{layer}.weight"], weights[f"{layer}.bias"]).sigmoid()
 
-    return PublishedNetwork(
-        path, "mobile-r2l", state, run, points, octaves, sizes, cells_of(arguments), arguments
-    )
+    return PublishedNetwork(path, "mobile-r2l", state, run, points, octaves, sizes, cells_of(arguments), arguments)
 
 
 def mobile_sizes(path: Path, width: int, blocks: int, steps: list[int], channels: list[int]) -> dict[str, int]:

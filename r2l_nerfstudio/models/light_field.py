@@ -106,6 +106,8 @@ class LightFieldModel(Model):
     """Pixels along each side that one evaluated ray explains."""
     margin: int = 0
     """Cells around a picture that are evaluated and dropped."""
+    crop_margin: int = 0
+    """Cells around a crop that are evaluated and dropped in training."""
     network: torch.nn.Module
     """From encoded rays to five numbers in (0, 1): rgb, accumulation, depth as a position along the ray; or to the first
     three."""

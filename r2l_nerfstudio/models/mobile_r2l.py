@@ -88,7 +88,7 @@ class MobileR2LModel(LightFieldModel):
     def build_network(self, code_dim: int) -> MobileR2L:
         config = self.config
         self.factor = config.factor or FACTORS[0]
-        self.margin = config.margin
+        self.margin = self.crop_margin = config.margin
         return MobileR2L(
             code_dim,
             self.num_outputs,
@@ -129,7 +129,7 @@ class MobileR2LModel(LightFieldModel):
         jitter = self.training and self.config.jitter_points
         code = self.encode(*self.bundle_rays(ray_bundle), jitter)
         values = self.network(code.permute(0, 3, 1, 2)).float().permute(0, 2, 3, 1)
-        margin = self.margin * self.factor
+        margin = self.crop_margin * self.factor
         height, width = values.shape[1:3]
         values = values[:, margin : height - margin, margin : width - margin]
         if self.config.color_only:
