@@ -1,0 +1,1 @@
+"""Measurements behind the published figures: `python -m benchmarks --help`. Not part of the installed package."""
