@@ -163,7 +163,7 @@ def test_means_over_scenes_and_what_they_are_of() -> None:
     written = as_tables([FIGURES, *others])
     assert "Reduced" not in written  # at the published size
     row = next(line for line in written.splitlines() if line.startswith("| LLFF | **r2l-lite**"))
-    assert "| 26.75 | 0.887 | – | – | all 8 at 1008x756" in row  # LPIPS only where every scene has it
+    assert "| 26.75 | 0.888 | – | – | all 8 at 1008x756" in row  # LPIPS only where every scene has it
     teacher = next(line for line in written.splitlines() if line.startswith("| LLFF | teacher of **r2l-lite**"))
     assert "| 26.00 | 0.850 | 0.200 | 0.100 |" in teacher
     assert "| LLFF, 1008x756 | **r2l-lite** | 0.700 | 26.75 | +0.75 | 1.50 | 12.0 (teacher 900.0) |" in written
