@@ -217,9 +217,8 @@ def test_published_students_draw_what_torch_draws(
     with served(tmp_path / "page") as address:
         page = visit(f"{address}?size={SIDE}")
         view = dict(part.split("=") for part in state(page)["view"].split("&"))
-        truth = rendered(
-            load_student(run, "cpu", engine="torch"), run, (float(view["azimuth"]), float(view["elevation"]), 1)
-        )
+        angles = (float(view["azimuth"]), float(view["elevation"]), 1.0)
+        truth = rendered(load_student(run, "cpu", engine="torch"), run, angles)
         assert truth.std() > 0.01 and psnr(picture(page), truth) > 45
 
 
