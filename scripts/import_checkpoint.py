@@ -19,7 +19,7 @@ from r2l_nerfstudio.errors import InputError, exit_on_input_error
 from r2l_nerfstudio.importing.capture_frame import LLFF_CENTERS, read_frame
 from r2l_nerfstudio.importing.onnx_network import read_onnx
 from r2l_nerfstudio.importing.published_network import PublishedNetwork, read_tar
-from r2l_nerfstudio.importing.run_folder import place, write_run
+from r2l_nerfstudio.importing.run_folder import check_layout, place, write_run
 
 
 @dataclass
@@ -41,7 +41,7 @@ class ImportCheckpoint:
     layout: Literal["auto", "blender", "llff"] = "auto"
     """Kind of capture; auto: llff where it holds poses_bounds.npy."""
     scene: str | None = None
-    """Name of an LLFF scene whose published MobileR2L has a hard-coded origin: fern, flower, room, …"""
+    """LLFF scene whose published MobileR2L has a hard-coded origin: fern, flower, room, …; by default what the file says."""
     center: tuple[float, float, float] | None = None
     """Origin of an LLFF capture's frame in the coordinates of its poses_bounds.npy, for other MobileR2L trained with one;
     by default the mean camera."""
@@ -70,7 +70,8 @@ class ImportCheckpoint:
             highlight=False,
         )
         layout = None if self.layout == "auto" else self.layout
-        frame = read_frame(self.data, layout, self._center(), self.teacher)
+        frame = read_frame(self.data, layout, self._center(network), self.teacher)
+        check_layout(network, frame)
         CONSOLE.print(f"{frame.report}.", soft_wrap=True, highlight=False)
         is_ndc = {"auto": None, "yes": True, "no": False}[self.ndc]
         placement = place(network, frame, self.cells, self.near, self.far, is_ndc)
@@ -107,7 +108,10 @@ class ImportCheckpoint:
         read = read_onnx if self.checkpoint.suffix.lower() == ".onnx" else read_tar
         return read(self.checkpoint, self.num_points, self.num_frequencies)
 
-    def _center(self) -> tuple[float, float, float] | None:
+    def _center(self, network: PublishedNetwork) -> tuple[float, float, float] | None:
+        if self.scene is None and self.center is None and network.kind == "mobile-r2l":
+            # Where the file says which scene, its own code would use that scene's origin.
+            return LLFF_CENTERS.get(network.arguments.get("scene"))
         if self.scene is None:
             return self.center
         if self.center is not None:

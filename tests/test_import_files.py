@@ -25,6 +25,7 @@ from r2l_nerfstudio.importing.capture_frame import read_frame, read_poses_bounds
 from r2l_nerfstudio.importing.onnx_network import read_onnx
 from r2l_nerfstudio.importing.pickle_reader import UnreadableError, interpret
 from r2l_nerfstudio.importing.published_network import encoding_size, read_tar
+from r2l_nerfstudio.importing.run_folder import place
 
 
 @pytest.fixture(scope="module")
@@ -423,6 +424,33 @@ def forward(tmp_path: Path) -> Path:
     """An LLFF capture, to be damaged."""
     pose = np.concatenate([np.eye(3), [[0.2], [-0.1], [0.0]]], axis=1)
     return llff_capture(tmp_path / "forward", pose, 16, 24, 30.0)
+
+
+def test_a_dataset_of_the_other_kind(refused, capture: Path, forward: Path, tmp_path: Path) -> None:
+    of_llff = write_tar(tmp_path / "llff.tar", mobile_weights(), {"dataset_type": "Colmap"})
+    assert "trained on a Colmap dataset" in refused(of_llff, capture)
+    of_blender = write_tar(tmp_path / "blender.tar", r2l_weights(), {"dataset_type": "blender"})
+    assert "trained on a blender dataset" in refused(of_blender, forward)
+
+
+def test_what_the_file_says_of_its_training_is_used(forward: Path, tmp_path: Path) -> None:
+    arguments = {"dataset_type": "Colmap", "scene": "fern", "ndc": False, "input_height": 4, "input_width": 6}
+    network = read_tar(write_tar(tmp_path / "mobile.tar", mobile_weights(), arguments))
+    command = ImportCheckpoint(tmp_path / "mobile.tar", forward)
+    center = command._center(network)
+    assert center == pytest.approx((-0.857, -0.156, 29.990), abs=1e-3)
+    placement = place(network, read_frame(forward, center=center))
+    assert placement.scene.conventions.ndc is None and placement.cells == (4, 6)
+    # The frame's origin is that of the scene, in the coordinates of poses_bounds.npy.
+    raw = read_poses_bounds(forward / "poses_bounds.npy")[0]
+    ours = placement.frame.similarity.poses(placement.frame.cameras.camera_to_worlds)
+    apart = (raw[:, :, 3] - torch.tensor(center)).norm(dim=-1) / 3.7
+    assert torch.allclose(ours[:, :, 3].norm(dim=-1), apart, rtol=1e-4)
+    weights = r2l_weights()
+    with_trial = read_tar(write_tar(tmp_path / "r2l.tar", weights))
+    with_trial.arguments.update({"trial.near": 1.5, "trial.far": 7})
+    scene = place(with_trial, read_frame(forward)).scene
+    assert (scene.near, scene.far) == (1.5, 7.0)
 
 
 def test_cameras_of_another_llff_scene(refused, forward: Path, tmp_path: Path) -> None:

@@ -240,7 +240,7 @@ class DistillationDataManager(VanillaDataManager[InputDataset]):
 
         Args:
             config: what differs of it from the former one must not concern views and photographs.
-            conventions: as for `attach_teacher`; photographs keep those that they were read for.
+            conventions: as for `attach_teacher`; held-out photos keep those that they were drawn for.
             margin: as for `attach_teacher`.
         """
         self.config = config

@@ -61,6 +61,8 @@ class RayDataManager(DistillationDataManager):
 
     def restart(self, config: RayDataManagerConfig, conventions: RayConventions, margin: int) -> None:
         super().restart(config, conventions, margin)
+        if self.photographs is not None:
+            self.photographs.conventions = conventions
         self._begin()
 
     def _begin(self) -> None:

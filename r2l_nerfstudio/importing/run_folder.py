@@ -104,7 +104,10 @@ def place(
             " trained at with --cells ROWS COLUMNS."
         )
     focal = focal * rows / cameras.height
-    ndc = is_image and frame.layout == "llff" if is_ndc is None else is_ndc
+    given = network.arguments
+    if is_ndc is None:
+        is_ndc = is_image and frame.layout == "llff" and given.get("ndc", True) is not False
+    ndc = is_ndc
     if ndc and (not is_image or frame.layout != "llff"):
         raise InputError("--ndc: only a MobileR2L of a forward-facing capture works in normalized device coordinates.")
     scene = published_scene(
@@ -114,10 +117,37 @@ def place(
         frame.bounds,
         (2 * focal / columns, 2 * focal / rows) if ndc else None,
     )
+    if near is None and far is None and _number(given, "trial.near") > 0:  # R2L's own way to set them
+        near, far = _number(given, "trial.near"), _number(given, "trial.far")
     near, far = scene.near if near is None else near, scene.far if far is None else far
     if not (math.isfinite(near) and math.isfinite(far) and near < far):
         raise InputError(f"--near must be below --far (got {near:g} and {far:g}).")
     return Placement(network, frame, PublishedScene(scene.conventions, near, far), cells, focal)
+
+
+def _number(arguments: dict[str, Any], name: str) -> float:
+    value = arguments.get(name, 0.0)
+    return float(value) if isinstance(value, int | float) else 0.0
+
+
+DATASETS = {"blender": "blender", "llff": "llff", "colmap": "llff"}
+"""Kinds of capture by the published code's --dataset_type, in lower case."""
+
+
+def check_layout(network: PublishedNetwork, frame: CaptureFrame) -> None:
+    """Compare the capture with the kind of dataset that the file says it was trained on.
+
+    Raises:
+        InputError: if they differ.
+    """
+    said = network.arguments.get("dataset_type")
+    expected = DATASETS.get(said.lower()) if isinstance(said, str) else None
+    if expected is not None and expected != frame.layout:
+        raise InputError(
+            f"The checkpoint {network.path} was trained on a {said} dataset, and the capture"
+            f" {frame.dataparser.data} is read as {frame.layout}: name the checkpoint's own scene with --data (an LLFF scene"
+            " needs its poses_bounds.npy), or say with --layout how to read it."
+        )
 
 
 def run_config(placement: Placement, output_dir: Path, experiment: str, timestamp: str) -> TrainerConfig:
@@ -185,6 +215,10 @@ def write_run(
     experiment = experiment or placement.frame.dataparser.data.name
     timestamp = datetime.now().strftime("%Y-%m-%d_%H%M%S")
     config = run_config(placement, output_dir, experiment, timestamp)
+    number = 1
+    while config.get_base_dir().exists():  # another import in the same second
+        number += 1
+        config.timestamp = f"{timestamp}_{number}"
     folder = config.get_base_dir()
     with whole_folder(folder, overwrite=False, mark="config.yml", what="run") as made:
         checkpoints = made / config.relative_model_dir
