@@ -71,7 +71,7 @@ def our_optimizers(
 
 def small_optimizers() -> dict[str, Any]:
     """For networks that a CPU trains in minutes: the rates that taught most there; large ones were not measured."""
-    return our_optimizers(hidden=8e-3, ends=4e-3, volume=4e-2, warmup_steps=50)
+    return our_optimizers(hidden=8e-3, ends=4e-3, volume=1e-1, warmup_steps=50)
 
 
 def published_optimizers(weight_decay: float = 0.0, decay_steps: int = 0) -> dict[str, Any]:

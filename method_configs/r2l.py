@@ -24,7 +24,7 @@ r2l_lite = MethodSpecification(
     config=student_config(
         "r2l-lite",
         RayDataManagerConfig(train_num_rays_per_batch=2048, hard_fraction=0.0),
-        R2LModelConfig(width=128, depth=12, num_frequencies=6, jitter_points=False, volume_resolution=40),
+        R2LModelConfig(ray_code="composited", width=128, depth=6),
         max_num_iterations=30000,
         optimizers=small_optimizers(),
     ),

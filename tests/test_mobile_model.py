@@ -14,6 +14,7 @@ from r2l_nerfstudio.distillation.crops import joined, sample_crops
 from r2l_nerfstudio.distillation.photograph_views import PhotographViews
 from r2l_nerfstudio.errors import InputError
 from r2l_nerfstudio.models.any_camera import render_by_faces
+from r2l_nerfstudio.models.composited_encoding import EncodedRays
 from r2l_nerfstudio.models.mobile_r2l import MAX_CELLS, MobileR2LModel, MobileR2LModelConfig
 from r2l_nerfstudio.rays.pinhole import image_rays
 from r2l_nerfstudio.rays.spacing import SceneBounds
@@ -88,7 +89,7 @@ def test_accumulation_and_depth_are_there_where_the_teacher_had_them() -> None:
 def test_other_zooms_are_drawn_at_the_trained_pitch(zoom: float) -> None:
     student = model(4)
     # The network, as a function of direction alone that is smooth: a camera's picture is then known at any zoom.
-    student.encode = lambda origins, directions: directions
+    student.encode_rays = lambda origins, directions: EncodedRays(directions)
     student.network = _Directions(4)
     student.ray_code.radius.fill_(100.0)  # no ray misses the scene
     width, height = 36, 28

@@ -49,6 +49,19 @@ class WeightAverage(nn.Module):
         self.updates += 1
         self._count += 1
 
+    def follow_rows(self, parameter: nn.Parameter, former: torch.Tensor) -> None:
+        """After a parameter got other rows: those it had keep their average, new ones start at their weights.
+
+        Args:
+            parameter: one of the module's.
+            former: for each row the one it was, 0 for a new one.
+        """
+        (index,) = [i for i, followed in enumerate(self._followed) if followed is parameter]
+        name = f"weight_{index}"
+        moved = parameter.detach().clone()
+        moved[former > 0] = self.get_buffer(name)[former[former > 0]]
+        setattr(self, name, moved)
+
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
         self._count = None

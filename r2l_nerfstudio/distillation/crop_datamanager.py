@@ -51,14 +51,19 @@ class CropDataManager(DistillationDataManager):
         survey: Survey,
         background: Float[Tensor, "3"],
         factor: int,
+        rays_per_cell: int = 1,
         conventions: RayConventions = OURS,
         margin: int = MARGIN,
     ) -> None:
-        super().attach_teacher(teacher, survey, background, factor, conventions, self._crop_margin(margin))
+        super().attach_teacher(
+            teacher, survey, background, factor, rays_per_cell, conventions, self._crop_margin(margin)
+        )
 
-    def restart(self, config: CropDataManagerConfig, conventions: RayConventions, margin: int) -> None:
+    def restart(
+        self, config: CropDataManagerConfig, rays_per_cell: int, conventions: RayConventions, margin: int
+    ) -> None:
         self.config = config
-        super().restart(config, conventions, self._crop_margin(margin))
+        super().restart(config, rays_per_cell, conventions, self._crop_margin(margin))
 
     def _crop_margin(self, margin: int) -> int:
         """Cells around a crop: a crop from inside a view has neighbours, whatever a whole picture's border sees."""
@@ -124,6 +129,7 @@ class CropDataManager(DistillationDataManager):
             generator,
             foreground_fraction,
             margin=self.margin,
+            rays_per_cell=self.rays_per_cell,
             conventions=self.conventions,
         )
 

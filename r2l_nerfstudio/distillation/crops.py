@@ -41,6 +41,7 @@ def sample_crops(
     foreground_fraction: float = 0.0,
     margin: int = MARGIN,
     conventions: RayConventions = OURS,
+    rays_per_cell: int = 1,
 ) -> Batch:
     """Crops at random places of random views.
 
@@ -56,10 +57,11 @@ def sample_crops(
         foreground_fraction: of them, drawn where the teacher sees something in the middle of the crop.
         margin: cells around a crop.
         conventions: how the student's ray encoding reads rays.
+        rays_per_cell: along each side of a cell.
 
     Returns:
-        rays of the cells with their margin (crops rows+2*margin columns+2*margin), and the pixels inside it
-        (crops rows*factor columns*factor).
+        rays of the cells with their margin (crops rows+2*margin columns+2*margin, times `rays_per_cell`), and the pixels
+        inside it (crops rows*factor columns*factor).
     """
     device = views.pixels.device
     rows_of_cells, columns_of_cells = (cells, cells) if isinstance(cells, int) else cells
@@ -80,9 +82,9 @@ def sample_crops(
     poses = views.camera_to_worlds[chosen][:, None, None]
     intrinsics = views.intrinsics[chosen]
     corner = torch.stack([left, top], dim=-1)
-    grid = pixel_centers(rows_of_cells + 2 * margin, columns_of_cells + 2 * margin, device)
-    grid = grid + (conventions.pixel_offset - 0.5)
-    in_cells = ray_image_intrinsics(intrinsics, factor, corner, margin)
+    counts = [(count + 2 * margin) * rays_per_cell for count in (rows_of_cells, columns_of_cells)]
+    grid = pixel_centers(*counts, device) + (conventions.pixel_offset - 0.5)
+    in_cells = ray_image_intrinsics(intrinsics, factor, corner, rays_per_cell, margin)
     origins, directions = pinhole_rays(
         poses, in_cells[:, None, None], grid.expand(num_crops, -1, -1, -1), conventions.is_planar
     )

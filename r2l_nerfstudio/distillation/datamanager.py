@@ -156,6 +156,7 @@ class DistillationDataManager(VanillaDataManager[InputDataset]):
         survey: Survey,
         background: Float[Tensor, "3"],
         factor: int,
+        rays_per_cell: int = 1,
         conventions: RayConventions = OURS,
         margin: int = MARGIN,
     ) -> None:
@@ -165,7 +166,8 @@ class DistillationDataManager(VanillaDataManager[InputDataset]):
             teacher: who renders.
             survey: what it shows from its training cameras.
             background: colour behind photographs that have an alpha channel.
-            factor: pixels along each side that one ray of the student explains.
+            factor: pixels along each side of the student's cells.
+            rays_per_cell: rays along each side of a cell that the student reads.
             conventions: how the student's ray encoding reads rays.
             margin: cells around a crop, for students of whole images.
 
@@ -175,6 +177,7 @@ class DistillationDataManager(VanillaDataManager[InputDataset]):
         config = self.config
         self.background = background
         self.factor = factor
+        self.rays_per_cell = rays_per_cell
         self.conventions = conventions
         self.margin = margin
         """Cells around a crop that the student drops."""
@@ -235,16 +238,20 @@ class DistillationDataManager(VanillaDataManager[InputDataset]):
     def draw(self, num_real: int) -> Batch:
         """A batch to learn from, `num_real` of its `train_num_rays_per_batch` pixels from photographs."""
 
-    def restart(self, config: DistillationDataManagerConfig, conventions: RayConventions, margin: int) -> None:
+    def restart(
+        self, config: DistillationDataManagerConfig, rays_per_cell: int, conventions: RayConventions, margin: int
+    ) -> None:
         """Begin anew with the teacher views at hand, for another student.
 
         Args:
             config: what differs of it from the former one must not concern views and photographs.
+            rays_per_cell: as for `attach_teacher`.
             conventions: as for `attach_teacher`; held-out photos keep those that they were drawn for.
             margin: as for `attach_teacher`.
         """
         self.config = config
         self.photographs_now = False
+        self.rays_per_cell = rays_per_cell
         self.conventions = conventions
         self.margin = margin
         self.__dict__.pop("cells", None)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from nerfstudio.engine.optimizers import OptimizerConfig
 from nerfstudio.engine.schedulers import Scheduler, SchedulerConfig
+from torch import Tensor
 from torch.nn import Parameter
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
@@ -136,3 +137,20 @@ class ScheduledRate(LRScheduler):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.last_epoch = state_dict["last_epoch"]
+
+
+def move_state(optimizer: Optimizer, parameter: Parameter, former: Tensor) -> None:
+    """After a parameter got other rows: those it had keep what the optimizer knows of them, new ones start at zero.
+
+    Args:
+        optimizer: may or may not have the parameter.
+        parameter: the same object as before, with other rows.
+        former: for each row the one it was, 0 for a new one.
+    """
+    state = optimizer.state.get(parameter, {})
+    kept = former > 0
+    for name, value in state.items():
+        if isinstance(value, Tensor) and value.ndim == parameter.ndim and value.shape[1:] == parameter.shape[1:]:
+            moved = torch.zeros_like(parameter, dtype=value.dtype)
+            moved[kept] = value[former[kept]]
+            state[name] = moved

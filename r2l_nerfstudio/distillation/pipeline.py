@@ -17,6 +17,7 @@ from jaxtyping import Float
 from nerfstudio.cameras.rays import RayBundle
 from nerfstudio.data.datamanagers.base_datamanager import DataManagerConfig
 from nerfstudio.engine.callbacks import TrainingCallback, TrainingCallbackAttributes, TrainingCallbackLocation
+from nerfstudio.engine.optimizers import Optimizers
 from nerfstudio.models.base_model import ModelConfig
 from nerfstudio.pipelines.base_pipeline import VanillaPipeline, VanillaPipelineConfig
 from nerfstudio.utils import writer
@@ -34,8 +35,10 @@ from r2l_nerfstudio.distillation.averaging import (
 )
 from r2l_nerfstudio.distillation.datamanager import Batch, DistillationDataManager, DistillationDataManagerConfig
 from r2l_nerfstudio.distillation.frame_check import check_cameras, check_frame
+from r2l_nerfstudio.distillation.optimization import move_state
 from r2l_nerfstudio.distillation.progress import TrainingProgress
 from r2l_nerfstudio.distillation.published_scene import scene_of_capture
+from r2l_nerfstudio.distillation.scene_occupancy import SceneOccupancy
 from r2l_nerfstudio.distillation.survey import Survey
 from r2l_nerfstudio.errors import InputError, exit_on_input_error
 from r2l_nerfstudio.models.mobile_r2l import MobileR2LModel
@@ -43,6 +46,7 @@ from r2l_nerfstudio.rays.conventions import OURS
 from r2l_nerfstudio.teacher import Teacher
 
 STATISTICS_BATCHES = 16
+STEPS_PER_GROWTH = 200
 
 
 @dataclass
@@ -94,11 +98,13 @@ class DistillationPipeline(VanillaPipeline):
                 config.model.fit_to(*view_size(config.datamanager, teacher))
             super().__init__(config, device, test_mode, 1, local_rank, grad_scaler)
             self.datamanager.world_size = self.world_size = world_size
-            if world_size > 1:
-                self._model = self._distributed(local_rank)
             self.average: WeightAverage | None = None
+            self.scene_occupancy: SceneOccupancy | None = None
             if teacher is not None:
                 self._attach_teacher(teacher)
+            if world_size > 1:  # only now, since the scene says how many features there are
+                self._model = self._distributed(local_rank)
+            if teacher is not None:
                 if config.ema_decay > 0:
                     self.average = WeightAverage(self.model, config.ema_decay)
         self.model.teacher_split.teacher_path = config.teacher
@@ -126,10 +132,29 @@ class DistillationPipeline(VanillaPipeline):
         CONSOLE.print(f"Scene: {self.model.describe_scene()}.")
         model = self.model
         self.datamanager.attach_teacher(
-            teacher, survey, background, model.factor, model.ray_code.conventions, model.margin
+            teacher, survey, background, model.factor, model.rays_per_cell, model.ray_code.conventions, model.margin
         )
         model.crop_margin = self.datamanager.margin
         self._survey = survey
+        self._start_occupancy()
+
+    def _start_occupancy(self) -> None:
+        encoding = self.model.composited
+        if encoding is None:
+            self.scene_occupancy = None
+            return
+        config = self.model.config
+        self.scene_occupancy = SceneOccupancy(
+            encoding, config.occupancy_cells, config.max_grid_points, self._survey.has_depth
+        )
+        self.scene_occupancy.start(self.datamanager.ring, self.datamanager.view_cameras())
+        if not self._survey.has_depth:
+            CONSOLE.print(
+                "The teacher has no depth: occupancy comes from its accumulation."
+                if self._survey.has_accumulation
+                else "The teacher has neither depth nor accumulation: sample points are spread over the whole scene."
+            )
+        CONSOLE.print(f"Occupancy: {self.scene_occupancy.describe()}.")
 
     def _set_scene(self, survey: Survey, background: Float[Tensor, "3"]) -> None:
         capture = self.datamanager.view_cameras()
@@ -161,8 +186,11 @@ class DistillationPipeline(VanillaPipeline):
             scene_box=dataset.scene_box, num_train_data=len(dataset), metadata=dataset.metadata
         ).to(self.datamanager.device)
         self._set_scene(self._survey, self.datamanager.background)
-        self.datamanager.restart(config.datamanager, self.model.ray_code.conventions, self.model.margin)
+        self.datamanager.restart(
+            config.datamanager, self.model.rays_per_cell, self.model.ray_code.conventions, self.model.margin
+        )
         self.model.crop_margin = self.datamanager.margin
+        self._start_occupancy()
         self.average = WeightAverage(self.model, config.ema_decay) if config.ema_decay > 0 else None
         self._best = None
 
@@ -186,6 +214,13 @@ class DistillationPipeline(VanillaPipeline):
                     " checkpoints; to go on from one with --load-dir, give the same --pipeline.model options."
                 ) from error
             self._check_conventions(step)
+        if self.scene_occupancy is not None:
+            # The checkpoint's features, as many as it has; ranks and averages go by that number.
+            self.scene_occupancy.resume(self.datamanager.ring)
+            if self.world_size > 1:
+                self._model = self._distributed(self.datamanager.local_rank)
+            if self.average is not None:
+                self.average = WeightAverage(self.model, self.config.ema_decay)
         if self.average is not None:
             if averages:
                 self.average.load_state_dict(averages)
@@ -244,6 +279,7 @@ class DistillationPipeline(VanillaPipeline):
         return [
             *super().get_training_callbacks(attributes),
             self._after_iterations(self._update_average, 1),
+            self._after_iterations(lambda step: self._grow_occupancy(attributes.optimizers), STEPS_PER_GROWTH),
             self._after_iterations(self._watch_holdout, self.config.steps_per_holdout),
         ]
 
@@ -262,6 +298,23 @@ class DistillationPipeline(VanillaPipeline):
     def _after_iterations(self, function: Callable[[int], None], every: int) -> TrainingCallback:
         where = [TrainingCallbackLocation.AFTER_TRAIN_ITERATION]
         return TrainingCallback(where_to_run=where, update_every_num_iters=every, func=function)
+
+    def _grow_occupancy(self, optimizers: Optimizers | None) -> None:
+        """Take into the occupancy what new teacher views show, features and all that follows them with it."""
+        ring, encoding = self.datamanager.ring, self.model.composited
+        # Ranks would have to agree; and weights that may be restored must go on fitting.
+        if self.scene_occupancy is None or encoding is None or self.world_size > 1 or self.datamanager.photographs_now:
+            return
+        former = self.scene_occupancy.grow(ring)
+        if former is None:
+            return
+        rows = encoding.volume.rows
+        rows.grad = None
+        if optimizers is not None:
+            for optimizer in optimizers.optimizers.values():
+                move_state(optimizer, rows, former)
+        if self.average is not None:
+            self.average.follow_rows(rows, former)
 
     def _update_average(self, step: int) -> None:
         if self.average is not None:
@@ -287,7 +340,9 @@ class DistillationPipeline(VanillaPipeline):
     def _estimate_statistics(self) -> None:
         def batches() -> Iterator[RayBundle]:
             for _ in range(STATISTICS_BATCHES):
-                yield self.datamanager.draw(0).ray_bundle
+                with torch.autocast(device_type=self.model.device.type, enabled=False):  # rays are fp32
+                    bundle = self.datamanager.draw(0).ray_bundle
+                yield bundle
 
         with torch.autocast(device_type=self.model.device.type, dtype=torch.bfloat16, enabled=self.config.bf16):
             update_bn(batches(), self.model)

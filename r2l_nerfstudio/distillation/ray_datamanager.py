@@ -53,14 +53,17 @@ class RayDataManager(DistillationDataManager):
         survey: Survey,
         background: Float[Tensor, "3"],
         factor: int,
+        rays_per_cell: int = 1,
         conventions: RayConventions = OURS,
         margin: int = MARGIN,
     ) -> None:
-        super().attach_teacher(teacher, survey, background, factor, conventions, margin)
+        super().attach_teacher(teacher, survey, background, factor, rays_per_cell, conventions, margin)
         self._begin()
 
-    def restart(self, config: RayDataManagerConfig, conventions: RayConventions, margin: int) -> None:
-        super().restart(config, conventions, margin)
+    def restart(
+        self, config: RayDataManagerConfig, rays_per_cell: int, conventions: RayConventions, margin: int
+    ) -> None:
+        super().restart(config, rays_per_cell, conventions, margin)
         if self.photographs is not None:
             self.photographs.conventions = conventions
         self._begin()

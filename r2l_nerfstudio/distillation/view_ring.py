@@ -212,6 +212,11 @@ class ViewRing:
         """Views the ring can hold."""
         return len(self.pixels)
 
+    @property
+    def views_put(self) -> int:
+        """Views that the ring has been given so far; number i is, or was, in slot i modulo `capacity`."""
+        return self._next_index
+
     def _allocate(self, num_views: int) -> None:
         wanted = num_views
         affordable = int(0.8 * free_memory(self.device)) // (self.height * self.width * BYTES_PER_PIXEL)

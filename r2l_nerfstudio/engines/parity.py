@@ -46,4 +46,4 @@ def random_code(network: nn.Module, device: torch.device) -> Float[Tensor, "*cod
 
 def in_dim(network: nn.Module) -> int:
     """Length of the code that a student's network reads."""
-    return network.head.weight.shape[1]
+    return network.in_dim

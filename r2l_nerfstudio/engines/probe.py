@@ -16,26 +16,28 @@ SIDE = 19
 
 
 def probe_code(
-    ray_code: RayCode, encode: Callable[[Tensor, Tensor], Tensor], network: nn.Module
+    ray_code: RayCode, encode: Callable[[Tensor, Tensor], Tensor], network: nn.Module, rays_per_cell: int = 1
 ) -> Float[Tensor, "*code"]:
     """Code of four small pictures of the scene, from where its cameras were.
 
     Args:
         ray_code: knows where the scene lies and how it was looked at.
-        encode: from origins and directions [4 rows columns 3] to code [4 rows columns in_dim].
+        encode: from origins and directions [4 rows columns 3], or of so many more rays, to code [4 rows columns in_dim].
         network: that reads the code.
+        rays_per_cell: rays along each side that `encode` makes one cell of.
 
     Returns:
         [4, in_dim, rows, columns] for a network of ray images, else [rays, in_dim].
     """
     right, up, backward = ray_code.axes.float().unbind(-1)
     distance = (ray_code.near + ray_code.far) / 2 if ray_code.spacing == "sphere" else 0 * ray_code.radius
-    intrinsics = ray_code.center.new_tensor([SIDE, SIDE, SIDE / 2, SIDE / 2])
+    side = SIDE * rays_per_cell
+    intrinsics = ray_code.center.new_tensor([side, side, side / 2, side / 2])
     rays = []
     for across, down in ((-1, -1), (-1, 1), (1, -1), (1, 1)):
         aside = 0.3 * ray_code.radius * (across * right + down * up)
         pose = torch.stack([right, up, backward, ray_code.center + distance * backward + aside], dim=-1)
-        rays.append(ray_code.image_rays(pose, intrinsics, SIDE, SIDE))
+        rays.append(ray_code.image_rays(pose, intrinsics, side, side))
     origins, directions = (torch.stack(parts) for parts in zip(*rays, strict=True))
     with torch.no_grad():
         code = encode(origins, directions)

@@ -40,11 +40,12 @@ def probe_inputs(student: Student, spec: GraphSpec, probe: int) -> tuple[Arrays,
             truth = {name: value.reshape(-1, value.shape[-1]) for name, value in truth.items()}
         if spec.part == "whole":
             return inputs, truth
-    code = spec.code_of(model, pose, intrinsics)
+    code, geometry = spec.code_of(model, pose, intrinsics)
+    known = {} if geometry is None else {"geometry": geometry.numpy()}
     if spec.part == "encoding":
-        return inputs, {"code": code.numpy()}
+        return inputs, {"code": code.numpy()} | known
     values = {"values": model.network(code).numpy()}
-    return (values | inputs, truth) if spec.part == "values" else ({"code": code.numpy()}, values)
+    return (values | known | inputs, truth) if spec.part == "values" else ({"code": code.numpy()}, values)
 
 
 def needed_db(spec: GraphSpec) -> float:

@@ -16,6 +16,7 @@ from r2l_nerfstudio.engines.weights import FixedNetwork
 from r2l_nerfstudio.errors import InputError
 from r2l_nerfstudio.export.gathered_volume import GatheredVolume
 from r2l_nerfstudio.export.plain_network import to_plain_operators
+from r2l_nerfstudio.models.composited_encoding import EncodedRays, encode_ray_image, encode_single_rays, finished
 from r2l_nerfstudio.models.light_field import LightFieldModel
 from r2l_nerfstudio.models.mobile_r2l import MobileR2LModel
 from r2l_nerfstudio.rays.conventions import RayConventions
@@ -33,6 +34,9 @@ RAYS_AT_ONCE = 1 << 16
 """A whole picture's codes would take gigabytes: beyond this many rays a camera's graph goes through it in parts."""
 
 
+COMPOSITED_AT_ONCE = 1 << 14
+"""Likewise of rays along which features are composited."""
+
 TURN = (6.28125, 2 * math.pi - 6.28125)
 """2 pi, as eight bits and the rest."""
 
@@ -48,33 +52,47 @@ class Encoding(nn.Module):
 
     def __init__(self, model: LightFieldModel, precision: GraphPrecision, reduce_angles: bool = False) -> None:
         super().__init__()
+        self.composited = None if model.composited is None else model.composited.for_graph(DTYPES[precision])
+        self.factor = model.factor
+        self.pixel_samples = getattr(model.config, "pixel_samples", 0)
         self.ray_code = copy.deepcopy(model.ray_code)
         self.volume = None if model.volume is None else GatheredVolume(model.volume, DTYPES[precision])
         self.volume_points = model.config.volume_points
         self.encode = reduced_frequency_encode if reduce_angles else frequency_encode
         self.is_image = isinstance(model, MobileR2LModel)
 
-    def forward(
-        self, origins: Float[Tensor, "*rays 3"], directions: Float[Tensor, "*rays 3"]
-    ) -> Float[Tensor, "*code"]:
-        """The code of rays, as the network takes it.
+    @property
+    def rays_at_once(self) -> int:
+        """Rays of a picture that are gone through together."""
+        return RAYS_AT_ONCE if self.composited is None else COMPOSITED_AT_ONCE
+
+    def forward(self, origins: Float[Tensor, "*rays 3"], directions: Float[Tensor, "*rays 3"]) -> EncodedRays:
+        """The code of rays, as the network takes it, and the geometry that is known without the network.
 
         Args:
-            origins: in the run's frame; for a MobileR2L those of a ray image's cells, [rows, columns, 3].
+            origins: in the run's frame; for a MobileR2L those of a ray image, [rows, columns, 3].
             directions: unit length.
 
         Returns:
-            [*rays, in_dim]; for a MobileR2L [1, in_dim, rows, columns].
+            code [*rays, in_dim], for a MobileR2L [1, in_dim, rows, columns]; geometry of a composited encoding [*rays, 2],
+            for a MobileR2L [height, width, 2] without the margin, else None.
         """
+        if self.composited is not None:
+            if not self.is_image:
+                return encode_single_rays(self.composited, origins, directions, encode=self.encode)
+            found = encode_ray_image(
+                self.composited, self.factor, self.pixel_samples, origins, directions, encode=self.encode
+            )
+            return EncodedRays(found.code.permute(2, 0, 1)[None], found.geometry)
         code = self.encode(self.ray_code.values(origins, directions), self.ray_code.num_frequencies)
         if self.volume is not None:
             features = self.volume(self.ray_code.points(origins, directions, self.volume_points))
             code = torch.cat([code, features], dim=-1)
-        return code.permute(2, 0, 1)[None] if self.is_image else code
+        return EncodedRays(code.permute(2, 0, 1)[None] if self.is_image else code)
 
 
 class EncodedNetwork(nn.Module):
-    """From rays to the student's five numbers: rgb, accumulation, depth as a position along the ray; all in (0, 1).
+    """From rays to the student's five numbers: rgb, accumulation, depth as a position along the ray; all in [0, 1].
 
     Args:
         model: copied.
@@ -82,30 +100,56 @@ class EncodedNetwork(nn.Module):
         reduce_angles: as `Encoding`.
     """
 
-    background: Tensor
-
     def __init__(self, model: LightFieldModel, precision: GraphPrecision, reduce_angles: bool = False) -> None:
         super().__init__()
         self.encoding = Encoding(model, precision, reduce_angles)
-        self.register_buffer("background", model.background.clone())
         self.network = FixedNetwork(model.network, precision)
-        self.factor = model.factor if isinstance(model, MobileR2LModel) else 1
-        self.is_image = isinstance(model, MobileR2LModel)
+        self.joining = Joining(model)
 
     def forward(
         self, origins: Float[Tensor, "*rays 3"], directions: Float[Tensor, "*rays 3"]
     ) -> Float[Tensor, "*pixels 5"]:
-        """Rays of any number for an R2L; for a MobileR2L those of a ray image's cells, [rows, columns, 3].
+        """Rays of any number for an R2L; for a MobileR2L those of a ray image, [rows, columns, 3].
 
         Args:
             origins: in the run's frame.
             directions: unit length.
 
         Returns:
-            as many as there are rays, or [rows * factor, columns * factor, 5], the margin's pixels among them.
+            as many as there are rays, or those of the ray image's pixels [height, width, 5], without its margin.
         """
-        values = self.network(self.encoding(origins, directions))
-        return values[0].permute(1, 2, 0) if self.is_image else values
+        code, geometry = self.encoding(origins, directions)
+        return self.joining(self.network(code), geometry)
+
+
+class Joining(nn.Module):
+    """Network's values and geometry as the five numbers of pixels.
+
+    Args:
+        model: what is needed of it is copied.
+    """
+
+    background: Tensor
+
+    def __init__(self, model: LightFieldModel) -> None:
+        super().__init__()
+        self.is_image = isinstance(model, MobileR2LModel)
+        self.edge = model.margin * model.factor
+        self.is_bounded = model.composited is not None and model.composited.is_bounded
+        self.register_buffer("background", model.background.clone())
+
+    def forward(self, values: Float[Tensor, "*values"], geometry: Float[Tensor, "*pixels 2"] | None) -> Tensor:
+        """[*pixels, 5]; of a MobileR2L without the margin.
+
+        Args:
+            values: of the network.
+            geometry: of a composited encoding.
+        """
+        if self.is_image:
+            values = values[0].permute(1, 2, 0)
+        if self.edge:
+            values = values[self.edge : -self.edge, self.edge : -self.edge]
+        return values if geometry is None else finished(values, geometry, self.background if self.is_bounded else None)
 
 
 def reduced_frequency_encode(
@@ -170,13 +214,15 @@ class PictureFrame(nn.Module):
 
     def __init__(self, model: LightFieldModel, height: int, width: int) -> None:
         super().__init__()
-        self.factor = model.factor if isinstance(model, MobileR2LModel) else 1
         self.is_image = isinstance(model, MobileR2LModel)
-        self.margin = model.margin if isinstance(model, MobileR2LModel) else 0
+        self.factor = model.factor
+        self.rays_per_cell = model.rays_per_cell
+        self.margin = model.margin
         self.conventions: RayConventions = model.ray_code.conventions
         self.height = height
         self.width = width
-        self.register_buffer("margin_offset", torch.tensor([0.0, 0.0, self.margin, self.margin]))
+        margin = self.margin * self.rays_per_cell
+        self.register_buffer("margin_offset", torch.tensor([0.0, 0.0, margin, margin]))
 
     def pixels(self, camera_to_world: Float[Tensor, "3 4"], intrinsics: Float[Tensor, "4"]) -> tuple[Tensor, Tensor]:
         """Origins and directions [height, width, 3], as the ray encoding reads them."""
@@ -187,17 +233,18 @@ class PictureFrame(nn.Module):
         return image_rays(camera_to_world, intrinsics, rows, columns, conventions.pixel_offset, conventions.is_planar)
 
     def evaluated(self, camera_to_world: Float[Tensor, "3 4"], intrinsics: Float[Tensor, "4"]) -> tuple[Tensor, Tensor]:
-        """Origins and directions [rows, columns, 3] of a MobileR2L's cells, margin included; else those of the pixels."""
+        """Origins and directions [rows, columns, 3] of a MobileR2L's ray image, margin included; else those of the pixels."""
         if not self.is_image:
             return self.pixels(camera_to_world, intrinsics)
-        rows, columns = ray_image_size(self.height, self.width, self.factor, self.margin)
+        size = ray_image_size(self.height, self.width, self.factor, self.margin)
+        rows, columns = (count * self.rays_per_cell for count in size)
         # As `ray_image_intrinsics`, without writing in place: few runtimes scatter.
-        return self._rays(camera_to_world, intrinsics / self.factor + self.margin_offset, rows, columns)
+        scaled = intrinsics / self.factor * self.rays_per_cell + self.margin_offset
+        return self._rays(camera_to_world, scaled, rows, columns)
 
     def crop(self, values: Float[Tensor, "drawn_height drawn_width 5"]) -> Float[Tensor, "height width 5"]:
-        """The picture, of all that was drawn."""
-        margin = self.margin * self.factor
-        return values[margin : margin + self.height, margin : margin + self.width]
+        """The picture, of all whole cells."""
+        return values[: self.height, : self.width]
 
 
 class RayGraph(nn.Module):
@@ -263,7 +310,7 @@ class CameraGraph(nn.Module):
         if self.frame.is_image:
             values = self.encoded_network(*self.frame.evaluated(camera_to_world, intrinsics))
         else:
-            rows = max(1, RAYS_AT_ONCE // self.frame.width)
+            rows = max(1, self.encoded_network.encoding.rays_at_once // self.frame.width)
             # Sliced rather than split: a converter of Core ML knows no split whose last part is shorter.
             parts = [[tensor[top : top + rows] for tensor in rays] for top in range(0, self.frame.height, rows)]
             values = torch.cat([self.encoded_network(*part) for part in parts])
@@ -280,8 +327,6 @@ class CodeGraph(nn.Module):
         reduce_angles: as `Encoding`.
     """
 
-    outputs = ("code",)
-
     def __init__(
         self,
         model: LightFieldModel,
@@ -293,19 +338,22 @@ class CodeGraph(nn.Module):
         self.encoding = Encoding(model, precision, reduce_angles)
         self.frame = frame
         self.inputs = RayGraph.inputs if frame is None else CameraGraph.inputs
+        self.outputs = code_outputs(model)
 
-    def forward(
-        self, first: Float[Tensor, "*first"], second: Float[Tensor, "*second"]
-    ) -> tuple[Float[Tensor, "*code"]]:
-        """`code`: [rays, in_dim], or for a MobileR2L [1, in_dim, rows, columns], a margin of one cell all around.
+    def forward(self, first: Float[Tensor, "*first"], second: Float[Tensor, "*second"]) -> tuple[Tensor, ...]:
+        """`code`: [rays, in_dim], or for a MobileR2L [1, in_dim, rows, columns], a margin of one cell all around; of a
+        composited encoding also `geometry`: [rays, 2], or [height, width, 2] of whole cells without the margin.
 
         Args:
             first: origins [rays, 3], or camera_to_world [3, 4].
             second: directions [rays, 3], or intrinsics [4].
         """
         rays = (first, second) if self.frame is None else self.frame.evaluated(first, second)
-        code = self.encoding(*rays)
-        return (code if self.encoding.is_image else code.flatten(0, -2),)
+        code, geometry = self.encoding(*rays)
+        if not self.encoding.is_image:
+            code = code.flatten(0, -2)
+            geometry = None if geometry is None else geometry.flatten(0, -2)
+        return (code,) if geometry is None else (code, geometry)
 
 
 class NetworkGraph(nn.Module):
@@ -327,13 +375,13 @@ class NetworkGraph(nn.Module):
             to_plain_operators(self.network)
 
     def forward(self, code: Float[Tensor, "*code"]) -> tuple[Float[Tensor, "*values"]]:
-        """`values`: rgb, accumulation and depth as a position along the ray, all in (0, 1).
+        """`values`: rgb, and unless the encoding is composited accumulation and depth as a position along the ray.
 
         Args:
             code: as `CodeGraph` gives it.
 
         Returns:
-            [rays, 5]; for a MobileR2L [1, 5, rows * factor, columns * factor], `factor` pixels of margin all around.
+            [rays, 5 or 3]; for a MobileR2L [1, 5 or 3, rows * factor, columns * factor], `factor` pixels of margin all around.
         """
         return (self.network(code),)
 
@@ -349,28 +397,35 @@ class ValuesGraph(nn.Module):
     def __init__(self, model: LightFieldModel, frame: PictureFrame | None) -> None:
         super().__init__()
         self.frame = frame
+        self.joining = Joining(model)
         self.pictures = Pictures(model)
-        self.inputs = ("values", *(RayGraph.inputs if frame is None else CameraGraph.inputs))
+        self.has_geometry = model.composited is not None
+        self.inputs = ("values", *code_outputs(model)[1:], *(RayGraph.inputs if frame is None else CameraGraph.inputs))
         self.outputs = self.pictures.outputs
 
-    def forward(
-        self, values: Float[Tensor, "*values"], first: Float[Tensor, "*first"], second: Float[Tensor, "*second"]
-    ) -> tuple[Tensor, ...]:
+    def forward(self, values: Float[Tensor, "*values"], *others: Tensor) -> tuple[Tensor, ...]:
         """As `CameraGraph` or `RayGraph`.
 
         Args:
             values: of `NetworkGraph`.
-            first: as `CodeGraph` takes it.
-            second: likewise.
+            others: `geometry` of `CodeGraph`, if it has one, then what `CodeGraph` takes.
         """
+        geometry = others[0] if self.has_geometry else None
+        first, second = others[-2:]
+        values = self.joining(values, geometry)
         if self.frame is None:
             return self.pictures(values, first, second)
         rays = self.frame.pixels(first, second)
         if self.frame.is_image:
-            values = self.frame.crop(values[0].permute(1, 2, 0))
+            values = self.frame.crop(values)
         else:
             values = values.reshape(self.frame.height, self.frame.width, -1)
         return self.pictures(values, *rays)
+
+
+def code_outputs(model: LightFieldModel) -> tuple[str, ...]:
+    """Names of what an encoding gives."""
+    return ("code",) if model.composited is None else ("code", "geometry")
 
 
 StudentGraph = CameraGraph | RayGraph | CodeGraph | NetworkGraph | ValuesGraph
@@ -413,15 +468,16 @@ class GraphSpec:
 
     def code_of(
         self, model: LightFieldModel, pose: Float[Tensor, "3 4"], intrinsics: Float[Tensor, "4"]
-    ) -> Float[Tensor, "*code"]:
-        """What the network reads of a camera of this size, as torch makes it."""
+    ) -> EncodedRays:
+        """What the network reads of a camera of this size, as torch makes it, and the geometry known without it."""
         if isinstance(model, MobileR2LModel):
-            rows, columns = ray_image_size(self.height, self.width, model.factor, model.margin)
-            in_cells = ray_image_intrinsics(intrinsics, model.factor, margin=model.margin)
-            rays = model.ray_code.image_rays(pose, in_cells, rows, columns)
-            return model.encode(*rays).permute(2, 0, 1)[None].contiguous()
+            per_cell, size = model.rays_per_cell, ray_image_size(self.height, self.width, model.factor, model.margin)
+            in_cells = ray_image_intrinsics(intrinsics, model.factor, None, per_cell, model.margin)
+            rays = model.ray_code.image_rays(pose, in_cells, *(count * per_cell for count in size))
+            code, geometry = model.encode_rays(*rays)
+            return EncodedRays(code.permute(2, 0, 1)[None].contiguous(), geometry)
         rays = model.ray_code.image_rays(pose, intrinsics, self.height, self.width)
-        return model.encode(*(tensor.reshape(-1, 3) for tensor in rays))
+        return model.encode_rays(*(tensor.reshape(-1, 3) for tensor in rays))
 
     def build(self, student: Student) -> StudentGraph:
         """The graph as a module, on the student's device.

@@ -145,7 +145,7 @@ def schemes(network: Path) -> list[tuple[str, list[str]]]:
 def calibration_codes(student: Student, cameras: CaptureCameras) -> list[Float[np.ndarray, "*code"]]:
     """What the network reads of pseudo cameras, each as one input of the network."""
     return [
-        spec.code_of(student.model, pose, intrinsics).numpy()
+        spec.code_of(student.model, pose, intrinsics).code.numpy()
         for pose, intrinsics, spec in pseudo_views(student, cameras, CALIBRATION_VIEWS, seed=0)
     ]
 

@@ -107,7 +107,7 @@ def metadata(student: Student, spec: GraphSpec) -> dict[str, str]:
         "precision": spec.precision,
         "part": spec.part,
         "frame": "the run's, to which its dataparser_transforms.json leads; OpenGL camera axes",
-        "ray_code": code.kind,
+        "ray_code": model.config.ray_code,
         "spacing": code.spacing,
         "samples": code.num_points,
         "frequencies": code.num_frequencies,

@@ -119,6 +119,7 @@ def _fill(student: Student, cameras: CaptureCameras, runtime: Path, folder: Path
         "factor": graph.factor,
         "margin": graph.margin,
         "rays": {"planar": code.conventions.is_planar, "offset": code.conventions.pixel_offset},
+        "raysPerCell": graph.rays_per_cell,
         "sphere": {"center": code.center.tolist(), "radius": float(code.radius)} if code.spacing == "sphere" else None,
         "picture": picture,
         "models": models,
@@ -152,8 +153,9 @@ def page_rays(
     width, height, focal = picture["width"], picture["height"], picture["focal"]
     intrinsics = torch.tensor([focal, focal, width / 2, height / 2])
     if graph.is_image:
-        height, width = ray_image_size(height, width, graph.factor, graph.margin)
-        intrinsics = ray_image_intrinsics(intrinsics, graph.factor, margin=graph.margin)
+        size = ray_image_size(height, width, graph.factor, graph.margin)
+        height, width = (count * graph.rays_per_cell for count in size)
+        intrinsics = ray_image_intrinsics(intrinsics, graph.factor, None, graph.rays_per_cell, graph.margin)
     origins, directions = graph.encoded_network.encoding.ray_code.image_rays(pose, intrinsics, height, width)
     return origins[0, 0], directions
 

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from r2l_nerfstudio.export.graph import EncodedNetwork, GraphPrecision
 from r2l_nerfstudio.export.onnx_file import OPSET, forget_source
 from r2l_nerfstudio.export.plain_network import to_plain_operators
-from r2l_nerfstudio.models.mobile_r2l import MobileR2LModel
 from r2l_nerfstudio.student import Student
 
 if TYPE_CHECKING:
@@ -35,23 +34,21 @@ class WebGraph(nn.Module):
 
     def __init__(self, student: Student, precision: GraphPrecision) -> None:
         super().__init__()
-        self.margin = student.model.margin if isinstance(student.model, MobileR2LModel) else 0
-        """Cells of rays around the picture."""
         # GPUs are at liberty to compute sines of large angles badly, and some do.
         self.encoded_network = EncodedNetwork(student.model, precision, reduce_angles=True)
         if precision == "fp32":
             # What WebAssembly runs: its GELU and transposed convolutions are slow, a sixth of a frame more.
             to_plain_operators(self.encoded_network.network)
 
-    @property
-    def is_image(self) -> bool:
+        model = student.model
+        self.factor = model.factor
+        """Pixels along each side of a cell."""
+        self.rays_per_cell = model.rays_per_cell
+        """Rays along each side of a cell."""
+        self.is_image = self.encoded_network.encoding.is_image
         """Whether it draws whole ray images."""
-        return self.encoded_network.is_image
-
-    @property
-    def factor(self) -> int:
-        """Pixels per ray along each side."""
-        return self.encoded_network.factor
+        self.margin = model.margin
+        """Cells around the picture."""
 
     def forward(
         self, origin: Float[Tensor, "3"], directions: Float[Tensor, "rows columns 3"]
@@ -67,9 +64,6 @@ class WebGraph(nn.Module):
             `factor` times as many as there are cells inside the margin.
         """
         rgb = self.encoded_network(origin.expand_as(directions), directions)[..., :3]
-        if self.margin:
-            edge = self.margin * self.factor
-            rgb = rgb[edge:-edge, edge:-edge]
         steps = (rgb.clamp(0.0, 1.0) * 255.0 + 0.5).floor()
         # Below 2^24 every whole number is an fp32; the fourth byte, 255, makes the integer that much less than zero.
         packed = steps[..., 0] + 256.0 * steps[..., 1] + 65536.0 * steps[..., 2]
@@ -81,8 +75,9 @@ def write_web_graph(student: Student, precision: GraphPrecision, path: Path) -> 
     import onnx
 
     graph = WebGraph(student, precision).eval()
-    rows, columns = torch.export.Dim("rows", min=3), torch.export.Dim("columns", min=3)
-    example = torch.nn.functional.normalize(torch.randn(6, 5, 3), dim=-1)
+    cells = (torch.export.Dim("rows", min=3), torch.export.Dim("columns", min=3))
+    rows, columns = (dim if graph.rays_per_cell == 1 else graph.rays_per_cell * dim for dim in cells)
+    example = torch.nn.functional.normalize(torch.randn(6 * graph.rays_per_cell, 5 * graph.rays_per_cell, 3), dim=-1)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         program = torch.onnx.export(

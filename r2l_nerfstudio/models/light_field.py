@@ -24,6 +24,12 @@ from r2l_nerfstudio.engines.probe import probe_code
 from r2l_nerfstudio.engines.switch import EngineChoice, EngineSwitch
 from r2l_nerfstudio.errors import InputError, exit_on_input_error
 from r2l_nerfstudio.models.camera_rays import camera_rays, crop_interval, is_pinhole, pinhole_parameters
+from r2l_nerfstudio.models.composited_encoding import (
+    CompositedEncoding,
+    CompositedSettings,
+    EncodedRays,
+    finished,
+)
 from r2l_nerfstudio.models.drawing_code import DrawingCode
 from r2l_nerfstudio.models.metrics import image_metrics
 from r2l_nerfstudio.rays.conventions import OURS, RayConventions
@@ -50,7 +56,8 @@ class LightFieldModelConfig(ModelConfig):
     zero_init: bool = True
     """Start every residual block as the identity."""
     ray_code: RayCodeKind = "points"
-    """How a ray becomes numbers: points along it, Plücker coordinates, or where it meets two planes."""
+    """How a ray becomes numbers: points along it, Plücker coordinates, where it meets two planes, or composited: features
+    gathered along it where the scene is."""
     num_points: int = 16
     """Points per ray."""
     num_frequencies: int = 10
@@ -59,6 +66,21 @@ class LightFieldModelConfig(ModelConfig):
     """Draw the points at random inside their segments while training."""
     spacing: Literal["auto", "sphere", "near-far", "disparity"] = "auto"
     """Where the points lie; auto: inside the scene's sphere for a bounded capture, else by disparity."""
+    feature_channels: int = 4
+    """composited: features per grid point."""
+    num_samples: int = 24
+    """composited: sample points per ray."""
+    num_probes: int = 64
+    """composited: bins per ray in which the scene is looked for."""
+    occupancy_cells: int = 64
+    """composited: the occupancy grid has about this many cells cubed."""
+    max_grid_points: int = 200_000
+    """composited: grid points with features, at most; the volume is as fine as a pixel of the teacher views, or as this
+    allows."""
+    point_octaves: int = 4
+    """composited: octaves of the encoding of the expected point."""
+    direction_octaves: int = 3
+    """composited: octaves of the encoding of the direction."""
     volume_resolution: int = 0
     """Grid points a side of a learned feature volume, read at the ray's points; 0 is the paper: no volume."""
     volume_channels: int = 4
@@ -103,25 +125,36 @@ class LightFieldModel(Model):
 
     config: LightFieldModelConfig
     factor: int = 1
-    """Pixels along each side that one evaluated ray explains."""
+    """Pixels along each side that one evaluation of the network explains."""
     margin: int = 0
     """Cells around a picture that are evaluated and dropped."""
     crop_margin: int = 0
     """Cells around a crop that are evaluated and dropped in training."""
     network: torch.nn.Module
-    """From encoded rays to five numbers in (0, 1): rgb, accumulation, depth as a position along the ray; or to the first
-    three."""
+    """From encoded rays to numbers in (0, 1): rgb, and unless composited or of colour only, accumulation and depth as a
+    position along the ray."""
     background: Tensor
 
     def populate_modules(self) -> None:
         """Ray code and network; no metric network, it would live in every checkpoint."""
         super().populate_modules()
-        self.ray_code = RayCode(self.config.ray_code, self.config.num_points, self.config.num_frequencies)
-        code_dim = self.ray_code.dim
+        c = self.config
+        is_composited = c.ray_code == "composited"
+        # Composited students need its bounds only.
+        self.ray_code = RayCode("points" if is_composited else c.ray_code, c.num_points, c.num_frequencies)
+        self.composited: CompositedEncoding | None = None
         self.volume: FeatureVolume | None = None
-        if self.config.volume_resolution > 0:
-            self.volume = FeatureVolume(self.config.volume_resolution, self.config.volume_channels)
-            code_dim += self.config.volume_channels * self.config.volume_points
+        if is_composited:
+            settings = CompositedSettings(
+                c.feature_channels, c.num_samples, c.num_probes, c.point_octaves, c.direction_octaves
+            )
+            self.composited = CompositedEncoding(self.ray_code, settings)
+            code_dim = self.composited.dim
+        else:
+            code_dim = self.ray_code.dim
+            if c.volume_resolution > 0:
+                self.volume = FeatureVolume(c.volume_resolution, c.volume_channels)
+                code_dim += c.volume_channels * c.volume_points
         self.drawing_code = DrawingCode(self.ray_code, self.volume, self.config.volume_points)
         self.network = self.build_network(code_dim)
         self.register_buffer("background", torch.ones(3))
@@ -132,7 +165,7 @@ class LightFieldModel(Model):
         self.engines = EngineSwitch(
             lambda: self.network,
             self.config.engine,
-            probe=lambda: probe_code(self.ray_code, self.encode, self.network),
+            probe=lambda: probe_code(self.ray_code, self.encode, self.network, self.rays_per_cell),
             interrupts=(IOChangeException,),
             say=lambda line: CONSOLE.print(line, markup=False, highlight=False),
         )
@@ -143,9 +176,14 @@ class LightFieldModel(Model):
         self.split_checkbox = self.teacher_split.checkbox
 
     @property
-    def num_outputs(self) -> int:
-        """Numbers per pixel that the network returns: 5, or 3 without accumulation and depth."""
-        return 3 if self.config.color_only else 5
+    def rays_per_cell(self) -> int:
+        """Rays along each side of a cell that `encode` reads: the middle one, or one for each pixel."""
+        return 1 if self.composited is None else self.factor
+
+    @property
+    def out_dim(self) -> int:
+        """Numbers per pixel that the network gives: what is composited needs no network for its geometry."""
+        return 5 if self.composited is None and not self.config.color_only else 3
 
     @abstractmethod
     def build_network(self, code_dim: int) -> torch.nn.Module:
@@ -230,28 +268,65 @@ class LightFieldModel(Model):
         hidden = [p for p in self.network.blocks.parameters() if p.ndim >= 2]
         chosen = {id(p) for p in hidden}
         groups = {"hidden": hidden, "ends": [p for p in self.network.parameters() if id(p) not in chosen]}
-        if self.volume is not None:
+        if self.composited is not None:
+            groups["volume"] = [self.composited.volume.rows]
+        elif self.volume is not None:
             groups["volume"] = list(self.volume.parameters())
         return groups
 
     def encode(
         self, origins: Float[Tensor, "*batch 3"], directions: Float[Tensor, "*batch 3"], jitter: bool = False
     ) -> Float[Tensor, "*batch code"]:
-        """What the network reads of rays: the ray code and, where there is a volume, its features. Always fp32.
+        """What the network reads of rays. Always fp32.
 
         Args:
             origins: in the teacher's frame.
             directions: unit length, or planar if the ray encoding's conventions are.
             jitter: draw the points at random inside their segments, per ray (training).
         """
+        return self.encode_rays(origins, directions, jitter).code
+
+    def encode_rays(
+        self, origins: Float[Tensor, "*batch 3"], directions: Float[Tensor, "*batch 3"], jitter: bool = False
+    ) -> EncodedRays:
+        """As `encode`, with the geometry that is known without the network."""
+        if self.composited is not None:
+            return self.encode_composited(self.composited, origins, directions, jitter)
         if origins.device.type == "cpu" and not (jitter or torch.is_grad_enabled()):
-            return self.drawing_code(origins.float(), directions.float())
+            return EncodedRays(self.drawing_code(origins.float(), directions.float()))
         code = self.ray_code(origins, directions, jitter)
         if self.volume is None:
-            return code
+            return EncodedRays(code)
         points = self.ray_code.points(origins, directions, self.config.volume_points, jitter)
         features = self.volume(points.flatten(0, -3))
-        return torch.cat([code, features.view(*code.shape[:-1], -1)], dim=-1)
+        return EncodedRays(torch.cat([code, features.view(*code.shape[:-1], -1)], dim=-1))
+
+    @abstractmethod
+    def encode_composited(
+        self,
+        encoding: CompositedEncoding,
+        origins: Float[Tensor, "*batch 3"],
+        directions: Float[Tensor, "*batch 3"],
+        jitter: bool,
+    ) -> EncodedRays:
+        """As `encode_rays`, of rays whose features are composited."""
+
+    def finish(
+        self, values: Float[Tensor, "*pixels out"], geometry: Float[Tensor, "*pixels 2"] | None
+    ) -> Float[Tensor, "*pixels 5"]:
+        """The five numbers of pixels: rgb, accumulation, depth as a position along the ray.
+
+        Around a bounded scene, what the network says counts as far as there is something: what is empty is exactly the
+        background.
+
+        Args:
+            values: of the network.
+            geometry: of `encode_rays`.
+        """
+        if geometry is None:
+            return values
+        assert self.composited is not None
+        return finished(values, geometry, self.background if self.composited.is_bounded else None)
 
     def bundle_rays(self, ray_bundle: RayBundle) -> tuple[Float[Tensor, "*batch 3"], Float[Tensor, "*batch 3"]]:
         """Origins and directions of a bundle as the ray encoding reads them.

@@ -14,6 +14,7 @@ from torch.nn.functional import interpolate, pad
 
 from r2l_nerfstudio.errors import InputError
 from r2l_nerfstudio.models.any_camera import render_by_faces
+from r2l_nerfstudio.models.composited_encoding import CompositedEncoding, EncodedRays, encode_ray_image
 from r2l_nerfstudio.models.light_field import LightFieldModel, LightFieldModelConfig
 from r2l_nerfstudio.rays.conventions import OURS, RayConventions
 from r2l_nerfstudio.rays.pinhole import pixel_centers
@@ -56,6 +57,10 @@ class MobileR2LModelConfig(LightFieldModelConfig):
     margin: int = MARGIN
     """Cells around a picture that are drawn and dropped, so that its border sees its surroundings; 0, as published: none,
     and zeros beyond the border."""
+    pixel_samples: int = 12
+    """composited: sample points per pixel; cells have `num_samples`."""
+    join_width: int = 32
+    """composited: channels of the layer in which the pixels' own features join."""
 
     def fit_to(self, width: int, height: int) -> None:
         """Choose the factor for views of this size, unless it is set.
@@ -71,6 +76,8 @@ class MobileR2LModelConfig(LightFieldModelConfig):
                 f"--pipeline.model.margin must be 0 or 1 (got {self.margin}): a pixel depends on its own cell and the"
                 " eight around it."
             )
+        if self.margin == 0 and self.ray_code == "composited":
+            raise InputError("--pipeline.model.margin 0: composited features need a margin; set it to 1.")
 
 
 class MobileR2LModel(LightFieldModel):
@@ -89,15 +96,19 @@ class MobileR2LModel(LightFieldModel):
         config = self.config
         self.factor = config.factor or FACTORS[0]
         self.margin = self.crop_margin = config.margin
+        # Features and accumulation of each pixel of a cell join the last step.
+        joined = 0 if self.composited is None else config.feature_channels + 1
         return MobileR2L(
-            code_dim,
-            self.num_outputs,
+            code_dim + joined * self.factor**2,
+            self.out_dim,
             config.width,
             config.blocks,
             self.factor,
             config.up_width,
             config.last_width,
             zero_init=config.zero_init,
+            joined=joined,
+            join_width=config.join_width,
         )
 
     def set_scene(
@@ -117,7 +128,7 @@ class MobileR2LModel(LightFieldModel):
         """Colour, accumulation and coded depth of the pixels of ray images, without their margins.
 
         Args:
-            ray_bundle: rays of the cells, margin included (crops rows columns); or single rays (rays), as `ns-render` asks
+            ray_bundle: rays of the cells, margin included (crops rows columns), `rays_per_cell` times as many; or single rays (rays), as `ns-render` asks
                 to find out what hides a camera.
 
         Returns:
@@ -127,14 +138,23 @@ class MobileR2LModel(LightFieldModel):
         if ray_bundle.origins.ndim == 2:
             return self._answer_rays(ray_bundle.origins, ray_bundle.directions)
         jitter = self.training and self.config.jitter_points
-        code = self.encode(*self.bundle_rays(ray_bundle), jitter)
+        code, geometry = self.encode_rays(*self.bundle_rays(ray_bundle), jitter)
         values = self.network(code.permute(0, 3, 1, 2)).float().permute(0, 2, 3, 1)
         margin = self.crop_margin * self.factor
         height, width = values.shape[1:3]
-        values = values[:, margin : height - margin, margin : width - margin]
-        if self.config.color_only:
+        values = self.finish(values[:, margin : height - margin, margin : width - margin], geometry)
+        if values.shape[-1] == 3:
             return {"rgb": values}
         return {"rgb": values[..., :3], "accumulation": values[..., 3:4], "depth_fraction": values[..., 4:5]}
+
+    def encode_composited(
+        self,
+        encoding: CompositedEncoding,
+        origins: Float[Tensor, "*batch height width 3"],
+        directions: Float[Tensor, "*batch height width 3"],
+        jitter: bool,
+    ) -> EncodedRays:
+        return encode_ray_image(encoding, self.factor, self.config.pixel_samples, origins, directions, jitter)
 
     @torch.no_grad()
     def _answer_rays(self, origins: Float[Tensor, "rays 3"], directions: Float[Tensor, "rays 3"]) -> dict[str, Tensor]:
@@ -146,13 +166,14 @@ class MobileR2LModel(LightFieldModel):
         right = right / right.norm(dim=-1, keepdim=True)
         axes = torch.stack([right, torch.linalg.cross(right, directions), -directions, origins], dim=-1)
         intrinsics = torch.stack([self.focal, self.focal, *torch.full_like(self.focal.expand(2), 0.5)])
-        cells = 1 + 2 * self.margin
-        grid = pixel_centers(cells, cells, self.device)
-        in_cells = ray_image_intrinsics(intrinsics, self.factor, margin=self.margin)
-        rays = self.ray_code.pinhole_rays(axes[:, None, None], in_cells, grid)
-        values = self.run_network(self.encode(*rays).permute(0, 3, 1, 2))[:, :, self.margin * self.factor]
-        values = values[:, :, self.margin * self.factor]
-        if self.config.color_only:
+        side = (1 + 2 * self.margin) * self.rays_per_cell
+        grid = pixel_centers(side, side, self.device)
+        in_cells = ray_image_intrinsics(intrinsics, self.factor, None, self.rays_per_cell, self.margin)
+        code, geometry = self.encode_rays(*self.ray_code.pinhole_rays(axes[:, None, None], in_cells, grid))
+        first = self.margin * self.factor
+        values = self.run_network(code.permute(0, 3, 1, 2))[:, :, first, first]
+        values = self.finish(values, None if geometry is None else geometry[:, 0, 0])
+        if values.shape[-1] == 3:
             return {"rgb": values, "depth": self.unknown_depth(values[:, :1])}
         fraction = values[:, 4:5]
         return {
@@ -198,12 +219,16 @@ class MobileR2LModel(LightFieldModel):
         left, columns = self._cells(window.left, window.right, width)
         top, rows = self._cells(window.top, window.bottom, height)
         corner = intrinsics.new_tensor([left, top])
-        in_cells = ray_image_intrinsics(intrinsics, self.factor, corner, self.margin)
-        rays = self.ray_code.image_rays(pose, in_cells, rows, columns)
-        values = self.run_network(self.encode(*rays).permute(2, 0, 1)[None])
-        margin = self.margin * self.factor
-        values = values[..., margin : margin + height - top, margin : margin + width - left]
-        values = values[..., : (rows - 2 * self.margin) * self.factor, : (columns - 2 * self.margin) * self.factor]
+        per_cell, margin = self.rays_per_cell, self.margin * self.factor
+        in_cells = ray_image_intrinsics(intrinsics, self.factor, corner, per_cell, self.margin)
+        code, geometry = self.encode_rays(
+            *self.ray_code.image_rays(pose, in_cells, rows * per_cell, columns * per_cell)
+        )
+        values = self.run_network(code.permute(2, 0, 1)[None])
+        values = values[..., margin : values.shape[-2] - margin, margin : values.shape[-1] - margin]
+        if geometry is not None:
+            values = self.finish(values[0].permute(1, 2, 0), geometry).permute(2, 0, 1)[None]
+        values = values[..., : height - top, : width - left]
         beyond = (left, width - left - values.shape[-1], top, height - top - values.shape[-2])
         return pad(values, beyond) if any(beyond) else values
 

@@ -13,8 +13,13 @@ from torch import Tensor
 from r2l_nerfstudio.engines.sizes import chunk_rows
 from r2l_nerfstudio.models.any_camera import render_by_faces
 from r2l_nerfstudio.models.camera_rays import camera_rays
+from r2l_nerfstudio.models.composited_encoding import CompositedEncoding, EncodedRays, encode_single_rays
 from r2l_nerfstudio.models.light_field import LightFieldModel, LightFieldModelConfig
 from r2l_nerfstudio.students.resmlp import ResMLP
+from r2l_nerfstudio.students.sparse_volume import Composited
+
+COMPOSITED_AT_ONCE = 1 << 16
+"""Rays: a GPU's sample points of more would take gigabytes."""
 
 
 @dataclass
@@ -35,7 +40,7 @@ class R2LModel(LightFieldModel):
     network: ResMLP
 
     def build_network(self, code_dim: int) -> ResMLP:
-        return ResMLP(code_dim, self.num_outputs, self.config.width, self.config.depth, zero_init=self.config.zero_init)
+        return ResMLP(code_dim, self.out_dim, self.config.width, self.config.depth, zero_init=self.config.zero_init)
 
     def get_outputs(self, ray_bundle: RayBundle) -> dict[str, Tensor]:
         """Colour, accumulation and depth of rays.
@@ -46,9 +51,9 @@ class R2LModel(LightFieldModel):
             and an infinite `depth`.
         """
         origins, directions = self.bundle_rays(ray_bundle)
-        code = self.encode(origins, directions, jitter=self.training and self.config.jitter_points)
-        values = self.network(code).float()
-        if self.config.color_only:
+        code, geometry = self.encode_rays(origins, directions, jitter=self.training and self.config.jitter_points)
+        values = self.finish(self.network(code).float(), geometry)
+        if values.shape[-1] == 3:
             return {"rgb": values, "depth": self.unknown_depth(values[..., :1].detach())}
         fraction = values[..., 4:5]
         return {
@@ -57,6 +62,15 @@ class R2LModel(LightFieldModel):
             "depth": self.ray_code.to_distance(origins, directions, fraction),
             "depth_fraction": fraction,
         }
+
+    def encode_composited(
+        self,
+        encoding: CompositedEncoding,
+        origins: Float[Tensor, "*batch 3"],
+        directions: Float[Tensor, "*batch 3"],
+        jitter: bool,
+    ) -> EncodedRays:
+        return encode_single_rays(encoding, origins, directions, jitter)
 
     def render_pinhole(
         self, pose: Float[Tensor, "3 4"], intrinsics: Float[Tensor, "4"], height: int, width: int
@@ -72,12 +86,17 @@ class R2LModel(LightFieldModel):
     def render_rays(
         self, origins: Float[Tensor, "*batch 3"], directions: Float[Tensor, "*batch 3"]
     ) -> Float[Tensor, "*batch 5"]:
-        """The network's five numbers per ray, in chunks of at most `eval_num_rays_per_chunk`; zeros for those that pass by a
-        bounded scene.
+        """Five numbers per ray, the network evaluated in chunks of at most `eval_num_rays_per_chunk`; zeros for those that
+        pass by a bounded scene, or the background for those that meet nothing in it.
 
         On a CPU the chunks are few of the engines' own: a code of four kilobytes a ray is to stay near, and threads of torch
         and of an engine get in each other's way at every change.
         """
+        if self.composited is not None:
+            parts = zip(*(t.reshape(-1, 3).split(COMPOSITED_AT_ONCE) for t in (origins, directions)), strict=True)
+            return torch.cat([self._render_composited(self.composited, *part) for part in parts]).view(
+                *origins.shape[:-1], 5
+            )
         flat = [tensor.reshape(-1, 3) for tensor in (origins, directions)]
         seen: Tensor | None = None
         if self.ray_code.spacing == "sphere":
@@ -89,3 +108,20 @@ class R2LModel(LightFieldModel):
         if seen is not None:
             values = values.new_zeros(origins[..., 0].numel(), values.shape[-1]).index_copy_(0, seen, values)
         return values.view(*origins.shape[:-1], -1)
+
+    def _render_composited(
+        self, encoding: CompositedEncoding, origins: Float[Tensor, "rays 3"], directions: Float[Tensor, "rays 3"]
+    ) -> Float[Tensor, "rays 5"]:
+        """Five numbers per ray; around a bounded scene the network is evaluated only for rays that meet something."""
+        found, is_empty = encoding.composited(origins, directions)
+        geometry = encoding.geometry(found, origins, directions)
+        met: Tensor | None = None
+        if encoding.is_bounded:
+            met = (~is_empty).nonzero()[:, 0]
+            found = Composited(*(part[met] for part in found))
+            directions = directions[met]
+        chunk = min(self.config.eval_num_rays_per_chunk, 4 * chunk_rows(origins.device))
+        values = torch.cat([self.run_network(part) for part in encoding.code(found, directions).split(chunk)])
+        if met is not None:
+            values = values.new_zeros(len(origins), 3).index_copy_(0, met, values)
+        return self.finish(values, geometry)

@@ -15,7 +15,7 @@ from r2l_nerfstudio.rays.encoding import encoded_dim, frequency_encode, frequenc
 from r2l_nerfstudio.rays.pinhole import image_rays, pinhole_rays
 from r2l_nerfstudio.rays.spacing import SceneBounds, SpacingKind, SphereCrossing, cross_sphere, stratified
 
-RayCodeKind = Literal["points", "plucker", "two-plane"]
+RayCodeKind = Literal["points", "plucker", "two-plane", "composited"]
 
 
 class RayCode(nn.Module):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 from jaxtyping import Float
 from torch import Tensor
@@ -20,6 +21,7 @@ def ray_image_intrinsics(
     intrinsics: Float[Tensor, "*batch 4"],
     factor: int,
     corner: Float[Tensor, "*batch 2"] | None = None,
+    rays_per_cell: int = 1,
     margin: int = MARGIN,
 ) -> Float[Tensor, "*batch 4"]:
     """Intrinsics of the ray image, in cells: its rays pass through the centres of `factor` x `factor` pixels.
@@ -28,10 +30,36 @@ def ray_image_intrinsics(
         intrinsics: fx, fy, cx, cy of the picture in pixels.
         factor: pixels per cell along each side.
         corner: (x, y) in pixels at which the first cell inside the margin begins; the picture's own corner by default.
+        rays_per_cell: along each side of a cell; with `factor` of them, each pixel has its own.
         margin: cells around the picture.
     """
-    cells = intrinsics / factor
+    cells = intrinsics / factor * rays_per_cell
     if corner is not None:
-        cells[..., 2:] -= corner / factor
-    cells[..., 2:] += margin
+        cells[..., 2:] -= corner / factor * rays_per_cell
+    cells[..., 2:] += margin * rays_per_cell
     return cells
+
+
+@dataclass(frozen=True)
+class CellPixels:
+    """Pixels of a picture, cell by cell.
+
+    Args:
+        factor: pixels along each side of a cell.
+    """
+
+    factor: int
+
+    def by_cell(
+        self, image: Float[Tensor, "*batch height width values"]
+    ) -> Float[Tensor, "*batch rows columns pixels values"]:
+        """The `factor`² pixels of each cell, row by row."""
+        cells = image.unflatten(-2, (-1, self.factor)).unflatten(-4, (-1, self.factor))
+        return cells.transpose(-4, -3).flatten(-3, -2)
+
+    def to_image(
+        self, cells: Float[Tensor, "*batch rows columns pixels values"]
+    ) -> Float[Tensor, "*batch height width values"]:
+        """Inverse of `by_cell`."""
+        image = cells.unflatten(-2, (self.factor, self.factor)).transpose(-4, -3)
+        return image.flatten(-5, -4).flatten(-3, -2)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.nn.functional import pixel_shuffle
 
 from r2l_nerfstudio.errors import InputError
 
@@ -46,6 +48,9 @@ class MobileR2L(nn.Module):
         up_width: channels of all steps of the super-resolution but the last.
         last_width: channels of its last step.
         zero_init: start every residual block as the identity.
+        joined: numbers per pixel that join the last step, `factor`² times as many channels of the input after the cell's
+            own; 0 is the published network.
+        join_width: channels of the layer in which they do.
 
     Raises:
         InputError: for a factor that no steps of 2, and a last one of 3, make up.
@@ -61,10 +66,14 @@ class MobileR2L(nn.Module):
         up_width: int = 64,
         last_width: int = 16,
         zero_init: bool = True,
+        joined: int = 0,
+        join_width: int = 32,
     ) -> None:
         super().__init__()
+        self.in_dim = in_dim
         self.factor = factor
-        self.head = nn.Conv2d(in_dim, width, 1)
+        self.joined = joined
+        self.head = nn.Conv2d(in_dim - joined * factor**2, width, 1)
         self.activation = nn.GELU()
         self.blocks = nn.Sequential(*[ConvBlock(width, zero_init) for _ in range(blocks)])
         up: list[nn.Module] = []
@@ -76,13 +85,23 @@ class MobileR2L(nn.Module):
             up += [ConvBlock(channels, zero_init) for _ in range(2)]
             width = channels
         self.up = nn.Sequential(*up)
+        if joined:
+            self.join = nn.Conv2d(width + joined, join_width, 1)
+            width = join_width
         self.tail = nn.Conv2d(width, out_dim, 1)
 
     def forward(self, code: Float[Tensor, "batch in_dim rows columns"]) -> Float[Tensor, "batch out_dim height width"]:
         """Outputs of `factor` times as many rows and columns of pixels as the ray image has."""
+        pixels = None
+        if self.joined:
+            cells = self.head.in_channels
+            code, pixels = code.split((cells, code.shape[1] - cells), dim=1)
         hidden = self.activation(self.head(code))
-        hidden = hidden + self.blocks(hidden)
-        return self.tail(self.up(hidden)).sigmoid()
+        hidden = self.up(hidden + self.blocks(hidden))
+        if pixels is not None:
+            hidden = torch.cat([hidden, pixel_shuffle(pixels, self.factor).to(hidden.dtype)], dim=1)
+            hidden = self.activation(self.join(hidden))
+        return self.tail(hidden).sigmoid()
 
     @property
     def flops_per_cell(self) -> int:

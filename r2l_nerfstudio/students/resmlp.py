@@ -54,6 +54,7 @@ class ResMLP(nn.Module):
                 f"--pipeline.model.depth {depth}: the residual network has one layer at each end and two in every"
                 " block between, so the depth must be an even number of at least 4."
             )
+        self.in_dim = in_dim
         self.head = nn.Linear(in_dim, width)
         self.activation = nn.ReLU()
         self.blocks = nn.Sequential(*[ResidualBlock(width, zero_init) for _ in range((depth - 2) // 2)])

@@ -26,7 +26,7 @@ export function plane(width, height, focal) {
 }
 
 /**
- * Directions through the cells, as the student's ray encoding reads them.
+ * Directions through cells, or through parts of them, as the student's ray encoding reads them.
  *
  * @param {Pose} pose
  * @param {Plane} where

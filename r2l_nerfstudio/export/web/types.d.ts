@@ -69,6 +69,7 @@ export interface Scene {
   factor: number;
   margin: number;
   rays: RayConventions;
+  raysPerCell: number;
   sphere: Sphere | null;
   picture: { width: number; height: number; focal: number };
   models: { fp16: ModelFile; fp32: ModelFile };

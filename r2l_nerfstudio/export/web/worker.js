@@ -157,11 +157,12 @@ function background() {
  * @returns {Promise<boolean>} whether the picture is whole
  */
 async function drawImage(request, origin, where, cells, misses, pixels) {
-  const { factor, margin } = scene;
+  const { factor, margin, raysPerCell } = scene;
   const { width, height } = request;
-  const [rows, columns] = [cells.rows + 2 * margin, cells.columns + 2 * margin];
-  const all = { top: cells.top - margin, left: cells.left - margin, rows, columns };
-  const found = await evaluate(origin, cellRays(request.pose, where, factor, all, scene.rays), rows, columns);
+  const [rows, columns] = [cells.rows, cells.columns].map((count) => (count + 2 * margin) * raysPerCell);
+  const [top0, left0] = [cells.top, cells.left].map((first) => (first - margin) * raysPerCell);
+  const all = { top: top0, left: left0, rows, columns };
+  const found = await evaluate(origin, cellRays(request.pose, where, factor / raysPerCell, all, scene.rays), rows, columns);
   const stride = cells.columns * factor;
   const [top, left] = [cells.top * factor, cells.left * factor];
   const [bottom, right] = [Math.min(height, top + cells.rows * factor), Math.min(width, left + stride)];

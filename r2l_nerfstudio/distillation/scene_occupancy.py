@@ -1,0 +1,246 @@
+"""Where the scene is, from what the teacher showed of it: the occupancy of a composited ray encoding."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+import torch.distributed
+from jaxtyping import Float, Int32, UInt8
+from torch import Tensor
+
+from r2l_nerfstudio.distillation.pose_sampling import CaptureCameras, choose_sampler
+from r2l_nerfstudio.distillation.view_ring import ViewRing
+from r2l_nerfstudio.models.composited_encoding import CompositedEncoding
+from r2l_nerfstudio.rays.occupancy import grid_point_index
+from r2l_nerfstudio.rays.pinhole import pinhole_rays
+from r2l_nerfstudio.rays.scene_grid import GridWarp
+
+SURE = 0.5
+"""Accumulation from which a pixel's depth is taken at its word."""
+SEEN = 0.05
+"""Accumulation from which a pixel shows something at all."""
+LEAST_HITS = 2
+"""Pixels that must end in a cell: one may be a teacher's mistake, and what it hides is found again (`_unexplained`)."""
+PIXELS_PER_VIEW = 1 << 16
+CARVING_VIEWS = 64
+_AT_ONCE = 1 << 15
+
+
+class SceneOccupancy:
+    """Marks the cells in which teacher views end.
+
+    A cell is occupied if at least two pixels end there, and so are its neighbours. Pixels that show something although no
+    occupied cell lies on their ray (a wire thinner than a pixel, depth that is missing or wrong) then claim all cells
+    along it that no view shows to be empty. Nothing that a teacher view shows is left out.
+
+    Args:
+        encoding: whose occupancy.
+        occupancy_cells: about this many cells cubed.
+        max_grid_points: of the feature volume, at most.
+        has_depth: whether teacher views know their depth.
+    """
+
+    def __init__(
+        self, encoding: CompositedEncoding, occupancy_cells: int, max_grid_points: int, has_depth: bool
+    ) -> None:
+        self.encoding = encoding
+        self.occupancy_cells = occupancy_cells
+        self.max_grid_points = max_grid_points
+        self.has_depth = has_depth
+        self._counts: Int32[Tensor, "z y x"] | None = None
+        self._views_seen = 0
+
+    @torch.no_grad()
+    def start(self, ring: ViewRing, cameras: CaptureCameras) -> None:
+        """Choose coordinates and box, mark what the ring shows, lay out the volume. Ranks agree on the union.
+
+        Args:
+            ring: of teacher views.
+            cameras: the training cameras as pinholes.
+        """
+        encoding, scene = self.encoding, self.encoding.occupancy.scene
+        warp = self._warp(cameras)
+        views = [self._surface(ring, index) for index in range(len(ring))] if self.has_depth else []
+        points = torch.cat([points for points, _ in views]) if views else encoding.ray_code.center.new_zeros(0, 3)
+        origin, axes = self._apex(cameras)
+        scene.fit(warp, points, origin, axes.to(points))
+        if _ranks() > 1:  # one box for all: the first rank's
+            for tensor in (scene.low, scene.extent):
+                torch.distributed.broadcast(tensor, 0)
+        encoding.occupancy.clear(scene.resolution(scene.cell_of(self.occupancy_cells)))
+        self._counts = encoding.occupancy.counts(points)
+        self._mark(ring, range(len(ring)))
+        cell = scene.cell_of(self.occupancy_cells)
+        if len(points):
+            footprints = torch.cat([footprints for _, footprints in views])
+            keep = slice(None, None, max(1, len(points) // 100_000))
+            cell = scene.pixel_cell(points[keep], footprints[keep])
+        encoding.lay_out(self._resolution(cell))
+        self._views_seen = ring.views_put
+
+    @torch.no_grad()
+    def grow(self, ring: ViewRing, least: float = 0.05) -> Tensor | None:
+        """Mark what views show that came into the ring since the last call.
+
+        Args:
+            ring: the same as before.
+            least: share of the ring that must be new.
+
+        Returns:
+            for each row of the volume the one it was, or 0 if it is new; None if nothing changed.
+        """
+        assert self._counts is not None, "start() comes first"
+        new = range(self._views_seen, ring.views_put)
+        if len(new) < least * ring.capacity:
+            return None
+        self._views_seen = ring.views_put
+        indices = sorted({number % ring.capacity for number in new})
+        before = self.encoding.occupancy.cells
+        if self.has_depth:
+            for index in indices:
+                self._counts += self.encoding.occupancy.counts(self._surface(ring, index)[0])
+        self._mark(ring, indices)
+        if torch.equal(before, self.encoding.occupancy.cells):
+            return None
+        return self.encoding.lay_out(self.encoding.volume.cells)
+
+    @torch.no_grad()
+    def resume(self, ring: ViewRing) -> None:
+        """Go on from the occupancy of a checkpoint that was loaded into the encoding, counting the ring's pixels anew."""
+        occupancy = self.encoding.occupancy
+        self._counts = torch.zeros_like(occupancy.cells, dtype=torch.int32)
+        if self.has_depth:
+            for index in range(len(ring)):
+                self._counts += occupancy.counts(self._surface(ring, index)[0])
+
+    def describe(self) -> str:
+        """One line on what is held."""
+        occupancy, volume = self.encoding.occupancy, self.encoding.volume
+        return (
+            f"{occupancy.share():.0%} of {'x'.join(map(str, occupancy.resolution))} cells occupied;"
+            f" features at {len(volume.rows) - 1:,} of {volume.index.numel():,} grid points"
+        )
+
+    def _warp(self, cameras: CaptureCameras) -> GridWarp:
+        if self.encoding.ray_code.spacing == "sphere":
+            return "ball"
+        return "frustum" if choose_sampler(cameras) == "box" else "contracted"
+
+    def _apex(self, cameras: CaptureCameras) -> tuple[Float[Tensor, "3"], Float[Tensor, "3 3"]]:
+        """Origin (scene coordinates) and axes of a camera behind all cameras, looking as they do."""
+        code, axes = self.encoding.ray_code, cameras.mean_axes
+        backward = axes[:, 2]
+        along = cameras.positions @ backward
+        middle = cameras.positions.mean(0)
+        position = middle + (along.max() - middle @ backward + 0.05 * float(code.radius)) * backward
+        return (position.to(code.center) - code.center) / code.radius, axes
+
+    def _surface(self, ring: ViewRing, index: int) -> tuple[Float[Tensor, "points 3"], Float[Tensor, "points"]]:
+        """Points in scene coordinates at which a view's pixels end, and sides of the pixels there."""
+        code = self.encoding.ray_code
+        origins, directions, accumulation, depth, valid = _pixels(ring, index)
+        ends = valid & (accumulation >= SURE) & (depth > 0)
+        depth = depth[ends, None]
+        points = (origins[ends] + depth * directions[ends] - code.center) / code.radius
+        focal = ring.intrinsics[index, :2].mean()
+        return points, depth[:, 0] / (focal * code.radius)
+
+    def _mark(self, ring: ViewRing, indices: range | list[int]) -> None:
+        occupancy = self.encoding.occupancy
+        assert self._counts is not None
+        counts = _sum_of_ranks(self._counts.clone())
+        occupancy.mark((counts >= LEAST_HITS).to(torch.uint8))
+        for cells in self._unexplained(ring, indices):
+            occupancy.mark(cells, dilation=0)
+        if _ranks() > 1:
+            cells = occupancy.cells.int()
+            torch.distributed.all_reduce(cells, torch.distributed.ReduceOp.MAX)
+            occupancy.cells = cells.to(torch.uint8)
+        if not bool(occupancy.cells.any()):  # a teacher that shows nothing, or nothing that can be placed
+            occupancy.mark(torch.ones_like(occupancy.cells))
+
+    def _unexplained(self, ring: ViewRing, indices: range | list[int]) -> Iterator[UInt8[Tensor, "z y x"]]:
+        """Cells along rays that show something and on which nothing is marked, where no view shows emptiness."""
+        encoding = self.encoding
+        claimed = torch.zeros_like(encoding.occupancy.cells).flatten()
+        for index in indices:
+            origins, directions, accumulation, _, valid = _pixels(ring, index)
+            seen = valid & (accumulation >= SEEN)
+            for part in seen.nonzero()[:, 0].split(_AT_ONCE):
+                span = encoding.span(origins[part], directions[part])
+                probes = encoding.positions(encoding.middles(origins.device))
+                points = encoding.occupancy.scene(span.start[:, None] + probes[:, None] * span.step[:, None])
+                numbers = encoding.occupancy.flat_cell(points)
+                lost = encoding.occupancy.cells.flatten()[numbers].sum(-1) == 0
+                if span.is_missed is not None:
+                    lost &= ~span.is_missed
+                claimed[numbers[lost].flatten()] = 1
+        if bool(claimed.any()):
+            claimed &= 1 - self._empty(ring, claimed)
+            yield claimed.view_as(encoding.occupancy.cells)
+
+    def _empty(self, ring: ViewRing, wanted: UInt8[Tensor, "cells"]) -> UInt8[Tensor, "cells"]:
+        """Which of these cells some view looks through without seeing anything (space carving, with accumulation)."""
+        occupancy = self.encoding.occupancy
+        numbers = wanted.nonzero()[:, 0]
+        empty = torch.zeros_like(wanted)
+        if occupancy.scene.warp != "ball":  # there is always something behind
+            return empty
+        x, y, _ = occupancy.resolution
+        cell = torch.stack([numbers % x, numbers // x % y, numbers // (x * y)], dim=-1)
+        size = cell.new_tensor(occupancy.resolution)
+        code, scene = self.encoding.ray_code, occupancy.scene
+        points = (((cell + 0.5) / size) * scene.extent + scene.low) * code.radius + code.center
+        for index in torch.linspace(0, len(ring) - 1, min(CARVING_VIEWS, len(ring))).round().long().unique().tolist():
+            pose, (fx, fy, cx, cy) = ring.camera_to_worlds[index], ring.intrinsics[index]
+            local = (points - pose[:, 3]) @ pose[:, :3]
+            depth = -local[:, 2]
+            column = (local[:, 0] / depth * fx + cx).floor().long()
+            row = (cy - local[:, 1] / depth * fy).floor().long()
+            # A pixel inside, so that its neighbours exist: a cell may be as wide as a few pixels.
+            inside = (depth > 0) & (column >= 1) & (row >= 1) & (column < ring.width - 1) & (row < ring.height - 1)
+            accumulation = ring.pixels[index, ..., 3].float()[None, None]
+            around = torch.nn.functional.max_pool2d(accumulation, 3, stride=1, padding=1)[0, 0]
+            looked = inside.nonzero()[:, 0]
+            free = around[row[looked], column[looked]] < 255 * SEEN
+            empty[numbers[looked[free]]] = 1
+        return empty
+
+    def _resolution(self, cell: float) -> tuple[int, int, int]:
+        """Cells of the volume: of this side, or as much larger as its grid points have room."""
+        scene, occupancy = self.encoding.occupancy.scene, self.encoding.occupancy
+        floor = scene.cell_of(4 * self.occupancy_cells)
+        cell = max(cell, floor)
+        while True:
+            resolution = scene.resolution(cell)
+            if int(grid_point_index(occupancy.cells, resolution).max()) <= self.max_grid_points or max(resolution) <= 4:
+                return resolution
+            cell *= 1.05
+
+
+def _pixels(ring: ViewRing, index: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Origins, directions, accumulation, depth and validity of a view's pixels, evenly thinned out."""
+    stride = max(1, ring.height * ring.width // PIXELS_PER_VIEW)
+    chosen = torch.arange(0, ring.height * ring.width, stride, device=ring.device)
+    x, y = (chosen % ring.width).float() + 0.5, (chosen // ring.width).float() + 0.5
+    pose, intrinsics = ring.camera_to_worlds[index], ring.intrinsics[index]
+    origins, directions = pinhole_rays(
+        pose.expand(len(chosen), 3, 4), intrinsics.expand(len(chosen), 4), torch.stack([x, y], dim=-1)
+    )
+    pixels = ring.pixels[index].view(-1, 5)[chosen]
+    depth = ring.depth[index].flatten()[chosen].float()
+    return origins, directions, pixels[:, 3].float() / 255, depth, pixels[:, 4] > 0
+
+
+def _ranks() -> int:
+    return torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+
+
+def _sum_of_ranks(tensor: Tensor) -> Tensor:
+    if _ranks() > 1:
+        torch.distributed.all_reduce(tensor)
+    return tensor
+
+
+

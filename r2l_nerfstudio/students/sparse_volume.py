@@ -1,0 +1,146 @@
+"""Learned density and features in space, kept only where the scene is, and composited along rays."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Bool, Float, Int32, Int64
+from torch import Tensor, nn
+from torch.nn.functional import embedding
+
+EMPTY_DENSITY = -8.0
+"""Raw density of grid points outside the scene."""
+DENSITY_SHIFT = -2.0
+"""Density is exp(raw + this) per cell: nearly transparent cells to begin with."""
+MAX_EXPONENT = 10.0
+STOP = 1e-3
+"""What lies behind so little remaining light is left out."""
+
+
+class Composited(NamedTuple):
+    """What a ray meets, each weighted by the share of light that comes from there."""
+
+    features: Float[Tensor, "rays channels"]
+    accumulation: Float[Tensor, "rays 1"]
+    fraction: Float[Tensor, "rays 1"]
+    """Position in [0, 1] of the ray's span."""
+    point: Float[Tensor, "rays 3"]
+    """Point of the unit cube."""
+
+
+class SparseVolume(nn.Module):
+    """Raw density and features at the grid points that touch an occupied cell, read trilinearly.
+
+    Args:
+        channels: features per grid point, besides the density.
+    """
+
+    index: Tensor
+    """int32 [z, y, x]: the row of each grid point; 0, which is empty space, where it has none."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.channels = channels
+        self.rows = nn.Parameter(torch.zeros(1, 1 + channels))
+        self.register_buffer("index", torch.zeros(2, 2, 2, dtype=torch.int32), persistent=False)
+        self.lay_out(self.index)
+
+    def lay_out(self, index: Int32[Tensor, "z y x"]) -> Int64[Tensor, "rows"]:
+        """Hold these grid points from now on. Those that were held keep their numbers, new ones begin transparent.
+
+        Returns:
+            for each row the one it had, or 0 where it is new.
+        """
+        former = torch.zeros(int(index.max()) + 1, dtype=torch.long, device=index.device)
+        if index.shape == self.index.shape:
+            held = index > 0
+            former[index[held].long()] = self.index[held].long()
+        rows = 0.1 * torch.randn(len(former), 1 + self.channels)
+        rows[:, 0] = 0.0
+        rows[0] = 0.0
+        rows[0, 0] = EMPTY_DENSITY
+        rows = rows.to(self.rows)
+        kept = former > 0
+        rows[kept] = self.rows.detach()[former[kept]]
+        # The same parameter, so that optimizers go on with it.
+        self.rows.data = rows
+        self.index = index
+        return former
+
+    @property
+    def cells(self) -> tuple[int, int, int]:
+        """Cells along x, y, z."""
+        z, y, x = self.index.shape
+        return x - 1, y - 1, z - 1
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        saved = state_dict.get(f"{prefix}rows")
+        if saved is not None and saved.shape[1:] == self.rows.shape[1:]:
+            # As many as the checkpoint has: their number is the scene's.
+            self.rows.data = self.rows.new_empty(saved.shape)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+    def forward(self, points: Float[Tensor, "*batch 3"]) -> Float[Tensor, "*batch values"]:
+        """Raw density, then features, at points of the unit cube. Empty space gets no gradient."""
+        rows = torch.cat([self.rows[:1].detach(), self.rows[1:]])
+        return read_rows(rows, self.index, points)
+
+
+def read_rows(
+    rows: Float[Tensor, "rows values"], index: Int32[Tensor, "z y x"], points: Float[Tensor, "*batch 3"]
+) -> Float[Tensor, "*batch values"]:
+    """Trilinear reads by eight gathers: every runtime can gather. Weighted and summed in fp32.
+
+    Args:
+        rows: of any dtype.
+        index: the row of each grid point.
+        points: in the unit cube.
+    """
+    z, y, x = index.shape
+    where = points * points.new_tensor([x - 1, y - 1, z - 1])
+    low = torch.minimum(where.floor(), where.new_tensor([x - 2, y - 2, z - 2]))
+    shares = where - low
+    ix, iy, iz = low.to(torch.int32).unbind(-1)
+    first = (iz * y + iy) * x + ix
+    flat = index.flatten()
+    read: Tensor | float = 0.0
+    for corner in range(8):
+        far = [(corner >> axis) & 1 for axis in range(3)]
+        weights = [shares[..., a : a + 1] if far[a] else 1.0 - shares[..., a : a + 1] for a in range(3)]
+        offset = (far[2] * y + far[1]) * x + far[0]
+        read = read + embedding(flat[first + offset], rows).float() * (weights[0] * weights[1] * weights[2])
+    return read
+
+
+def composite(
+    values: Float[Tensor, "rays samples values"],
+    lengths: Float[Tensor, "rays samples"],
+    fractions: Float[Tensor, "rays samples"],
+    points: Float[Tensor, "rays samples 3"],
+    is_empty: Bool[Tensor, "rays"],
+) -> Composited:
+    """Alpha-composite features along rays, front to back (NeRF, eq. 3; features instead of colors as in SNeRG, sec. 4).
+
+    `students.cpu_kernels.march` is the same function for a CPU.
+
+    Args:
+        values: raw density and features of the samples.
+        lengths: of the samples, in cells.
+        fractions: positions of the samples in the ray's span.
+        points: of the samples, in the unit cube.
+        is_empty: rays that meet nothing.
+
+    Returns:
+        sums, each weighted by the light from there; none is divided by the accumulation.
+    """
+    density = (values[..., 0] + DENSITY_SHIFT).clamp(max=MAX_EXPONENT).exp()
+    thickness = density * lengths * (1.0 - is_empty[:, None].to(lengths.dtype))
+    light = (thickness - thickness.cumsum(-1)).exp()
+    weights = light * (1.0 - (-thickness).exp()) * (light >= STOP).to(light.dtype)
+    return Composited(
+        (weights[..., None] * values[..., 1:]).sum(-2),
+        weights.sum(-1, keepdim=True),
+        (weights * fractions).sum(-1, keepdim=True),
+        (weights[..., None] * points).sum(-2),
+    )
