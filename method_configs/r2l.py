@@ -13,7 +13,8 @@ r2l = MethodSpecification(
     config=student_config(
         "r2l",
         RayDataManagerConfig(train_num_rays_per_batch=32768),
-        R2LModelConfig(),
+        # 24 layers of the paper's make room for features in its 12 MB.
+        R2LModelConfig(ray_code="composited", depth=64, max_grid_points=370_000),
         max_num_iterations=30000,
         optimizers=our_optimizers(),
     ),

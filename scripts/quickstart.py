@@ -51,7 +51,7 @@ STUDENTS = {"R2L student": "r2l-lite", "MobileR2L student": "mobile-r2l-lite"}
 class Sizes:
     """How much of everything."""
 
-    image: int = 96
+    image: int = 160
     """Width and height of the photographs, pixels."""
     train_views: int = 60
     test_views: int = 6
@@ -60,15 +60,15 @@ class Sizes:
     """Per iteration: many small steps learn more per second on two cores than few large ones."""
     width: int = 128
     """Of both students."""
-    volume: int = 40
-    """Grid points a side of their feature volumes."""
+    grid_points: int = 200_000
+    """With features, at most."""
     r2l_iterations: int = 3000
     r2l_rays: int = 2048
-    r2l_depth: int = 12
-    mobile_iterations: int = 2000
+    r2l_depth: int = 6
+    mobile_iterations: int = 1200
     mobile_pixels: int = 8192
-    mobile_blocks: int = 4
-    ring_views: int = 100
+    mobile_blocks: int = 2
+    ring_views: int = 70
     """Teacher views to learn from."""
     real_iterations: int = 150
     """The last iterations, with photographs."""
@@ -85,7 +85,7 @@ FAST = Sizes(
     teacher_iterations=60,
     teacher_rays=128,
     width=32,
-    volume=12,
+    grid_points=3000,
     r2l_iterations=40,
     r2l_rays=512,
     r2l_depth=6,
@@ -254,7 +254,7 @@ def student_config(method: str, teacher: Path, root: Path, sizes: Sizes, device:
     config.output_dir = root / "outputs"
     datamanager, model = config.pipeline.datamanager, config.pipeline.model
     model.width = sizes.width
-    model.volume_resolution = sizes.volume
+    model.max_grid_points = sizes.grid_points
     if method == "r2l-lite":
         config.max_num_iterations = sizes.r2l_iterations
         datamanager.train_num_rays_per_batch = sizes.r2l_rays

@@ -38,6 +38,19 @@ def tiny_mobile_r2l(**overrides: Any) -> MobileR2LModelConfig:
     return MobileR2LModelConfig(**{**sizes, **overrides})
 
 
+COMPOSITED = {"ray_code": "composited", "num_samples": 6, "num_probes": 16, "occupancy_cells": 8}
+
+
+def tiny_composited_r2l(**overrides: Any) -> R2LModelConfig:
+    """With features composited along rays."""
+    return tiny_r2l(**{"volume_resolution": 0, **COMPOSITED, **overrides})
+
+
+def tiny_composited_mobile_r2l(**overrides: Any) -> MobileR2LModelConfig:
+    """Likewise, 4 pixels per cell."""
+    return tiny_mobile_r2l(**{**COMPOSITED, "pixel_samples": 4, "join_width": 8, **overrides})
+
+
 def write_run(
     folder: Path,
     model_config: LightFieldModelConfig,
@@ -73,10 +86,30 @@ def write_run(
     axes = torch.linalg.qr(torch.randn(3, 3, generator=torch.Generator().manual_seed(3))).Q
     axes = axes * torch.linalg.det(axes)
     model.set_scene(bounds, axes, torch.tensor([1.0, 0.9, 0.8]), has_accumulation, has_depth, focal)
+    if model.composited is not None:
+        fill_occupancy(model)
     fill(model)
     state = {f"_model.{key}": value for key, value in model.state_dict().items()}
     torch.save({"step": STEP, "pipeline": state}, folder / config.relative_model_dir / f"step-{STEP:09d}.ckpt")
     return folder / "config.yml"
+
+
+@torch.no_grad()
+def fill_occupancy(model: LightFieldModel) -> None:
+    """A shell around the scene's center, with features that make it mostly opaque."""
+    encoding = model.composited
+    assert encoding is not None
+    scene = encoding.occupancy.scene
+    generator = torch.Generator().manual_seed(4)
+    points = torch.nn.functional.normalize(torch.randn(3000, 3, generator=generator), dim=-1) * 0.7
+    warp = "ball" if encoding.ray_code.spacing == "sphere" else "contracted"
+    scene.fit(warp, points, torch.zeros(3), torch.eye(3))
+    encoding.occupancy.clear(scene.resolution(scene.cell_of(model.config.occupancy_cells)))
+    encoding.occupancy.mark((encoding.occupancy.counts(points) > 0).to(torch.uint8), dilation=0)
+    encoding.lay_out(scene.resolution(scene.cell_of(2 * model.config.occupancy_cells)))
+    rows = encoding.volume.rows
+    rows[1:].normal_(0.0, 1.0, generator=generator)
+    rows[1:, 0] += 2.0
 
 
 @torch.no_grad()

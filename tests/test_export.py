@@ -18,7 +18,13 @@ import torch
 import yaml
 from nerfstudio.data.dataparsers.nerfstudio_dataparser import NerfstudioDataParserConfig
 from r2l_nerfstudio.scripts import export as script
-from student_runs import tiny_mobile_r2l, tiny_r2l, write_run
+from student_runs import (
+    tiny_composited_mobile_r2l,
+    tiny_composited_r2l,
+    tiny_mobile_r2l,
+    tiny_r2l,
+    write_run,
+)
 
 from r2l_nerfstudio import load_student
 from r2l_nerfstudio.engines.parity import psnr
@@ -44,6 +50,8 @@ CONFIGS = {
     "plucker": tiny_r2l(ray_code="plucker", volume_resolution=0),
     "two-plane": tiny_r2l(ray_code="two-plane", volume_resolution=0),
     "mobile-r2l": tiny_mobile_r2l(volume_resolution=5),
+    "composited-r2l": tiny_composited_r2l(),
+    "composited-mobile": tiny_composited_mobile_r2l(),
 }
 CAMERA = GraphSpec("camera", "fp32", 27, 18)
 RAYS = GraphSpec("rays", "fp32", 27, 18)
@@ -81,7 +89,7 @@ def test_gathers_read_what_the_volume_reads(resolution: int) -> None:
 
 
 @pytest.mark.parametrize("spacing", ["sphere", "near-far", "disparity"])
-@pytest.mark.parametrize("name", ["r2l", "mobile-r2l"])
+@pytest.mark.parametrize("name", ["r2l", "mobile-r2l", "composited-r2l", "composited-mobile"])
 def test_camera_graph_is_what_torch_renders(name: str, spacing: str, tmp_path: Path) -> None:
     student = load_student(write_run(tmp_path / "run", CONFIGS[name], spacing), device="cpu", engine="torch")
     module = CAMERA.build(student)
@@ -90,7 +98,8 @@ def test_camera_graph_is_what_torch_renders(name: str, spacing: str, tmp_path: P
         found = module(*(torch.from_numpy(inputs[key]) for key in module.inputs))
         return dict(zip(module.outputs, (value.detach().numpy() for value in found), strict=True))
 
-    assert check_export(student, CAMERA, run_module, "The graph") > 120
+    # Composited pictures have edges, where the last digit of a coordinate decides which cell is read.
+    assert check_export(student, CAMERA, run_module, "The graph") > (80 if "composited" in name else 120)
     assert probe_inputs(student, CAMERA, 0)[1]["rgb"].std() > 0.01
 
 
@@ -127,6 +136,8 @@ def test_large_pictures_are_gone_through_in_parts(
         ("two-plane", "camera", "fp32"),
         ("mobile-r2l", "camera", "fp32"),
         ("mobile-r2l", "camera", "fp16"),
+        ("composited-r2l", "rays", "fp32"),
+        ("composited-mobile", "camera", "fp16"),
     ],
 )
 def test_onnx_renders_what_torch_renders(
@@ -135,7 +146,7 @@ def test_onnx_renders_what_torch_renders(
     exported, spec = student(name), GraphSpec(inputs, precision, 27, 18)
     file = tmp_path / "new folder" / "student.onnx"
     psnr = export_onnx(exported, spec, file)
-    assert psnr > {"fp32": 100, "fp16": 55}[precision]
+    assert psnr > {"fp32": 80 if "composited" in name else 100, "fp16": 55}[precision]
     assert [path.name for path in file.parent.iterdir()] == [file.name]
     model = onnx.load(str(file))
     weights = {tensor.data_type for tensor in model.graph.initializer if len(tensor.dims) > 1}
@@ -153,7 +164,14 @@ def test_onnx_renders_what_torch_renders(
 
 
 @pytest.mark.parametrize(
-    ("name", "inputs"), [("mobile-r2l", "camera"), ("r2l", "camera"), ("r2l", "rays"), ("plucker", "camera")]
+    ("name", "inputs"),
+    [
+        ("mobile-r2l", "camera"),
+        ("r2l", "camera"),
+        ("r2l", "rays"),
+        ("composited-mobile", "camera"),
+        ("composited-r2l", "rays"),
+    ],
 )
 def test_three_parts_are_the_whole(name: str, inputs: str, student: Callable[..., Student], tmp_path: Path) -> None:
     """Each alone agrees with torch; one after the other they draw the picture."""
@@ -162,7 +180,7 @@ def test_three_parts_are_the_whole(name: str, inputs: str, student: Callable[...
     known = dict(given)
     for part in ("encoding", "network", "values"):
         file = tmp_path / f"{part}.onnx"
-        assert export_onnx(exported, replace(spec, part=part), file) > 100
+        assert export_onnx(exported, replace(spec, part=part), file) > (80 if "composited" in name else 100)
         takes = [value.name for value in onnx.load(str(file)).graph.input]
         known |= run_onnx(file, {key: known[key] for key in takes})
     assert all(np.allclose(known[key], value, atol=1e-4) for key, value in truth.items())
@@ -295,6 +313,8 @@ def test_int8_that_costs_too_much_is_refused(
         ("mobile-r2l", ("--part", "network", "--precision", "fp32")),
         ("r2l", ("--inputs", "rays")),
         ("r2l", ()),
+        ("composited-mobile", ()),
+        ("composited-r2l", ("--inputs", "rays")),
     ],
 )
 def test_core_ml_packages_are_what_was_asked_for(
@@ -315,7 +335,7 @@ def test_core_ml_packages_are_what_was_asked_for(
     assert "not compared with torch: Core ML runs on a Mac alone" in " ".join(capsys.readouterr().out.split())
     assert [path.name for path in tmp_path.iterdir()] == [output.name]
     found = coremltools.utils.load_spec(str(output))
-    assert found.description.metadata.userDefined["factor"] == ("4" if name == "mobile-r2l" else "1")
+    assert found.description.metadata.userDefined["factor"] == ("4" if "mobile" in name else "1")
     names = [feature.name for feature in found.description.input]
     assert names == {"network": ["code"], "rays": ["origins", "directions"]}.get(
         arguments[1] if arguments else "", ["camera_to_world", "intrinsics"]
@@ -437,7 +457,9 @@ def test_tells_a_package_that_is_missing(
         export_openvino(student("r2l"), RAYS, tmp_path / "student.xml")
 
 
-@pytest.mark.parametrize(("name", "inputs"), [("r2l", "rays"), ("mobile-r2l", "camera")])
+@pytest.mark.parametrize(
+    ("name", "inputs"), [("r2l", "rays"), ("mobile-r2l", "camera"), ("composited-r2l", "rays"), ("composited-mobile", "camera")]
+)
 def test_tensorrt_rtx_plans_are_built_without_a_gpu(
     name: str, inputs: str, student: Callable[..., Student], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

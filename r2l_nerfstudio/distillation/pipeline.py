@@ -24,6 +24,7 @@ from nerfstudio.utils import writer
 from nerfstudio.utils.rich_utils import CONSOLE
 from torch import Tensor
 from torch.amp import GradScaler
+from torch.nn import Parameter
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import update_bn
 
@@ -110,6 +111,7 @@ class DistillationPipeline(VanillaPipeline):
         self.model.teacher_split.teacher_path = config.teacher
         self.model.teacher_split.device = device
         self._best: tuple[float, dict[str, Any]] | None = None
+        self._optimizers: Optimizers | None = None
         self.progress: TrainingProgress | None = None
         self.register_buffer("done", torch.zeros(()))
 
@@ -276,10 +278,11 @@ class DistillationPipeline(VanillaPipeline):
         if attributes.trainer is not None and self.datamanager.local_rank == 0:
             # Kinds that were "auto" are known only now.
             attributes.trainer.config.save_config()
+        self._optimizers = attributes.optimizers
         return [
             *super().get_training_callbacks(attributes),
             self._after_iterations(self._update_average, 1),
-            self._after_iterations(lambda step: self._grow_occupancy(attributes.optimizers), STEPS_PER_GROWTH),
+            self._after_iterations(self._grow_occupancy, STEPS_PER_GROWTH),
             self._after_iterations(self._watch_holdout, self.config.steps_per_holdout),
         ]
 
@@ -299,7 +302,7 @@ class DistillationPipeline(VanillaPipeline):
         where = [TrainingCallbackLocation.AFTER_TRAIN_ITERATION]
         return TrainingCallback(where_to_run=where, update_every_num_iters=every, func=function)
 
-    def _grow_occupancy(self, optimizers: Optimizers | None) -> None:
+    def _grow_occupancy(self, step: int) -> None:
         """Take into the occupancy what new teacher views show, features and all that follows them with it."""
         ring, encoding = self.datamanager.ring, self.model.composited
         # Ranks would have to agree; and weights that may be restored must go on fitting.
@@ -309,12 +312,14 @@ class DistillationPipeline(VanillaPipeline):
         if former is None:
             return
         rows = encoding.volume.rows
-        rows.grad = None
-        if optimizers is not None:
-            for optimizer in optimizers.optimizers.values():
-                move_state(optimizer, rows, former)
+        self._move_state(rows, former)
         if self.average is not None:
             self.average.follow_rows(rows, former)
+
+    def _move_state(self, rows: Parameter, former: Tensor) -> None:
+        rows.grad = None
+        for optimizer in () if self._optimizers is None else self._optimizers.optimizers.values():
+            move_state(optimizer, rows, former)
 
     def _update_average(self, step: int) -> None:
         if self.average is not None:
@@ -385,6 +390,12 @@ class DistillationPipeline(VanillaPipeline):
             self.average.swap()
             self._estimate_statistics()
             self.average = None
+        self._restore_best()
+        if self.model.composited is not None and self.scene_occupancy is not None:
+            volume = self.model.composited.volume
+            self._move_state(volume.rows, volume.trim())
+
+    def _restore_best(self) -> None:
         if self._best is None or self.datamanager.held_photographs is None:
             return
         now = self.holdout_psnr(self.datamanager.held_photographs)

@@ -24,6 +24,8 @@ LEAST_HITS = 2
 """Pixels that must end in a cell: one may be a teacher's mistake, and what it hides is found again (`_unexplained`)."""
 PIXELS_PER_VIEW = 1 << 16
 CARVING_VIEWS = 64
+SPARE = 0.15
+"""Rows, as a share of those in use, for what later views show; let go when training ends."""
 _AT_ONCE = 1 << 15
 
 
@@ -64,19 +66,26 @@ class SceneOccupancy:
         views = [self._surface(ring, index) for index in range(len(ring))] if self.has_depth else []
         points = torch.cat([points for points, _ in views]) if views else encoding.ray_code.center.new_zeros(0, 3)
         origin, axes = self._apex(cameras)
-        scene.fit(warp, points, origin, axes.to(points))
+        axes = axes.to(points)
+        if warp == "ball":
+            # The box must hold things too thin for their depth to be sure as well: look for them in the whole ball first.
+            scene.fit(warp, points[:0], origin, axes)
+            self._mark_afresh(ring, points)
+            claimed = self._claimed_points()
+            scene.fit(warp, points, origin, axes)
+            scene.include(claimed)
+        else:
+            scene.fit(warp, points, origin, axes)
         if _ranks() > 1:  # one box for all: the first rank's
             for tensor in (scene.low, scene.extent):
                 torch.distributed.broadcast(tensor, 0)
-        encoding.occupancy.clear(scene.resolution(scene.cell_of(self.occupancy_cells)))
-        self._counts = encoding.occupancy.counts(points)
-        self._mark(ring, range(len(ring)))
+        self._mark_afresh(ring, points)
         cell = scene.cell_of(self.occupancy_cells)
         if len(points):
             footprints = torch.cat([footprints for _, footprints in views])
             keep = slice(None, None, max(1, len(points) // 100_000))
             cell = scene.pixel_cell(points[keep], footprints[keep])
-        encoding.lay_out(self._resolution(cell))
+        encoding.lay_out(self._resolution(cell), SPARE)
         self._views_seen = ring.views_put
 
     @torch.no_grad()
@@ -88,7 +97,7 @@ class SceneOccupancy:
             least: share of the ring that must be new.
 
         Returns:
-            for each row of the volume the one it was, or 0 if it is new; None if nothing changed.
+            for each row of the volume the one it was, or 0 if it is new; None if nothing changed, or there is no room.
         """
         assert self._counts is not None, "start() comes first"
         new = range(self._views_seen, ring.views_put)
@@ -101,9 +110,13 @@ class SceneOccupancy:
             for index in indices:
                 self._counts += self.encoding.occupancy.counts(self._surface(ring, index)[0])
         self._mark(ring, indices)
+        volume = self.encoding.volume
         if torch.equal(before, self.encoding.occupancy.cells):
             return None
-        return self.encoding.lay_out(self.encoding.volume.cells)
+        if int(grid_point_index(self.encoding.occupancy.cells, volume.cells).max()) >= len(volume.rows):
+            self.encoding.occupancy.cells = before  # no room
+            return None
+        return self.encoding.lay_out(volume.cells)
 
     @torch.no_grad()
     def resume(self, ring: ViewRing) -> None:
@@ -119,7 +132,7 @@ class SceneOccupancy:
         occupancy, volume = self.encoding.occupancy, self.encoding.volume
         return (
             f"{occupancy.share():.0%} of {'x'.join(map(str, occupancy.resolution))} cells occupied;"
-            f" features at {len(volume.rows) - 1:,} of {volume.index.numel():,} grid points"
+            f" features at {volume.num_grid_points:,} of {volume.index.numel():,} grid points"
         )
 
     def _warp(self, cameras: CaptureCameras) -> GridWarp:
@@ -146,13 +159,29 @@ class SceneOccupancy:
         focal = ring.intrinsics[index, :2].mean()
         return points, depth[:, 0] / (focal * code.radius)
 
+    def _mark_afresh(self, ring: ViewRing, points: Float[Tensor, "points 3"]) -> None:
+        scene, occupancy = self.encoding.occupancy.scene, self.encoding.occupancy
+        occupancy.clear(scene.resolution(scene.cell_of(self.occupancy_cells)))
+        self._claimed = torch.zeros_like(occupancy.cells)
+        self._counts = occupancy.counts(points)
+        self._mark(ring, range(len(ring)))
+
+    def _claimed_points(self) -> Float[Tensor, "points 3"]:
+        """Corners of a ball's cells that are occupied although no depth is sure there, in scene coordinates."""
+        occupancy = self.encoding.occupancy
+        cells = self._claimed.nonzero().flip(-1)
+        unit = torch.cat([cells, cells + 1]) / cells.new_tensor(occupancy.resolution)
+        return unit * occupancy.scene.extent + occupancy.scene.low
+
     def _mark(self, ring: ViewRing, indices: range | list[int]) -> None:
         occupancy = self.encoding.occupancy
         assert self._counts is not None
         counts = _sum_of_ranks(self._counts.clone())
         occupancy.mark((counts >= LEAST_HITS).to(torch.uint8))
         for cells in self._unexplained(ring, indices):
-            occupancy.mark(cells, dilation=0)
+            # Carved to little in a bounded scene; elsewhere whole rays, which need no neighbors.
+            occupancy.mark(cells, dilation=int(self.encoding.is_bounded))
+            self._claimed = cells
         if _ranks() > 1:
             cells = occupancy.cells.int()
             torch.distributed.all_reduce(cells, torch.distributed.ReduceOp.MAX)

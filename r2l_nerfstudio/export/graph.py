@@ -403,15 +403,18 @@ class ValuesGraph(nn.Module):
         self.inputs = ("values", *code_outputs(model)[1:], *(RayGraph.inputs if frame is None else CameraGraph.inputs))
         self.outputs = self.pictures.outputs
 
-    def forward(self, values: Float[Tensor, "*values"], *others: Tensor) -> tuple[Tensor, ...]:
+    def forward(
+        self, values: Float[Tensor, "*values"], second: Tensor, third: Tensor, fourth: Tensor | None = None
+    ) -> tuple[Tensor, ...]:
         """As `CameraGraph` or `RayGraph`.
 
         Args:
             values: of `NetworkGraph`.
-            others: `geometry` of `CodeGraph`, if it has one, then what `CodeGraph` takes.
+            second: `geometry` of `CodeGraph` if it has one, else the first that `CodeGraph` takes.
+            third: what follows.
+            fourth: likewise, where there is `geometry`.
         """
-        geometry = others[0] if self.has_geometry else None
-        first, second = others[-2:]
+        geometry, first, second = (second, third, fourth) if self.has_geometry else (None, second, third)
         values = self.joining(values, geometry)
         if self.frame is None:
             return self.pictures(values, first, second)

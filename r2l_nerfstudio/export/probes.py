@@ -10,6 +10,7 @@ from torch import Tensor
 
 from r2l_nerfstudio.models.light_field import LightFieldModel
 from r2l_nerfstudio.models.mobile_r2l import MobileR2LModel
+from r2l_nerfstudio.models.r2l import R2LModel
 
 TURNS = (-0.3, 0.0, 0.45)
 """Radians around the mean camera's up axis."""
@@ -33,6 +34,11 @@ def probe_poses(model: LightFieldModel) -> Float[Tensor, "probes 3 4"]:
 
 
 def probe_intrinsics(model: LightFieldModel, width: int, height: int) -> Float[Tensor, "4"]:
-    """fx, fy, cx, cy in pixels: a usual lens; for a MobileR2L student the focal length that it draws at."""
-    focal = float(model.focal) if isinstance(model, MobileR2LModel) else 1.2 * max(width, height)
+    """fx, fy, cx, cy in pixels: a usual lens; for a MobileR2L student the focal length that it draws at, for a composited
+    R2L at least that: it averages coarser pictures, which a graph leaves to its caller."""
+    focal = 1.2 * max(width, height)
+    if isinstance(model, MobileR2LModel):
+        focal = float(model.focal)
+    elif isinstance(model, R2LModel) and model.composited is not None:
+        focal = max(focal, float(model.focal))
     return torch.tensor([focal, focal, width / 2, height / 2])

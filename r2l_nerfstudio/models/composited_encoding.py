@@ -121,10 +121,11 @@ class CompositedEncoding(nn.Module):
         s = self.settings
         return s.channels + 1 + encoded_dim(3, s.point_octaves) + encoded_dim(3, s.direction_octaves)
 
-    def lay_out(self, volume_cells: tuple[int, int, int]) -> Int64[Tensor, "rows"]:
-        """Hold features where the occupancy says; as `SparseVolume.lay_out`."""
+    def lay_out(self, volume_cells: tuple[int, int, int], spare: float = 0.0) -> Int64[Tensor, "rows"]:
+        """Hold features where the occupancy says; as `SparseVolume.lay_out`, `spare` being a share of the rows."""
         self._volume_cells = volume_cells
-        return self.volume.lay_out(grid_point_index(self.occupancy.cells, volume_cells))
+        index = grid_point_index(self.occupancy.cells, volume_cells)
+        return self.volume.lay_out(index, int(spare * int(index.max())))
 
     def span(self, origins: Float[Tensor, "rays 3"], directions: Float[Tensor, "rays 3"]) -> RaySpan:
         """Where the scene is looked for: inside its box if it is bounded, else between the nearest and farthest depth."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 import torch
@@ -9,15 +10,20 @@ from jaxtyping import Float
 from nerfstudio.cameras.cameras import Cameras
 from nerfstudio.cameras.rays import RayBundle
 from torch import Tensor
+from torch.nn.functional import interpolate
 
 from r2l_nerfstudio.engines.sizes import chunk_rows
 from r2l_nerfstudio.models.any_camera import render_by_faces
 from r2l_nerfstudio.models.camera_rays import camera_rays
 from r2l_nerfstudio.models.composited_encoding import CompositedEncoding, EncodedRays, encode_single_rays
 from r2l_nerfstudio.models.light_field import LightFieldModel, LightFieldModelConfig
+from r2l_nerfstudio.rays.conventions import OURS, RayConventions
+from r2l_nerfstudio.rays.spacing import SceneBounds
 from r2l_nerfstudio.students.resmlp import ResMLP
 from r2l_nerfstudio.students.sparse_volume import Composited
 
+MAX_RAYS = 1 << 20
+"""Of one frame; where averaging would take more, fewer rays are averaged."""
 COMPOSITED_AT_ONCE = 1 << 16
 """Rays: a GPU's sample points of more would take gigabytes."""
 
@@ -38,6 +44,27 @@ class R2LModel(LightFieldModel):
 
     config: R2LModelConfig
     network: ResMLP
+    focal: Tensor
+    """composited: focal length in pixels of the views it learnt from."""
+
+    def populate_modules(self) -> None:
+        super().populate_modules()
+        if self.composited is not None:
+            self.register_buffer("focal", torch.zeros(()))
+
+    def set_scene(
+        self,
+        bounds: SceneBounds,
+        axes: Float[Tensor, "3 3"],
+        background: Float[Tensor, "3"],
+        has_accumulation: bool,
+        has_depth: bool,
+        focal: float,
+        conventions: RayConventions = OURS,
+    ) -> None:
+        super().set_scene(bounds, axes, background, has_accumulation, has_depth, focal, conventions)
+        if self.composited is not None:
+            self.focal.fill_(focal)
 
     def build_network(self, code_dim: int) -> ResMLP:
         return ResMLP(code_dim, self.out_dim, self.config.width, self.config.depth, zero_init=self.config.zero_init)
@@ -75,7 +102,24 @@ class R2LModel(LightFieldModel):
     def render_pinhole(
         self, pose: Float[Tensor, "3 4"], intrinsics: Float[Tensor, "4"], height: int, width: int
     ) -> Float[Tensor, "height width 5"]:
-        return self.render_rays(*self.ray_code.image_rays(pose, intrinsics, height, width))
+        """Draws pictures coarser than those it learnt from at their pitch, and averages: features as fine as their pixels
+        would flicker otherwise."""
+        across, down = self._supersampling(intrinsics, height, width)
+        drawn_height, drawn_width = math.ceil(height * down), math.ceil(width * across)
+        if (drawn_height, drawn_width) == (height, width):
+            return self.render_rays(*self.ray_code.image_rays(pose, intrinsics, height, width))
+        scale = intrinsics.new_tensor([drawn_width / width, drawn_height / height] * 2)
+        values = self.render_rays(*self.ray_code.image_rays(pose, intrinsics * scale, drawn_height, drawn_width))
+        values = interpolate(values.permute(2, 0, 1)[None], (height, width), mode="bilinear", antialias=True)
+        return values[0].permute(1, 2, 0)
+
+    def _supersampling(self, intrinsics: Float[Tensor, "4"], height: int, width: int) -> tuple[float, float]:
+        """Rays per pixel across and down."""
+        if self.composited is None:
+            return 1.0, 1.0
+        across, down = ((float(self.focal) / intrinsics[:2]).clamp_min(1.0)).tolist()
+        shrink = min(1.0, math.sqrt(MAX_RAYS / (across * down * height * width)))
+        return max(1.0, across * shrink), max(1.0, down * shrink)
 
     def render_other(self, camera: Cameras) -> Float[Tensor, "height width 5"]:
         if self.ray_code.conventions.is_planar:  # which only pinholes are

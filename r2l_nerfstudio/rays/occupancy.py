@@ -63,11 +63,17 @@ class OccupancyGrid(nn.Module):
 
     def forward(self, unit_points: Float[Tensor, "*batch 3"]) -> Float[Tensor, "*batch"]:
         """1 where the cell of a point of the unit cube is occupied, else 0."""
-        return self.cells.flatten()[self.flat_cell(unit_points)].to(unit_points.dtype)
+        return gathered(self.cells, self.flat_cell(unit_points)).to(unit_points.dtype)
 
     def share(self) -> float:
         """Share of the cells that is occupied."""
         return float(self.cells.float().mean())
+
+
+def gathered(table: Tensor, numbers: Int32[Tensor, "*batch"]) -> Tensor:
+    """Entries of a table by their numbers in raster order; exporters make one Gather of it."""
+    # int32, which they are: Core ML's converter forgets it.
+    return table.flatten().index_select(0, numbers.flatten().to(torch.int32)).view(numbers.shape)
 
 
 def grid_point_index(cells: UInt8[Tensor, "oz oy ox"], resolution: tuple[int, int, int]) -> Int32[Tensor, "z y x"]:

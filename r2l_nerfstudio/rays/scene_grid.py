@@ -15,7 +15,7 @@ WARPS: tuple[GridWarp, ...] = ("ball", "contracted", "frustum")
 NEAREST = 0.05
 """Depth in scene radii below which a frustum's coordinates no longer grow."""
 OUTLIERS = 0.001
-"""Share of the points beyond each end of an axis that may lie outside the box."""
+"""A thousandth: a teacher's stray depths must not make a box large."""
 DEPTH_SHARE = 0.3
 """Cells along a frustum's depth per cell along its longer side."""
 
@@ -85,6 +85,15 @@ class SceneGrid(nn.Module):
         half = (1 + 2 * margin) * torch.maximum(half, 0.05 * half.max().clamp_min(1e-3))
         self.low.copy_(middle - half)
         self.extent.copy_(2 * half)
+
+    def include(self, points: Float[Tensor, "points 3"]) -> None:
+        """Widen the box so that it holds these points, in scene coordinates."""
+        if len(points) == 0:
+            return
+        warped = self.warped(points)
+        low = torch.minimum(self.low, warped.amin(0))
+        self.extent.copy_(torch.maximum(self.low + self.extent, warped.amax(0)) - low)
+        self.low.copy_(low)
 
     def resolution(self, cell: float) -> tuple[int, int, int]:
         """Cells along x, y, z of this side, in the warp's unit; along a frustum's depth their own."""

@@ -94,8 +94,7 @@ class MobileR2L(nn.Module):
         """Outputs of `factor` times as many rows and columns of pixels as the ray image has."""
         pixels = None
         if self.joined:
-            cells = self.head.in_channels
-            code, pixels = code.split((cells, code.shape[1] - cells), dim=1)
+            code, pixels = code.split((self.head.in_channels, self.joined * self.factor**2), dim=1)
         hidden = self.activation(self.head(code))
         hidden = self.up(hidden + self.blocks(hidden))
         if pixels is not None:

@@ -9,6 +9,8 @@ from jaxtyping import Bool, Float, Int32, Int64
 from torch import Tensor, nn
 from torch.nn.functional import embedding
 
+from r2l_nerfstudio.rays.occupancy import gathered
+
 EMPTY_DENSITY = -8.0
 """Raw density of grid points outside the scene."""
 DENSITY_SHIFT = -2.0
@@ -46,27 +48,48 @@ class SparseVolume(nn.Module):
         self.register_buffer("index", torch.zeros(2, 2, 2, dtype=torch.int32), persistent=False)
         self.lay_out(self.index)
 
-    def lay_out(self, index: Int32[Tensor, "z y x"]) -> Int64[Tensor, "rows"]:
+    def lay_out(self, index: Int32[Tensor, "z y x"], spare: int = 0) -> Int64[Tensor, "rows"]:
         """Hold these grid points from now on. Those that were held keep their numbers, new ones begin transparent.
 
+        The parameter stays the same object, and keeps its shape if it has room: graphs of earlier iterations know it.
+
+        Args:
+            index: 1, 2, … in raster order where a grid point is held, else 0.
+            spare: rows to leave room for, if the parameter must get another shape.
+
         Returns:
-            for each row the one it had, or 0 where it is new.
+            for each row the one it had, or 0 where it is new or spare.
         """
-        former = torch.zeros(int(index.max()) + 1, dtype=torch.long, device=index.device)
-        if index.shape == self.index.shape:
+        needed = int(index.max()) + 1
+        is_regrown = index.shape == self.index.shape
+        rows = self.rows.detach()
+        total = len(rows) if is_regrown and needed <= len(rows) else needed + spare
+        former = torch.zeros(total, dtype=torch.long, device=rows.device)
+        if is_regrown:
             held = index > 0
             former[index[held].long()] = self.index[held].long()
-        rows = 0.1 * torch.randn(len(former), 1 + self.channels)
-        rows[:, 0] = 0.0
-        rows[0] = 0.0
-        rows[0, 0] = EMPTY_DENSITY
-        rows = rows.to(self.rows)
+        made = (0.1 * torch.randn(total, 1 + self.channels)).to(rows)
+        made[:, 0] = 0.0
+        made[0] = 0.0
+        made[0, 0] = EMPTY_DENSITY
         kept = former > 0
-        rows[kept] = self.rows.detach()[former[kept]]
-        # The same parameter, so that optimizers go on with it.
-        self.rows.data = rows
+        made[kept] = rows[former[kept]]
+        if made.shape == rows.shape:
+            rows.copy_(made)
+        else:
+            self.rows.data = made
         self.index = index
         return former
+
+    @property
+    def num_grid_points(self) -> int:
+        """Grid points that are held."""
+        return int(self.index.max())
+
+    def trim(self) -> Int64[Tensor, "rows"]:
+        """Let go of spare rows; as `lay_out`."""
+        self.rows.data = self.rows.data[: self.num_grid_points + 1].clone()
+        return torch.arange(len(self.rows), device=self.rows.device)
 
     @property
     def cells(self) -> tuple[int, int, int]:
@@ -103,13 +126,13 @@ def read_rows(
     shares = where - low
     ix, iy, iz = low.to(torch.int32).unbind(-1)
     first = (iz * y + iy) * x + ix
-    flat = index.flatten()
     read: Tensor | float = 0.0
     for corner in range(8):
         far = [(corner >> axis) & 1 for axis in range(3)]
         weights = [shares[..., a : a + 1] if far[a] else 1.0 - shares[..., a : a + 1] for a in range(3)]
         offset = (far[2] * y + far[1]) * x + far[0]
-        read = read + embedding(flat[first + offset], rows).float() * (weights[0] * weights[1] * weights[2])
+        # int32, which they are: Core ML's converter forgets it.
+        read = read + embedding(gathered(index, first + offset).to(torch.int32), rows).float() * (weights[0] * weights[1] * weights[2])
     return read
 
 

@@ -1,0 +1,285 @@
+"""The composited ray encoding: one definition on CPU, GPU and in graphs, and an occupancy that hides nothing."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+from student_runs import tiny_composited_mobile_r2l, tiny_composited_r2l, write_run
+from torch import Tensor
+
+from r2l_nerfstudio import load_student
+from r2l_nerfstudio.distillation.averaging import WeightAverage
+from r2l_nerfstudio.distillation.optimization import move_state
+from r2l_nerfstudio.distillation.pose_sampling import CaptureCameras, look_along
+from r2l_nerfstudio.distillation.scene_occupancy import SceneOccupancy
+from r2l_nerfstudio.models.composited_encoding import CompositedEncoding, CompositedSettings
+from r2l_nerfstudio.rays.occupancy import OccupancyGrid, grid_point_index
+from r2l_nerfstudio.rays.pinhole import image_rays
+from r2l_nerfstudio.rays.placement import place_samples
+from r2l_nerfstudio.rays.ray_code import RayCode
+from r2l_nerfstudio.rays.ray_image import CellPixels
+from r2l_nerfstudio.rays.spacing import SceneBounds
+
+KINDS = [("sphere", "ball"), ("disparity", "contracted"), ("disparity", "frustum"), ("near-far", "contracted")]
+
+
+def encoding(spacing: str, warp: str) -> CompositedEncoding:
+    """A shell around the center, or a wall before a forward-facing camera, with random features."""
+    torch.manual_seed(0)
+    code = RayCode("points", 8, 4)
+    code.set_bounds(SceneBounds(spacing, (0.1, 0.2, 0.3), 1.3, 0.3, 6.0), torch.eye(3))
+    made = CompositedEncoding(code, CompositedSettings())
+    points = 0.7 * torch.nn.functional.normalize(torch.randn(4000, 3), dim=-1)
+    if warp == "frustum":
+        points[:, 2] = -0.8
+    scene = made.occupancy.scene
+    scene.fit(warp, points, torch.tensor([0.0, 0.0, 3.5]), torch.eye(3))
+    made.occupancy.clear(scene.resolution(scene.cell_of(24)))
+    made.occupancy.mark((made.occupancy.counts(points) > 0).to(torch.uint8))
+    made.lay_out(scene.resolution(scene.cell_of(40)))
+    rows = made.volume.rows.data
+    rows[1:] = torch.randn_like(rows[1:])
+    rows[1:, 0] += 1.0
+    return made
+
+
+def rays(number: int = 1500) -> tuple[Tensor, Tensor]:
+    """From around a camera on the z axis; some of them miss everything."""
+    generator = torch.Generator().manual_seed(1)
+    origins = torch.tensor([0.1, 0.2, 4.3]) + 0.3 * torch.randn(number, 3, generator=generator)
+    directions = torch.tensor([0.0, 0.0, -1.0]) + 0.25 * torch.randn(number, 3, generator=generator)
+    return origins, torch.nn.functional.normalize(directions, dim=-1)
+
+
+@pytest.mark.parametrize(("spacing", "warp"), KINDS)
+def test_kernels_of_the_cpu_are_what_torch_computes(spacing: str, warp: str) -> None:
+    made = encoding(spacing, warp)
+    span = made.span(*rays())
+    found, is_empty = made.composited(*rays())
+    reference, reference_empty = made.in_torch(span, False, made.settings.samples)
+    assert torch.equal(is_empty, reference_empty)
+    if warp != "contracted":  # there something is always in sight
+        assert 0.05 < is_empty.float().mean() < 0.95
+    assert float(reference.accumulation.mean()) > (0.01 if warp == "frustum" else 0.1)
+    for ours, theirs in zip(found, reference, strict=True):
+        # At the edge of a cell the last digit decides; all other rays agree to rounding.
+        assert float((ours - theirs).abs().mean()) < 1e-5
+        assert float(((ours - theirs).abs().amax(-1) > 1e-4).float().mean()) < 0.01
+
+
+@pytest.mark.parametrize(("spacing", "warp"), KINDS)
+def test_gradients_of_the_kernels_are_those_of_torch(spacing: str, warp: str) -> None:
+    made = encoding(spacing, warp)
+    weights = torch.randn(len(rays()[0]), made.settings.channels + 5, generator=torch.Generator().manual_seed(2))
+    gradients = []
+    for compute in (lambda: made.composited(*rays())[0], lambda: made.in_torch(made.span(*rays()), False, 24)[0]):
+        made.volume.rows.grad = None
+        (torch.cat(compute(), dim=-1) * weights).sum().backward()
+        gradients.append(made.volume.rows.grad.clone())
+    ours, theirs = gradients
+    assert theirs.abs().sum() > 0 and not ours[0].any() and not theirs[0].any()
+    assert float((ours - theirs).abs().sum() / theirs.abs().sum()) < 1e-3
+
+
+def test_sample_points_lie_in_occupied_cells_only() -> None:
+    made = encoding("sphere", "ball")
+    span = made.span(*rays())
+    placed = place_samples(
+        made.occupancy, span.start, span.step, made.middles(), 24, torch.tensor([40.0, 40.0, 40.0]), jitter=True
+    )
+    met = ~placed.is_empty
+    points = made.occupancy.scene(span.start[met, None] + placed.fractions[met, :, None] * span.step[met, None])
+    # Bins are as wide as cells: a point may lie just beyond the cell at its bin's middle.
+    assert float(made.occupancy(points).mean()) > 0.9
+    assert bool((placed.fractions[met].diff(dim=-1) >= -1e-6).all())
+    again = place_samples(made.occupancy, span.start, span.step, made.middles(), 24, torch.ones(3))
+    twice = place_samples(made.occupancy, span.start, span.step, made.middles(), 24, torch.ones(3))
+    assert torch.equal(again.fractions, twice.fractions)
+
+
+def test_rays_from_inside_the_scene_and_poses_that_are_not_numbers() -> None:
+    made = encoding("sphere", "ball")
+    origins, directions = rays(64)
+    found, is_empty = made.composited(torch.zeros_like(origins), directions)
+    assert not is_empty.all() and all(part.isfinite().all() for part in found)
+    origins[:8] = torch.nan
+    found, _ = made.composited(origins, directions)
+    assert all(part[8:].isfinite().all() for part in found)
+
+
+class Ring:
+    """As `SceneOccupancy` reads a ring of teacher views."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, poses: Tensor, accumulation: Tensor, depth: Tensor, focal: float) -> None:
+        self.camera_to_worlds = poses
+        views, self.height, self.width = accumulation.shape
+        self.intrinsics = torch.tensor([focal, focal, self.width / 2, self.height / 2]).repeat(views, 1)
+        self.pixels = torch.zeros(views, self.height, self.width, 5, dtype=torch.uint8)
+        self.pixels[..., 3] = (255 * accumulation).round().to(torch.uint8)
+        self.pixels[..., 4] = 1
+        self.depth = depth.half()
+        self.views_put = self.capacity = views
+
+    def __len__(self) -> int:
+        return len(self.pixels)
+
+
+def ring_of(sees: list[Tensor], has_depth: bool = True, views: int = 16, side: int = 40) -> tuple[Ring, CaptureCameras]:
+    """Views from a ring of distance 4 of points, each of a share of one pixel."""
+    angles = torch.arange(views) * (2 * torch.pi / views)
+    poses = []
+    for angle in angles:
+        position = torch.stack([4 * angle.cos(), 4 * angle.sin(), torch.tensor(0.8)])
+        axes = look_along(-position, torch.tensor([0.0, 0.0, 1.0]))
+        poses.append(torch.cat([axes, position[:, None]], dim=-1))
+    camera_to_worlds = torch.stack(poses)
+    focal = 1.5 * side
+    accumulation, depth = torch.zeros(views, side, side), torch.zeros(views, side, side)
+    for points, share in sees:
+        for view, pose in enumerate(camera_to_worlds):
+            points = points[(points - pose[:, 3]).norm(dim=-1).argsort(descending=True)]  # the nearest is drawn last
+            local = (points - pose[:, 3]) @ pose[:, :3]
+            column = (local[:, 0] / -local[:, 2] * focal + side / 2).long().clamp(0, side - 1)
+            row = (side / 2 - local[:, 1] / -local[:, 2] * focal).long().clamp(0, side - 1)
+            accumulation[view, row, column] = share
+            # Where little is seen, the median depth of a NeRF is that of the background.
+            depth[view, row, column] = (points - pose[:, 3]).norm(dim=-1) if share > 0.5 else 50.0
+    if not has_depth:
+        depth.zero_()
+    ring = Ring(camera_to_worlds, accumulation, depth, focal)
+    return ring, CaptureCameras(camera_to_worlds, ring.intrinsics, side, side)
+
+
+def occupied_by(ring: Ring, cameras: CaptureCameras, has_depth: bool = True) -> CompositedEncoding:
+    code = RayCode("points", 8, 4)
+    code.set_bounds(SceneBounds("sphere", (0.0, 0.0, 0.0), 1.0, 2.5, 5.5), torch.eye(3))
+    made = CompositedEncoding(code, CompositedSettings())
+    SceneOccupancy(made, 32, 50_000, has_depth).start(ring, cameras)
+    return made
+
+
+BALL = 0.4 * torch.nn.functional.normalize(torch.randn(20000, 3, generator=torch.Generator().manual_seed(0)), dim=-1)
+WIRE = torch.stack([torch.full((400,), 0.6), torch.full((400,), 0.1), torch.linspace(-0.5, 0.5, 400)], dim=-1)
+PLANE = torch.cartesian_prod(torch.linspace(-0.7, 0.7, 200), torch.linspace(-0.7, 0.7, 200))
+PLANE = torch.cat([PLANE, torch.full((len(PLANE), 1), -0.5)], dim=-1)
+
+
+@pytest.mark.parametrize(("thing", "share"), [(WIRE, 0.3), (PLANE, 1.0)], ids=["a wire", "a plane seen edge-on"])
+def test_thin_things_are_never_lost(thing: Tensor, share: float) -> None:
+    made = occupied_by(*ring_of([(BALL, 1.0), (thing, share)]))
+    inside = thing[thing.norm(dim=-1) < 0.95]
+    assert float(made.occupancy(made.occupancy.scene(inside)).mean()) > 0.99
+    assert made.occupancy.share() < 0.6
+
+
+@pytest.mark.parametrize("has_depth", [True, False])
+def test_occupancy_holds_a_ball_and_little_else(has_depth: bool) -> None:
+    made = occupied_by(*ring_of([(BALL, 1.0)], has_depth, side=80), has_depth)
+    # Of its underside no view shows anything.
+    assert float(made.occupancy(made.occupancy.scene(BALL)).mean()) > 0.9
+    corner = torch.tensor([[0.95, 0.95, 0.2], [-0.95, 0.9, 0.5]])
+    assert has_depth or float(made.occupancy(made.occupancy.scene(corner)).sum()) == 0
+
+
+def test_a_teacher_that_shows_nothing_leaves_nothing_out() -> None:
+    made = occupied_by(*ring_of([]))
+    assert made.occupancy.share() == 1.0 and len(made.volume.rows) > 1000
+
+
+def test_depth_that_is_wrong_costs_no_picture() -> None:
+    ring, cameras = ring_of([(BALL, 1.0)])
+    generator = torch.Generator().manual_seed(3)
+    holes = torch.rand(ring.depth.shape, generator=generator) < 0.3
+    ring.depth[holes] = 0.0  # holes
+    floaters = torch.rand(ring.depth.shape, generator=generator) < 0.02
+    ring.depth[floaters] *= 0.6
+    made = occupied_by(ring, cameras)
+    for view in range(len(ring)):
+        origins, directions = image_rays(ring.camera_to_worlds[view], ring.intrinsics[view], ring.height, ring.width)
+        seen = ring.pixels[view, ..., 3] > 128
+        _, is_empty = made.composited(origins[seen], directions[seen])
+        assert not is_empty.any()
+
+
+def test_new_views_add_cells_and_rows_keep_their_features() -> None:
+    few, cameras = ring_of([(BALL, 1.0)])
+    code = RayCode("points", 8, 4)
+    code.set_bounds(SceneBounds("sphere", (0.0, 0.0, 0.0), 1.0, 2.5, 5.5), torch.eye(3))
+    made = CompositedEncoding(code, CompositedSettings())
+    scene = SceneOccupancy(made, 32, 50_000, True)
+    scene.start(few, cameras)
+    made.occupancy.cells[:, :, : made.occupancy.cells.shape[2] // 2] = 0  # as if half had been out of sight
+    made.lay_out(made.volume.cells)
+    made.volume.rows.data.normal_()
+    rows, index = made.volume.rows.detach().clone(), made.volume.index.clone()
+    average, optimizer = WeightAverage(made, 0.5), torch.optim.Adam([made.volume.rows], lr=0.1)
+    made.volume.rows.grad = torch.ones_like(made.volume.rows)
+    optimizer.step()
+    rows = made.volume.rows.detach().clone()
+    assert scene.grow(few) is None  # nothing is new
+    few.views_put += len(few)
+    former = scene.grow(few)
+    assert former is not None and made.volume.num_grid_points > int(index.max())
+    assert len(former) == len(made.volume.rows) == len(rows)  # it had room
+    move_state(optimizer, made.volume.rows, former)
+    average.follow_rows(made.volume.rows, former)
+    held = index > 0
+    assert torch.equal(made.volume.rows[made.volume.index[held].long()], rows[index[held].long()])
+    momentum = optimizer.state[made.volume.rows]["exp_avg"]
+    assert torch.equal(momentum != 0, (former > 0)[:, None].expand_as(momentum))
+    made.volume.rows.grad = torch.ones_like(made.volume.rows)
+    optimizer.step()
+    average.update()
+
+
+def test_grids_of_other_resolutions_have_a_point_wherever_a_cell_is() -> None:
+    cells = (torch.rand(5, 6, 7, generator=torch.Generator().manual_seed(0)) < 0.2).to(torch.uint8)
+    for resolution in ((7, 6, 5), (14, 13, 9), (4, 4, 4)):
+        index = grid_point_index(cells, resolution)
+        assert tuple(index.shape) == tuple(size + 1 for size in reversed(resolution))
+        assert sorted(index[index > 0].tolist()) == list(range(1, int(index.max()) + 1))
+        middles = torch.cartesian_prod(*[(torch.arange(n) + 0.5) / n for n in cells.shape])[cells.flatten() > 0]
+        low = (middles * torch.tensor(list(reversed(resolution)))).long()
+        assert bool((index[low[:, 0], low[:, 1], low[:, 2]] > 0).all())
+    grid = OccupancyGrid()
+    grid.cells = cells
+    other = OccupancyGrid()
+    other.load_state_dict(grid.state_dict())
+    assert torch.equal(other.cells, cells)
+
+
+@pytest.mark.parametrize("config", [tiny_composited_r2l(), tiny_composited_mobile_r2l()], ids=["r2l", "mobile-r2l"])
+@pytest.mark.parametrize("spacing", ["sphere", "disparity"])
+def test_students_open_from_their_run_and_draw_all_sizes(config, spacing: str, tmp_path: Path) -> None:  # noqa: ANN001
+    student = load_student(write_run(tmp_path / "run", config, spacing), device="cpu", engine="torch")
+    pose = torch.cat([torch.eye(3), torch.tensor([[0.1], [0.0], [2.5]])], dim=-1)
+    for width, height in ((1, 1), (37, 21), (64, 48)):
+        found = student.render_all(pose, torch.tensor([50.0, 50.0, width / 2, height / 2]), width, height)
+        assert all(value.shape[:2] == (height, width) and value.isfinite().all() for value in found.values())
+    assert found["rgb"].std() > 0.01 and 0 < float(found["accumulation"].mean())
+    again = copy.deepcopy(student.model.composited)
+    assert torch.equal(again.volume.index, student.model.composited.volume.index)
+
+
+def test_empty_rays_cost_no_evaluation_and_are_the_background(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    student = load_student(write_run(tmp_path / "run", tiny_composited_r2l()), device="cpu", engine="torch")
+    evaluated = []
+    run = student.model.run_network
+    monkeypatch.setattr(student.model, "run_network", lambda code: evaluated.append(len(code)) or run(code))
+    pose = torch.cat([torch.eye(3), torch.tensor([[0.1], [-0.1], [3.0]])], dim=-1)
+    found = student.render_all(pose, torch.tensor([50.0, 50.0, 32.0, 32.0]), 64, 64)
+    empty = found["accumulation"][..., 0] == 0
+    assert sum(evaluated) <= int((~empty).sum()) + 64 < 64 * 64
+    torch.testing.assert_close(found["rgb"][empty], student.model.background.expand(int(empty.sum()), 3))
+
+
+def test_pixels_of_cells_and_back() -> None:
+    image, pixels = torch.randn(2, 8, 12, 3), CellPixels(4)
+    by_cell = pixels.by_cell(image)
+    assert torch.equal(by_cell[0, 1, 2, 5], image[0, 4 + 1, 8 + 1])
+    assert torch.equal(pixels.to_image(by_cell), image)
