@@ -40,6 +40,14 @@ def adam(lr: float) -> Changes:
     }
 
 
+def octaves(method: str, more: int) -> Changes:
+    """More octaves of the frequency encoding than a method has. Its coordinates count in scene radii: 2 more make up for a
+    radius of 4 world units."""
+    from nerfstudio.configs.method_configs import all_methods
+
+    return {"pipeline.model.num_frequencies": all_methods[method].pipeline.model.num_frequencies + more}
+
+
 COMMON: Changes = {
     "pipeline.datamanager.real_iterations": 0,
     "pipeline.datamanager.refresh_share": 0.0,
@@ -62,7 +70,7 @@ PAPER: dict[str, tuple[str, Changes]] = {
         {
             "pipeline.model.width": 128,
             "pipeline.model.factor": 4,
-            "pipeline.datamanager.train_num_rays_per_batch": 40000,
+            "pipeline.datamanager.whole_images": 4,
         },
     ),
 }
@@ -74,20 +82,29 @@ FULL: dict[str, tuple[str, Changes]] = {
         "mobile-r2l",
         PAPER["mobile-r2l"][1]
         | WARM_UP
-        | {"pipeline.datamanager.train_num_rays_per_batch": 16384, "pipeline.datamanager.crop_cells": 8},
+        | {
+            "pipeline.datamanager.whole_images": 0,
+            "pipeline.datamanager.train_num_rays_per_batch": 16384,
+            "pipeline.datamanager.crop_cells": 8,
+        },
     ),
 }
 """What a GPU trains, on the same small network as the published recipe: batches and warm-up as short as the training."""
 
+SHRUNK = ("pipeline.model.width", "pipeline.model.depth")
+"""What makes the published network smaller; the row of the published network leaves it out."""
+
 VOLUME: Changes = {"pipeline.model.volume_resolution": 40}
 ZERO: Changes = {"pipeline.model.zero_init": True}
-SPHERE: Changes = {"pipeline.model.spacing": "auto"}
+SPHERE: Changes = {"pipeline.model.spacing": "auto", "pipeline.model.published_rays": False}
 SHALLOW: dict[str, Changes] = {"r2l": {"pipeline.model.depth": 12}, "mobile-r2l": {"pipeline.model.blocks": 4}}
 SMALL_BATCH: dict[str, Changes] = {
     "r2l": {"pipeline.datamanager.train_num_rays_per_batch": 1024},
     "mobile-r2l": {
+        "pipeline.datamanager.whole_images": 0,
         "pipeline.datamanager.train_num_rays_per_batch": 8192,
         "pipeline.datamanager.crop_cells": 6,
+        "pipeline.model.margin": 1,
     },
 }
 
@@ -113,6 +130,7 @@ def rows_of(method: Literal["r2l", "mobile-r2l"]) -> dict[str, tuple[str, Change
     }
     if method == "mobile-r2l":
         del with_paper["paper + bf16"]
+    published = {name: change for name, change in paper_changes.items() if name not in SHRUNK}
     with_lite: dict[str, Changes] = {
         "ours": {},
         "ours - Muon": adam(4e-3),
@@ -128,6 +146,8 @@ def rows_of(method: Literal["r2l", "mobile-r2l"]) -> dict[str, tuple[str, Change
             "pipeline.model.depth_weight": 0.0,
         },
         "ours + jitter": {"pipeline.model.jitter_points": True},
+        "ours + 2 octaves": octaves(lite, 2),
+        "ours + 4 octaves": octaves(lite, 4),
     }
     if method == "r2l":
         with_lite |= {
@@ -155,6 +175,7 @@ def rows_of(method: Literal["r2l", "mobile-r2l"]) -> dict[str, tuple[str, Change
         "full + volume": VOLUME,
         "full - foreground": {"pipeline.datamanager.foreground_fraction": 0.0},
         "full - jitter": {"pipeline.model.jitter_points": False},
+        "full + 2 octaves": octaves(full, 2),
     }
     if method == "r2l":
         with_full |= {
@@ -170,6 +191,7 @@ def rows_of(method: Literal["r2l", "mobile-r2l"]) -> dict[str, tuple[str, Change
     return {
         **{name: (full, {**full_changes, **changes}) for name, changes in with_full.items()},
         **{name: (paper, {**paper_changes, **changes}) for name, changes in with_paper.items()},
+        "paper, published network": (paper, published),
         **{name: (lite, changes) for name, changes in with_lite.items()},
     }
 
@@ -289,7 +311,7 @@ class Laboratory:
                 scheduler.step()
             pipeline._update_average(step)
             step += 1
-            learnt += datamanager.train_num_rays_per_batch
+            learnt += pipeline.datamanager.get_train_rays_per_batch()
             progress.update(step)
             if progress.fraction >= (len(points) + 1) / looks:
                 with clock.stopped():

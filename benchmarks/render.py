@@ -223,7 +223,7 @@ def evaluated(model: LightFieldModel, code: torch.Tensor, side: int) -> float:
     """Share of a frame's rays, or cells with their margin, that the network is asked for: those that see the scene."""
     if code.ndim == 2:
         return round(len(code) / side**2, 3)
-    rows, columns = ray_image_size(side, side, model.factor)
+    rows, columns = ray_image_size(side, side, model.factor, model.margin)
     return round(code[:, 0].numel() / (rows * columns), 3)
 
 

@@ -27,6 +27,7 @@ def student_config(
     optimizers: dict[str, Any],
     ema_decay: float = 0.0,
     bf16: bool = True,
+    sync_batch_norm: bool = False,
 ) -> DistillationTrainerConfig:
     """A method's configuration for `ns-train`."""
     return DistillationTrainerConfig(
@@ -37,7 +38,9 @@ def student_config(
         steps_per_eval_image=0,
         steps_per_eval_all_images=0,
         mixed_precision=False,  # the pipeline's own bf16 instead
-        pipeline=DistillationPipelineConfig(datamanager=datamanager, model=model, ema_decay=ema_decay, bf16=bf16),
+        pipeline=DistillationPipelineConfig(
+            datamanager=datamanager, model=model, ema_decay=ema_decay, bf16=bf16, sync_batch_norm=sync_batch_norm
+        ),
         optimizers=optimizers,
         viewer=ViewerConfig(num_rays_per_chunk=1 << 16, default_composite_depth=False),
         vis="viewer",
@@ -71,17 +74,18 @@ def small_optimizers() -> dict[str, Any]:
     return our_optimizers(hidden=8e-3, ends=4e-3, volume=1e-1, warmup_steps=50)
 
 
-def published_optimizers(weight_decay: float = 0.0) -> dict[str, Any]:
+def published_optimizers(weight_decay: float = 0.0, decay_steps: int = 0) -> dict[str, Any]:
     """One Adam, with R2L's rate and schedule.
 
     Args:
         weight_decay: decoupled from the gradient, as AdamW has it; 0 for plain Adam.
+        decay_steps: iterations to a tenth of the rate; 0: as R2L has it, by the kind of capture.
     """
     target = AdamW if weight_decay > 0 else Adam
     return {
         group: {
             "optimizer": AdamOptimizerConfig(_target=target, lr=5e-4, eps=1e-8, weight_decay=weight_decay),
-            "scheduler": PublishedSchedulerConfig(),
+            "scheduler": PublishedSchedulerConfig(decay_steps=decay_steps),
         }
         for group in ("hidden", "volume", "ends")
     }

@@ -15,8 +15,12 @@ from r2l_nerfstudio.distillation.crops import Views, joined, sample_crops
 from r2l_nerfstudio.distillation.datamanager import Batch, DistillationDataManager, DistillationDataManagerConfig
 from r2l_nerfstudio.distillation.photograph_views import PhotographViews, photograph_views
 from r2l_nerfstudio.distillation.pose_sampling import CaptureCameras, PoseSamplerConfig
+from r2l_nerfstudio.distillation.survey import Survey
 from r2l_nerfstudio.errors import InputError
 from r2l_nerfstudio.ranges import IntRange
+from r2l_nerfstudio.rays.conventions import OURS, RayConventions
+from r2l_nerfstudio.rays.ray_image import MARGIN
+from r2l_nerfstudio.teacher import Teacher
 
 HOLDOUT_PIXELS = 32768
 
@@ -33,12 +37,39 @@ class CropDataManagerConfig(DistillationDataManagerConfig):
     out shows more of what it knows, not the same coarser."""
     crop_cells: Annotated[int, IntRange(1, 4096)] = 8
     """Cells along each side of a crop; fewer where a view has fewer."""
+    whole_images: int = 0
+    """Whole views per iteration instead of square crops, as published: then neither --train-num-rays-per-batch nor
+    --crop-cells counts. 0: square crops."""
 
 
 class CropDataManager(DistillationDataManager):
     """Batches of square crops, all of one angular pitch."""
 
     config: CropDataManagerConfig
+
+    def attach_teacher(
+        self,
+        teacher: Teacher,
+        survey: Survey,
+        background: Float[Tensor, "3"],
+        factor: int,
+        rays_per_cell: int = 1,
+        conventions: RayConventions = OURS,
+        margin: int = MARGIN,
+    ) -> None:
+        super().attach_teacher(
+            teacher, survey, background, factor, rays_per_cell, conventions, self._crop_margin(margin)
+        )
+
+    def restart(
+        self, config: CropDataManagerConfig, rays_per_cell: int, conventions: RayConventions, margin: int
+    ) -> None:
+        self.config = config
+        super().restart(config, rays_per_cell, conventions, self._crop_margin(margin))
+
+    def _crop_margin(self, margin: int) -> int:
+        """Cells around a crop: a crop from inside a view has neighbours, whatever a whole picture's border sees."""
+        return margin if self.config.whole_images else max(margin, MARGIN)
 
     def view_cameras(self) -> CaptureCameras:
         """As pinholes of one focal length, the capture's median."""
@@ -48,20 +79,22 @@ class CropDataManager(DistillationDataManager):
         return dataclasses.replace(cameras, intrinsics=intrinsics)
 
     @cached_property
-    def cells(self) -> int:
-        """Cells along each side of a crop.
+    def cells(self) -> tuple[int, int]:
+        """Rows and columns of cells of a crop.
 
         Raises:
             InputError: if a view is smaller than one cell.
         """
         cameras = self.view_cameras()
-        cells = min(self.config.crop_cells, cameras.height // self.factor, cameras.width // self.factor)
-        if cells < 1:
+        rows, columns = cameras.height // self.factor, cameras.width // self.factor
+        if not self.config.whole_images:
+            rows = columns = min(self.config.crop_cells, rows, columns)
+        if min(rows, columns) < 1:
             raise InputError(
                 f"Views of {cameras.width}x{cameras.height} pixels are smaller than one cell of {self.factor}x{self.factor}:"
                 " lower --pipeline.datamanager.view-downscale or --pipeline.model.factor."
             )
-        return cells
+        return rows, columns
 
     def read_photographs(
         self, indices: list[int], corrections: Float[Tensor, "num_train 3 4"] | None
@@ -77,7 +110,7 @@ class CropDataManager(DistillationDataManager):
 
     def draw(self, num_real: int) -> Batch:
         """Crops of teacher views, then crops of photographs."""
-        num_fresh = self.config.train_num_rays_per_batch - num_real
+        num_fresh = self.get_train_rays_per_batch() - num_real
         fresh = self._crops(self.ring, num_fresh, foreground_fraction=self.config.foreground_fraction)
         return joined(fresh, self._crops(self.photographs, num_real)) if num_real else fresh
 
@@ -88,6 +121,23 @@ class CropDataManager(DistillationDataManager):
         generator: torch.Generator | None = None,
         foreground_fraction: float = 0.0,
     ) -> Batch:
-        cells = self.cells
-        num_crops = max(1, round(num_pixels / (cells * self.factor) ** 2))
-        return sample_crops(source, num_crops, cells, self.factor, generator, foreground_fraction, self.rays_per_cell)
+        rows, columns = self.cells
+        num_crops = max(1, round(num_pixels / (rows * columns * self.factor**2)))
+        return sample_crops(
+            source,
+            num_crops,
+            self.cells,
+            self.factor,
+            generator,
+            foreground_fraction,
+            margin=self.margin,
+            rays_per_cell=self.rays_per_cell,
+            conventions=self.conventions,
+        )
+
+    def get_train_rays_per_batch(self) -> int:
+        """Pixels per iteration."""
+        if not self.config.whole_images:
+            return self.config.train_num_rays_per_batch
+        rows, columns = self.cells
+        return self.config.whole_images * rows * columns * self.factor**2

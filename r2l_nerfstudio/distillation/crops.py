@@ -12,6 +12,7 @@ from torch import Tensor
 from r2l_nerfstudio.distillation.datamanager import Batch
 from r2l_nerfstudio.distillation.foreground import TRIES, first_in_foreground
 from r2l_nerfstudio.distillation.ray_sample import RaySample
+from r2l_nerfstudio.rays.conventions import OURS, RayConventions
 from r2l_nerfstudio.rays.pinhole import pinhole_rays, pixel_centers
 from r2l_nerfstudio.rays.ray_image import MARGIN, ray_image_intrinsics
 
@@ -35,13 +36,15 @@ class Views(Protocol):
 def sample_crops(
     views: Views,
     num_crops: int,
-    cells: int,
+    cells: int | tuple[int, int],
     factor: int,
     generator: torch.Generator | None = None,
     foreground_fraction: float = 0.0,
+    margin: int = MARGIN,
+    conventions: RayConventions = OURS,
     rays_per_cell: int = 1,
 ) -> Batch:
-    """Square crops at random places of random views.
+    """Crops at random places of random views.
 
     A crop may begin at any pixel: the student then learns every alignment of its grid of cells, and a camera that moves by
     a pixel sees no grid.
@@ -49,46 +52,51 @@ def sample_crops(
     Args:
         views: where from.
         num_crops: how many.
-        cells: cells along each side of a crop.
+        cells: cells along each side of a square crop, or rows and columns.
         factor: pixels along each side of a cell.
         generator: on the views' device, for a repeatable draw.
         foreground_fraction: of them, drawn where the teacher sees something in the middle of the crop.
+        margin: cells around a crop.
+        conventions: how the student's ray encoding reads rays.
         rays_per_cell: along each side of a cell.
 
     Returns:
-        rays of the cells with their margin (crops cells+2 cells+2, times `rays_per_cell`), and the pixels inside it
-        (crops cells*factor cells*factor).
+        rays of the cells with their margin (crops rows+2*margin columns+2*margin, times `rays_per_cell`), and the pixels
+        inside it (crops rows*factor columns*factor).
     """
     device = views.pixels.device
-    side = cells * factor
+    rows_of_cells, columns_of_cells = (cells, cells) if isinstance(cells, int) else cells
+    down, across = rows_of_cells * factor, columns_of_cells * factor
     height, width = views.pixels.shape[1:3]
 
     def draw(*shape: int) -> tuple[Tensor, Tensor, Tensor]:
         def below(end: int) -> Tensor:
             return torch.randint(end, shape, generator=generator, device=device)
 
-        return below(len(views)), below(height - side + 1), below(width - side + 1)
+        return below(len(views)), below(height - down + 1), below(width - across + 1)
 
     num_foreground = int(foreground_fraction * num_crops)
     places = draw(num_crops - num_foreground)
     if num_foreground:
         tries = draw(TRIES, num_foreground)
-        taken = first_in_foreground(views.pixels[tries[0], tries[1] + side // 2, tries[2] + side // 2, 3])
+        taken = first_in_foreground(views.pixels[tries[0], tries[1] + down // 2, tries[2] + across // 2, 3])
         places = [torch.cat([place, more.gather(0, taken[None])[0]]) for place, more in zip(places, tries, strict=True)]
     chosen, top, left = places
     poses = views.camera_to_worlds[chosen][:, None, None]
     intrinsics = views.intrinsics[chosen]
     corner = torch.stack([left, top], dim=-1)
-    rays = (cells + 2 * MARGIN) * rays_per_cell
-    grid = pixel_centers(rays, rays, device)
-    in_cells = ray_image_intrinsics(intrinsics, factor, corner, rays_per_cell)
-    origins, directions = pinhole_rays(poses, in_cells[:, None, None], grid.expand(num_crops, -1, -1, -1))
+    counts = [(count + 2 * margin) * rays_per_cell for count in (rows_of_cells, columns_of_cells)]
+    grid = pixel_centers(*counts, device) + (conventions.pixel_offset - 0.5)
+    in_cells = ray_image_intrinsics(intrinsics, factor, corner, rays_per_cell, margin)
+    origins, directions = pinhole_rays(
+        poses, in_cells[:, None, None], grid.expand(num_crops, -1, -1, -1), conventions.is_planar
+    )
     bundle = RayBundle(origins=origins, directions=directions, pixel_area=torch.zeros_like(origins[..., :1]))
 
-    steps = torch.arange(side, device=device)
-    rows, columns = (top[:, None] + steps)[:, :, None], (left[:, None] + steps)[:, None, :]
+    rows = (top[:, None] + torch.arange(down, device=device))[:, :, None]
+    columns = (left[:, None] + torch.arange(across, device=device))[:, None, :]
     pixels = views.pixels[chosen[:, None, None], rows, columns]
-    at = torch.stack([columns.expand(-1, side, -1), rows.expand(-1, -1, side)], dim=-1) + 0.5
+    at = torch.stack([columns.expand(-1, down, -1), rows.expand(-1, -1, across)], dim=-1) + 0.5
     pixel_origins, pixel_directions = pinhole_rays(poses, intrinsics[:, None, None], at)
     weight = pixels[..., -1:].float()
     target = RaySample(

@@ -33,6 +33,8 @@ from r2l_nerfstudio.distillation.survey import Survey
 from r2l_nerfstudio.distillation.view_ring import TeacherView, ViewRenderer, ViewRing
 from r2l_nerfstudio.errors import InputError
 from r2l_nerfstudio.ranges import FloatRange, IntRange
+from r2l_nerfstudio.rays.conventions import OURS, RayConventions
+from r2l_nerfstudio.rays.ray_image import MARGIN
 from r2l_nerfstudio.teacher import Teacher
 
 HOLDOUT_VIEWS = 4
@@ -144,7 +146,14 @@ class DistillationDataManager(VanillaDataManager[InputDataset]):
         return capture_cameras(self.train_dataset.cameras, self.config.view_downscale)
 
     def attach_teacher(
-        self, teacher: Teacher, survey: Survey, background: Float[Tensor, "3"], factor: int, rays_per_cell: int = 1
+        self,
+        teacher: Teacher,
+        survey: Survey,
+        background: Float[Tensor, "3"],
+        factor: int,
+        rays_per_cell: int = 1,
+        conventions: RayConventions = OURS,
+        margin: int = MARGIN,
     ) -> None:
         """Fill the ring of teacher views and read the photographs.
 
@@ -154,6 +163,8 @@ class DistillationDataManager(VanillaDataManager[InputDataset]):
             background: colour behind photographs that have an alpha channel.
             factor: pixels along each side of the student's cells.
             rays_per_cell: rays along each side of a cell that the student reads.
+            conventions: how the student's ray encoding reads rays.
+            margin: cells around a crop, for students of whole images.
 
         Raises:
             InputError: if no plausible view is found, no view fits the device, or no training view is left.
@@ -162,6 +173,9 @@ class DistillationDataManager(VanillaDataManager[InputDataset]):
         self.background = background
         self.factor = factor
         self.rays_per_cell = rays_per_cell
+        self.conventions = conventions
+        self.margin = margin
+        """Cells around a crop that the student drops."""
         sampler = PoseSampler(self.view_cameras(), config.pose_sampler)
         config.pose_sampler.kind = sampler.kind
         CONSOLE.print(f"Pseudo cameras: {sampler.kind} sampler.")
@@ -189,9 +203,9 @@ class DistillationDataManager(VanillaDataManager[InputDataset]):
                     self.held_photographs = self.hold_out(watched, generator)
                 else:
                     CONSOLE.print("[yellow]No held-out photo has a pixel outside its mask: no figure against photos.")
-        held_ring = ViewRing(renderer(seed + HOLDOUT_SEED_OFFSET, None), HOLDOUT_VIEWS, self.device)
-        held_ring.fill()
-        self.held_views = self.hold_out(held_ring, None)
+        self._held_ring = ViewRing(renderer(seed + HOLDOUT_SEED_OFFSET, None), HOLDOUT_VIEWS, self.device)
+        self._held_ring.fill()
+        self.held_views = self.hold_out(self._held_ring, None)
         self.ring = ViewRing(renderer(seed, self._cache_dir(teacher, sampler)), config.num_views, self.device)
         self.ring.fill(None if config.fill_minutes is None else 60 * config.fill_minutes)
         self._training_seconds = 0.0
@@ -227,14 +241,24 @@ class DistillationDataManager(VanillaDataManager[InputDataset]):
     def draw(self, num_real: int) -> Batch:
         """A batch to learn from, `num_real` of its `train_num_rays_per_batch` pixels from photographs."""
 
-    def restart(self, config: DistillationDataManagerConfig) -> None:
-        """Begin anew with the teacher views and photographs at hand, for another student.
+    def restart(
+        self, config: DistillationDataManagerConfig, rays_per_cell: int, conventions: RayConventions, margin: int
+    ) -> None:
+        """Begin anew with the teacher views at hand, for another student.
 
         Args:
             config: what differs of it from the former one must not concern views and photographs.
+            rays_per_cell: as for `attach_teacher`.
+            conventions: as for `attach_teacher`; held-out photos keep those that they were drawn for.
+            margin: as for `attach_teacher`.
         """
         self.config = config
         self.photographs_now = False
+        self.rays_per_cell = rays_per_cell
+        self.conventions = conventions
+        self.margin = margin
+        self.__dict__.pop("cells", None)
+        self.held_views = self.hold_out(self._held_ring, None)
 
     def learn_from(self, batch: Batch, errors: Float[Tensor, "*batch"]) -> None:  # noqa: B027
         """Told after each iteration how wrong the student was, per pixel."""
@@ -258,7 +282,7 @@ class DistillationDataManager(VanillaDataManager[InputDataset]):
         self.train_count += 1
         self._refresh()
         real = self.photographs is not None and self.photographs_now
-        return self.draw(int(self.config.real_fraction * self.config.train_num_rays_per_batch) if real else 0)
+        return self.draw(int(self.config.real_fraction * self.get_train_rays_per_batch()) if real else 0)
 
     def next_train(self, step: int) -> tuple[RayBundle, dict[str, Tensor]]:
         """As `next_batch`, in Nerfstudio's form."""

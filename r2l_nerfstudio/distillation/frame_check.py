@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import cv2
 import torch
 from jaxtyping import Float, UInt8
@@ -19,6 +21,8 @@ from r2l_nerfstudio.models.camera_rays import is_pinhole
 from r2l_nerfstudio.teacher import Teacher
 
 NUM_VIEWS = 6
+OWN_SHARE = 0.85
+"""Own photos fit at least this much better than others', by mean squared error."""
 
 
 def check_cameras(teacher: Teacher, cameras: Cameras) -> None:
@@ -54,35 +58,55 @@ def check_frame(teacher: Teacher, dataset: InputDataset, background: Float[Tenso
     Raises:
         InputError: if own photos fit no better than others'.
     """
-    count = min(NUM_VIEWS, len(dataset))
-    if count < 3:  # too few for others to compare with
-        return
-    renders, photographs = [], []
-    for index in torch.linspace(0, len(dataset) - 1, count).round().long().tolist():
+
+    def pair(index: int) -> tuple[Tensor, Tensor] | None:
         camera = thumbnail(dataset.cameras[index], 32, undistorted=teacher.views_only)
         photo = _small_photo(teacher, dataset, index, camera, background)
-        if photo is None:
-            return
-        rgb = teacher.view(camera).rgb.cpu()
-        size = (32, 32)
-        renders.append(interpolate(rgb.permute(2, 0, 1)[None].float().nan_to_num(), size, mode="area"))
-        photographs.append(interpolate(photo.permute(2, 0, 1)[None].float() / 255, size, mode="area"))
-    own = torch.stack([(a - b).square().mean() for a, b in zip(renders, photographs, strict=True)])
-    other = torch.stack(
-        [
-            (renders[i] - photographs[(i + shift) % count]).square().mean()
-            for i in range(count)
-            for shift in range(1, count)
-        ]
-    )
-    if own.mean() > 0.85 * other.mean():
+        return None if photo is None else (teacher.view(camera).rgb.cpu(), photo)
+
+    errors = view_errors(pair, len(dataset))
+    if errors is None:
+        return
+    own, other = errors
+    if own > OWN_SHARE * other:
         raise InputError(
             f"Teacher and data do not match: the teacher {teacher.config_path} renders the photographs of"
             f" {teacher.dataparser_outputs.image_filenames[0].parent} from their own cameras no better than from others'"
-            f" (mean squared errors {own.mean():.4f} and {other.mean():.4f}). Either --data names another capture than"
+            f" (mean squared errors {own:.4f} and {other:.4f}). Either --data names another capture than"
             " the teacher was trained on, or the teacher is barely trained. Leave --data out to use the teacher's own;"
             " if you are sure, add --pipeline.check-frame False."
         )
+
+
+def view_errors(pair: Callable[[int], tuple[Tensor, Tensor] | None], views: int) -> tuple[float, float] | None:
+    """Compare pictures from some training cameras with the photos, at thumbnail size.
+
+    Args:
+        pair: for the number of a view, its picture in [0, 1] and its photo in uint8, both (height width 3); None if they
+            cannot be compared.
+        views: number of views.
+
+    Returns:
+        mean squared errors against the cameras' own photos, and against other cameras'; None for fewer than three views,
+        or if one cannot be compared.
+    """
+    count = min(NUM_VIEWS, views)
+    if count < 3:  # too few for others to compare with
+        return None
+    renders, photos = [], []
+    for index in torch.linspace(0, views - 1, count).round().long().tolist():
+        found = pair(index)
+        if found is None:
+            return None
+        rgb, photo = found
+        size = (32, 32)
+        renders.append(interpolate(rgb.permute(2, 0, 1)[None].float().nan_to_num(), size, mode="area"))
+        photos.append(interpolate(photo.permute(2, 0, 1)[None].float() / 255, size, mode="area"))
+    own = torch.stack([(a - b).square().mean() for a, b in zip(renders, photos, strict=True)])
+    others = [
+        (renders[i] - photos[(i + shift) % count]).square().mean() for i in range(count) for shift in range(1, count)
+    ]
+    return float(own.mean()), float(torch.stack(others).mean())
 
 
 def _small_photo(
@@ -101,3 +125,4 @@ def _small_photo(
         CONSOLE.print("[yellow]Not checking the teacher against the photos: their lens cannot be undistorted.")
         return None
     return view[..., :3]
+    return float(own.mean()), float(other.mean())

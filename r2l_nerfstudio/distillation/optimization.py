@@ -17,6 +17,11 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from r2l_nerfstudio.torch_compat import Muon
 
+DECAY_STEPS = 500_000
+"""Iterations to a tenth of R2L's published learning rate."""
+FORWARD_DECAY_STEPS = 250_000
+"""The same for forward-facing captures."""
+
 
 class MatrixMuon(Muon):
     """Torch's Muon, which takes matrices alone, for 1x1 convolutions too: it works on views of their weights.
@@ -78,14 +83,20 @@ class PublishedSchedulerConfig(SchedulerConfig):
     _target: type = field(default_factory=lambda: WarmupCosineScheduler)
     warmup_steps: int = 200
     """Iterations of warm-up."""
-    decay_steps: int = 500_000
-    """Iterations to a tenth of the learning rate, whatever the length of the training."""
+    decay_steps: int = 0
+    """Iterations to a tenth of the learning rate, whatever the length of the training. 0: as the published R2L has it,
+    250,000 for a forward-facing capture and 500,000 for any other."""
     max_steps: int = 1_200_000
     """Iterations in all; set from --max-num-iterations."""
 
     def share(self, step: int, progress: float) -> float:
         """Of the learning rate, at an iteration."""
-        return warmup(step, self.warmup_steps) * 0.1 ** (step / self.decay_steps)
+        return warmup(step, self.warmup_steps) * 0.1 ** (step / (self.decay_steps or DECAY_STEPS))
+
+    def settle(self, is_forward_facing: bool) -> None:
+        """Choose `decay_steps` by the kind of capture, unless it is set."""
+        if self.decay_steps == 0:
+            self.decay_steps = FORWARD_DECAY_STEPS if is_forward_facing else DECAY_STEPS
 
 
 def warmup(step: int, warmup_steps: int) -> float:

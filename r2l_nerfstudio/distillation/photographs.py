@@ -19,6 +19,8 @@ from torch import Tensor
 from r2l_nerfstudio.distillation.ray_sample import RaySample
 from r2l_nerfstudio.distillation.view_ring import free_memory
 from r2l_nerfstudio.errors import InputError
+from r2l_nerfstudio.rays.conventions import OURS, RayConventions
+from r2l_nerfstudio.rays.pinhole import planar_directions
 
 SHARE_OF_MEMORY = 0.4
 """Of what is free on the device, that photos may take; teacher views need room too."""
@@ -171,6 +173,7 @@ class Photographs:
         corrections: the teacher's pose corrections for all training views, or None.
         background: colour behind photos that have an alpha channel.
         device: where pixels live and rays are made.
+        conventions: how the student's ray encoding reads rays.
     """
 
     def __init__(
@@ -180,8 +183,10 @@ class Photographs:
         corrections: Float[Tensor, "num_train 3 4"] | None,
         background: Float[Tensor, "3"],
         device: torch.device | str,
+        conventions: RayConventions = OURS,
     ) -> None:
         self.device = torch.device(device)
+        self.conventions = conventions
         self.cameras = dataset.cameras.to(self.device)
         self.corrections = None if corrections is None else corrections.to(self.device)
         outputs = getattr(dataset, "_dataparser_outputs", None)
@@ -255,10 +260,11 @@ class Photographs:
         photo = torch.searchsorted(self._starts, flat, right=True) - 1
         views, heights, widths = self._views[photo].unbind(-1)
         inside = flat - self._starts[photo]
+        offset = self.conventions.pixel_offset
         # In the camera's pixels, which are smaller than those of a photo that was shrunk.
         down = self.cameras.height[views, 0] / heights
         across = self.cameras.width[views, 0] / widths
-        rows, columns = (inside // widths + 0.5) * down, (inside % widths + 0.5) * across
+        rows, columns = (inside // widths + offset) * down, (inside % widths + offset) * across
         coords = torch.stack([rows, columns], dim=-1).float()
         bundle = self.cameras.generate_rays(camera_indices=views[:, None], coords=coords)
         origins, directions = bundle.origins, bundle.directions
@@ -266,6 +272,11 @@ class Photographs:
             # As CameraOptimizer.apply_to_raybundle: shift the origin, rotate the direction, both in the world frame.
             origins = origins + self.corrections[views, :, 3]
             directions = (self.corrections[views, :, :3] @ directions[..., None]).squeeze(-1)
+        if self.conventions.is_planar:
+            poses = self.cameras.camera_to_worlds[views]
+            if self.corrections is not None:
+                poses = self.corrections[views, :, :3] @ poses
+            directions = planar_directions(directions, poses)
         pixels = self.pixels[flat]
         ones = torch.ones_like(origins[:, :1])
         weight = pixels[:, 3:].float() if pixels.shape[-1] == 4 else ones

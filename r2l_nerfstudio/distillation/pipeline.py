@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -37,11 +38,14 @@ from r2l_nerfstudio.distillation.datamanager import Batch, DistillationDataManag
 from r2l_nerfstudio.distillation.frame_check import check_cameras, check_frame
 from r2l_nerfstudio.distillation.optimization import move_state
 from r2l_nerfstudio.distillation.progress import TrainingProgress
+from r2l_nerfstudio.distillation.published_scene import scene_of_capture
 from r2l_nerfstudio.distillation.scene_occupancy import SceneOccupancy
 from r2l_nerfstudio.distillation.survey import Survey
 from r2l_nerfstudio.errors import InputError, exit_on_input_error
 from r2l_nerfstudio.models.light_field import LightFieldModel, LightFieldModelConfig
+from r2l_nerfstudio.models.mobile_r2l import MobileR2LModel
 from r2l_nerfstudio.ranges import FloatRange, IntRange
+from r2l_nerfstudio.rays.conventions import OURS
 from r2l_nerfstudio.teacher import Teacher
 
 STATISTICS_BATCHES = 16
@@ -68,6 +72,9 @@ class DistillationPipelineConfig(VanillaPipelineConfig):
     precision means on CUDA. Rays, encoding and losses stay in fp32."""
     steps_per_holdout: Annotated[int, IntRange(1, 10**9)] = 500
     """Iterations between looks at the held-out views."""
+    sync_batch_norm: bool = False
+    """On several GPUs, normalize over the batches of all of them (SyncBatchNorm), as published; CPUs have no such layer
+    and keep one set of statistics per process."""
     ema_decay: Annotated[float, FloatRange(0, 1)] = 0.0
     """Decay of a moving average of the weights, which is what training leaves behind; 0 keeps none."""
 
@@ -129,6 +136,8 @@ class DistillationPipeline(VanillaPipeline):
         # Nerfstudio's own wrapping names a GPU, and so fails between CPUs; and it searches every batch for unused weights.
         self.model.device_indicator_param.requires_grad_(False)  # Nerfstudio's; in no loss, so ranks would wait for it
         on_gpu = self.model.device.type == "cuda"
+        if self.config.sync_batch_norm and on_gpu:
+            self._model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(self.model)
         return DistributedDataParallel(self.model, device_ids=[local_rank] if on_gpu else None)
 
     def _attach_teacher(self, teacher: Teacher) -> None:
@@ -141,7 +150,11 @@ class DistillationPipeline(VanillaPipeline):
             check_frame(teacher, self.datamanager.train_dataset, background)
         self._set_scene(survey, background)
         CONSOLE.print(f"Scene: {self.model.describe_scene()}.")
-        self.datamanager.attach_teacher(teacher, survey, background, self.model.factor, self.model.rays_per_cell)
+        model = self.model
+        self.datamanager.attach_teacher(
+            teacher, survey, background, model.factor, model.rays_per_cell, model.ray_code.conventions, model.margin
+        )
+        model.crop_margin = self.datamanager.margin
         self._survey = survey
         self._start_occupancy()
 
@@ -165,13 +178,20 @@ class DistillationPipeline(VanillaPipeline):
 
     def _set_scene(self, survey: Survey, background: Float[Tensor, "3"]) -> None:
         capture = self.datamanager.view_cameras()
+        bounds, conventions = survey.bounds(capture, self.model.config.forced_spacing), OURS
+        if self.model.config.published_rays:
+            outputs = self.datamanager.train_dataparser_outputs
+            scene = scene_of_capture(capture, outputs, bounds, isinstance(self.model, MobileR2LModel))
+            bounds = dataclasses.replace(bounds, near=scene.near, far=scene.far)
+            conventions = scene.conventions
         self.model.set_scene(
-            bounds=survey.bounds(capture, self.model.config.forced_spacing),
+            bounds=bounds,
             axes=capture.mean_axes,
             background=background,
             has_accumulation=survey.has_accumulation,
             has_depth=survey.has_depth,
             focal=float(capture.intrinsics[:, :2].median()),
+            conventions=conventions,
         )
 
     def restart(self, config: DistillationPipelineConfig) -> None:
@@ -186,7 +206,10 @@ class DistillationPipeline(VanillaPipeline):
             scene_box=dataset.scene_box, num_train_data=len(dataset), metadata=dataset.metadata
         ).to(self.datamanager.device)
         self._set_scene(self._survey, self.datamanager.background)
-        self.datamanager.restart(config.datamanager)
+        self.datamanager.restart(
+            config.datamanager, self.model.rays_per_cell, self.model.ray_code.conventions, self.model.margin
+        )
+        self.model.crop_margin = self.datamanager.margin
         self._start_occupancy()
         self.average = WeightAverage(self.model, config.ema_decay) if config.ema_decay > 0 else None
         self._best = None
@@ -225,6 +248,7 @@ class DistillationPipeline(VanillaPipeline):
                     f" describe ({' '.join(str(error).split())[:300]}). A run's config.yml goes with its own"
                     " checkpoints; to go on from one with --load-dir, give the same --pipeline.model options."
                 ) from error
+            self._check_conventions(step)
         if self.scene_occupancy is not None:
             # The checkpoint's features, as many as it has; ranks and averages go by that number.
             self.scene_occupancy.resume(self.datamanager.ring)
@@ -239,6 +263,20 @@ class DistillationPipeline(VanillaPipeline):
                 self.average.reset()
         elif self.test_mode != "val":
             put_average(self.model, averages)
+
+    def _check_conventions(self, step: int) -> None:
+        """Rays that are made one way are not read another.
+
+        Raises:
+            InputError: if the checkpoint's ray encoding reads other rays than the data manager makes.
+        """
+        read, made = self.model.ray_code.conventions, getattr(self.datamanager, "conventions", None)
+        if made is None or (read.is_planar, read.pixel_offset) == (made.is_planar, made.pixel_offset):
+            return
+        raise InputError(
+            f"The checkpoint of step {step} reads rays by {'the published' if read.is_planar else 'our'} conventions: add"
+            f" --pipeline.model.published-rays {read.is_planar} to go on from it."
+        )
 
     def get_train_loss_dict(self, step: int) -> tuple[Any, dict[str, Tensor], dict[str, Tensor]]:
         """One batch through the student; the data manager is told how wrong it was."""

@@ -21,6 +21,8 @@ from r2l_nerfstudio.distillation.ray_sample import RECORD_WIDTH, RaySample
 from r2l_nerfstudio.distillation.survey import Survey
 from r2l_nerfstudio.distillation.view_ring import ViewRing
 from r2l_nerfstudio.ranges import FloatRange, IntRange
+from r2l_nerfstudio.rays.conventions import OURS, RayConventions
+from r2l_nerfstudio.rays.ray_image import MARGIN
 from r2l_nerfstudio.teacher import Teacher
 
 HOLDOUT_RAYS = 8192
@@ -37,6 +39,9 @@ class RayDataManagerConfig(DistillationDataManagerConfig):
     """Share of every batch drawn from the rays with the largest errors so far."""
     hard_pool_batches: Annotated[int, IntRange(1, 10**6)] = 20
     """How many iterations' hard rays are remembered."""
+    published_hard_rays: bool = False
+    """Use hard rays as the published code does: none until the pool is full, then the worst of all rays of a batch, old
+    hard ones included, replace those just drawn."""
 
 
 class RayDataManager(DistillationDataManager):
@@ -45,36 +50,53 @@ class RayDataManager(DistillationDataManager):
     config: RayDataManagerConfig
 
     def attach_teacher(
-        self, teacher: Teacher, survey: Survey, background: Float[Tensor, "3"], factor: int, rays_per_cell: int = 1
+        self,
+        teacher: Teacher,
+        survey: Survey,
+        background: Float[Tensor, "3"],
+        factor: int,
+        rays_per_cell: int = 1,
+        conventions: RayConventions = OURS,
+        margin: int = MARGIN,
     ) -> None:
-        super().attach_teacher(teacher, survey, background, factor, rays_per_cell)
+        super().attach_teacher(teacher, survey, background, factor, rays_per_cell, conventions, margin)
         self._begin()
 
-    def restart(self, config: DistillationDataManagerConfig) -> None:
-        super().restart(config)
+    def restart(
+        self, config: DistillationDataManagerConfig, rays_per_cell: int, conventions: RayConventions, margin: int
+    ) -> None:
+        super().restart(config, rays_per_cell, conventions, margin)
+        if self.photographs is not None:
+            self.photographs.conventions = conventions
         self._begin()
 
     def _begin(self) -> None:
         num_hard = int(self.config.hard_fraction * self.config.train_num_rays_per_batch)
-        self.hard_rays = HardRayPool(num_hard, self.config.hard_pool_batches, RECORD_WIDTH, self.device)
+        waits = self.config.published_hard_rays
+        self.hard_rays = HardRayPool(num_hard, self.config.hard_pool_batches, RECORD_WIDTH, self.device, waits)
         self._of_photographs = torch.empty(0, RECORD_WIDTH, device=self.device)
 
     def read_photographs(self, indices: list[int], corrections: Float[Tensor, "num_train 3 4"] | None) -> Photographs:
-        return Photographs(self.train_dataset, indices, corrections, self.background, self.device)
+        return Photographs(self.train_dataset, indices, corrections, self.background, self.device, self.conventions)
 
     def hold_out(self, source: Photographs | ViewRing, generator: torch.Generator | None) -> Batch:
-        sample = source.sample(HOLDOUT_RAYS, generator)
+        if isinstance(source, ViewRing):
+            sample = source.sample(HOLDOUT_RAYS, generator, conventions=self.conventions)
+        else:
+            sample = source.sample(HOLDOUT_RAYS, generator)
         return Batch(to_ray_bundle(sample), sample)
 
     def draw(self, num_real: int) -> Batch:
         """Fresh rays of teacher views first, then hard rays, then rays of photographs."""
         total = self.config.train_num_rays_per_batch
-        num_hard = min(self.hard_rays.per_step, len(self.hard_rays))
+        num_hard = self.hard_rays.available
         if num_real:
             num_hard = int(num_hard * (1 - self.config.real_fraction))
         fresh = total - num_hard - num_real
+        if self.config.published_hard_rays:  # until the pool is full its share of the batch is left out
+            fresh = min(fresh, total - self.hard_rays.per_step)
         parts = [
-            self.ring.sample(fresh, None, self.config.foreground_fraction).records(),
+            self.ring.sample(fresh, None, self.config.foreground_fraction, self.conventions).records(),
             self.hard_rays.draw(num_hard),
         ]
         if num_real:
@@ -89,5 +111,6 @@ class RayDataManager(DistillationDataManager):
         return drawn
 
     def learn_from(self, batch: Batch, errors: Float[Tensor, "rays"]) -> None:
-        """Put the worst of a batch's fresh rays into the hard-ray pool (R2L, sec. 3.3)."""
-        self.hard_rays.add(batch.target.records()[: batch.fresh], errors[: batch.fresh])
+        """Put the worst of a batch's fresh rays, or as published of all its rays, into the pool (R2L, sec. 3.3)."""
+        count = len(errors) if self.config.published_hard_rays else batch.fresh
+        self.hard_rays.add(batch.target.records()[:count], errors[:count])

@@ -18,7 +18,7 @@ class RaySample:
     origins: Float[Tensor, "*batch 3"]
     """In the teacher's frame."""
     directions: Float[Tensor, "*batch 3"]
-    """Unit length."""
+    """Unit length, or planar where the student's ray encoding reads planar ones."""
     rgb: Float[Tensor, "*batch 3"]
     accumulation: Float[Tensor, "*batch 1"]
     depth: Float[Tensor, "*batch 1"]

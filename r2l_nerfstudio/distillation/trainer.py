@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import shutil
 import signal
 import sys
@@ -17,6 +18,7 @@ from types import FrameType
 from typing import Annotated, Any, Literal
 
 import torch
+from nerfstudio.engine.optimizers import Optimizers
 from nerfstudio.engine.trainer import TRAIN_INTERATION_OUTPUT, Trainer, TrainerConfig
 from nerfstudio.utils import writer
 from nerfstudio.utils.decorators import check_main_thread
@@ -26,7 +28,7 @@ from r2l_nerfstudio.checkpoints import read_checkpoint, weight_bytes
 from r2l_nerfstudio.dataparsers import dataparser_of
 from r2l_nerfstudio.disk import check_writable, free_bytes
 from r2l_nerfstudio.distillation.learning_curve import LearningCurveWriter, read_learning_curve
-from r2l_nerfstudio.distillation.optimization import ScheduledRate
+from r2l_nerfstudio.distillation.optimization import PublishedSchedulerConfig, ScheduledRate
 from r2l_nerfstudio.distillation.pipeline import DistillationPipeline, DistillationPipelineConfig
 from r2l_nerfstudio.distillation.progress import TrainingProgress
 from r2l_nerfstudio.errors import InputError, command_line, exit_on_input_error
@@ -176,6 +178,7 @@ class DistillationTrainerConfig(TrainerConfig):
                     f"There is no checkpoint to go on from: --load-dir {self.load_dir} holds no {name}. Name the"
                     f" {self.relative_model_dir} folder of a run of {self.method_name}."
                 )
+            self._take_published_student(folder.absolute().parent)
             self.pipeline.resumes = found[-1]
         elif self.load_checkpoint is not None:
             self.pipeline.resumes = Path(self.load_checkpoint)
@@ -190,6 +193,29 @@ class DistillationTrainerConfig(TrainerConfig):
             except InputError as error:
                 flag = "--load-checkpoint" if self.load_dir is None else "--load-dir"
                 raise InputError(f"Training cannot go on from {flag}: {error}") from error
+
+    def _take_published_student(self, run: Path) -> None:
+        """Take over the network and ray encoding of an imported run, so that any method of its kind can fine-tune it.
+
+        Raises:
+            InputError: if it is of the other kind.
+        """
+        from r2l_nerfstudio.run_config import load_run_config
+
+        if not (run / "config.yml").is_file():
+            return
+        model = load_run_config(run).pipeline.model
+        if not getattr(model, "published_rays", False) or model == self.pipeline.model:
+            return
+        if type(model) is not type(self.pipeline.model):
+            raise InputError(
+                f"--load-dir {self.load_dir} is a run of a {type(model).__name__.removesuffix('ModelConfig')} student, which"
+                f" ns-train {self.method_name} cannot go on from: choose the method of its kind."
+            )
+        CONSOLE.print(f"Taking network and ray encoding from {run / 'config.yml'}.", soft_wrap=True)
+        engine = self.pipeline.model.engine
+        self.pipeline.model = model
+        model.engine = engine
 
 
 class DistillationTrainer(Trainer):
@@ -235,12 +261,21 @@ class DistillationTrainer(Trainer):
                 soft_wrap=True,
             )
 
+    def setup_optimizers(self) -> Optimizers:
+        """As Nerfstudio's, once schedules that depend on the kind of capture are settled."""
+        is_forward_facing = getattr(self.pipeline.datamanager.config.pose_sampler, "kind", None) == "box"
+        for group in self.config.optimizers.values():
+            if isinstance(group["scheduler"], PublishedSchedulerConfig):
+                group["scheduler"].settle(is_forward_facing)
+        return super().setup_optimizers()
+
     def _load_checkpoint(self) -> None:
         """As Nerfstudio's.
 
         Raises:
             InputError: if the checkpoint to go on from is damaged, or another method's.
         """
+        self._check_load_frame()
         try:
             super()._load_checkpoint()
         except Exception as error:  # a damaged file may raise anything
@@ -250,6 +285,32 @@ class DistillationTrainer(Trainer):
                 f" {self.config.relative_model_dir} folder of a run of {self.config.method_name}, or leave it out to"
                 " begin anew."
             ) from error
+
+    def _check_load_frame(self) -> None:
+        """A student goes on in the frame it was made in.
+
+        Raises:
+            InputError: if the run to go on from lived in another frame than the teacher.
+        """
+        if self.config.load_dir is None:
+            return
+        path = Path(self.config.load_dir).absolute().parent / "dataparser_transforms.json"
+        if not path.is_file():
+            return
+        try:
+            saved = json.loads(path.read_text(encoding="utf8"))
+            transform, scale = torch.tensor(saved["transform"]), float(saved["scale"])
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            raise InputError(f"{path} is damaged ({' '.join(str(error).split())[:200]}): restore it.") from error
+        outputs = self.pipeline.datamanager.train_dataparser_outputs
+        ours = outputs.dataparser_transform
+        same = transform.shape == ours.shape and torch.allclose(transform, ours.to(transform), atol=1e-4)
+        if not same or abs(scale / outputs.dataparser_scale - 1) > 1e-4:
+            raise InputError(
+                f"The student of --load-dir {self.config.load_dir} lives in another frame than the teacher"
+                f" {self.config.teacher}: go on with the teacher it was distilled from; an imported student, import again"
+                " with r2l-import --teacher."
+            )
 
     def train(self) -> None:
         """Train up to `max_num_iterations` in all, those before a resumed checkpoint included, or for `max_minutes`.

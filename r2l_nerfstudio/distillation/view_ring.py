@@ -24,6 +24,7 @@ from r2l_nerfstudio.distillation.pose_sampling import PoseSampler
 from r2l_nerfstudio.distillation.ray_sample import RaySample
 from r2l_nerfstudio.distillation.survey import Survey, thumbnail
 from r2l_nerfstudio.errors import InputError
+from r2l_nerfstudio.rays.conventions import OURS, RayConventions
 from r2l_nerfstudio.rays.pinhole import pinhole_rays
 from r2l_nerfstudio.teacher import Teacher, TeacherOutputs
 from r2l_nerfstudio.torch_compat import OutOfMemoryError
@@ -343,7 +344,11 @@ class ViewRing:
         self._filled = min(self._filled + 1, self.capacity)
 
     def sample(
-        self, num_rays: int, generator: torch.Generator | None = None, foreground_fraction: float = 0.0
+        self,
+        num_rays: int,
+        generator: torch.Generator | None = None,
+        foreground_fraction: float = 0.0,
+        conventions: RayConventions = OURS,
     ) -> RaySample:
         """Rays drawn uniformly over all pixels of all views in the ring.
 
@@ -351,6 +356,7 @@ class ViewRing:
             num_rays: how many.
             generator: on the ring's device, for a repeatable draw.
             foreground_fraction: of them, drawn where the teacher sees something.
+            conventions: how the student's ray encoding reads rays.
         """
         num_foreground = int(foreground_fraction * num_rays)
         num_pixels, stored = self._filled * self.height * self.width, self.pixels.view(-1, 5)
@@ -364,10 +370,10 @@ class ViewRing:
             taken = first_in_foreground(stored[tries, 3])
             flat = torch.cat([flat, tries.gather(0, taken[None])[0]])
         view = flat // (self.height * self.width)
-        x = (flat % self.width).float() + 0.5
-        y = (flat // self.width % self.height).float() + 0.5
+        x = (flat % self.width).float() + conventions.pixel_offset
+        y = (flat // self.width % self.height).float() + conventions.pixel_offset
         origins, directions = pinhole_rays(
-            self.camera_to_worlds[view], self.intrinsics[view], torch.stack([x, y], dim=-1)
+            self.camera_to_worlds[view], self.intrinsics[view], torch.stack([x, y], dim=-1), conventions.is_planar
         )
         pixels = stored[flat]
         return RaySample(

@@ -9,7 +9,6 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from r2l_nerfstudio.engines.sizes import is_grid
-from r2l_nerfstudio.rays.pinhole import image_rays
 from r2l_nerfstudio.rays.ray_code import RayCode
 
 SIDE = 19
@@ -38,7 +37,7 @@ def probe_code(
     for across, down in ((-1, -1), (-1, 1), (1, -1), (1, 1)):
         aside = 0.3 * ray_code.radius * (across * right + down * up)
         pose = torch.stack([right, up, backward, ray_code.center + distance * backward + aside], dim=-1)
-        rays.append(image_rays(pose, intrinsics, side, side))
+        rays.append(ray_code.image_rays(pose, intrinsics, side, side))
     origins, directions = (torch.stack(parts) for parts in zip(*rays, strict=True))
     with torch.no_grad():
         code = encode(origins, directions)

@@ -14,7 +14,6 @@ from r2l_nerfstudio.engines.protocol import PARITY_DB
 from r2l_nerfstudio.errors import InputError
 from r2l_nerfstudio.export.graph import GraphSpec
 from r2l_nerfstudio.export.probes import probe_intrinsics, probe_poses
-from r2l_nerfstudio.rays.pinhole import image_rays
 from r2l_nerfstudio.student import Student
 
 PLAIN_DB = 60.0
@@ -34,7 +33,7 @@ def probe_inputs(student: Student, spec: GraphSpec, probe: int) -> tuple[Arrays,
     if spec.inputs == "camera":
         inputs = {"camera_to_world": pose.numpy(), "intrinsics": intrinsics.numpy()}
     else:
-        rays = image_rays(pose, intrinsics, spec.height, spec.width)
+        rays = model.ray_code.image_rays(pose, intrinsics, spec.height, spec.width)
         origins, directions = (np.ascontiguousarray(tensor.reshape(-1, 3).numpy()) for tensor in rays)
         inputs = {"origins": origins, "directions": directions}
     truth: Arrays = {}

@@ -19,9 +19,10 @@ from r2l_nerfstudio.export.plain_network import to_plain_operators
 from r2l_nerfstudio.models.composited_encoding import EncodedRays, encode_ray_image, encode_single_rays, finished
 from r2l_nerfstudio.models.light_field import LightFieldModel
 from r2l_nerfstudio.models.mobile_r2l import MobileR2LModel
+from r2l_nerfstudio.rays.conventions import RayConventions
 from r2l_nerfstudio.rays.encoding import frequency_encode
 from r2l_nerfstudio.rays.pinhole import image_rays
-from r2l_nerfstudio.rays.ray_image import MARGIN, ray_image_intrinsics, ray_image_size
+from r2l_nerfstudio.rays.ray_image import ray_image_intrinsics, ray_image_size
 from r2l_nerfstudio.rays.spacing import MISSED_FRACTION
 from r2l_nerfstudio.student import Student
 
@@ -132,7 +133,8 @@ class Joining(nn.Module):
 
     def __init__(self, model: LightFieldModel) -> None:
         super().__init__()
-        self.edge = MARGIN * model.factor if isinstance(model, MobileR2LModel) else 0
+        self.is_image = isinstance(model, MobileR2LModel)
+        self.edge = model.margin * model.factor
         self.is_bounded = model.composited is not None and model.composited.is_bounded
         self.register_buffer("background", model.background.clone())
 
@@ -143,8 +145,10 @@ class Joining(nn.Module):
             values: of the network.
             geometry: of a composited encoding.
         """
+        if self.is_image:
+            values = values[0].permute(1, 2, 0)
         if self.edge:
-            values = values[0, :, self.edge : -self.edge, self.edge : -self.edge].permute(1, 2, 0)
+            values = values[self.edge : -self.edge, self.edge : -self.edge]
         return values if geometry is None else finished(values, geometry, self.background if self.is_bounded else None)
 
 
@@ -213,23 +217,30 @@ class PictureFrame(nn.Module):
         self.is_image = isinstance(model, MobileR2LModel)
         self.factor = model.factor
         self.rays_per_cell = model.rays_per_cell
+        self.margin = model.margin
+        self.conventions: RayConventions = model.ray_code.conventions
         self.height = height
         self.width = width
-        margin = MARGIN * self.rays_per_cell
+        margin = self.margin * self.rays_per_cell
         self.register_buffer("margin_offset", torch.tensor([0.0, 0.0, margin, margin]))
 
     def pixels(self, camera_to_world: Float[Tensor, "3 4"], intrinsics: Float[Tensor, "4"]) -> tuple[Tensor, Tensor]:
-        """Origins and directions [height, width, 3]."""
-        return image_rays(camera_to_world, intrinsics, self.height, self.width)
+        """Origins and directions [height, width, 3], as the ray encoding reads them."""
+        return self._rays(camera_to_world, intrinsics, self.height, self.width)
+
+    def _rays(self, camera_to_world: Tensor, intrinsics: Tensor, rows: int, columns: int) -> tuple[Tensor, Tensor]:
+        conventions = self.conventions
+        return image_rays(camera_to_world, intrinsics, rows, columns, conventions.pixel_offset, conventions.is_planar)
 
     def evaluated(self, camera_to_world: Float[Tensor, "3 4"], intrinsics: Float[Tensor, "4"]) -> tuple[Tensor, Tensor]:
-        """Origins and directions [rows, columns, 3] of a MobileR2L's ray image, margin included; else those of the pixels."""
+        """Origins and directions [rows, columns, 3] of a MobileR2L's ray image with its margin; else of the pixels."""
         if not self.is_image:
             return self.pixels(camera_to_world, intrinsics)
-        rows, columns = (size * self.rays_per_cell for size in ray_image_size(self.height, self.width, self.factor))
+        size = ray_image_size(self.height, self.width, self.factor, self.margin)
+        rows, columns = (count * self.rays_per_cell for count in size)
         # As `ray_image_intrinsics`, without writing in place: few runtimes scatter.
         scaled = intrinsics / self.factor * self.rays_per_cell + self.margin_offset
-        return image_rays(camera_to_world, scaled, rows, columns)
+        return self._rays(camera_to_world, scaled, rows, columns)
 
     def crop(self, values: Float[Tensor, "drawn_height drawn_width 5"]) -> Float[Tensor, "height width 5"]:
         """The picture, of all whole cells."""
@@ -370,7 +381,7 @@ class NetworkGraph(nn.Module):
             code: as `CodeGraph` gives it.
 
         Returns:
-            [rays, 5 or 3]; for a MobileR2L [1, 5 or 3, rows * factor, columns * factor], `factor` pixels of margin all around.
+            [rays, 5 or 3]; for a MobileR2L [1, 5 or 3, rows * factor, columns * factor], with `factor` pixels of margin.
         """
         return (self.network(code),)
 
@@ -411,7 +422,7 @@ class ValuesGraph(nn.Module):
         if self.frame.is_image:
             values = self.frame.crop(values)
         else:
-            values = values.reshape(self.frame.height, self.frame.width, 5)
+            values = values.reshape(self.frame.height, self.frame.width, -1)
         return self.pictures(values, *rays)
 
 
@@ -463,12 +474,12 @@ class GraphSpec:
     ) -> EncodedRays:
         """What the network reads of a camera of this size, as torch makes it, and the geometry known without it."""
         if isinstance(model, MobileR2LModel):
-            per_cell = model.rays_per_cell
-            rows, columns = (size * per_cell for size in ray_image_size(self.height, self.width, model.factor))
-            in_cells = ray_image_intrinsics(intrinsics, model.factor, rays_per_cell=per_cell)
-            code, geometry = model.encode_rays(*image_rays(pose, in_cells, rows, columns))
+            per_cell, size = model.rays_per_cell, ray_image_size(self.height, self.width, model.factor, model.margin)
+            in_cells = ray_image_intrinsics(intrinsics, model.factor, None, per_cell, model.margin)
+            rays = model.ray_code.image_rays(pose, in_cells, *(count * per_cell for count in size))
+            code, geometry = model.encode_rays(*rays)
             return EncodedRays(code.permute(2, 0, 1)[None].contiguous(), geometry)
-        origins, directions = image_rays(pose, intrinsics, self.height, self.width)
+        origins, directions = model.ray_code.image_rays(pose, intrinsics, self.height, self.width)
         return model.encode_rays(origins.reshape(-1, 3), directions.reshape(-1, 3))
 
     def build(self, student: Student) -> StudentGraph:

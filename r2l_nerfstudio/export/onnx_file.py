@@ -129,12 +129,17 @@ def metadata(student: Student, spec: GraphSpec) -> dict[str, str]:
         "center": code.center.tolist(),
         "scale": float(code.radius),
         "axes": code.axes.tolist(),
+        "directions": "planar" if code.conventions.is_planar else "unit",
+        "pixel_offset": code.conventions.pixel_offset,
+        "is_contracted": code.is_contracted,
+        "encoding_frame": None if code.conventions.frame is None else code.frame.tolist(),
+        "ndc": None if code.conventions.ndc is None else list(code.conventions.ndc),
         "background": model.background.tolist(),
         "factor": 1,
     }
     if isinstance(model, MobileR2LModel):
         focal = float(model.focal)
-        found |= {"factor": model.factor, "focal": focal, "pitch": 1.0 / focal}
+        found |= {"factor": model.factor, "margin": model.margin, "focal": focal, "pitch": 1.0 / focal}
     if spec.inputs == "camera" or spec.is_static:
         found |= {"width": spec.width, "height": spec.height}
     return {key: value if isinstance(value, str) else json.dumps(value) for key, value in found.items()}

@@ -27,7 +27,6 @@ from r2l_nerfstudio.export.web_graph import WebGraph, write_web_graph
 from r2l_nerfstudio.export.web_runtime import BACKENDS, describe_runtime
 from r2l_nerfstudio.export.whole_files import whole_folder
 from r2l_nerfstudio.models.mobile_r2l import MobileR2LModel
-from r2l_nerfstudio.rays.pinhole import image_rays
 from r2l_nerfstudio.rays.ray_image import ray_image_intrinsics, ray_image_size
 from r2l_nerfstudio.student import Student
 
@@ -120,6 +119,7 @@ def _fill(student: Student, cameras: CaptureCameras, runtime: Path, folder: Path
         "background": student.model.background.tolist(),
         "factor": graph.factor,
         "margin": graph.margin,
+        "rays": {"planar": code.conventions.is_planar, "offset": code.conventions.pixel_offset},
         "raysPerCell": graph.rays_per_cell,
         "sphere": {"center": code.center.tolist(), "radius": float(code.radius)} if code.spacing == "sphere" else None,
         "picture": picture,
@@ -153,10 +153,11 @@ def page_rays(
     """Origin and directions as the page makes them for a picture."""
     width, height, focal = picture["width"], picture["height"], picture["focal"]
     intrinsics = torch.tensor([focal, focal, width / 2, height / 2])
-    if graph.margin:
-        height, width = (size * graph.rays_per_cell for size in ray_image_size(height, width, graph.factor))
-        intrinsics = ray_image_intrinsics(intrinsics, graph.factor, rays_per_cell=graph.rays_per_cell)
-    origins, directions = image_rays(pose, intrinsics, height, width)
+    if graph.is_image:
+        size = ray_image_size(height, width, graph.factor, graph.margin)
+        height, width = (count * graph.rays_per_cell for count in size)
+        intrinsics = ray_image_intrinsics(intrinsics, graph.factor, None, graph.rays_per_cell, graph.margin)
+    origins, directions = graph.encoded_network.encoding.ray_code.image_rays(pose, intrinsics, height, width)
     return origins[0, 0], directions
 
 
@@ -181,7 +182,7 @@ def _check_model(
     rgb = torch.from_numpy(to_rgb(np.asarray(pixels))[:height, :width]).float() / 255
     intrinsics = torch.tensor([focal, focal, width / 2, height / 2])
     # The page itself paints the background where rays pass by the scene.
-    missed = student.model.ray_code.misses_scene(*image_rays(pose, intrinsics, height, width))
+    missed = student.model.ray_code.misses_scene(*student.model.ray_code.image_rays(pose, intrinsics, height, width))
     truth = torch.from_numpy(student.render(pose.numpy(), intrinsics.numpy(), width, height))
     found = psnr(torch.where(missed, student.model.background, rgb), truth)
     if not found >= NEEDED_DB:
@@ -201,9 +202,9 @@ def to_rgb(pixels: Int[np.ndarray, "height width"]) -> Int[np.ndarray, "height w
 @torch.no_grad()
 def _probe(graph: WebGraph, pose: Float[Tensor, "3 4"], picture: dict[str, Any]) -> dict[str, Any]:
     """A few rays across the picture and their pixels: a browser that gives others does not draw this student."""
-    step = graph.factor if graph.margin else max(1, picture["width"] // (2 * PROBE_CELLS))
+    step = graph.factor if graph.is_image else max(1, picture["width"] // (2 * PROBE_CELLS))
     side = step * PROBE_CELLS
-    if graph.margin:
+    if graph.is_image:
         small = {"width": side, "height": side, "focal": picture["focal"]}
     else:
         small = {"width": PROBE_CELLS, "height": PROBE_CELLS, "focal": picture["focal"] / step}

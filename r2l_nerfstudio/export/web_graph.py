@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from r2l_nerfstudio.export.graph import EncodedNetwork, GraphPrecision
 from r2l_nerfstudio.export.onnx_file import OPSET, exported_model, forget_source
 from r2l_nerfstudio.export.plain_network import to_plain_operators
-from r2l_nerfstudio.rays.ray_image import MARGIN
 from r2l_nerfstudio.student import Student
 
 if TYPE_CHECKING:
@@ -46,7 +45,9 @@ class WebGraph(nn.Module):
         """Pixels along each side of a cell."""
         self.rays_per_cell = model.rays_per_cell
         """Rays along each side of a cell."""
-        self.margin = MARGIN if self.encoded_network.encoding.is_image else 0
+        self.is_image = self.encoded_network.encoding.is_image
+        """Whether it draws whole ray images."""
+        self.margin = model.margin
         """Cells around the picture."""
 
     def forward(
@@ -56,7 +57,7 @@ class WebGraph(nn.Module):
 
         Args:
             origin: of all rays, in the run's frame.
-            directions: unit length, rows from the top.
+            directions: as the ray encoding reads them, rows from the top.
 
         Returns:
             int32, its bytes red, green, blue and 255 where the lowest byte comes first; [rows, columns], or for a MobileR2L

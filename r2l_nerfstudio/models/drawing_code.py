@@ -84,7 +84,7 @@ class DrawingCode:
         positions = self._ray_code.positions(torch.linspace(0.0, 1.0, count, device=start.device))
         points = start.new_empty(count, 3, len(start))
         torch.addcmul(start.T, positions[:, None, None], step.T, out=points)
-        if self._ray_code.spacing == "sphere":
+        if not self._ray_code.is_contracted:
             return points
         # As `contract`, whose norm is slow along any axis but the last.
         norm = points.square().sum(1, keepdim=True).sqrt_().clamp_min_(1.0)

@@ -12,6 +12,7 @@ import torch
 import tyro
 from jaxtyping import Float
 from nerfstudio.cameras.cameras import Cameras
+from nerfstudio.cameras.rays import RayBundle
 from nerfstudio.data.scene_box import OrientedBox
 from nerfstudio.model_components import renderers
 from nerfstudio.models.base_model import Model, ModelConfig
@@ -34,6 +35,7 @@ from r2l_nerfstudio.models.composited_encoding import (
 from r2l_nerfstudio.models.drawing_code import DrawingCode
 from r2l_nerfstudio.models.metrics import image_metrics
 from r2l_nerfstudio.ranges import FloatRange, IntRange
+from r2l_nerfstudio.rays.conventions import OURS, RayConventions
 from r2l_nerfstudio.rays.ray_code import RayCode, RayCodeKind
 from r2l_nerfstudio.rays.spacing import MISSED_FRACTION, SceneBounds, SpacingKind
 from r2l_nerfstudio.students.ray_features import FeatureVolume
@@ -88,6 +90,11 @@ class LightFieldModelConfig(ModelConfig):
     """Features per grid point of that volume."""
     volume_points: Annotated[int, IntRange(1, 4096)] = 16
     """Points per ray at which that volume is read."""
+    published_rays: bool = False
+    """Encode rays as the published code does: world units without contraction, planar directions, its pixel corners or
+    centers, its near and far, and for MobileR2L normalized device coordinates in forward-facing captures."""
+    color_only: bool = False
+    """Three outputs, as published, instead of five: no accumulation and no depth."""
     accumulation_weight: Annotated[float, FloatRange(0, 1e6)] = 0.1
     """Weight of the accumulation loss."""
     depth_weight: Annotated[float, FloatRange(0, 1e6)] = 0.1
@@ -122,8 +129,13 @@ class LightFieldModel(Model):
     config: LightFieldModelConfig
     factor: int = 1
     """Pixels along each side that one evaluation of the network explains."""
+    margin: int = 0
+    """Cells around a picture that are evaluated and dropped."""
+    crop_margin: int = 0
+    """Cells around a crop that are evaluated and dropped in training."""
     network: torch.nn.Module
-    """From encoded rays to numbers in (0, 1): rgb, and unless composited accumulation, depth as a position along the ray."""
+    """From encoded rays to numbers in (0, 1): rgb, and unless composited or of colour only, accumulation and depth as a
+    position along the ray."""
     background: Tensor
     _runner: Callable[[Tensor], Tensor] | None = None
     """What runs the network in place of `engines`; see `drawn_by`."""
@@ -176,7 +188,7 @@ class LightFieldModel(Model):
     @property
     def out_dim(self) -> int:
         """Numbers per pixel that the network gives: what is composited needs no network for its geometry."""
-        return 5 if self.composited is None else 3
+        return 5 if self.composited is None and not self.config.color_only else 3
 
     @abstractmethod
     def build_network(self, code_dim: int) -> torch.nn.Module:
@@ -218,6 +230,7 @@ class LightFieldModel(Model):
         has_accumulation: bool,
         has_depth: bool,
         focal: float,
+        conventions: RayConventions = OURS,
     ) -> None:
         """Fix what a student keeps of its scene.
 
@@ -228,19 +241,27 @@ class LightFieldModel(Model):
             has_accumulation: whether the teacher teaches it.
             has_depth: likewise.
             focal: focal length in pixels of the views to learn from.
+            conventions: how the ray encoding reads rays.
         """
         self.ray_code.set_bounds(bounds, axes)
+        self.ray_code.set_conventions(conventions)
         if self.volume is not None:
             # A bounded scene's points end a little beyond radius 1, contracted space ends at 2.
-            self.volume.extent.fill_(1.05 if bounds.kind == "sphere" else 2.0)
+            extent = 1.05 if bounds.kind == "sphere" else 2.0
+            if conventions.frame is not None:
+                extent = 1.0 if conventions.ndc else conventions.scale * bounds.radius
+            self.volume.extent.fill_(extent)
         self.background.copy_(background)
         # Nobody teaches what has no weight.
-        self.has_accumulation = has_accumulation and self.config.accumulation_weight > 0
-        self.has_depth = has_depth and self.config.depth_weight > 0
+        self.has_accumulation = has_accumulation and self.config.accumulation_weight > 0 and not self.config.color_only
+        self.has_depth = has_depth and self.config.depth_weight > 0 and not self.config.color_only
 
     def describe_scene(self) -> str:
         """One line on the bounds in use."""
         code = self.ray_code
+        if code.conventions.frame is not None:
+            ndc = "normalized device coordinates" if code.conventions.ndc else "world units, planar depth"
+            return f"published ray conventions, {ndc}, near {float(code.near):g}, far {float(code.far):g}"
         center = ", ".join(f"{value:.2f}" for value in code.center.tolist())
         return (
             f"{code.spacing} spacing, radius {float(code.radius):.2f} around ({center}),"
@@ -265,7 +286,7 @@ class LightFieldModel(Model):
 
         Args:
             origins: in the teacher's frame.
-            directions: unit length.
+            directions: unit length, or planar if the ray encoding's conventions are.
             jitter: draw the points at random inside their segments, per ray (training).
         """
         return self.encode_rays(origins, directions, jitter).code
@@ -311,6 +332,21 @@ class LightFieldModel(Model):
             return values
         assert self.composited is not None
         return finished(values, geometry, self.background if self.composited.is_bounded else None)
+
+    def bundle_rays(self, ray_bundle: RayBundle) -> tuple[Float[Tensor, "*batch 3"], Float[Tensor, "*batch 3"]]:
+        """Origins and directions of a bundle as the ray encoding reads them.
+
+        Nerfstudio's own bundles hold unit directions and the length of the planar ones as metadata; those of our data
+        managers hold directions by the encoding's conventions.
+        """
+        directions = ray_bundle.directions
+        if self.ray_code.conventions.is_planar and "directions_norm" in ray_bundle.metadata:
+            directions = directions * ray_bundle.metadata["directions_norm"]
+        return ray_bundle.origins, directions
+
+    def unknown_depth(self, like: Float[Tensor, "*batch 1"]) -> Float[Tensor, "*batch 1"]:
+        """Depth of rays for a student that has none: infinite, so that nothing appears to hide a camera."""
+        return torch.full_like(like, torch.inf)
 
     def run_network(self, code: Float[Tensor, "*in"]) -> Float[Tensor, "*out"]:
         """The network on encoded rays, as rendering calls it; fp32 in and out."""
@@ -363,7 +399,8 @@ class LightFieldModel(Model):
 
         Rays that miss a bounded scene's sphere see the background: nobody taught the student, but there is nothing.
         """
-        rgb, accumulation, fraction = values.split((3, 1, 1), dim=-1)
+        # Of a student of colour only, the others are empty.
+        rgb, accumulation, fraction = values[..., :3], values[..., 3:4], values[..., 4:5]
         crossing = None
         if self.ray_code.spacing == "sphere":
             origins, directions = camera_rays(camera, self.device)

@@ -1,27 +1,38 @@
-"""Image metrics of a student: PSNR and SSIM always, LPIPS where its weights can be had.
+"""Image metrics as the field computes them, all in one place: PSNR, SSIM, and LPIPS where its weights can be loaded.
 
-torchmetrics is imported late: it takes seconds, and every `ns-*` command imports this module.
+Every figure is of one image, clamped to [0, 1]; a set of images gets the mean of its images' figures (not the PSNR of the
+mean error). torchmetrics is imported late: it takes seconds, and every `ns-*` command imports this module.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable
 from functools import lru_cache
+from typing import Literal
 
 import torch
 from jaxtyping import Float
 from nerfstudio.utils.rich_utils import CONSOLE
 from torch import Tensor
 
+LpipsNetwork = Literal["alex", "vgg"]
 
-@lru_cache(maxsize=1)
-def _lpips() -> torch.nn.Module | None:
-    """The LPIPS network, fetched at the first use; None, with one line that says so, where it cannot be had."""
+SSIM_WINDOW = 11
+"""Side in pixels of SSIM's Gaussian window."""
+SSIM_SIGMA = 1.5
+"""Its standard deviation in pixels; with K1 = 0.01, K2 = 0.03 the settings of Wang et al. 2004."""
+
+
+@lru_cache(maxsize=2)
+def _lpips(network: LpipsNetwork = "alex") -> torch.nn.Module | None:
+    """The LPIPS network, fetched at the first use; None, with one line that says so, where it cannot be loaded."""
     from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
 
     try:
-        return LearnedPerceptualImagePatchSimilarity(normalize=True)
+        return LearnedPerceptualImagePatchSimilarity(net_type=network, normalize=True)
     except Exception as error:  # no network, no disk: whatever keeps the weights away
-        CONSOLE.print(f"[yellow]LPIPS is left out: its weights cannot be had ({type(error).__name__}).")
+        CONSOLE.print(f"[yellow]Skipping LPIPS ({network}): its weights could not be loaded ({type(error).__name__}).")
         return None
 
 
@@ -33,20 +44,72 @@ def psnr(image: Float[Tensor, "height width 3"], truth: Float[Tensor, "height wi
 
 
 def ssim(image: Float[Tensor, "height width 3"], truth: Float[Tensor, "height width 3"]) -> float:
-    """SSIM of an image, clamped to [0, 1], against one in [0, 1]."""
+    """SSIM of an image, clamped to [0, 1], against one in [0, 1]: mean over channels and pixels.
+
+    A Gaussian window of 11x11 pixels with a standard deviation of 1.5; beyond its border the image is reflected.
+    """
     from torchmetrics.functional.image import structural_similarity_index_measure
 
-    return float(structural_similarity_index_measure(*_batches(image, truth), data_range=1.0))
+    found = structural_similarity_index_measure(
+        *_batches(image, truth), data_range=1.0, gaussian_kernel=True, sigma=SSIM_SIGMA, kernel_size=SSIM_WINDOW
+    )
+    return float(found)
 
 
-def image_metrics(rgb: Float[Tensor, "height width 3"], truth: Float[Tensor, "height width 3"]) -> dict[str, float]:
-    """PSNR (dB), SSIM and, if it can be had, LPIPS of an image in [0, 1]."""
+def lpips(
+    image: Float[Tensor, "height width 3"], truth: Float[Tensor, "height width 3"], network: LpipsNetwork = "alex"
+) -> float | None:
+    """LPIPS (Zhang et al. 2018, version 0.1) of an image, clamped to [0, 1], against one in [0, 1].
+
+    Args:
+        image: to be judged.
+        truth: what it should be.
+        network: whose features are compared. Figures of different networks do not compare.
+
+    Returns:
+        The distance; None where the network's weights cannot be loaded.
+    """
+    measure = _lpips(network)
+    if measure is None:
+        return None
+    prediction, target = _batches(image, truth)
+    return float(measure.to(prediction.device)(prediction, target))
+
+
+def image_metrics(
+    rgb: Float[Tensor, "height width 3"],
+    truth: Float[Tensor, "height width 3"],
+    networks: tuple[LpipsNetwork, ...] = ("alex",),
+) -> dict[str, float]:
+    """Metrics of an image in [0, 1].
+
+    Args:
+        rgb: to be judged.
+        truth: what it should be.
+        networks: whose LPIPS to include.
+
+    Returns:
+        `psnr` (dB), `ssim` and, if its weights can be loaded, `lpips` (of AlexNet, as Nerfstudio reports it) and
+        `lpips_vgg`.
+    """
     metrics = {"psnr": psnr(rgb, truth), "ssim": ssim(rgb, truth)}
-    network = _lpips()
-    if network is not None:
-        prediction, target = _batches(rgb, truth)
-        metrics["lpips"] = float(network.to(prediction.device)(prediction, target))
+    for network in networks:
+        found = lpips(rgb, truth, network)
+        if found is not None:
+            metrics["lpips" if network == "alex" else f"lpips_{network}"] = found
     return metrics
+
+
+def mean_metrics(images: Iterable[dict[str, float]]) -> dict[str, float]:
+    """Means over images of what `image_metrics` gave for each, in order of first appearance.
+
+    Raises:
+        ValueError: if there is no image, or one lacks a figure that another has.
+    """
+    images = list(images)
+    if not images or any(set(figures) != set(images[0]) for figures in images):
+        raise ValueError("a mean needs at least one image, and the same figures of each")
+    return {name: math.fsum(figures[name] for figures in images) / len(images) for name in images[0]}
 
 
 def _batches(

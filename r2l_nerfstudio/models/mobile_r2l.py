@@ -13,11 +13,13 @@ from nerfstudio.cameras.rays import RayBundle
 from torch import Tensor
 from torch.nn.functional import interpolate, pad
 
+from r2l_nerfstudio.errors import InputError
 from r2l_nerfstudio.models.any_camera import render_by_faces
 from r2l_nerfstudio.models.composited_encoding import CompositedEncoding, EncodedRays, encode_ray_image
 from r2l_nerfstudio.models.light_field import LightFieldModel, LightFieldModelConfig
 from r2l_nerfstudio.ranges import IntRange
-from r2l_nerfstudio.rays.pinhole import image_rays, pinhole_rays, pixel_centers
+from r2l_nerfstudio.rays.conventions import OURS, RayConventions
+from r2l_nerfstudio.rays.pinhole import pixel_centers
 from r2l_nerfstudio.rays.ray_image import MARGIN, ray_image_intrinsics
 from r2l_nerfstudio.rays.spacing import SceneBounds
 from r2l_nerfstudio.rays.sphere_window import Window, sphere_window
@@ -54,6 +56,9 @@ class MobileR2LModelConfig(LightFieldModelConfig):
     """Channels of the super-resolution's steps but the last."""
     last_width: Annotated[int, IntRange(1, 8192)] = 16
     """Channels of its last step."""
+    margin: int = MARGIN
+    """Cells around a picture that are drawn and dropped, so that its border sees its surroundings; 0, as published: none,
+    and zeros beyond the border."""
     pixel_samples: int = 12
     """composited: sample points per pixel; cells have `num_samples`."""
     join_width: int = 32
@@ -68,6 +73,13 @@ class MobileR2LModelConfig(LightFieldModelConfig):
         if self.factor == 0:
             self.factor = next((f for f in FACTORS if max(width, height) <= CELLS_ACROSS * f), FACTORS[-1])
         up_steps(self.factor)
+        if self.margin not in (0, 1):
+            raise InputError(
+                f"--pipeline.model.margin must be 0 or 1 (got {self.margin}): a pixel depends on its own cell and the"
+                " eight around it."
+            )
+        if self.margin == 0 and self.ray_code == "composited":
+            raise InputError("--pipeline.model.margin 0: composited features need a margin; set it to 1.")
 
 
 class MobileR2LModel(LightFieldModel):
@@ -85,6 +97,7 @@ class MobileR2LModel(LightFieldModel):
     def build_network(self, code_dim: int) -> MobileR2L:
         config = self.config
         self.factor = config.factor or FACTORS[0]
+        self.margin = self.crop_margin = config.margin
         # Features and accumulation of each pixel of a cell join the last step.
         joined = 0 if self.composited is None else config.feature_channels + 1
         return MobileR2L(
@@ -108,15 +121,17 @@ class MobileR2LModel(LightFieldModel):
         has_accumulation: bool,
         has_depth: bool,
         focal: float,
+        conventions: RayConventions = OURS,
     ) -> None:
-        super().set_scene(bounds, axes, background, has_accumulation, has_depth, focal)
+        super().set_scene(bounds, axes, background, has_accumulation, has_depth, focal, conventions)
         self.focal.fill_(focal)
 
     def get_outputs(self, ray_bundle: RayBundle) -> dict[str, Tensor]:
         """Colour, accumulation and coded depth of the pixels of ray images, without their margins.
 
         Args:
-            ray_bundle: rays of the cells, margin included (crops rows columns), `rays_per_cell` times as many; or single rays (rays), as `ns-render` asks
+            ray_bundle: rays of the cells, margin included (crops rows columns), `rays_per_cell`
+                times as many along each side; or single rays (rays), as `ns-render` asks
                 to find out what hides a camera.
 
         Returns:
@@ -126,10 +141,13 @@ class MobileR2LModel(LightFieldModel):
         if ray_bundle.origins.ndim == 2:
             return self._answer_rays(ray_bundle.origins, ray_bundle.directions)
         jitter = self.training and self.config.jitter_points
-        code, geometry = self.encode_rays(ray_bundle.origins, ray_bundle.directions, jitter)
+        code, geometry = self.encode_rays(*self.bundle_rays(ray_bundle), jitter)
         values = self.network(code.permute(0, 3, 1, 2)).float().permute(0, 2, 3, 1)
-        margin = MARGIN * self.factor
-        values = self.finish(values[:, margin:-margin, margin:-margin], geometry)
+        margin = self.crop_margin * self.factor
+        height, width = values.shape[1:3]
+        values = self.finish(values[:, margin : height - margin, margin : width - margin], geometry)
+        if values.shape[-1] == 3:
+            return {"rgb": values}
         return {"rgb": values[..., :3], "accumulation": values[..., 3:4], "depth_fraction": values[..., 4:5]}
 
     def encode_composited(
@@ -151,12 +169,15 @@ class MobileR2LModel(LightFieldModel):
         right = right / right.norm(dim=-1, keepdim=True)
         axes = torch.stack([right, torch.linalg.cross(right, directions), -directions, origins], dim=-1)
         intrinsics = torch.stack([self.focal, self.focal, *torch.full_like(self.focal.expand(2), 0.5)])
-        side = (1 + 2 * MARGIN) * self.rays_per_cell
+        side = (1 + 2 * self.margin) * self.rays_per_cell
         grid = pixel_centers(side, side, self.device)
-        in_cells = ray_image_intrinsics(intrinsics, self.factor, rays_per_cell=self.rays_per_cell)
-        code, geometry = self.encode_rays(*pinhole_rays(axes[:, None, None], in_cells, grid))
-        values = self.run_network(code.permute(0, 3, 1, 2))[:, :, MARGIN * self.factor, MARGIN * self.factor]
+        in_cells = ray_image_intrinsics(intrinsics, self.factor, None, self.rays_per_cell, self.margin)
+        code, geometry = self.encode_rays(*self.ray_code.pinhole_rays(axes[:, None, None], in_cells, grid))
+        first = self.margin * self.factor
+        values = self.run_network(code.permute(0, 3, 1, 2))[:, :, first, first]
         values = self.finish(values, None if geometry is None else geometry[:, 0, 0])
+        if values.shape[-1] == 3:
+            return {"rgb": values, "depth": self.unknown_depth(values[:, :1])}
         fraction = values[:, 4:5]
         return {
             "rgb": values[:, :3],
@@ -201,10 +222,13 @@ class MobileR2LModel(LightFieldModel):
         left, columns = self._cells(window.left, window.right, width)
         top, rows = self._cells(window.top, window.bottom, height)
         corner = intrinsics.new_tensor([left, top])
-        per_cell, margin = self.rays_per_cell, MARGIN * self.factor
-        in_cells = ray_image_intrinsics(intrinsics, self.factor, corner, per_cell)
-        code, geometry = self.encode_rays(*image_rays(pose, in_cells, rows * per_cell, columns * per_cell))
-        values = self.run_network(code.permute(2, 0, 1)[None])[..., margin:-margin, margin:-margin]
+        per_cell, margin = self.rays_per_cell, self.margin * self.factor
+        in_cells = ray_image_intrinsics(intrinsics, self.factor, corner, per_cell, self.margin)
+        code, geometry = self.encode_rays(
+            *self.ray_code.image_rays(pose, in_cells, rows * per_cell, columns * per_cell)
+        )
+        values = self.run_network(code.permute(2, 0, 1)[None])
+        values = values[..., margin : values.shape[-2] - margin, margin : values.shape[-1] - margin]
         if geometry is not None:
             values = self.finish(values[0].permute(1, 2, 0), geometry).permute(2, 0, 1)[None]
         values = values[..., : height - top, : width - left]
@@ -216,7 +240,7 @@ class MobileR2LModel(LightFieldModel):
         most = math.ceil(size / self.factor)
         first, last = start // self.factor, math.ceil(end / self.factor)
         count = min(most, max(1, math.ceil((last - first) / WINDOW_STEP)) * WINDOW_STEP)
-        return min(first, most - count) * self.factor, count + 2 * MARGIN
+        return min(first, most - count) * self.factor, count + 2 * self.margin
 
     def render_other(self, camera: Cameras) -> Float[Tensor, "height width 5"]:
         return render_by_faces(camera, float(self.focal), self.render_pinhole, self.device)

@@ -14,11 +14,12 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from r2l_nerfstudio.engines.sizes import chunk_rows
+from r2l_nerfstudio.models.any_camera import render_by_faces
 from r2l_nerfstudio.models.camera_rays import camera_rays
 from r2l_nerfstudio.models.composited_encoding import CompositedEncoding, EncodedRays, encode_single_rays
 from r2l_nerfstudio.models.light_field import LightFieldModel, LightFieldModelConfig
 from r2l_nerfstudio.ranges import IntRange
-from r2l_nerfstudio.rays.pinhole import image_rays
+from r2l_nerfstudio.rays.conventions import OURS, RayConventions
 from r2l_nerfstudio.rays.spacing import SceneBounds
 from r2l_nerfstudio.students.resmlp import ResMLP
 from r2l_nerfstudio.students.sparse_volume import Composited
@@ -61,8 +62,9 @@ class R2LModel(LightFieldModel):
         has_accumulation: bool,
         has_depth: bool,
         focal: float,
+        conventions: RayConventions = OURS,
     ) -> None:
-        super().set_scene(bounds, axes, background, has_accumulation, has_depth, focal)
+        super().set_scene(bounds, axes, background, has_accumulation, has_depth, focal, conventions)
         if self.composited is not None:
             self.focal.fill_(focal)
 
@@ -74,11 +76,14 @@ class R2LModel(LightFieldModel):
 
         Returns:
             `rgb` (*batch 3), `accumulation` (*batch 1), `depth` (*batch 1, distance along the ray), and
-            `depth_fraction`, the position in [0, 1] along the ray that codes the depth.
+            `depth_fraction`, the position in [0, 1] along the ray that codes the depth. Of a student of colour only, `rgb`
+            and an infinite `depth`.
         """
-        origins, directions = ray_bundle.origins, ray_bundle.directions
+        origins, directions = self.bundle_rays(ray_bundle)
         code, geometry = self.encode_rays(origins, directions, jitter=self.training and self.config.jitter_points)
         values = self.finish(self.network(code).float(), geometry)
+        if values.shape[-1] == 3:
+            return {"rgb": values, "depth": self.unknown_depth(values[..., :1].detach())}
         fraction = values[..., 4:5]
         return {
             "rgb": values[..., :3],
@@ -104,9 +109,9 @@ class R2LModel(LightFieldModel):
         across, down = self._supersampling(intrinsics, height, width)
         drawn_height, drawn_width = math.ceil(height * down), math.ceil(width * across)
         if (drawn_height, drawn_width) == (height, width):
-            return self.render_rays(*image_rays(pose, intrinsics, height, width))
+            return self.render_rays(*self.ray_code.image_rays(pose, intrinsics, height, width))
         scale = intrinsics.new_tensor([drawn_width / width, drawn_height / height] * 2)
-        values = self.render_rays(*image_rays(pose, intrinsics * scale, drawn_height, drawn_width))
+        values = self.render_rays(*self.ray_code.image_rays(pose, intrinsics * scale, drawn_height, drawn_width))
         values = interpolate(values.permute(2, 0, 1)[None], (height, width), mode="bilinear", antialias=True)
         return values[0].permute(1, 2, 0)
 
@@ -119,6 +124,9 @@ class R2LModel(LightFieldModel):
         return max(1.0, across * shrink), max(1.0, down * shrink)
 
     def render_other(self, camera: Cameras) -> Float[Tensor, "height width 5"]:
+        if self.ray_code.conventions.is_planar:  # which only pinholes are
+            focal = float(camera.fx[0])
+            return render_by_faces(camera, focal, self.render_pinhole, self.device)
         return self.render_rays(*camera_rays(camera, self.device))
 
     def render_rays(

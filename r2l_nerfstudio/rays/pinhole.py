@@ -11,6 +11,7 @@ def pinhole_rays(
     camera_to_worlds: Float[Tensor, "*batch 3 4"],
     intrinsics: Float[Tensor, "*batch 4"],
     pixels: Float[Tensor, "*batch 2"],
+    is_planar: bool = False,
 ) -> tuple[Float[Tensor, "*batch 3"], Float[Tensor, "*batch 3"]]:
     """Origins and unit directions of rays through image points, equal to `Cameras.generate_rays` without distortion.
 
@@ -18,16 +19,31 @@ def pinhole_rays(
         camera_to_worlds: OpenGL camera axes (x right, y up, looking along -z) in the world frame.
         intrinsics: fx, fy, cx, cy in pixels.
         pixels: image points (x, y) in pixels; a pixel's centre has +0.5 in both.
+        is_planar: scale directions to a component of 1 along the viewing axis instead of unit length.
 
     Returns:
-        origins and unit directions in the world frame.
+        origins and directions in the world frame.
     """
     fx, fy, cx, cy = intrinsics.unbind(-1)
     x, y = pixels.unbind(-1)
     local = torch.stack([(x - cx) / fx, -(y - cy) / fy, -torch.ones_like(x)], dim=-1)
     directions = (camera_to_worlds[..., :3, :3] @ local[..., None]).squeeze(-1)
     origins = camera_to_worlds[..., :3, 3].expand_as(directions)
-    return origins, directions / directions.norm(dim=-1, keepdim=True)
+    return origins, directions if is_planar else directions / directions.norm(dim=-1, keepdim=True)
+
+
+def planar_directions(
+    directions: Float[Tensor, "*batch 3"], camera_to_worlds: Float[Tensor, "*batch 3 4"]
+) -> Float[Tensor, "*batch 3"]:
+    """Scale directions to a component of 1 along their camera's viewing axis.
+
+    Args:
+        directions: of any length, of rays that point away from the camera.
+        camera_to_worlds: OpenGL camera axes in the same frame.
+    """
+    along = -(directions * camera_to_worlds[..., :3, 2]).sum(-1, keepdim=True)
+    # A lens that sees more than a half space has rays without a planar depth.
+    return directions / along.clamp_min(1e-2)
 
 
 def pixel_centers(height: int, width: int, device: torch.device | str = "cpu") -> Float[Tensor, "height width 2"]:
@@ -41,26 +57,35 @@ def pixel_centers(height: int, width: int, device: torch.device | str = "cpu") -
 
 
 def image_rays(
-    camera_to_world: Float[Tensor, "3 4"], intrinsics: Float[Tensor, "4"], height: int, width: int
+    camera_to_world: Float[Tensor, "3 4"],
+    intrinsics: Float[Tensor, "4"],
+    height: int,
+    width: int,
+    pixel_offset: float = 0.5,
+    is_planar: bool = False,
 ) -> tuple[Float[Tensor, "height width 3"], Float[Tensor, "height width 3"]]:
-    """Rays through every pixel centre of one image: two small tables and one product, no per-pixel matrices.
+    """Rays through every pixel of one image: two small tables and one product, no per-pixel matrices.
 
     Args:
         camera_to_world: OpenGL camera axes in the world frame.
         intrinsics: fx, fy, cx, cy in pixels.
         height: image height in pixels.
         width: image width in pixels.
+        pixel_offset: where in each pixel: 0.5 is the centre, 0 the upper left corner.
+        is_planar: scale directions to a component of 1 along the viewing axis instead of unit length.
 
     Returns:
-        origins (a broadcast view) and unit directions in the world frame; these lie in memory one coordinate after the
+        origins (a broadcast view) and directions in the world frame; these lie in memory one coordinate after the
         other, which several times speeds up whatever is reckoned for each pixel.
     """
     fx, fy, cx, cy = intrinsics.unbind(-1)
     device = camera_to_world.device
-    x = (torch.arange(width, device=device, dtype=torch.float32) + 0.5 - cx) / fx
-    y = -(torch.arange(height, device=device, dtype=torch.float32) + 0.5 - cy) / fy
+    x = (torch.arange(width, device=device, dtype=torch.float32) + pixel_offset - cx) / fx
+    y = -(torch.arange(height, device=device, dtype=torch.float32) + pixel_offset - cy) / fy
     right, up, backward = camera_to_world[:3, :3, None, None].unbind(1)
     directions = x * right + y[:, None] * up - backward
-    # Not `norm`: across the slowest axis that is 80 times slower.
-    directions = (directions / directions.square().sum(0).sqrt()).permute(1, 2, 0)
+    if not is_planar:
+        # Not `norm`: across the slowest axis that is 80 times slower.
+        directions = directions / directions.square().sum(0).sqrt()
+    directions = directions.permute(1, 2, 0)
     return camera_to_world[:3, 3].expand_as(directions), directions

@@ -10,7 +10,9 @@ from torch import Tensor, nn
 
 from r2l_nerfstudio.errors import InputError
 from r2l_nerfstudio.rays.contraction import contract
+from r2l_nerfstudio.rays.conventions import OURS, RayConventions, ndc_rays
 from r2l_nerfstudio.rays.encoding import encoded_dim, frequency_encode, frequency_encode_into
+from r2l_nerfstudio.rays.pinhole import image_rays, pinhole_rays
 from r2l_nerfstudio.rays.spacing import SceneBounds, SpacingKind, SphereCrossing, cross_sphere, stratified
 
 RayCodeKind = Literal["points", "plucker", "two-plane", "composited"]
@@ -23,6 +25,8 @@ class RayCode(nn.Module):
       unless the scene is a sphere.
     - `plucker`: unit direction and moment around the scene's centre (Light Field Networks, eq. 2).
     - `two-plane`: where the ray meets two planes across the capture's viewing axis.
+
+    Wherever a method takes `directions`, they are as the encoding's conventions have them: of unit length, or planar.
 
     Args:
         kind: which code.
@@ -38,6 +42,10 @@ class RayCode(nn.Module):
     near: Tensor
     far: Tensor
     axes: Tensor
+    frame: Tensor
+    """Similarity [3, 4] of the conventions' frame: scaled rotation, then translation."""
+    frame_rotation: Tensor
+    ndc: Tensor
 
     def __init__(self, kind: RayCodeKind = "points", num_points: int = 16, num_frequencies: int = 10) -> None:
         super().__init__()
@@ -49,17 +57,23 @@ class RayCode(nn.Module):
         self.num_points = num_points
         self.num_frequencies = num_frequencies
         self.spacing: SpacingKind = "near-far"
+        self.conventions = OURS
         self.register_buffer("center", torch.zeros(3))
         self.register_buffer("radius", torch.ones(()))
         self.register_buffer("near", torch.tensor(0.1))
         self.register_buffer("far", torch.ones(()))
         self.register_buffer("axes", torch.eye(3))
+        # In the extra state instead: checkpoints from before there were conventions have no such buffers.
+        self.register_buffer("frame", torch.eye(3, 4), persistent=False)
+        self.register_buffer("frame_rotation", torch.eye(3), persistent=False)
+        self.register_buffer("ndc", torch.ones(2), persistent=False)
 
     def get_extra_state(self) -> dict[str, Any]:
-        return {"spacing": self.spacing}
+        return {"spacing": self.spacing, "conventions": self.conventions.to_state()}
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
         self.spacing = state["spacing"]
+        self.set_conventions(RayConventions.from_state(state.get("conventions", {})))
 
     @property
     def dim(self) -> int:
@@ -76,6 +90,42 @@ class RayCode(nn.Module):
         self.far.fill_(bounds.far)
         self.axes.copy_(axes)
 
+    def set_conventions(self, conventions: RayConventions) -> None:
+        """Fix how rays are read.
+
+        Raises:
+            InputError: if they do not go with the ray code or its spacing.
+        """
+        if conventions != OURS and (self.kind != "points" or self.spacing == "sphere"):
+            raise InputError(
+                f"Published ray conventions need points between a near and a far distance (got --pipeline.model.ray-code"
+                f" {self.kind} with {self.spacing} spacing): set --pipeline.model.ray-code points and"
+                " --pipeline.model.spacing near-far, or --pipeline.model.published-rays False."
+            )
+        self.conventions = conventions
+        frame = torch.eye(3, 4, dtype=torch.float64)
+        if conventions.frame is not None:
+            frame = torch.tensor(conventions.frame, dtype=torch.float64)
+        self.frame.copy_(frame)
+        self.frame_rotation.copy_(frame[:, :3] / conventions.scale)
+        self.ndc.copy_(torch.tensor(conventions.ndc or (1.0, 1.0)))
+
+    def image_rays(
+        self, camera_to_world: Float[Tensor, "3 4"], intrinsics: Float[Tensor, "4"], height: int, width: int
+    ) -> tuple[Float[Tensor, "height width 3"], Float[Tensor, "height width 3"]]:
+        """As `pinhole.image_rays`, by the encoding's conventions."""
+        conventions = self.conventions
+        return image_rays(camera_to_world, intrinsics, height, width, conventions.pixel_offset, conventions.is_planar)
+
+    def pinhole_rays(
+        self,
+        camera_to_worlds: Float[Tensor, "*batch 3 4"],
+        intrinsics: Float[Tensor, "*batch 4"],
+        pixels: Float[Tensor, "*batch 2"],
+    ) -> tuple[Float[Tensor, "*batch 3"], Float[Tensor, "*batch 3"]]:
+        """As `pinhole.pinhole_rays`, by the encoding's conventions; `pixels` include its offset."""
+        return pinhole_rays(camera_to_worlds, intrinsics, pixels, self.conventions.is_planar)
+
     def forward(
         self, origins: Float[Tensor, "*batch 3"], directions: Float[Tensor, "*batch 3"], jitter: bool = False
     ) -> Float[Tensor, "*batch dim"]:
@@ -83,7 +133,7 @@ class RayCode(nn.Module):
 
         Args:
             origins: in the teacher's frame.
-            directions: unit length.
+            directions: unit length, or planar.
             jitter: draw the points at random inside their segments, per ray (training).
 
         Returns:
@@ -119,17 +169,28 @@ class RayCode(nn.Module):
         num_points: int,
         jitter: bool = False,
     ) -> Float[Tensor, "*batch points 3"]:
-        """Points along rays, relative to the scene's centre, in units of its radius, contracted unless it is a sphere."""
+        """Points along rays in the coordinates that are encoded: relative to the scene's centre, in units of its radius,
+        contracted unless it is a sphere; or as the conventions have it."""
         # Without jitter all rays have the same ones.
         fractions = stratified(num_points, tuple(origins.shape[:-1]) if jitter else (), jitter, origins.device)
         start, step = self.line(origins, directions)
         points = start[..., None, :] + self.positions(fractions)[..., None] * step[..., None, :]
-        return points if self.spacing == "sphere" else contract(points)
+        return contract(points) if self.is_contracted else points
+
+    @property
+    def is_contracted(self) -> bool:
+        """Whether points are contracted after they are placed."""
+        return self.spacing != "sphere" and self.conventions.is_contracted
 
     def line(
         self, origins: Float[Tensor, "*#batch 3"], directions: Float[Tensor, "*#batch 3"]
     ) -> tuple[Float[Tensor, "*batch 3"], Float[Tensor, "*batch 3"]]:
         """Start and step of rays: `start + positions(fraction) * step` are their points, before contraction."""
+        if self.conventions.frame is not None:
+            start = origins @ self.frame[:, :3].T + self.frame[:, 3]
+            # Rotated only: near and far are in the frame's unit already.
+            step = directions @ self.frame_rotation.T
+            return (start, step) if self.conventions.ndc is None else ndc_rays(start, step, self.ndc)
         start = origins - self.center
         if self.spacing != "sphere":
             return start / self.radius, directions / self.radius

@@ -12,9 +12,9 @@ MARGIN = 1
 """Cells around a picture that are drawn and dropped: with their neighbours at hand, its border pixels are as any other."""
 
 
-def ray_image_size(height: int, width: int, factor: int) -> tuple[int, int]:
+def ray_image_size(height: int, width: int, factor: int, margin: int = MARGIN) -> tuple[int, int]:
     """Rows and columns of cells, margin included, that cover a picture of any size in pixels."""
-    return math.ceil(height / factor) + 2 * MARGIN, math.ceil(width / factor) + 2 * MARGIN
+    return math.ceil(height / factor) + 2 * margin, math.ceil(width / factor) + 2 * margin
 
 
 def ray_image_intrinsics(
@@ -22,6 +22,7 @@ def ray_image_intrinsics(
     factor: int,
     corner: Float[Tensor, "*batch 2"] | None = None,
     rays_per_cell: int = 1,
+    margin: int = MARGIN,
 ) -> Float[Tensor, "*batch 4"]:
     """Intrinsics of the ray image, in cells: its rays pass through the centres of `factor` x `factor` pixels.
 
@@ -30,11 +31,12 @@ def ray_image_intrinsics(
         factor: pixels per cell along each side.
         corner: (x, y) in pixels at which the first cell inside the margin begins; the picture's own corner by default.
         rays_per_cell: along each side of a cell; with `factor` of them, each pixel has its own.
+        margin: cells around the picture.
     """
     cells = intrinsics / factor * rays_per_cell
     if corner is not None:
         cells[..., 2:] -= corner / factor * rays_per_cell
-    cells[..., 2:] += MARGIN * rays_per_cell
+    cells[..., 2:] += margin * rays_per_cell
     return cells
 
 

@@ -24,6 +24,8 @@ import pytest
 import yaml
 from browser import PATIENCE, chromium, find_chromium
 from PIL import Image
+from published_files import mobile_weights, r2l_weights, write_tar
+from teachers import write_blender_capture
 
 from r2l_nerfstudio import load_student
 from r2l_nerfstudio.errors import InputError
@@ -32,6 +34,7 @@ from r2l_nerfstudio.export.web_runtime import fetch_runtime
 from r2l_nerfstudio.export.web_server import WebServer
 from r2l_nerfstudio.run_config import load_run_config
 from r2l_nerfstudio.scripts import export as script
+from r2l_nerfstudio.scripts.import_checkpoint import ImportCheckpoint
 from r2l_nerfstudio.student import Student
 
 if TYPE_CHECKING:
@@ -196,6 +199,26 @@ def test_draws_what_torch_draws(
         angles = (float(view["azimuth"]), float(view["elevation"]), float(view["distance"]) / distance)
         assert math.remainder(angles[0] - azimuth, 360) == pytest.approx(0, abs=0.01)
         truth = rendered(student, tiny_student, angles)
+        assert truth.std() > 0.01 and psnr(picture(page), truth) > 45
+
+
+@pytest.mark.parametrize("weights", [r2l_weights, mobile_weights])
+def test_published_students_draw_what_torch_draws(
+    weights: Callable, runtime: Path, tmp_path: Path, visit: Callable[..., Page]
+) -> None:
+    """Planar rays through pixel corners, or a ray image without a margin."""
+    capture = write_blender_capture(tmp_path / "ball", size=SIDE)
+    file = write_tar(tmp_path / "published.tar", weights())
+    ImportCheckpoint(file, capture, output_dir=tmp_path / "outputs", cells=(6, 6)).main()
+    (run,) = (tmp_path / "outputs").rglob("config.yml")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sys.argv", ["r2l-export", "web", str(tmp_path / "page"), "--load-config", str(run)])
+        script.main()
+    with served(tmp_path / "page") as address:
+        page = visit(f"{address}?size={SIDE}")
+        view = dict(part.split("=") for part in state(page)["view"].split("&"))
+        angles = (float(view["azimuth"]), float(view["elevation"]), 1.0)
+        truth = rendered(load_student(run, "cpu", engine="torch"), run, angles)
         assert truth.std() > 0.01 and psnr(picture(page), truth) > 45
 
 

@@ -1,6 +1,6 @@
 // Rays of an undistorted camera, as the student learnt them.
 
-/** @import {Pose, Scene, Sphere} from "./types.d.ts" */
+/** @import {Pose, RayConventions, Scene, Sphere} from "./types.d.ts" */
 
 /**
  * Some cells of the picture's grid; 0, 0 is its first. A cell is `factor` x `factor` pixels.
@@ -26,23 +26,24 @@ export function plane(width, height, focal) {
 }
 
 /**
- * Unit directions through the centres of cells, or of parts of them.
+ * Directions through cells, or through parts of them, as the student's ray encoding reads them.
  *
  * @param {Pose} pose
  * @param {Plane} where
  * @param {number} factor
  * @param {Cells} cells
+ * @param {RayConventions} rays
  * @returns {Float32Array} rows from the top, three numbers each
  */
-export function cellRays(pose, where, factor, cells) {
+export function cellRays(pose, where, factor, cells, rays) {
   const { right, up, backward } = pose;
   const directions = new Float32Array(3 * cells.rows * cells.columns);
   let at = 0;
   for (let row = 0; row < cells.rows; row++) {
-    const y = where.y((cells.top + row + 0.5) * factor);
+    const y = where.y((cells.top + row + rays.offset) * factor);
     for (let column = 0; column < cells.columns; column++) {
-      const x = where.x((cells.left + column + 0.5) * factor);
-      const length = Math.sqrt(x * x + y * y + 1);
+      const x = where.x((cells.left + column + rays.offset) * factor);
+      const length = rays.planar ? 1 : Math.sqrt(x * x + y * y + 1);
       for (let axis = 0; axis < 3; axis++) {
         directions[at++] = (x * right[axis] + y * up[axis] - backward[axis]) / length;
       }

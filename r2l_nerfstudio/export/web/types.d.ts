@@ -54,12 +54,21 @@ export interface Sphere {
   radius: number;
 }
 
+/** How the student's ray encoding reads rays. */
+export interface RayConventions {
+  /** Directions have a component of 1 along the viewing axis, instead of length 1. */
+  planar: boolean;
+  /** Where in a cell its ray passes: 0.5 is the center, 0 the upper left corner. */
+  offset: number;
+}
+
 export interface Scene {
   title: string;
   method: string;
   background: Vector;
   factor: number;
   margin: number;
+  rays: RayConventions;
   raysPerCell: number;
   sphere: Sphere | null;
   picture: { width: number; height: number; focal: number };

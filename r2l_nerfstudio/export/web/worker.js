@@ -162,7 +162,7 @@ async function drawImage(request, origin, where, cells, misses, pixels) {
   const [rows, columns] = [cells.rows, cells.columns].map((count) => (count + 2 * margin) * raysPerCell);
   const [top0, left0] = [cells.top, cells.left].map((first) => (first - margin) * raysPerCell);
   const all = { top: top0, left: left0, rows, columns };
-  const found = await evaluate(origin, cellRays(request.pose, where, factor / raysPerCell, all), rows, columns);
+  const found = await evaluate(origin, cellRays(request.pose, where, factor / raysPerCell, all, scene.rays), rows, columns);
   const stride = cells.columns * factor;
   const [top, left] = [cells.top * factor, cells.left * factor];
   const [bottom, right] = [Math.min(height, top + cells.rows * factor), Math.min(width, left + stride)];
@@ -183,7 +183,7 @@ async function drawImage(request, origin, where, cells, misses, pixels) {
  */
 async function drawRays(request, origin, where, cells, misses, pixels) {
   const { width } = request;
-  const directions = cellRays(request.pose, where, 1, cells);
+  const directions = cellRays(request.pose, where, 1, cells, scene.rays);
   const places = new Int32Array(cells.rows * cells.columns);
   let count = 0;
   for (let row = 0; row < cells.rows; row++) {

@@ -1,0 +1,1 @@
+"""Published checkpoints as run folders: read without running anything, put into a capture's frame, compared, written."""

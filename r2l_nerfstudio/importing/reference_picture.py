@@ -1,0 +1,102 @@
+"""The picture that the published code would draw, in plain torch: independent of this package's ray encoding and models."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from r2l_nerfstudio.importing.published_network import PublishedNetwork
+
+
+def published_points(
+    pose: Float[Tensor, "3 4"],
+    rows: int,
+    columns: int,
+    focal: float,
+    pixel_offset: float,
+    near: float,
+    far: float,
+    num_points: int,
+    is_ndc: bool,
+) -> Float[Tensor, "rows columns points 3"]:
+    """Sample points as published: equal steps of planar depth, both ends included.
+
+    Args:
+        pose: camera to world, OpenGL axes, in the published frame.
+        rows: of pixels, or of a MobileR2L's cells.
+        columns: likewise.
+        focal: focal length in the same unit.
+        pixel_offset: 0 for R2L, 0.5 for MobileR2L.
+        near: position of the first point.
+        far: position of the last point.
+        num_points: per ray.
+        is_ndc: whether they lie in normalized device coordinates.
+    """
+    y, x = torch.meshgrid(torch.arange(rows).float(), torch.arange(columns).float(), indexing="ij")
+    across = (x + pixel_offset - columns / 2) / focal
+    down = (y + pixel_offset - rows / 2) / focal
+    local = torch.stack([across, -down, -torch.ones_like(across)], dim=-1)
+    directions = local @ pose[:, :3].T
+    origins = pose[:, 3].expand_as(directions)
+    if is_ndc:
+        to_plane = -(1.0 + origins[..., 2:]) / directions[..., 2:]
+        origins = origins + to_plane * directions
+        (ox, oy, oz), (dx, dy, dz) = origins.unbind(-1), directions.unbind(-1)
+        wide, high = 2 * focal / columns, 2 * focal / rows
+        origins = torch.stack([-wide * ox / oz, -high * oy / oz, 1 + 2 / oz], dim=-1)
+        directions = torch.stack([-wide * (dx / dz - ox / oz), -high * (dy / dz - oy / oz), -2 / oz], dim=-1)
+    share = torch.linspace(0.0, 1.0, num_points)
+    positions = near * (1 - share) + far * share
+    return origins[..., None, :] + positions[:, None] * directions[..., None, :]
+
+
+def published_code(
+    points: Float[Tensor, "rows columns points 3"], num_frequencies: int
+) -> Float[Tensor, "rows columns code"]:
+    """Their frequency encoding in the published order: per coordinate L sines, L cosines, and itself."""
+    phases = points.flatten(-2)[..., None] * 2.0 ** torch.arange(num_frequencies)
+    return torch.cat([phases.sin(), phases.cos(), points.flatten(-2)[..., None]], dim=-1).flatten(-2)
+
+
+@torch.no_grad()
+def published_picture(
+    network: PublishedNetwork,
+    pose: Float[Tensor, "3 4"],
+    height: int,
+    width: int,
+    focal: float,
+    near: float,
+    far: float,
+    is_ndc: bool,
+) -> Float[Tensor, "height width 3"]:
+    """One picture by the file's own weights.
+
+    Args:
+        network: read from the file.
+        pose: camera to world, OpenGL axes, in the published frame.
+        height: in pixels; for a MobileR2L a multiple of its factor.
+        width: likewise.
+        focal: in pixels.
+        near: position of the first point.
+        far: position of the last point.
+        is_ndc: whether points lie in normalized device coordinates.
+    """
+    factor = network.sizes.get("factor", 1)
+    is_image = network.kind == "mobile-r2l"
+    rows, columns = height // factor, width // factor
+    points = published_points(
+        pose.float(),
+        rows,
+        columns,
+        focal / factor,
+        0.5 if is_image else 0.0,
+        near,
+        far,
+        network.num_points,
+        is_ndc,
+    )
+    code = published_code(points, network.num_frequencies)
+    if is_image:
+        return network.run(code.permute(2, 0, 1)[None])[0].permute(1, 2, 0)
+    return network.run(code.flatten(0, 1)).view(height, width, 3)
