@@ -223,7 +223,7 @@ def measure(
     with progress_bar() as bar:
         for index in bar.track(chosen, description="Test views"):
             camera = test.cameras[index : index + 1].to(model.device)
-            photo = model.blend(read_photo(test, index, "float32")["image"].to(model.device)).cpu()
+            photo = torch.from_numpy(read_photo(test, index, model.background.cpu()).rgb).float() / 255
             image = student_view(camera)
             truth = None if teacher_view is None else teacher_view(camera)
             name = Path(test.image_filenames[index]).name
