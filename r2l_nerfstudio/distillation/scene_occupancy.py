@@ -85,6 +85,10 @@ class SceneOccupancy:
             footprints = torch.cat([footprints for _, footprints in views])
             keep = slice(None, None, max(1, len(points) // 100_000))
             cell = scene.pixel_cell(points[keep], footprints[keep])
+        if _ranks() > 1:
+            shared = points.new_tensor([cell])
+            torch.distributed.broadcast(shared, 0)
+            cell = float(shared)
         encoding.lay_out(self._resolution(cell), SPARE)
         self._views_seen = ring.views_put
 

@@ -151,7 +151,10 @@ def test_a_killed_run_goes_on(
         main(config)
 
     # It began with all that the killed run had saved: weights, scene, momenta and learning rates.
-    for key, value in {**begun["model"], **begun["buffers"]}.items():
+    kept = {**begun["model"], **begun["buffers"]}
+    kept = {key: value for key, value in kept.items() if f"_model.{key}" in saved["pipeline"]}  # some follow from others
+    assert kept.keys() >= begun["model"].keys()
+    for key, value in kept.items():
         assert torch.equal(value, saved["pipeline"][f"_model.{key}"])
     assert begun["spacing"] == saved["pipeline"]["_model.ray_code._extra_state"]["spacing"]
     assert set(begun["rates"]) == {saved["step"] + 1}
@@ -185,7 +188,7 @@ def test_a_finished_run_has_nothing_left_to_do(
 
 
 def test_a_checkpoint_is_whole_or_not_there(
-    tiny_teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     with set_up(student_config(tiny_teacher, tmp_path)) as trainer:
         folder = trainer.checkpoint_dir
@@ -199,8 +202,10 @@ def test_a_checkpoint_is_whole_or_not_there(
 
         with monkeypatch.context() as context:
             context.setattr(torch, "save", no_space)
-            with pytest.raises(OSError, match="No space"):
-                trainer.save_checkpoint(4)
+            capsys.readouterr()
+            trainer.save_checkpoint(4)  # training goes on
+        said = " ".join(capsys.readouterr().out.split())
+        assert "could not be written" in said and "No space left on device" in said and "tries again" in said
         assert list(folder.iterdir()) == [good] and good.read_bytes() == content
         assert trainer.checkpoint_dir == folder
         trainer.save_checkpoint(5)
@@ -319,8 +324,8 @@ def test_colours_that_are_not_finite_are_dropped(
 ) -> None:
     original = Teacher._outputs
 
-    def broken(self: Teacher, outputs: dict) -> Any:
-        answer = original(self, outputs)
+    def broken(self: Teacher, outputs: dict, shape: tuple[int, ...]) -> Any:
+        answer = original(self, outputs, shape)
         answer.rgb = answer.rgb.clone()
         answer.rgb[..., ::5, :] = float("nan")
         answer.rgb[..., 3, 0] = float("inf")
@@ -599,7 +604,7 @@ def test_no_iteration_asks_the_device_for_a_number(method: str, tiny_teacher: Pa
 def test_no_minutes_are_no_budget(tiny_teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     with pytest.raises(SystemExit):
         student_config(tiny_teacher, tmp_path, max_minutes=0.0).set_timestamp()
-    assert "--max-minutes 0.0 leaves no time" in " ".join(capsys.readouterr().out.split())
+    assert "--max-minutes must be above 0" in " ".join(capsys.readouterr().out.split())
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
