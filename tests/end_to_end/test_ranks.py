@@ -84,7 +84,8 @@ def test_two_ranks_train_one_student(tiny_teacher: Path, tmp_path: Path) -> None
             ) as trainer:
                 trainer.train()
                 alone = result_of(trainer)
-            assert first["psnr"] == pytest.approx(alone["psnr"], abs=1.0)  # on the same held-out views
+            # On the same held-out views; beyond 40 dB a decibel is less than a thousandth of the range.
+            assert min(first["psnr"], 40.0) == pytest.approx(min(alone["psnr"], 40.0), abs=1.0)
     # A student of two ranks opens as any other.
     from r2l_nerfstudio.student import load_student
 
