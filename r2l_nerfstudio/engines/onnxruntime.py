@@ -69,7 +69,8 @@ class OnnxRuntimeEngine:
         code = code.detach()
         if self._is_grid:
             values = torch.cat([self._values(frame.contiguous()) for frame in to_cpu_bucket(code).split(1)])
-            return from_bucket(values, *code.shape[-2:], self._factor)
+            height, width = code.shape[-2:]
+            return from_bucket(values, height, width, self._factor)
         return in_chunks(self._run, code, self._out_dim, chunk_rows(code.device))
 
     def _run(self, code: Tensor, values: Tensor) -> None:

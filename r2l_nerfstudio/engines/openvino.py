@@ -110,7 +110,8 @@ class OpenVinoEngine:
             frames.append(code.new_empty(1, rows * self._factor, columns * self._factor, self._out_dim))
             self._run(rays.contiguous(), frames[-1])
         values = torch.cat(frames) if len(frames) > 1 else frames[0]
-        return from_bucket(values.permute(0, 3, 1, 2), *code.shape[-2:], self._factor)
+        height, width = code.shape[-2:]
+        return from_bucket(values.permute(0, 3, 1, 2), height, width, self._factor)
 
     def _run(self, code: Tensor, values: Tensor) -> None:
         """Read and write the tensors' own memory: nothing is copied."""
