@@ -40,14 +40,6 @@ def adam(lr: float) -> Changes:
     }
 
 
-def octaves(method: str, more: int) -> Changes:
-    """More octaves of the frequency encoding than a method has. Its coordinates count in scene radii: 2 more make up for a
-    radius of 4 world units."""
-    from nerfstudio.configs.method_configs import all_methods
-
-    return {"pipeline.model.num_frequencies": all_methods[method].pipeline.model.num_frequencies + more}
-
-
 COMMON: Changes = {
     "pipeline.datamanager.real_iterations": 0,
     "pipeline.datamanager.refresh_share": 0.0,
@@ -94,6 +86,23 @@ FULL: dict[str, tuple[str, Changes]] = {
 SHRUNK = ("pipeline.model.width", "pipeline.model.depth")
 """What makes the published network smaller; the row of the published network leaves it out."""
 
+EVEN: dict[str, Changes] = {
+    method: {
+        "pipeline.model.ray_code": "points",
+        "pipeline.model.volume_resolution": 40,
+        "pipeline.model.num_frequencies": 6,
+        "pipeline.model.jitter_points": False,
+        "optimizers.volume.optimizer.lr": 4e-2,
+        **depth,
+    }
+    for method, depth in (
+        ("r2l", {"pipeline.model.depth": 12, "pipeline.model.num_points": 16}),
+        ("mobile-r2l", {"pipeline.model.blocks": 4, "pipeline.model.num_points": 8}),
+    )
+}
+"""The lite methods as they were before composited features: points evenly spaced, concatenated, a dense volume of 40^3."""
+HALF_PIXELS: dict[str, Changes] = {"r2l": {}, "mobile-r2l": {"pipeline.model.pixel_samples": 6}}
+
 VOLUME: Changes = {"pipeline.model.volume_resolution": 40}
 ZERO: Changes = {"pipeline.model.zero_init": True}
 SPHERE: Changes = {"pipeline.model.spacing": "auto", "pipeline.model.published_rays": False}
@@ -137,7 +146,11 @@ def rows_of(method: Literal["r2l", "mobile-r2l"]) -> dict[str, tuple[str, Change
         "ours, Adam at 1e-3": adam(1e-3),
         "ours, half the rates": rates(lite, 0.5),
         "ours, twice the rates": rates(lite, 2.0),
-        "ours - volume": {"pipeline.model.volume_resolution": 0},
+        "ours, points evenly spaced": EVEN[method],
+        "ours, half the sample points": {"pipeline.model.num_samples": 12, **HALF_PIXELS[method]},
+        "ours, 8 features": {"pipeline.model.feature_channels": 8},
+        "ours, 50000 grid points": {"pipeline.model.max_grid_points": 50_000},
+        "ours, 8 octaves": {"pipeline.model.point_octaves": 8},
         "ours - foreground": {"pipeline.datamanager.foreground_fraction": 0.0},
         "ours - cosine": {"optimizers.*.scheduler": WarmupCosineSchedulerConfig(warmup_steps=50, final_share=1.0)},
         "ours - bf16": {"pipeline.bf16": False},
@@ -145,17 +158,15 @@ def rows_of(method: Literal["r2l", "mobile-r2l"]) -> dict[str, tuple[str, Change
             "pipeline.model.accumulation_weight": 0.0,
             "pipeline.model.depth_weight": 0.0,
         },
-        "ours + jitter": {"pipeline.model.jitter_points": True},
-        "ours + 2 octaves": octaves(lite, 2),
-        "ours + 4 octaves": octaves(lite, 4),
+        "ours - jitter": {"pipeline.model.jitter_points": False},
     }
     if method == "r2l":
         with_lite |= {
             "ours - zero-init": {"pipeline.model.zero_init": False},
             "ours + hard rays": {"pipeline.datamanager.hard_fraction": 0.2},
             "ours + averaged weights": {"pipeline.ema_decay": 0.99},
-            "ours, 10 octaves": {"pipeline.model.num_frequencies": 10},
-            "ours, depth 24": {"pipeline.model.depth": 24},
+            "ours, depth 4": {"pipeline.model.depth": 4},
+            "ours, depth 12": {"pipeline.model.depth": 12},
             "ours, batches of 1024": {"pipeline.datamanager.train_num_rays_per_batch": 1024},
             "ours, batches of 4096": {"pipeline.datamanager.train_num_rays_per_batch": 4096},
         }
@@ -163,8 +174,8 @@ def rows_of(method: Literal["r2l", "mobile-r2l"]) -> dict[str, tuple[str, Change
         with_lite |= {
             "ours + zero-init": ZERO,
             "ours - averaged weights": {"pipeline.ema_decay": 0.0},
-            "ours, 2 blocks": {"pipeline.model.blocks": 2},
-            "ours, 8 blocks": {"pipeline.model.blocks": 8},
+            "ours, 1 block": {"pipeline.model.blocks": 1},
+            "ours, 4 blocks": {"pipeline.model.blocks": 4},
             "ours, batches of 32768": {"pipeline.datamanager.train_num_rays_per_batch": 32768},
         }
     with_full: dict[str, Changes] = {
@@ -172,10 +183,9 @@ def rows_of(method: Literal["r2l", "mobile-r2l"]) -> dict[str, tuple[str, Change
         "full, Adam at 1e-3": adam(1e-3),
         "full, twice the rates": rates(full, 2.0),
         "full, 4 times the rates": rates(full, 4.0),
-        "full + volume": VOLUME,
+        "full, points evenly spaced": {"pipeline.model.ray_code": "points"},
         "full - foreground": {"pipeline.datamanager.foreground_fraction": 0.0},
         "full - jitter": {"pipeline.model.jitter_points": False},
-        "full + 2 octaves": octaves(full, 2),
     }
     if method == "r2l":
         with_full |= {

@@ -26,6 +26,7 @@ from r2l_nerfstudio.engines.weights import weights_hash
 from r2l_nerfstudio.errors import InputError
 from r2l_nerfstudio.lpips import without_lpips
 from r2l_nerfstudio.models.light_field import LightFieldModel
+from r2l_nerfstudio.rays.occupancy import grid_point_index
 from r2l_nerfstudio.rays.ray_image import ray_image_size
 from r2l_nerfstudio.rays.spacing import SceneBounds
 
@@ -111,7 +112,7 @@ class Render:
         taken |= fastest(frames, self.seconds, device)
         limit = {label: min(ms for call, ms in taken.items() if re.fullmatch(rf"{label} \d", call)) for label in bare}
         rows = []
-        probe = probe_code(model.ray_code, model.encode, model.network)
+        probe = probe_code(model.ray_code, model.encode, model.network, model.rays_per_cell)
         for label, engine in engines.items():
             network, frame_ms = taken[f"network {label}"], taken.get(f"frame {label}")
             rows.append(
@@ -184,10 +185,32 @@ def student(method: str, side: int, device: torch.device) -> tuple[LightFieldMod
     focal = side / _FIELD_OF_VIEW
     bounds = SceneBounds("sphere", (0.0, 0.0, 0.0), 1.0, 2.0, 6.0)
     model.set_scene(bounds, torch.eye(3), torch.ones(3), has_accumulation=True, has_depth=True, focal=focal)
+    fill_ball(model)
     pose = torch.eye(4)[None, :3]
     pose[:, 2, 3] = 4.0
     camera = Cameras(pose, focal, focal, side / 2, side / 2, side, side)
     return model, camera.to(device)
+
+
+@torch.no_grad()
+def fill_ball(model: LightFieldModel) -> None:
+    """Occupy the surface of a ball of nine tenths of the scene's radius, opaque, with as many features as allowed."""
+    encoding = model.composited
+    if encoding is None:
+        return
+    scene = encoding.occupancy.scene
+    generator = torch.Generator().manual_seed(0)
+    points = 0.9 * torch.nn.functional.normalize(torch.randn(200_000, 3, generator=generator), dim=-1)
+    points = points.to(model.device)
+    warp = "ball" if encoding.ray_code.spacing == "sphere" else "contracted"
+    scene.fit(warp, points, points.new_zeros(3), torch.eye(3))
+    encoding.occupancy.clear(scene.resolution(scene.cell_of(model.config.occupancy_cells)))
+    encoding.occupancy.mark((encoding.occupancy.counts(points) > 0).to(torch.uint8))
+    cell = scene.cell_of(4 * model.config.occupancy_cells)
+    while int(grid_point_index(encoding.occupancy.cells, scene.resolution(cell)).max()) > model.config.max_grid_points:
+        cell *= 1.05
+    encoding.lay_out(scene.resolution(cell))
+    encoding.volume.rows[1:, 0] = 3.0
 
 
 def frame_code(model: LightFieldModel, camera: Cameras) -> torch.Tensor:

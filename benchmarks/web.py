@@ -26,6 +26,7 @@ from nerfstudio.utils.rich_utils import CONSOLE
 from PIL import Image
 from torch import Tensor
 
+from benchmarks.render import fill_ball
 from benchmarks.render import student as random_student
 from r2l_nerfstudio.distillation.pose_sampling import CaptureCameras, look_along
 from r2l_nerfstudio.engines.cache import device_name
@@ -119,6 +120,7 @@ class Web:
         bounds = SceneBounds("near-far", (0.0, 0.0, 0.0), 1.0, 2.0, 6.0)
         focal = side / _FIELD_OF_VIEW
         model.set_scene(bounds, torch.eye(3), torch.ones(3), has_accumulation=True, has_depth=True, focal=focal)
+        fill_ball(model)
         with model.drawn_by(lambda code: model.network(code)):  # no engine is built beside the measurement
             made = export_web(Student(model, method), ring_of_cameras(side, focal), runtime, folder, method)
         taken = {}

@@ -127,7 +127,7 @@ def _stock_ranges() -> dict[type, dict[str, _Range]]:
             "weight_decay": FloatRange(0),
             "max_norm": FloatRange(0),
         },
-        SchedulerConfig: {"warmup_steps": IntRange(0), "max_steps": IntRange(0), "decay_steps": IntRange(1)},
+        SchedulerConfig: {"warmup_steps": IntRange(0), "max_steps": IntRange(0), "decay_steps": IntRange(0)},
         ModelConfig: {"eval_num_rays_per_chunk": IntRange(1)},
     }
 

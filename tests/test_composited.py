@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from student_runs import tiny_composited_mobile_r2l, tiny_composited_r2l, write_run
@@ -15,6 +16,8 @@ from r2l_nerfstudio.distillation.averaging import WeightAverage
 from r2l_nerfstudio.distillation.optimization import move_state
 from r2l_nerfstudio.distillation.pose_sampling import CaptureCameras, look_along
 from r2l_nerfstudio.distillation.scene_occupancy import SceneOccupancy
+from r2l_nerfstudio.export.graph import GraphSpec
+from r2l_nerfstudio.export.onnx_file import export_onnx
 from r2l_nerfstudio.models.composited_encoding import CompositedEncoding, CompositedSettings
 from r2l_nerfstudio.rays.occupancy import OccupancyGrid, grid_point_index
 from r2l_nerfstudio.rays.pinhole import image_rays
@@ -283,3 +286,20 @@ def test_pixels_of_cells_and_back() -> None:
     by_cell = pixels.by_cell(image)
     assert torch.equal(by_cell[0, 1, 2, 5], image[0, 4 + 1, 8 + 1])
     assert torch.equal(pixels.to_image(by_cell), image)
+
+
+OLD_RUNS = Path(__file__).parent / "data" / "before_composited"
+
+
+@pytest.mark.parametrize("name", ["r2l-lite", "mobile-r2l-lite"])
+def test_students_trained_before_still_open_draw_and_export(name: str, tmp_path: Path) -> None:
+    """Runs and pictures written by the version before the composited encoding, with random weights."""
+    student = load_student(OLD_RUNS / name, device="cpu", engine="torch")
+    assert student.model.composited is None
+    pose = np.concatenate([np.eye(3), [[0.1], [0.0], [2.5]]], axis=1).astype(np.float32)
+    found = student.render_all(pose, [50.0, 50.0, 16.0, 12.0], 32, 24)
+    with np.load(OLD_RUNS / name / "picture.npz") as kept:
+        assert set(kept) == set(found) and kept["rgb"].std() > 0.01
+        for output, value in kept.items():
+            np.testing.assert_allclose(found[output], value, atol=2e-3)
+    assert export_onnx(student, GraphSpec("camera", "fp32", 27, 18), tmp_path / "student.onnx") > 100

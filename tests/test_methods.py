@@ -27,7 +27,7 @@ import r2l_nerfstudio.method_configs
 print(json.dumps(sorted(set(sys.modules) - before)))
 """
 # Whatever else a method of ours needs is imported when it is needed.
-_LIGHT = {"r2l_nerfstudio", "nerfstudio", "psutil"}
+_LIGHT = {"r2l_nerfstudio", "nerfstudio", "psutil", "platformdirs"}
 
 
 def test_importing_the_methods_imports_nothing_heavy() -> None:

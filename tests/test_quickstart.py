@@ -147,6 +147,7 @@ def test_set_up_happens_once_per_pyproject(dev, monkeypatch, tmp_path):
     steps = []
     monkeypatch.setattr(dev, "run", lambda command, what, environment=None: steps.append(what))
     monkeypatch.setattr(dev.venv, "create", lambda path, **options: path.mkdir(exist_ok=True))
+    monkeypatch.setattr(dev, "check_multiprocess", lambda: None)
     dev.install()
     assert len(steps) == 2
     dev.install()

@@ -176,7 +176,7 @@ def test_one_camera_at_a_time_left_as_it_was(tiny_teacher: Path) -> None:
         def forward(self, bundle) -> dict:
             bundle.origins += 1
             bundle.metadata["directions_norm"] *= 2
-            return {"rgb": bundle.origins}
+            return {"rgb": bundle.origins.sigmoid()}
 
     teacher = replace(Teacher.load(tiny_teacher), model=Editing())
     cameras = teacher.dataparser_outputs.cameras

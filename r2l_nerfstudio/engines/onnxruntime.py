@@ -12,12 +12,9 @@ from r2l_nerfstudio.engines.onnx_graph import INPUT, OUTPUT, network_onnx
 from r2l_nerfstudio.engines.protocol import EngineName, Order, Precision
 from r2l_nerfstudio.engines.sizes import (
     chunk_rows,
-    from_bucket,
     in_chunks,
     is_grid,
     out_dim,
-    to_cpu_bucket,
-    upsampling_factor,
 )
 
 
@@ -59,7 +56,6 @@ class OnnxRuntimeEngine:
         import onnxruntime
 
         self._is_grid = is_grid(network)
-        self._factor = upsampling_factor(network)
         self._out_dim = out_dim(network)
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
@@ -68,9 +64,7 @@ class OnnxRuntimeEngine:
     def __call__(self, code: Float[Tensor, "*code"]) -> Float[Tensor, "*values"]:
         code = code.detach()
         if self._is_grid:
-            values = torch.cat([self._values(frame.contiguous()) for frame in to_cpu_bucket(code).split(1)])
-            height, width = code.shape[-2:]
-            return from_bucket(values, height, width, self._factor)
+            return torch.cat([self._values(frame.contiguous()) for frame in code.split(1)])
         return in_chunks(self._run, code, self._out_dim, chunk_rows(code.device))
 
     def _run(self, code: Tensor, values: Tensor) -> None:

@@ -15,12 +15,10 @@ from torch import Tensor, nn
 from r2l_nerfstudio.engines.protocol import EngineName, Order, Precision
 from r2l_nerfstudio.engines.sizes import (
     chunk_rows,
-    from_bucket,
     in_chunks,
     in_dim,
     is_grid,
     out_dim,
-    to_cpu_bucket,
     upsampling_factor,
 )
 from r2l_nerfstudio.engines.weights import FixedNetwork, RowsLast
@@ -95,6 +93,8 @@ class OpenVinoEngine:
                 "INFERENCE_PRECISION_HINT": _HINTS[precision],
                 "PERFORMANCE_HINT": "LATENCY",
                 "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+                # Else it keeps something for every picture size, for as long as the viewer is open.
+                "CPU_RUNTIME_CACHE_CAPACITY": "0",
             },
         )
         # One for each thread that renders: a request holds the memory of its inputs and outputs.
@@ -105,13 +105,12 @@ class OpenVinoEngine:
         if not self._is_grid:
             return in_chunks(self._run, code, self._out_dim, self._rows)
         frames = []
-        for rays in to_cpu_bucket(code).permute(0, 2, 3, 1).split(1):
+        for rays in code.permute(0, 2, 3, 1).split(1):
             _, rows, columns, _ = rays.shape
             frames.append(code.new_empty(1, rows * self._factor, columns * self._factor, self._out_dim))
             self._run(rays.contiguous(), frames[-1])
         values = torch.cat(frames) if len(frames) > 1 else frames[0]
-        height, width = code.shape[-2:]
-        return from_bucket(values.permute(0, 3, 1, 2), height, width, self._factor)
+        return values.permute(0, 3, 1, 2)
 
     def _run(self, code: Tensor, values: Tensor) -> None:
         """Read and write the tensors' own memory: nothing is copied."""

@@ -87,18 +87,6 @@ def to_bucket(
     return pad(code, (0, -columns % step, 0, -rows % step), mode="replicate")
 
 
-def to_cpu_bucket(
-    code: Float[Tensor, "batch in_dim rows columns"],
-) -> Float[Tensor, "batch in_dim more_rows more_columns"]:
-    """As `to_bucket`, to sides that are at most an eighth, or 8 cells, longer: about 20 lengths up to 256 cells.
-
-    Engines on CPUs keep memory for every size they have met, for as long as they live.
-    """
-    rows, columns = code.shape[-2:]
-    more = [-side % max(GRID_STEP, 1 << max(0, side.bit_length() - 4)) for side in (columns, rows)]
-    return pad(code, (0, more[0], 0, more[1]), mode="replicate") if any(more) else code
-
-
 def from_bucket(
     values: Float[Tensor, "batch out_dim more_height more_width"], rows: int, columns: int, factor: int
 ) -> Float[Tensor, "batch out_dim height width"]:
