@@ -28,7 +28,7 @@ from dataclasses import dataclass, field
 from importlib.metadata import entry_points
 from pathlib import Path
 from types import FunctionType
-from typing import Any
+from typing import Any, cast
 
 import yaml
 
@@ -85,13 +85,13 @@ class _Call:
 class MarkerLoader(yaml.SafeLoader):
     """PyYAML's safe loader; the Python tags of Nerfstudio's configurations become markers, all others are refused."""
 
-    def construct_tuple(self, node: yaml.Node) -> tuple:
+    def construct_tuple(self, node: yaml.SequenceNode) -> tuple:
         return tuple(self.construct_sequence(node, deep=True))
 
     def construct_name(self, name: str, node: yaml.Node) -> _Name:
         return _Name(name)
 
-    def construct_object_marker(self, name: str, node: yaml.Node) -> _Object:
+    def construct_object_marker(self, name: str, node: yaml.MappingNode) -> _Object:
         return _Object(name, self.construct_mapping(node, deep=True))
 
     def construct_call(self, name: str, node: yaml.Node) -> _Call:
@@ -106,7 +106,7 @@ MarkerLoader.add_constructor(f"{_PYTHON}tuple", MarkerLoader.construct_tuple)
 MarkerLoader.add_multi_constructor(f"{_PYTHON}name:", MarkerLoader.construct_name)
 MarkerLoader.add_multi_constructor(f"{_PYTHON}object:", MarkerLoader.construct_object_marker)
 MarkerLoader.add_multi_constructor(f"{_PYTHON}object/apply:", MarkerLoader.construct_call)
-MarkerLoader.add_constructor(None, MarkerLoader.refuse)
+MarkerLoader.add_constructor(cast(str, None), MarkerLoader.refuse)  # None: any other tag
 
 
 def marked_fields(value: Any) -> dict[Any, Any] | None:
@@ -192,10 +192,12 @@ class ConfigBuilder:
                     )
             object.__setattr__(instance, key, built)
         for name, missing in declared.items():
-            is_left_out = name not in marker.values and missing.default_factory is not dataclasses.MISSING
+            factory = missing.default_factory
+            is_left_out = name not in marker.values
             # What a run was made of is never guessed.
-            if is_left_out and name not in ("pipeline", "datamanager", "dataparser", "model"):
-                object.__setattr__(instance, name, missing.default_factory())
+            is_made = name in ("pipeline", "datamanager", "dataparser", "model")
+            if is_left_out and not is_made and factory is not dataclasses.MISSING:
+                object.__setattr__(instance, name, factory())
         return instance
 
     def _target(self, cls: type, value: Any, default: Any) -> Any:
@@ -230,7 +232,7 @@ class ConfigBuilder:
 
             manager, dataset = args
             if issubclass(manager, DataManager) and issubclass(dataset, InputDataset):
-                return manager.__class_getitem__(dataset)
+                return cast(Any, manager).__class_getitem__(dataset)  # those that take one
         cls = self._find(marker.name)
         if not (isinstance(cls, type) and issubclass(cls, enum.Enum) and len(args) == 1):
             raise Refused(f"it calls {marker.name}, and a configuration may call nothing.{TRUST}")

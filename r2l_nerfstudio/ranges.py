@@ -21,6 +21,10 @@ from r2l_nerfstudio.errors import InputError
 class _Range(tyro.constructors.PrimitiveConstructorSpec):
     """A number between two others; what tyro needs to parse one."""
 
+    low: float
+    high: float
+    above: bool
+
     def __init__(self, kind: type, low: float, high: float, above: bool) -> None:
         super().__init__(
             nargs=1,

@@ -229,13 +229,14 @@ def capture_path(config: TrainerConfig, config_path: Path) -> Path:
         InputError: the run was not trained on a capture.
     """
     datamanager = config.pipeline.datamanager
-    if not hasattr(datamanager, "dataparser"):
+    dataparser = getattr(datamanager, "dataparser", None)
+    if dataparser is None:
         raise InputError(
             f"The run {config_path} was not trained on a capture (its data manager is a {type(datamanager).__name__}): "
             "choose one trained on photographs."
         )
     # Data managers let a path of their own win over their dataparser's.
-    data = Path(getattr(datamanager, "data", None) or datamanager.dataparser.data)
+    data = Path(getattr(datamanager, "data", None) or dataparser.data)
     folders = [Path(), *Path(config_path).absolute().parents]
     return next((folder / data for folder in folders if (folder / data).exists()), data)
 

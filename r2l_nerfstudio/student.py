@@ -207,7 +207,7 @@ def _load(path: Path, device: torch.device | str | None, step: int | None, engin
     split.teacher_time = getattr(config.pipeline, "teacher_time", None)
     model.engines.check()
     model.engines.cache_folder = engine_cache_folder()
-    student = Student(model, config.method_name)
+    student = Student(model, config.method_name or "")
     student._source = (str(config_path.absolute()), str(device), trained_step, engine)
     return student
 

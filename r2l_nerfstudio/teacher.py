@@ -449,7 +449,7 @@ def _needs_cuda(model: Model) -> bool:
     return isinstance(model, SplatfactoModel) or any(isinstance(part, OccGridEstimator) for part in model.modules())
 
 
-def _check_time(model: Model, cameras: Cameras, time: float | None, config_path: Path, method_name: str) -> None:
+def _check_time(model: Model, cameras: Cameras, time: float | None, config_path: Path, method_name: str | None) -> None:
     """Refuse a model that depends on time without a time, and a time for one that does not."""
     is_dependent = _depends_on_time(model, cameras)
     if is_dependent and time is None:

@@ -111,7 +111,7 @@ class ImportCheckpoint:
     def _center(self, network: PublishedNetwork) -> tuple[float, float, float] | None:
         if self.scene is None and self.center is None and network.kind == "mobile-r2l":
             # Where the file says which scene, its own code would use that scene's origin.
-            return LLFF_CENTERS.get(network.arguments.get("scene"))
+            return LLFF_CENTERS.get(network.arguments.get("scene", ""))
         if self.scene is None:
             return self.center
         if self.center is not None:

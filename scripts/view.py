@@ -7,14 +7,17 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Annotated
+from typing import Annotated, cast
 
 import torch
 import tyro
 from nerfstudio.configs.base_config import LoggingConfig, ViewerConfig
+from nerfstudio.data.datasets.base_dataset import InputDataset
+from nerfstudio.pipelines.base_pipeline import Pipeline
 from nerfstudio.utils import writer
 from nerfstudio.utils.rich_utils import CONSOLE
 from nerfstudio.viewer.viewer import VISER_NERFSTUDIO_SCALE_RATIO, Viewer
+from viser import CameraHandle
 
 from r2l_nerfstudio.engines.switch import EngineChoice
 from r2l_nerfstudio.errors import InputError, command_line
@@ -86,7 +89,7 @@ def start_viewer(student: Student, run: Path, host: str = "127.0.0.1", port: int
             config,
             log_filename=folder / config.relative_log_filename,
             datapath=folder,
-            pipeline=StudentPipeline(student),
+            pipeline=cast(Pipeline, StudentPipeline(student)),
             train_lock=threading.Lock(),
         )
     except OSError as error:
@@ -98,12 +101,12 @@ def start_viewer(student: Student, run: Path, host: str = "127.0.0.1", port: int
     logging.local_writer.enable = False
     writer.setup_local_writer(logging, max_iter=1, banner_messages=viewer.viewer_info)
     viewer.viser_server.on_client_connect(lambda client: _place(client.camera, student))
-    viewer.init_scene(train_dataset=(), train_state="completed")
+    viewer.init_scene(train_dataset=cast(InputDataset, ()), train_state="completed")  # no photos to show
     viewer.update_scene(step=0)
     return viewer
 
 
-def _place(camera: object, student: Student) -> None:
+def _place(camera: CameraHandle, student: Student) -> None:
     """Begin outside a bounded object, or in the middle of any other scene."""
     code = student.model.ray_code
     center, radius = code.center.cpu().double(), float(code.radius)

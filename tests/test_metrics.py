@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -89,9 +90,9 @@ def test_ssim_knows_height_from_channels() -> None:
 
 
 @pytest.fixture
-def networks(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+def networks(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     """Names of the LPIPS networks that were built; VGG's weights cannot be loaded."""
-    built = []
+    built: list[str] = []
 
     class Distance(torch.nn.Module):
         def __init__(self, net: str, **kwargs) -> None:

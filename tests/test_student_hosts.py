@@ -26,7 +26,9 @@ def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 
 
 def picture(student: Student) -> np.ndarray:
-    return student.render(POSE, [30.0, 30.0, 16.0, 12.0], 32, 24)
+    drawn = student.render(POSE, [30.0, 30.0, 16.0, 12.0], 32, 24)
+    assert isinstance(drawn, np.ndarray)
+    return drawn
 
 
 @pytest.fixture(scope="module")

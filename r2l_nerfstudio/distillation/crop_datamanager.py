@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Annotated
+from typing import Annotated, cast
 
 import torch
 from jaxtyping import Float
@@ -62,9 +62,9 @@ class CropDataManager(DistillationDataManager):
         )
 
     def restart(
-        self, config: CropDataManagerConfig, rays_per_cell: int, conventions: RayConventions, margin: int
+        self, config: DistillationDataManagerConfig, rays_per_cell: int, conventions: RayConventions, margin: int
     ) -> None:
-        self.config = config
+        self.config = cast(CropDataManagerConfig, config)  # of the same method
         super().restart(config, rays_per_cell, conventions, self._crop_margin(margin))
 
     def _crop_margin(self, margin: int) -> int:

@@ -85,8 +85,10 @@ def sample_crops(
     poses = views.camera_to_worlds[chosen][:, None, None]
     intrinsics = views.intrinsics[chosen]
     corner = torch.stack([left, top], dim=-1)
-    counts = [(count + 2 * margin) * rays_per_cell for count in (rows_of_cells, columns_of_cells)]
-    grid = pixel_centers(*counts, device) + (conventions.pixel_offset - 0.5)
+    rows_of_rays, columns_of_rays = (
+        (count + 2 * margin) * rays_per_cell for count in (rows_of_cells, columns_of_cells)
+    )
+    grid = pixel_centers(rows_of_rays, columns_of_rays, device) + (conventions.pixel_offset - 0.5)
     in_cells = ray_image_intrinsics(intrinsics, factor, corner, rays_per_cell, margin)
     origins, directions = pinhole_rays(
         poses, in_cells[:, None, None], grid.expand(num_crops, -1, -1, -1), conventions.is_planar

@@ -123,7 +123,7 @@ def undistorted_photo(
         down_map,
         cv2.INTER_LINEAR,
         borderMode=cv2.BORDER_CONSTANT,
-        borderValue=0,
+        borderValue=(0, 0, 0, 0),
     )
     valid = read[..., 3:4] > 0.999 * 255
     return torch.from_numpy(np.concatenate([np.clip(read[..., :3], 0, 255), valid], axis=-1).round().astype(np.uint8))

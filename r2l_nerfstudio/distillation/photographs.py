@@ -90,11 +90,11 @@ def read_photo(dataset: InputDataset, index: int, background: Float[Tensor, "3"]
 
 
 def _read(dataset: InputDataset, index: int, background: Tensor) -> Photo:
-    outputs = getattr(dataset, "_dataparser_outputs", None)
     is_stock = getattr(type(dataset), "get_data", None) is InputDataset.get_data and dataset.mask_color is None
     if is_stock:
         # Not `get_data`, which blends a whole photo in fp32.
         image: Any = dataset.get_numpy_image(index)
+        outputs = dataset._dataparser_outputs
         alpha_color, mask = outputs.alpha_color, None
         if outputs.mask_filenames is not None:
             mask = get_image_mask_tensor_from_path(outputs.mask_filenames[index], scale_factor=dataset.scale_factor)

@@ -137,7 +137,7 @@ class DistillationPipeline(VanillaPipeline):
         self.model.device_indicator_param.requires_grad_(False)  # Nerfstudio's; in no loss, so ranks would wait for it
         on_gpu = self.model.device.type == "cuda"
         if self.config.sync_batch_norm and on_gpu:
-            self._model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(self.model)
+            self._model = cast(LightFieldModel, torch.nn.SyncBatchNorm.convert_sync_batchnorm(self.model))
         return DistributedDataParallel(self.model, device_ids=[local_rank] if on_gpu else None)
 
     def _attach_teacher(self, teacher: Teacher) -> None:

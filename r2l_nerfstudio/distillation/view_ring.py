@@ -10,6 +10,7 @@ import time
 import zipfile
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import psutil
@@ -219,7 +220,7 @@ class ViewRenderer:
         path = self._path(index)
         if path is None:
             return
-        arrays = {
+        arrays: dict[str, Any] = {
             "camera_to_world": view.camera_to_world.numpy(),
             "intrinsics": view.intrinsics.numpy(),
             "pixels": view.pixels.numpy(),

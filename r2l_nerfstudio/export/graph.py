@@ -414,11 +414,14 @@ class ValuesGraph(nn.Module):
             third: what follows.
             fourth: likewise, where there is `geometry`.
         """
-        geometry, first, second = (second, third, fourth) if self.has_geometry else (None, second, third)
+        geometry, first, last = None, second, third
+        if self.has_geometry:
+            assert fourth is not None
+            geometry, first, last = second, third, fourth
         values = self.joining(values, geometry)
         if self.frame is None:
-            return self.pictures(values, first, second)
-        rays = self.frame.pixels(first, second)
+            return self.pictures(values, first, last)
+        rays = self.frame.pixels(first, last)
         if self.frame.is_image:
             values = self.frame.crop(values)
         else:

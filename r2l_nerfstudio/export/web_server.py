@@ -18,7 +18,7 @@ from http import HTTPStatus
 from http.server import HTTPServer, SimpleHTTPRequestHandler
 from io import BufferedReader
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
 from r2l_nerfstudio.errors import InputError
 
@@ -40,12 +40,12 @@ class _Deadline(socket.SocketIO):
         self._connection = connection
         self._end = time.monotonic() + seconds
 
-    def readinto(self, buffer: Any) -> int | None:
+    def readinto(self, b: Any) -> int | None:
         left = self._end - time.monotonic()
         if left <= 0:
             raise TimeoutError("the request did not arrive in time")
         self._connection.settimeout(left)
-        return super().readinto(buffer)
+        return super().readinto(b)
 
 
 class WebHandler(SimpleHTTPRequestHandler):
@@ -142,13 +142,14 @@ class WebServer(HTTPServer):
             ) from error
         self.address = f"http://{'localhost' if host in ('127.0.0.1', '0.0.0.0') else host}:{self.server_address[1]}/"
 
-    def process_request(self, request: socket.socket, client_address: Any) -> None:
+    def process_request(self, request: socket.socket | tuple[bytes, socket.socket], client_address: Any) -> None:
         """In a thread of the pool; connections beyond its room are closed."""
         if not self._room.acquire(blocking=False):
             self.shutdown_request(request)
             return
-        request.settimeout(SECONDS_FOR_PART)
-        self._threads.submit(self._serve, request, client_address)
+        connection = cast(socket.socket, request)  # as of all TCP servers
+        connection.settimeout(SECONDS_FOR_PART)
+        self._threads.submit(self._serve, connection, client_address)
 
     def _serve(self, request: socket.socket, client_address: Any) -> None:
         try:

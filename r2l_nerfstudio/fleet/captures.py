@@ -9,6 +9,7 @@ import tempfile
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
+from typing import Any, cast
 
 from r2l_nerfstudio.errors import InputError
 from r2l_nerfstudio.fleet.config import CaptureConfig, is_url
@@ -98,7 +99,7 @@ def folder_fingerprint(folder: str) -> str:
     base = base.rstrip("/")
     if not fs.exists(base):
         raise InputError(f"There is no capture at {folder}.")
-    files = fs.find(base, detail=True)
+    files = cast(dict[str, dict[str, Any]], fs.find(base, detail=True))
     if not files:
         raise InputError(f"The capture {folder} is an empty folder.")
     hasher = hashlib.sha256()
@@ -106,7 +107,7 @@ def folder_fingerprint(folder: str) -> str:
         name, size = path[len(base) :].lstrip("/"), files[path]["size"]
         hasher.update(f"{name}\0{size}\0".encode())
         if PurePosixPath(name).suffix.lower() not in MEDIA and size <= _WHOLE_BYTES:
-            content = fs.cat_file(path)
+            content = cast(bytes, fs.cat_file(path))
             hasher.update(content)
             if re.fullmatch(r"transforms(_\w+)?\.json", name):
                 _check_transforms(f"{folder.rstrip('/')}/{name}", content)
@@ -126,7 +127,7 @@ def _expand(pattern: str, is_run: bool) -> list[str]:
     if not re.search(r"[*?\[]", pattern):
         return [pattern]
     fs, path = open_url(pattern)
-    found = fs.glob(path, detail=True)
+    found = cast(dict[str, dict[str, Any]], fs.glob(path, detail=True))
     protocol = pattern.partition("://")[0] + "://" if is_url(pattern) else ""
     matches = sorted(name for name, info in found.items() if info["type"] == "directory" or is_run)
     matches = [name for name in matches if not PurePosixPath(name).name.startswith(".")]
@@ -185,12 +186,13 @@ def _read_run(capture: Capture) -> str:
         raise InputError(f"There is no trained run at {capture.teacher}.")
     if not capture.source:
         raise InputError(f"The run {capture.teacher} is remote: give the URL of its capture with `path`.")
-    text = fs.cat_file(path)
+    text = cast(bytes, fs.cat_file(path))
     with tempfile.TemporaryDirectory() as scratch:
         local = Path(scratch) / "config.yml"
         local.write_bytes(text)
         config = load_run_config(local)
-    checkpoints = fs.find(f"{path.rpartition('/')[0]}/{config.relative_model_dir}", detail=True)
+    folder = f"{path.rpartition('/')[0]}/{config.relative_model_dir}"
+    checkpoints = cast(dict[str, dict[str, Any]], fs.find(folder, detail=True))
     sizes = sorted((PurePosixPath(name).name, info["size"]) for name, info in checkpoints.items())
     if not any(name.endswith(".ckpt") for name, _ in sizes):
         raise InputError(f"The run {capture.teacher} has no checkpoint.")

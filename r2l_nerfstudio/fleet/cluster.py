@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 import sys
@@ -38,12 +39,14 @@ class Cluster(Protocol):
 
     def capacity(self) -> Capacity:
         """What the machines have now; it may grow and shrink."""
+        ...
 
     def submit(self, job: Job) -> Any:
         """Queue a job until a machine has room for it. Returns its handle."""
 
     def wait(self, handles: Sequence[Any], seconds: float) -> list[tuple[Any, Outcome]]:
         """The jobs that have ended, after at most so many seconds; returns early when the first one ends."""
+        ...
 
     def stop(self, handles: Sequence[Any], seconds: float = STOP_SECONDS) -> None:
         """End jobs; running commands get so many seconds to save."""
@@ -54,10 +57,12 @@ class RayCluster:
 
     def __init__(self, dashboard: str = "") -> None:
         import ray
+        import ray.exceptions
 
         self.dashboard = dashboard
         """HOST:PORT of Ray's dashboard; empty without one."""
         self._ray = ray
+        self._errors = ray.exceptions
         # Attempts are counted by the scheduler, which knows a full disk from a lost machine.
         self._task = ray.remote(max_retries=0)(run_stage)
 
@@ -91,7 +96,7 @@ class RayCluster:
             if not first:
                 return []
             ended, _ = self._ray.wait(handles, num_returns=len(handles), timeout=0)
-        except (self._ray.exceptions.RayError, ConnectionError) as error:
+        except (self._errors.RayError, ConnectionError) as error:
             raise InputError(f"Ray is gone ({_first(error)}): start the fleet again to continue.") from error
         return [(handle, self._outcome(handle)) for handle in ended]
 
@@ -103,7 +108,7 @@ class RayCluster:
             self._ray.wait(list(handles), num_returns=len(handles), timeout=seconds)
 
     def _outcome(self, handle: Any) -> Outcome:
-        errors = self._ray.exceptions
+        errors = self._errors
         try:
             return self._ray.get(handle)
         except errors.OutOfMemoryError as error:
@@ -176,7 +181,7 @@ def _start(config: FleetConfig) -> Any:
     for attempt in range(1, attempts + 1):
         before = set(psutil.Process().children(recursive=True))
         try:
-            return ray.init(**options, log_to_driver=False, logging_level="ERROR")
+            return ray.init(**options, log_to_driver=False, logging_level=logging.ERROR)
         except Exception as error:  # ConnectionError, RuntimeError, ValueError, OSError and plain Exception
             ray.shutdown()
             # It ends what has registered only.

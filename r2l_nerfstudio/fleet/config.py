@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 import shlex
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -262,7 +263,7 @@ def _from_folder(path: str, folder: Path) -> str:
     return path if not path or is_url(path) else str(folder / Path(path).expanduser())
 
 
-def _first_fault(error: dict[str, Any]) -> str:
+def _first_fault(error: Mapping[str, Any]) -> str:
     """One sentence on the first thing that pydantic found."""
     import difflib
 

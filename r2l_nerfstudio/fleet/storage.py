@@ -7,7 +7,7 @@ import os
 import shutil
 import uuid
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import fsspec
 from fsspec.core import url_to_fs
@@ -46,7 +46,7 @@ class Storage:
     def read(self, name: str) -> bytes | None:
         """The file's content; None without the file."""
         try:
-            return self._fs.cat_file(self._at(name))
+            return cast(bytes, self._fs.cat_file(self._at(name)))
         except (FileNotFoundError, NotADirectoryError):
             return None
 
@@ -91,7 +91,7 @@ class Storage:
         except (FileNotFoundError, NotADirectoryError):
             return {}
         # One call: object stores answer many requests at once.
-        contents = self._fs.cat(paths, on_error="omit") if paths else {}
+        contents = cast(dict[str, bytes], self._fs.cat(paths, on_error="omit")) if paths else {}
         found = {}
         for path, data in contents.items():
             try:

@@ -7,6 +7,7 @@ import errno
 import functools
 import hashlib
 import importlib.metadata
+import io
 import os
 import re
 import shlex
@@ -20,7 +21,7 @@ import time
 from collections import deque
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from r2l_nerfstudio.errors import InputError
 from r2l_nerfstudio.fleet.captures import first_photo
@@ -181,7 +182,12 @@ class _Attempt:
             more = ""
         if checkpoint is None or more:
             outcome = self.command(fill_in(self.stage.words, {**values, "options": f"{values['options']} {more}"}))
-        if more and outcome.failure in ("crash", "input") and self.interrupted() == checkpoint:
+        if (
+            checkpoint is not None
+            and more
+            and outcome.failure in ("crash", "input")
+            and self.interrupted() == checkpoint
+        ):
             self.note(f"The checkpoint {checkpoint} cannot be continued from: starting from scratch.")
             checkpoint.replace(checkpoint.with_name(checkpoint.name + UNUSABLE))
             outcome = self.command(fill_in(self.stage.words, values))
@@ -325,7 +331,8 @@ class _Attempt:
         """Copy the command's output to the log, and keep its last lines."""
         assert process.stdout is not None
         rest = b""
-        while chunk := process.stdout.read1(1 << 16):
+        output = cast(io.BufferedReader, process.stdout)
+        while chunk := output.read1(1 << 16):
             self.append(chunk)
             *lines, rest = re.split(rb"[\r\n]+", rest + chunk)
             for line in lines:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 import numpy as np
 import torch
@@ -122,7 +122,7 @@ def _dataparser(data: Path, teacher: Path | None) -> DataParserConfig:
         )
     parser.data = data.absolute()
     if hasattr(parser, "load_3D_points"):
-        parser.load_3D_points = False
+        cast(Any, parser).load_3D_points = False
     return parser
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
@@ -242,8 +242,8 @@ def _gelu(step: Step, x: Tensor) -> Tensor:
     return F.gelu(x)
 
 
-def _convolution(step: Step, *tensors: Tensor) -> Tensor:
-    return F.conv2d(*tensors)
+def _convolution(step: Step, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    return F.conv2d(x, weight, bias)
 
 
 def _transposed(step: Step, x: Tensor, weight: Tensor, *bias: Tensor) -> Tensor:
@@ -293,7 +293,7 @@ def _run(path: Path, steps: list[Step], weights: dict[str, Tensor], given: str, 
 def _check_connections(network: PublishedNetwork, in_dim: int) -> None:
     """The weights are in our order of layers; whether the file's graph joins them as ours does shows in its values."""
     sizes = network.sizes
-    ours = MobileR2L(in_dim, 3, **sizes)
+    ours = MobileR2L(in_dim, 3, **cast(dict[str, Any], sizes))
     ours.load_state_dict(network.state)
     code = torch.randn(1, in_dim, 3, 4, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():

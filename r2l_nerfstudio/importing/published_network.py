@@ -176,8 +176,7 @@ def encoding_size(
     points = num_points or arguments.get("n_sample_per_ray")
     octaves = num_frequencies or arguments.get("multires")
     if not (type(points) is int and points > 0):
-        whole = type(octaves) is int and octaves > 0
-        points = per_ray // (2 * octaves + 1) if whole else per_ray & -per_ray
+        points = per_ray // (2 * octaves + 1) if type(octaves) is int and octaves > 0 else per_ray & -per_ray
     if not (type(octaves) is int and octaves > 0):
         octaves = (per_ray // max(1, points) - 1) // 2
     if 3 * points * (2 * octaves + 1) != in_dim or not 1 <= octaves <= MOST_FREQUENCIES:

@@ -406,6 +406,7 @@ class LightFieldModel(Model):
             origins, directions = camera_rays(camera, self.device)
             # All rays of a pinhole begin at one point: what depends on that alone is reckoned once.
             crossing = self.ray_code.crossing(origins[:1, :1] if is_pinhole(camera) else origins, directions)
+            assert crossing is not None
             rgb = torch.where(crossing.is_missed, self.background, rgb)
             accumulation = accumulation.masked_fill(crossing.is_missed, 0.0)
             fraction = fraction.masked_fill(crossing.is_missed, MISSED_FRACTION)

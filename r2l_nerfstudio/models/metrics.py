@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from functools import lru_cache
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from jaxtyping import Float
@@ -53,7 +53,7 @@ def ssim(image: Float[Tensor, "height width 3"], truth: Float[Tensor, "height wi
     found = structural_similarity_index_measure(
         *_batches(image, truth), data_range=1.0, gaussian_kernel=True, sigma=SSIM_SIGMA, kernel_size=SSIM_WINDOW
     )
-    return float(found)
+    return float(cast(Tensor, found))  # a pair only where more is asked for
 
 
 def lpips(

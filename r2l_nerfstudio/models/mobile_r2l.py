@@ -126,7 +126,8 @@ class MobileR2LModel(LightFieldModel):
         super().set_scene(bounds, axes, background, has_accumulation, has_depth, focal, conventions)
         self.focal.fill_(focal)
 
-    def get_outputs(self, ray_bundle: RayBundle) -> dict[str, Tensor]:
+    # Rays only, as Nerfstudio's own models of rays: cameras go through `get_outputs_for_camera`.
+    def get_outputs(self, ray_bundle: RayBundle) -> dict[str, Tensor]:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Colour, accumulation and coded depth of the pixels of ray images, without their margins.
 
         Args:

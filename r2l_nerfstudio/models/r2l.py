@@ -71,7 +71,8 @@ class R2LModel(LightFieldModel):
     def build_network(self, code_dim: int) -> ResMLP:
         return ResMLP(code_dim, self.out_dim, self.config.width, self.config.depth, zero_init=self.config.zero_init)
 
-    def get_outputs(self, ray_bundle: RayBundle) -> dict[str, Tensor]:
+    # Rays only, as Nerfstudio's own models of rays: cameras go through `get_outputs_for_camera`.
+    def get_outputs(self, ray_bundle: RayBundle) -> dict[str, Tensor]:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Colour, accumulation and depth of rays.
 
         Returns:

@@ -38,12 +38,14 @@ class MarchSpace:
     cells: np.ndarray
 
     @property
-    def geometry(self) -> tuple[Any, ...]:
+    def geometry(
+        self,
+    ) -> tuple[bool, np.float32, np.float32, int, np.ndarray, np.ndarray, np.float32, np.ndarray, np.ndarray]:
         """As `march` takes it."""
         return (self.is_disparity, self.near, self.far, *self.box)
 
     @property
-    def box(self) -> tuple[Any, ...]:
+    def box(self) -> tuple[int, np.ndarray, np.ndarray, np.float32, np.ndarray, np.ndarray]:
         """As `place` takes it."""
         return (self.warp, self.origin, self.axes, self.nearest, self.low, self.inverse)
 
@@ -111,10 +113,12 @@ class _March(torch.autograd.Function):
         return torch.from_numpy(out), is_empty
 
     @staticmethod
-    def backward(context: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         from r2l_nerfstudio.students import cpu_kernels
 
-        starts, steps, fractions, lengths, empty, space, table, values, weights = context.kept
+        space: MarchSpace
+        grad, _ = grad_outputs
+        starts, steps, fractions, lengths, empty, space, table, values, weights = ctx.kept
         grad_rows = np.zeros_like(table)
         # One thread: two would write to the same rows.
         cpu_kernels.unmarch(

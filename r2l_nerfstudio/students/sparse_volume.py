@@ -135,6 +135,7 @@ def read_rows(
         read = read + embedding(gathered(index, first + offset).to(torch.int32), rows).float() * (
             weights[0] * weights[1] * weights[2]
         )
+    assert isinstance(read, Tensor)
     return read
 
 
