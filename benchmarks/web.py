@@ -223,7 +223,9 @@ def visited(chromium: Browser, folder: Path, query: str, width: int, height: int
     """A page of the folder, once its picture rests."""
     with WebServer(folder) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        page = chromium.new_page(viewport={"width": width, "height": height or width})
+        page = chromium.new_page(
+            viewport={"width": width, "height": height or width}, bypass_csp=True
+        )  # it waits inside the page
         try:
             page.set_default_timeout(PATIENCE_MS)
             page.goto(f"http://127.0.0.1:{server.server_address[1]}/{query}")

@@ -17,7 +17,7 @@ import pytest
 from PIL import Image
 
 if TYPE_CHECKING:
-    from playwright.sync_api import BrowserContext, Locator, Page
+    from playwright.sync_api import BrowserContext, Frame, Locator, Page
 
 PATIENCE = 180.0
 """Seconds to wait for anything on the page: the CPU draws WebGL too, beside other work."""
@@ -25,6 +25,18 @@ CHANGED = 4.0
 """Steps of 8-bit colour between pictures that are not of the same."""
 SAME = 1.5
 """What JPEG and the page's own resampling may add up to."""
+
+
+def wait_for(page: Page | Frame, expression: str, seconds: float = PATIENCE) -> None:
+    """Wait until a JavaScript expression is true.
+
+    From outside: the page's Content-Security-Policy forbids what Playwright's own waiting does, evaluating text in the page.
+    """
+    end = time.monotonic() + seconds
+    while not page.evaluate(expression):
+        assert time.monotonic() < end, f"after {seconds:.0f} s it still is not true: {expression}"
+        time.sleep(0.05)
+
 
 _SWITCHES = (
     "--no-sandbox",

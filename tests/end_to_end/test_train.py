@@ -152,7 +152,9 @@ def test_a_killed_run_goes_on(
 
     # It began with all that the killed run had saved: weights, scene, momenta and learning rates.
     kept = {**begun["model"], **begun["buffers"]}
-    kept = {key: value for key, value in kept.items() if f"_model.{key}" in saved["pipeline"]}  # some follow from others
+    kept = {
+        key: value for key, value in kept.items() if f"_model.{key}" in saved["pipeline"]
+    }  # some follow from others
     assert kept.keys() >= begun["model"].keys()
     for key, value in kept.items():
         assert torch.equal(value, saved["pipeline"][f"_model.{key}"])

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import numpy as np
 import pytest
 import yaml
-from browser import PATIENCE, chromium, find_chromium
+from browser import PATIENCE, chromium, find_chromium, wait_for
 from PIL import Image
 from published_files import mobile_weights, r2l_weights, write_tar
 from teachers import write_blender_capture
@@ -133,7 +133,7 @@ def state(page: Page) -> dict[str, str]:
 
 def settle(page: Page) -> None:
     """Wait until the picture is as good as it gets."""
-    page.wait_for_function("['resting', 'failed'].includes(document.body.dataset.state)", timeout=1e3 * PATIENCE)
+    wait_for(page, "['resting', 'failed'].includes(document.body.dataset.state)")
     assert state(page)["state"] == "resting", sentence(page)
 
 
@@ -193,7 +193,7 @@ def test_draws_what_torch_draws(
     for azimuth, elevation, share in POSES:
         frames = int(state(page)["frames"])
         page.evaluate(f"location.hash = 'azimuth={azimuth}&elevation={elevation}&distance={share * distance}'")
-        page.wait_for_function(f"document.body.dataset.frames > {frames}")
+        wait_for(page, f"document.body.dataset.frames > {frames}")
         settle(page)
         view = dict(part.split("=") for part in state(page)["view"].split("&"))
         angles = (float(view["azimuth"]), float(view["elevation"]), float(view["distance"]) / distance)
@@ -259,7 +259,7 @@ def test_moves_by_mouse_wheel_and_keys_within_limits(addresses: dict[str, str], 
     def after(act: Callable[[], Any]) -> tuple[np.ndarray, dict[str, float]]:
         frames = int(state(page)["frames"])
         act()
-        page.wait_for_function(f"document.body.dataset.frames > {frames}")
+        wait_for(page, f"document.body.dataset.frames > {frames}")
         settle(page)
         view = dict(part.split("=") for part in state(page)["view"].split("&"))
         return picture(page), {key: float(value) for key, value in view.items()}
@@ -303,7 +303,7 @@ def test_moves_by_touch(addresses: dict[str, str], visit: Callable[..., Page]) -
     for spread in (40, 60, 80):
         touch("touchMove", (160 - spread, 160), (160 + spread, 160))
     touch("touchEnd")
-    page.wait_for_function(f"document.body.dataset.view !== {'&'.join(f'{k}={v}' for k, v in before.items())!r}")
+    wait_for(page, f"document.body.dataset.view !== {'&'.join(f'{k}={v}' for k, v in before.items())!r}")
     settle(page)
     after = dict(part.split("=") for part in state(page)["view"].split("&"))
     assert float(after["distance"]) < float(before["distance"]) and after["azimuth"] == before["azimuth"]
@@ -316,7 +316,7 @@ def test_resizes_reloads_and_shares_the_machine(addresses: dict[str, str], visit
     frames = int(state(page)["frames"])
     page.bring_to_front()
     page.set_viewport_size({"width": 240, "height": 400})
-    page.wait_for_function(f"document.body.dataset.frames > {frames}")
+    wait_for(page, f"document.body.dataset.frames > {frames}")
     settle(page)
     assert picture(page).shape[1] / picture(page).shape[0] == pytest.approx(0.6, abs=0.1)
     before = picture(page)
@@ -391,7 +391,7 @@ def test_works_from_any_server_and_in_a_frame(
         threading.Thread(target=server.serve_forever, daemon=True).start()
         page = visit(f"http://127.0.0.1:{server.server_address[1]}/", wait=False)
         frame = page.frames[1]
-        frame.wait_for_function("document.body.dataset.state === 'resting'", timeout=1e3 * PATIENCE)
+        wait_for(frame, "document.body.dataset.state === 'resting'")
         assert frame.evaluate("document.body.dataset.backend") == "WebAssembly, 1 thread"
         assert frame.locator("#buttons").is_hidden() and frame.locator("#figures").is_hidden()
         server.shutdown()
