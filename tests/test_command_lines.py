@@ -34,7 +34,7 @@ PATHS = [
     "/proc/nothing/here",
     "a" * 300,
     "a/" * 3000,
-    "/root/\udcff",
+    "/nowhere/\udcff",
     "nowhere",
 ]
 WORDS = ["", "None", "spiral", "a" * 300, "../up", "\U0001f600", "True", "-"]
