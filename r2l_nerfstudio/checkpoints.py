@@ -168,6 +168,7 @@ def _check_file(path: Path, whose: str) -> None:
             broken = archive.testzip()  # torch itself does not compare the checksums that it writes
     except OSError as error:
         raise _damaged(path, whose, _one_line(error)) from error
+    # NotImplementedError: zipfile's word for a compression or version that it does not know.
     except (zipfile.BadZipFile, ValueError, EOFError, NotImplementedError, RuntimeError) as error:
         raise _damaged(path, whose, _one_line(error)) from error
     if broken is not None:

@@ -264,7 +264,7 @@ def main() -> None:
         run = Annotated[Run, tyro.conf.subcommand("run", default=default)]
         status = Annotated[Status, tyro.conf.subcommand("status")]
         command = tyro.cli(
-            run | status,  # type: ignore
+            run | status,  # type: ignore  # made at run time, since the file gives the defaults
             prog="r2l-fleet",
             description=__doc__,
             config=(tyro.conf.AvoidSubcommands, tyro.conf.ConsolidateSubcommandArgs),

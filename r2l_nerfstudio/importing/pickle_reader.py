@@ -105,6 +105,7 @@ class Checkpoint:
             raise InputError(f"The checkpoint {self.path} cannot be read: {error}") from error
         except FileNotFoundError as error:
             raise InputError(f"There is no checkpoint at {self.path}: name a published .tar or .onnx file.") from error
+        # NotImplementedError: zipfile's word for a compression or version that it does not know.
         except (OSError, zipfile.BadZipFile, NotImplementedError, RuntimeError, ValueError) as error:
             raise InputError(
                 f"The checkpoint {self.path} is truncated, or no archive of torch 1.6 or newer"
