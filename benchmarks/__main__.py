@@ -1,4 +1,4 @@
-"""Measure students: quality, learning curves, recipes, frame times, training steps, the web page."""
+"""Measure students: quality, learning curves, recipes, frame times, training steps, the web page, memory over time."""
 
 from __future__ import annotations
 
@@ -8,11 +8,20 @@ from benchmarks.curve import Curve
 from benchmarks.distil import Distil
 from benchmarks.recipes import Recipes
 from benchmarks.render import Render
+from benchmarks.soak import Soak
 from benchmarks.train import Train
 from benchmarks.web import Web
 from r2l_nerfstudio.errors import command_line
 
-COMMANDS = {"distil": Distil, "curve": Curve, "recipes": Recipes, "render": Render, "train": Train, "web": Web}
+COMMANDS = {
+    "distil": Distil,
+    "curve": Curve,
+    "recipes": Recipes,
+    "render": Render,
+    "train": Train,
+    "web": Web,
+    "soak": Soak,
+}
 
 
 def main() -> None:

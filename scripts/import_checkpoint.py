@@ -15,7 +15,7 @@ import tyro
 from nerfstudio.utils.rich_utils import CONSOLE
 
 from r2l_nerfstudio.distillation.frame_check import OWN_SHARE
-from r2l_nerfstudio.errors import InputError, exit_on_input_error
+from r2l_nerfstudio.errors import InputError, command_line
 from r2l_nerfstudio.importing.capture_frame import LLFF_CENTERS, read_frame
 from r2l_nerfstudio.importing.onnx_network import read_onnx
 from r2l_nerfstudio.importing.published_network import PublishedNetwork, read_tar
@@ -123,7 +123,7 @@ class ImportCheckpoint:
 
 def main() -> None:
     """Console entry point `r2l-import`."""
-    with exit_on_input_error():
+    with command_line():
         tyro.cli(ImportCheckpoint, description=__doc__, prog="r2l-import").main()
 
 
