@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from fleets import QUIET, ThreadCluster, need, ran, run_fleet, stand_in_fleet, statuses, write_folder
+from test_report import measurements
 
 from r2l_nerfstudio.errors import InputError
 from r2l_nerfstudio.fleet import task
@@ -518,12 +519,20 @@ def test_an_interrupted_teacher_continues_with_the_iterations_that_are_left(
 # What a user sees
 
 
-def test_a_reports_figures_are_found_and_nothing_is_made_up(tmp_path: Path) -> None:
-    (tmp_path / "report.json").write_text(
-        '{"views": [{"student": {"psnr": 9}}], "student": {"psnr": 25.5, "lpips": NaN}}'
-    )
-    assert report_figures(tmp_path) == {"student_psnr": 25.5}
-    (tmp_path / "report.json").write_text('{"teacher": {"psnr": NaN}}')
+@pytest.mark.parametrize("has_teacher", [True, False])
+def test_a_reports_figures_are_found(has_teacher: bool, tmp_path: Path) -> None:
+    figures = measurements(has_teacher).as_dict()
+    (tmp_path / "report.json").write_text(json.dumps(figures))
+    teacher = {"teacher_psnr": 28.0} if has_teacher else {}
+    assert report_figures(tmp_path) == {"student_psnr": 24.5, **teacher}
+
+
+@pytest.mark.parametrize(
+    "text", ["", "[]", "null", '{"mean": null}', '{"mean": {"teacher": {}}}', '{"mean": {"teacher": {"psnr": NaN}}}']
+)
+def test_figures_that_a_report_lacks_are_not_made_up(text: str, tmp_path: Path) -> None:
+    assert report_figures(tmp_path) == {}
+    (tmp_path / "report.json").write_text(text)
     assert report_figures(tmp_path) == {}
 
 
