@@ -285,9 +285,10 @@ def as_markdown(found: list[Watched], minutes: float, settle: float, load: float
         "| what | frames | MB after settling | MB at the end | growth | threads | descriptors |",
         "|---|---|---|---|---|---|---|",
     ]
-    lines += [
-        f"| {each.name} | {each.frames} | {each.settled.megabytes:.0f} | {each.last.megabytes:.0f}"
-        f" | {100 * each.growth:+.1f}% | {each.settled.threads} → {each.last.threads} | {each.settled.descriptors} → {each.last.descriptors} |"
-        for each in found
-    ]
+    for each in found:
+        first, last = each.settled, each.last
+        lines.append(
+            f"| {each.name} | {each.frames} | {first.megabytes:.0f} | {last.megabytes:.0f} | {100 * each.growth:+.1f}% |"
+            f" {first.threads} → {last.threads} | {first.descriptors} → {last.descriptors} |"
+        )
     return "\n".join(lines) + "\n"

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from r2l_nerfstudio.config_builder import unsafe_dataparser
@@ -50,8 +50,16 @@ def parse_capture(config: DataParserConfig, split: str = "train") -> DataparserO
         raise
     except ZeroDivisionError as error:  # Nerfstudio divides by the spread of the positions
         raise CaptureError(_ONE_PLACE) from error
+    except UnidentifiedImageError as error:
+        raise CaptureError(
+            f"{' '.join(str(error).split())}: it is damaged, or of a kind that Pillow does not read, such as EXR; convert the"
+            " photos to 8-bit PNG or JPEG and train the teacher again"
+        ) from error
     except (Exception, SystemExit) as error:  # every dataparser has failures of its own
-        raise CaptureError(f"{type(error).__name__}: {error}") from error
+        hint = ""
+        if isinstance(error, FileNotFoundError) and "\\" in Path(str(error.filename)).name:
+            hint = " (its paths were written on Windows: replace \\ by / in its file of cameras)"
+        raise CaptureError(f"{type(error).__name__}: {' '.join(str(error).split())}{hint}") from error
     _check_cameras(outputs)
     return outputs
 

@@ -93,7 +93,7 @@ class OpenVinoEngine:
                 "INFERENCE_PRECISION_HINT": _HINTS[precision],
                 "PERFORMANCE_HINT": "LATENCY",
                 "INFERENCE_NUM_THREADS": torch.get_num_threads(),
-                # Else it keeps something for every picture size, for as long as the viewer is open.
+                # Else it keeps something for every picture size. oneDNN's own cache stays, which ends at 1024 layers.
                 "CPU_RUNTIME_CACHE_CAPACITY": "0",
             },
         )
