@@ -103,8 +103,8 @@ class ImportCheckpoint:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise InputError(f"--{name.replace('_', '-')} must be a positive integer (got {value}).")
-        if self.checkpoint.is_dir():
-            raise InputError(f"{self.checkpoint} is a folder: name a published .tar or .onnx file.")
+        if self.checkpoint.exists() and not self.checkpoint.is_file():  # a folder, a pipe, an endless device
+            raise InputError(f"{self.checkpoint} is not an ordinary file: name a published .tar or .onnx file.")
         read = read_onnx if self.checkpoint.suffix.lower() == ".onnx" else read_tar
         return read(self.checkpoint, self.num_points, self.num_frequencies)
 

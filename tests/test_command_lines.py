@@ -113,13 +113,15 @@ def flags_of(config: Any, prefix: str = "--") -> dict[str, list[str]]:
     for declared in dataclasses.fields(config):
         value = getattr(config, declared.name)
         flag = prefix + declared.name.replace("_", "-")
+        if declared.name.startswith("_") or isinstance(value, type):
+            continue
         if dataclasses.is_dataclass(value):
             found |= flags_of(value, f"{flag}.")
         elif "Path" in str(declared.type):
             found[flag] = PATHS
         elif isinstance(value, bool | str):
             found[flag] = WORDS
-        elif not declared.name.startswith("_"):
+        else:
             found[flag] = NUMBERS
     return found
 

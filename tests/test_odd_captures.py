@@ -209,7 +209,7 @@ def of_polycam(folder: Path) -> DataParserConfig:
         rows = {f"t_{to}{column}": pose[row, column] for to, row in ((2, 0), (0, 1), (1, 2)) for column in range(4)}
         sizes = {"fx": lens.fl_x, "fy": lens.fl_y, "cx": lens.cx, "cy": lens.cy, "width": lens.w, "height": lens.h}
         (folder / f"cameras/{files[-1].stem}.json").write_text(json.dumps({**rows, **sizes}))
-    polycam_to_json(files, [], folder / "cameras", folder)
+    polycam_to_json(files, [], None, folder / "cameras", folder)
     return NerfstudioDataParserConfig(data=folder, eval_mode="all")
 
 
