@@ -27,6 +27,9 @@ LEAST = 1e-4
 """Accumulation below which a ray's expected point moves to the middle of its span."""
 
 
+BLOCK = 2
+"""Pixels along each side of the blocks for which a MobileR2L's sample points are placed together; divides every factor."""
+
 FrequencyEncode = Callable[[Tensor, int], Tensor]
 
 
@@ -39,12 +42,21 @@ class EncodedRays(NamedTuple):
 
 
 class RaySpan(NamedTuple):
-    """The part of rays along which a scene is looked for, in scene coordinates."""
+    """The part of rays along which a scene is looked for, in scene coordinates.
 
-    start: Float[Tensor, "rays 3"]
-    step: Float[Tensor, "rays 3"]
-    is_missed: Bool[Tensor, "rays"] | None
-    """Rays that pass by the scene's box; None where every ray meets it."""
+    Rays lie in groups of neighbours; those of a group have their sample points at the same distances.
+    """
+
+    start: Float[Tensor, "groups group 3"]
+    step: Float[Tensor, "groups group 3"]
+    lead_start: Float[Tensor, "groups 3"]
+    """The group's mean ray, by which the sample points are placed."""
+    lead_step: Float[Tensor, "groups 3"]
+    enter: Float[Tensor, "groups 1 1"] | None
+    """Distance in scene radii at which the span begins; None without a box."""
+    length: Float[Tensor, "groups 1 1"] | None
+    is_missed: Bool[Tensor, "groups"] | None
+    """Groups that pass by the scene's box; None where every ray meets it."""
 
 
 @dataclass(frozen=True)
@@ -127,62 +139,64 @@ class CompositedEncoding(nn.Module):
         index = grid_point_index(self.occupancy.cells, volume_cells)
         return self.volume.lay_out(index, int(spare * int(index.max())))
 
-    def span(self, origins: Float[Tensor, "rays 3"], directions: Float[Tensor, "rays 3"]) -> RaySpan:
-        """Where the scene is looked for: inside its box if it is bounded, else between the nearest and farthest depth."""
+    def span(
+        self, origins: Float[Tensor, "groups group 3"], directions: Float[Tensor, "groups group 3"]
+    ) -> RaySpan:
+        """Where the scene is looked for: inside its box if it is bounded, else between the nearest and farthest depth.
+
+        Args:
+            origins: in the teacher's frame.
+            directions: unit length; those of a group are less than about a cell of the occupancy apart.
+        """
         code, scene = self.ray_code, self.occupancy.scene
-        start, step = (origins - code.center) / code.radius, directions / code.radius
+        start, step = (origins.float() - code.center) / code.radius, directions.float() / code.radius
+        lead_start, lead_step = (start[:, 0], step[:, 0]) if start.shape[1] == 1 else (start.mean(1), step.mean(1))
         if not self.is_bounded:
-            return RaySpan(start, step, None)
-        enter, leave = scene.box_span(start, step)
-        return RaySpan(start + enter * step, (leave - enter) * step, (leave <= enter)[..., 0])
+            return RaySpan(start, step, lead_start, lead_step, None, None, None)
+        enter, leave = scene.box_span(lead_start, lead_step)
+        length = leave - enter
+        lead = (lead_start + enter * lead_step, length * lead_step)
+        enter, length = enter[:, None], length[:, None]
+        rays = (lead[0][:, None], lead[1][:, None]) if start.shape[1] == 1 else (start + enter * step, length * step)
+        return RaySpan(*rays, *lead, enter, length, (length <= 0)[:, 0, 0])
 
     def positions(self, fractions: Float[Tensor, "*n"]) -> Float[Tensor, "*n"]:
         """In steps of `span`, of positions in [0, 1]."""
         return fractions if self.is_bounded else self.ray_code.distance(fractions, None)
 
-    def depth_fraction(
-        self, origins: Float[Tensor, "rays 3"], directions: Float[Tensor, "rays 3"], fractions: Float[Tensor, "rays 1"]
-    ) -> Float[Tensor, "rays 1"]:
-        """Positions in the span as the position in [0, 1] of the scene's spacing that codes a student's depth."""
-        code = self.ray_code
-        if not self.is_bounded:
-            return fractions
-        enter, leave = self.occupancy.scene.box_span((origins - code.center) / code.radius, directions / code.radius)
-        return code.to_fraction(origins, directions, enter + fractions * (leave - enter))
-
     def composited(
-        self,
-        origins: Float[Tensor, "rays 3"],
-        directions: Float[Tensor, "rays 3"],
-        jitter: bool = False,
-        samples: int | None = None,
-    ) -> tuple[Composited, Bool[Tensor, "rays"]]:
-        """What rays meet, and which of them meet nothing; always in fp32.
+        self, span: RaySpan, jitter: bool = False, samples: int | None = None
+    ) -> tuple[Composited, Bool[Tensor, "groups"]]:
+        """What rays meet, one group after the other, and which groups meet nothing; always in fp32.
 
         Args:
-            origins: in the teacher's frame.
-            directions: unit length.
+            span: of the rays.
             jitter: draw the sample points at random inside their shares (training).
             samples: points per ray; the settings' by default.
         """
         samples = samples or self.settings.samples
-        with torch.autocast(device_type=origins.device.type, enabled=False):
-            span = self.span(origins.float(), directions.float())
-            if origins.device.type == "cpu" and not self._is_graph:
-                found, is_empty = march(self.volume.rows, *span, self.march_space(), samples, jitter)
-                return Composited(*found.split((self.settings.channels, 1, 1, 3), dim=-1)), is_empty
-            return self.in_torch(span, jitter, samples)
+        with torch.autocast(device_type=span.start.device.type, enabled=False):
+            if span.start.device.type != "cpu" or self._is_graph:
+                return self.in_torch(span, jitter, samples)
+            rays = (span.start.flatten(0, 1), span.step.flatten(0, 1))
+            leads = (span.lead_start, span.lead_step, span.is_missed)
+            found, is_empty = march(self.volume.rows, *rays, *leads, self.march_space(), samples, jitter)
+            return Composited(*found.split((self.settings.channels, 1, 1, 3), dim=-1)), is_empty
 
-    def in_torch(self, span: RaySpan, jitter: bool, samples: int) -> tuple[Composited, Bool[Tensor, "rays"]]:
+    def in_torch(self, span: RaySpan, jitter: bool, samples: int) -> tuple[Composited, Bool[Tensor, "groups"]]:
         """`composited` in operators of torch: on a GPU, and in exported graphs."""
         probes = self.positions(self.middles(span.start.device))
         cells = span.start.new_tensor(self.volume.cells)
-        placed = place_samples(self.occupancy, span.start, span.step, probes, samples, cells, jitter)
+        placed = place_samples(self.occupancy, span.lead_start, span.lead_step, probes, samples, cells, jitter)
         is_empty = placed.is_empty if span.is_missed is None else placed.is_empty | span.is_missed
-        positions = self.positions(placed.fractions)
-        points = self.occupancy.scene(span.start[:, None] + positions[..., None] * span.step[:, None])
+        group = span.start.shape[1]
+        positions = self.positions(placed.fractions)[:, None, :, None]
+        points = self.occupancy.scene(span.start[:, :, None] + positions * span.step[:, :, None]).flatten(0, 1)
         values = read_rows(self.volume.rows, self.volume.index, points) if self._is_graph else self.volume(points)
-        return composite(values, placed.lengths, placed.fractions, points, is_empty), is_empty
+        lengths, fractions, empty = (
+            t[:, None].expand(-1, group, *t.shape[1:]).flatten(0, 1) for t in (placed.lengths, placed.fractions, is_empty)
+        )
+        return composite(values, lengths, fractions, points, empty), is_empty
 
     def code(
         self, found: Composited, directions: Float[Tensor, "rays 3"], encode: FrequencyEncode = frequency_encode
@@ -207,10 +221,13 @@ class CompositedEncoding(nn.Module):
         )
 
     def geometry(
-        self, found: Composited, origins: Float[Tensor, "rays 3"], directions: Float[Tensor, "rays 3"]
+        self, found: Composited, span: RaySpan, origins: Float[Tensor, "rays 3"], directions: Float[Tensor, "rays 3"]
     ) -> Float[Tensor, "rays 2"]:
-        """Accumulation, and depth as a position in [0, 1] of the scene's spacing."""
-        fraction = self.depth_fraction(origins, directions, _mean(found.fraction, found.accumulation))
+        """Accumulation, and depth as the position in [0, 1] of the scene's spacing that codes a student's depth."""
+        fraction = _mean(found.fraction, found.accumulation)
+        if span.enter is not None and span.length is not None:
+            distance = span.enter + fraction.view(*span.start.shape[:2], 1) * span.length
+            fraction = self.ray_code.to_fraction(origins, directions, distance.flatten(0, 1))
         return torch.cat([found.accumulation, fraction], dim=-1)
 
     def middles(self, device: torch.device | str = "cpu") -> Float[Tensor, "probes"]:
@@ -264,8 +281,9 @@ def encode_single_rays(
     """
     shape = origins.shape[:-1]
     origins, directions = origins.reshape(-1, 3).float(), directions.reshape(-1, 3).float()
-    found, _ = encoding.composited(origins, directions, jitter)
-    code, geometry = encoding.code(found, directions, encode), encoding.geometry(found, origins, directions)
+    span = encoding.span(origins[:, None], directions[:, None])
+    found, _ = encoding.composited(span, jitter)
+    code, geometry = encoding.code(found, directions, encode), encoding.geometry(found, span, origins, directions)
     return EncodedRays(code.view(*shape, encoding.dim), geometry.view(*shape, 2))
 
 
@@ -281,7 +299,8 @@ def encode_ray_image(
     """Encode ray images with a ray for every pixel, margin included, for a network of cells (MobileR2L).
 
     A cell's own ray is the mean of its pixels' rays. Features and accumulation of a cell's pixels follow the cell's own
-    code, channel by channel, as `pixel_shuffle` takes them. Pixels of the margin have none: they are not drawn.
+    code, channel by channel, as `pixel_shuffle` takes them; sample points are placed once for each block of 2x2 pixels.
+    Pixels of the margin have none: they are not drawn.
 
     Args:
         encoding: of the scene.
@@ -295,20 +314,24 @@ def encode_ray_image(
     Returns:
         code (*batch rows columns code), geometry (*batch, height and width without the margin, 2).
     """
-    pixels = CellPixels(factor)
-    origins, directions = pixels.by_cell(origins.float()), pixels.by_cell(directions.float())
-    shape = directions.shape[:-2]
-    rays = (origins[..., 0, :].reshape(-1, 3), normalize(directions.mean(-2), dim=-1).reshape(-1, 3))
-    found, _ = encoding.composited(*rays, jitter)
+    origins, directions = origins.float(), directions.float()
+    cells = origins.unflatten(-2, (-1, factor)).unflatten(-4, (-1, factor))
+    means = directions.unflatten(-2, (-1, factor)).unflatten(-4, (-1, factor)).mean((-4, -2))
+    shape = means.shape[:-1]
+    rays = (cells[..., 0, :, 0, :].reshape(-1, 3), normalize(means, dim=-1).reshape(-1, 3))
+    found, _ = encoding.composited(encoding.span(rays[0][:, None], rays[1][:, None]), jitter)
     code = encoding.code(found, rays[1], encode).view(*shape, encoding.dim)
-    inner = [t[..., MARGIN:-MARGIN, MARGIN:-MARGIN, :, :] for t in (origins, directions)]
+
+    edge, blocks = MARGIN * factor, CellPixels(BLOCK)
+    inner = [blocks.by_cell(t[..., edge:-edge, edge:-edge, :]) for t in (origins, directions)]
     shape = inner[0].shape[:-1]
-    rays = (inner[0].reshape(-1, 3), inner[1].reshape(-1, 3))
-    found, _ = encoding.composited(*rays, jitter, pixel_samples)
-    own = torch.cat([found.features, found.accumulation], dim=-1).view(*shape, encoding.settings.channels + 1)
-    own = pad(own.transpose(-1, -2).flatten(-2), (0, 0, MARGIN, MARGIN, MARGIN, MARGIN))
-    geometry = encoding.geometry(found, *rays).view(*shape, 2)
-    return EncodedRays(torch.cat([code, own], dim=-1), pixels.to_image(geometry))
+    span = encoding.span(*(t.reshape(-1, BLOCK**2, 3) for t in inner))
+    found, _ = encoding.composited(span, jitter, pixel_samples)
+    geometry = encoding.geometry(found, span, *(t.reshape(-1, 3) for t in inner)).view(*shape, 2)
+    own = blocks.to_image(torch.cat([found.features, found.accumulation], dim=-1).view(*shape, -1))
+    own = CellPixels(factor).by_cell(own).transpose(-1, -2).flatten(-2)
+    own = pad(own, (0, 0, MARGIN, MARGIN, MARGIN, MARGIN))
+    return EncodedRays(torch.cat([code, own], dim=-1), blocks.to_image(geometry))
 
 
 def finished(
