@@ -218,8 +218,9 @@ def measure(
         **{
             f"{who}_{metric}": rounded(found.mean(who, metric))
             for who in ("teacher", "student")
-            for metric in ("psnr", "ssim")
+            for metric in ("psnr", "ssim", "gmsd")
         },
+        "student_share_of_teacher_detail": rounded(found.detail),
         "student_psnr_against_teacher_unseen": rounded(found.unseen.mean),
         **{f"student_psnr_against_teacher_zoom_{zoom}": rounded(psnr) for zoom, psnr in found.unseen.zoom.items()},
         "student_lowest_psnr_between_sizes": rounded(found.between_sizes),
