@@ -44,17 +44,19 @@ class EncodedRays(NamedTuple):
 class RaySpan(NamedTuple):
     """The part of rays along which a scene is looked for, in scene coordinates.
 
-    Rays lie in groups of neighbours; those of a group have their sample points at the same distances.
+    Rays lie in groups of neighbors with one origin; those of a group have their sample points at the same distances.
     """
 
-    start: Float[Tensor, "groups group 3"]
-    step: Float[Tensor, "groups group 3"]
+    origin: Float[Tensor, "groups 1 3"]
+    direction: Float[Tensor, "groups group 3"]
+    """Per unit of length of the teacher's frame."""
     lead_start: Float[Tensor, "groups 3"]
-    """The group's mean ray, by which the sample points are placed."""
+    """Start of the span on the ray half way between the group's first and last, by which sample points are placed."""
     lead_step: Float[Tensor, "groups 3"]
-    enter: Float[Tensor, "groups 1 1"] | None
-    """Distance in scene radii at which the span begins; None without a box."""
-    length: Float[Tensor, "groups 1 1"] | None
+    """The whole span of a bounded scene, else a unit of length."""
+    enter: Float[Tensor, "groups 1"] | None
+    """Distance at which the span begins; None where there is no box."""
+    length: Float[Tensor, "groups 1"] | None
     is_missed: Bool[Tensor, "groups"] | None
     """Groups that pass by the scene's box; None where every ray meets it."""
 
@@ -139,9 +141,7 @@ class CompositedEncoding(nn.Module):
         index = grid_point_index(self.occupancy.cells, volume_cells)
         return self.volume.lay_out(index, int(spare * int(index.max())))
 
-    def span(
-        self, origins: Float[Tensor, "groups group 3"], directions: Float[Tensor, "groups group 3"]
-    ) -> RaySpan:
+    def span(self, origins: Float[Tensor, "groups 1 3"], directions: Float[Tensor, "groups group 3"]) -> RaySpan:
         """Where the scene is looked for: inside its box if it is bounded, else between the nearest and farthest depth.
 
         Args:
@@ -149,20 +149,26 @@ class CompositedEncoding(nn.Module):
             directions: unit length; those of a group are less than about a cell of the occupancy apart.
         """
         code, scene = self.ray_code, self.occupancy.scene
-        start, step = (origins.float() - code.center) / code.radius, directions.float() / code.radius
-        lead_start, lead_step = (start[:, 0], step[:, 0]) if start.shape[1] == 1 else (start.mean(1), step.mean(1))
+        origin, direction = (origins.float() - code.center) / code.radius, directions.float() / code.radius
+        start, step = origin[:, 0], direction[:, 0]
+        if direction.shape[1] > 1:
+            step = _between(step, direction[:, -1])
         if not self.is_bounded:
-            return RaySpan(start, step, lead_start, lead_step, None, None, None)
-        enter, leave = scene.box_span(lead_start, lead_step)
+            return RaySpan(origin, direction, start, step, None, None, None)
+        enter, leave = scene.box_span(start, step)
         length = leave - enter
-        lead = (lead_start + enter * lead_step, length * lead_step)
-        enter, length = enter[:, None], length[:, None]
-        rays = (lead[0][:, None], lead[1][:, None]) if start.shape[1] == 1 else (start + enter * step, length * step)
-        return RaySpan(*rays, *lead, enter, length, (length <= 0)[:, 0, 0])
+        return RaySpan(origin, direction, start + enter * step, length * step, enter, length, (length <= 0)[:, 0])
 
     def positions(self, fractions: Float[Tensor, "*n"]) -> Float[Tensor, "*n"]:
-        """In steps of `span`, of positions in [0, 1]."""
+        """In steps of a `RaySpan`, of positions in [0, 1]."""
         return fractions if self.is_bounded else self.ray_code.distance(fractions, None)
+
+    def distances(self, span: RaySpan, fractions: Float[Tensor, "groups *n"]) -> Float[Tensor, "groups *n"]:
+        """From the origins, in the teacher's unit of length, of positions in [0, 1] of a span."""
+        if span.enter is None or span.length is None:
+            return self.positions(fractions)
+        shape = (-1, *[1] * (fractions.ndim - 1))
+        return span.enter.view(shape) + fractions * span.length.view(shape)
 
     def composited(
         self, span: RaySpan, jitter: bool = False, samples: int | None = None
@@ -175,26 +181,24 @@ class CompositedEncoding(nn.Module):
             samples: points per ray; the settings' by default.
         """
         samples = samples or self.settings.samples
-        with torch.autocast(device_type=span.start.device.type, enabled=False):
-            if span.start.device.type != "cpu" or self._is_graph:
+        with torch.autocast(device_type=span.origin.device.type, enabled=False):
+            if span.origin.device.type != "cpu" or self._is_graph:
                 return self.in_torch(span, jitter, samples)
-            rays = (span.start.flatten(0, 1), span.step.flatten(0, 1))
-            leads = (span.lead_start, span.lead_step, span.is_missed)
-            found, is_empty = march(self.volume.rows, *rays, *leads, self.march_space(), samples, jitter)
+            found, is_empty = march(self.volume.rows, span, self.march_space(), samples, jitter)
             return Composited(*found.split((self.settings.channels, 1, 1, 3), dim=-1)), is_empty
 
     def in_torch(self, span: RaySpan, jitter: bool, samples: int) -> tuple[Composited, Bool[Tensor, "groups"]]:
         """`composited` in operators of torch: on a GPU, and in exported graphs."""
-        probes = self.positions(self.middles(span.start.device))
-        cells = span.start.new_tensor(self.volume.cells)
+        probes = self.positions(self.middles(span.origin.device))
+        cells = span.origin.new_tensor(self.volume.cells)
         placed = place_samples(self.occupancy, span.lead_start, span.lead_step, probes, samples, cells, jitter)
         is_empty = placed.is_empty if span.is_missed is None else placed.is_empty | span.is_missed
-        group = span.start.shape[1]
-        positions = self.positions(placed.fractions)[:, None, :, None]
-        points = self.occupancy.scene(span.start[:, :, None] + positions * span.step[:, :, None]).flatten(0, 1)
+        distances = self.distances(span, placed.fractions)[:, None, :, None]
+        points = self.occupancy.scene(span.origin[:, None] + distances * span.direction[:, :, None]).flatten(0, 1)
         values = read_rows(self.volume.rows, self.volume.index, points) if self._is_graph else self.volume(points)
         lengths, fractions, empty = (
-            t[:, None].expand(-1, group, *t.shape[1:]).flatten(0, 1) for t in (placed.lengths, placed.fractions, is_empty)
+            t[:, None].expand(-1, span.direction.shape[1], *t.shape[1:]).flatten(0, 1)
+            for t in (placed.lengths, placed.fractions, is_empty)
         )
         return composite(values, lengths, fractions, points, empty), is_empty
 
@@ -221,13 +225,17 @@ class CompositedEncoding(nn.Module):
         )
 
     def geometry(
-        self, found: Composited, span: RaySpan, origins: Float[Tensor, "rays 3"], directions: Float[Tensor, "rays 3"]
+        self,
+        found: Composited,
+        span: RaySpan,
+        origins: Float[Tensor, "groups 1 3"],
+        directions: Float[Tensor, "groups group 3"],
     ) -> Float[Tensor, "rays 2"]:
         """Accumulation, and depth as the position in [0, 1] of the scene's spacing that codes a student's depth."""
         fraction = _mean(found.fraction, found.accumulation)
-        if span.enter is not None and span.length is not None:
-            distance = span.enter + fraction.view(*span.start.shape[:2], 1) * span.length
-            fraction = self.ray_code.to_fraction(origins, directions, distance.flatten(0, 1))
+        if self.is_bounded:
+            distance = self.distances(span, fraction.view(*directions.shape[:2], 1))
+            fraction = self.ray_code.to_fraction(origins, directions, distance).flatten(0, 1)
         return torch.cat([found.accumulation, fraction], dim=-1)
 
     def middles(self, device: torch.device | str = "cpu") -> Float[Tensor, "probes"]:
@@ -280,10 +288,11 @@ def encode_single_rays(
         code (*batch code), geometry (*batch 2).
     """
     shape = origins.shape[:-1]
-    origins, directions = origins.reshape(-1, 3).float(), directions.reshape(-1, 3).float()
-    span = encoding.span(origins[:, None], directions[:, None])
+    origins, directions = origins.reshape(-1, 1, 3).float(), directions.reshape(-1, 1, 3).float()
+    span = encoding.span(origins, directions)
     found, _ = encoding.composited(span, jitter)
-    code, geometry = encoding.code(found, directions, encode), encoding.geometry(found, span, origins, directions)
+    geometry = encoding.geometry(found, span, origins, directions)
+    code = encoding.code(found, directions[:, 0], encode)
     return EncodedRays(code.view(*shape, encoding.dim), geometry.view(*shape, 2))
 
 
@@ -298,7 +307,7 @@ def encode_ray_image(
 ) -> EncodedRays:
     """Encode ray images with a ray for every pixel, margin included, for a network of cells (MobileR2L).
 
-    A cell's own ray is the mean of its pixels' rays. Features and accumulation of a cell's pixels follow the cell's own
+    A cell's own ray passes between those of its pixels in opposite corners. Features and accumulation of a cell's pixels follow the cell's own
     code, channel by channel, as `pixel_shuffle` takes them; sample points are placed once for each block of 2x2 pixels.
     Pixels of the margin have none: they are not drawn.
 
@@ -306,7 +315,7 @@ def encode_ray_image(
         encoding: of the scene.
         factor: pixels along each side of a cell.
         pixel_samples: sample points per pixel; cells have the settings'.
-        origins: in the teacher's frame.
+        origins: in the teacher's frame; one for all pixels of a cell, as of a pinhole camera.
         directions: unit length.
         jitter: draw the sample points at random inside their shares (training).
         encode: as `frequency_encode`.
@@ -315,19 +324,20 @@ def encode_ray_image(
         code (*batch rows columns code), geometry (*batch, height and width without the margin, 2).
     """
     origins, directions = origins.float(), directions.float()
-    cells = origins.unflatten(-2, (-1, factor)).unflatten(-4, (-1, factor))
-    means = directions.unflatten(-2, (-1, factor)).unflatten(-4, (-1, factor)).mean((-4, -2))
-    shape = means.shape[:-1]
-    rays = (cells[..., 0, :, 0, :].reshape(-1, 3), normalize(means, dim=-1).reshape(-1, 3))
-    found, _ = encoding.composited(encoding.span(rays[0][:, None], rays[1][:, None]), jitter)
-    code = encoding.code(found, rays[1], encode).view(*shape, encoding.dim)
+    corners = (directions[..., at::factor, at::factor, :] for at in (0, factor - 1))
+    middles = normalize(_between(*corners), dim=-1)
+    shape = middles.shape[:-1]
+    rays = (origins[..., ::factor, ::factor, :].reshape(-1, 1, 3), middles.reshape(-1, 1, 3))
+    found, _ = encoding.composited(encoding.span(*rays), jitter)
+    code = encoding.code(found, rays[1][:, 0], encode).view(*shape, encoding.dim)
 
     edge, blocks = MARGIN * factor, CellPixels(BLOCK)
-    inner = [blocks.by_cell(t[..., edge:-edge, edge:-edge, :]) for t in (origins, directions)]
-    shape = inner[0].shape[:-1]
-    span = encoding.span(*(t.reshape(-1, BLOCK**2, 3) for t in inner))
+    inner = blocks.by_cell(directions[..., edge:-edge, edge:-edge, :])
+    shape = inner.shape[:-1]
+    rays = (origins[..., edge:-edge:BLOCK, edge:-edge:BLOCK, :].reshape(-1, 1, 3), inner.reshape(-1, BLOCK**2, 3))
+    span = encoding.span(*rays)
     found, _ = encoding.composited(span, jitter, pixel_samples)
-    geometry = encoding.geometry(found, span, *(t.reshape(-1, 3) for t in inner)).view(*shape, 2)
+    geometry = encoding.geometry(found, span, *rays).view(*shape, 2)
     own = blocks.to_image(torch.cat([found.features, found.accumulation], dim=-1).view(*shape, -1))
     own = CellPixels(factor).by_cell(own).transpose(-1, -2).flatten(-2)
     own = pad(own, (0, 0, MARGIN, MARGIN, MARGIN, MARGIN))
@@ -348,6 +358,11 @@ def finished(
         accumulation = geometry[..., :1]
         values = values * accumulation + background * (1.0 - accumulation)
     return torch.cat([values, geometry], dim=-1)
+
+
+def _between(first: Float[Tensor, "*n"], last: Float[Tensor, "*n"]) -> Float[Tensor, "*n"]:
+    """Half way."""
+    return (first + last) / 2
 
 
 def _mean(summed: Float[Tensor, "rays n"], accumulation: Float[Tensor, "rays 1"]) -> Float[Tensor, "rays n"]:

@@ -149,10 +149,7 @@ class Measurements:
     def as_dict(self) -> dict[str, Any]:
         """Return all figures, without images, as JSON takes them."""
         figures = {key: value for key, value in vars(self).items() if key != "shown"}
-        means = {
-            who: {metric: self.mean(who, metric) for metric in QUALITY}
-            for who in ("student", "teacher")
-        }
+        means = {who: {metric: self.mean(who, metric) for metric in QUALITY} for who in ("student", "teacher")}
         figures |= {"mean": means, "detail": self.detail, "worst_views": [view.name for view in self.worst()]}
         return cast(dict[str, Any], _plain(figures))
 

@@ -42,11 +42,11 @@ def _unit(x, low, inverse):  # noqa: ANN001, ANN202
 
 
 @_jit
-def _point(pos, ray, starts, steps, warp, origin, axes, nearest, low, inverse):  # noqa: ANN001, ANN202
+def _point(distance, group, ray, origins, directions, warp, origin, axes, nearest, low, inverse):  # noqa: ANN001, ANN202
     """Unit-cube coordinates of one point of a ray."""
-    x = starts[ray, 0] + pos * steps[ray, 0]
-    y = starts[ray, 1] + pos * steps[ray, 1]
-    z = starts[ray, 2] + pos * steps[ray, 2]
+    x = origins[group, 0] + distance * directions[ray, 0]
+    y = origins[group, 1] + distance * directions[ray, 1]
+    z = origins[group, 2] + distance * directions[ray, 2]
     if warp == 1:
         x, y, z = _contracted(x, y, z, origin, axes, nearest)
     elif warp == 2:
@@ -76,7 +76,7 @@ _ball_path, _contracted_path, _frustum_path = _path_along(_ball), _path_along(_c
 
 @_jit
 def _position(fraction, is_disparity, near, far):  # noqa: ANN001, ANN202
-    """Steps of the ray's line at a position in [0, 1] of the scene's spacing."""
+    """Steps of the ray's span at a position in [0, 1] of the scene's spacing."""
     if is_disparity:
         return np.float32(1.0) / (np.float32(1.0) / near + (np.float32(1.0) / far - np.float32(1.0) / near) * fraction)
     return near + (far - near) * fraction
@@ -147,7 +147,11 @@ def _interpolate(x, y, z, index, rows, value, channels):  # noqa: ANN001, ANN202
     """Trilinear read of all channels at a point of the unit cube."""
     nz, ny, nx = index.shape
     x, y, z = x * np.float32(nx - 1), y * np.float32(ny - 1), z * np.float32(nz - 1)
-    ix, iy, iz = min(np.int32(x), np.int32(nx - 2)), min(np.int32(y), np.int32(ny - 2)), min(np.int32(z), np.int32(nz - 2))
+    ix, iy, iz = (
+        min(np.int32(x), np.int32(nx - 2)),
+        min(np.int32(y), np.int32(ny - 2)),
+        min(np.int32(z), np.int32(nz - 2)),
+    )
     fx, fy, fz = x - np.float32(ix), y - np.float32(iy), z - np.float32(iz)
     gx, gy, gz = np.float32(1.0) - fx, np.float32(1.0) - fy, np.float32(1.0) - fz
     near, far = index[iz], index[iz + 1]
@@ -165,19 +169,20 @@ def _interpolate(x, y, z, index, rows, value, channels):  # noqa: ANN001, ANN202
 
 @_jit
 def march(  # noqa: ANN201
-    starts, steps, group, fractions, deltas, is_empty, is_disparity, near, far, warp, origin, axes, nearest, low, inverse,  # noqa: ANN001
+    origins, directions, enter, length, fractions, deltas, is_empty, is_disparity, near, far, warp, origin, axes, nearest, low, inverse,  # noqa: ANN001
     index, rows, shift, stop, out, keep, values, weights,  # noqa: ANN001
 ):  # fmt: skip
     """Composite along rays: out [n, C + 5] = features C, accumulation, fraction, point 3 (unit cube), each times weight.
 
     rows [R, 1 + C]: raw density, features. With `keep`, values [n, K, 1 + C] and weights [n, K] are written for `unmarch`.
-    So many consecutive rays as `group` says share one row of `fractions`, `deltas` and `is_empty`.
+    `directions` has equally many consecutive rays for each row of `origins`, `fractions`, `deltas` and `is_empty`.
     """
     channels = rows.shape[1]
     features = channels - 1
     one = np.float32(1.0)
+    group = max(1, directions.shape[0] // max(1, origins.shape[0]))
     value = np.empty(channels, np.float32)
-    for ray in range(starts.shape[0]):
+    for ray in range(directions.shape[0]):
         for c in range(out.shape[1]):
             out[ray, c] = np.float32(0.0)
         placed = ray // group
@@ -198,8 +203,8 @@ def march(  # noqa: ANN201
                 for c in range(channels):
                     values[ray, i, c] = np.float32(0.0)
                 continue
-            pos = _position(s, is_disparity, near, far)
-            x, y, z = _point(pos, ray, starts, steps, warp, origin, axes, nearest, low, inverse)
+            distance = enter[placed] + length[placed] * _position(s, is_disparity, near, far)
+            x, y, z = _point(distance, placed, ray, origins, directions, warp, origin, axes, nearest, low, inverse)
             _interpolate(x, y, z, index, rows, value, channels)
             thick = np.exp(min(value[0] + shift, np.float32(10.0))) * deltas[placed, i]
             left = np.exp(-thick)
@@ -220,7 +225,7 @@ def march(  # noqa: ANN201
 
 @_jit
 def unmarch(  # noqa: ANN201
-    starts, steps, group, fractions, deltas, is_empty, is_disparity, near, far, warp, origin, axes, nearest, low, inverse,  # noqa: ANN001
+    origins, directions, enter, length, fractions, deltas, is_empty, is_disparity, near, far, warp, origin, axes, nearest, low, inverse,  # noqa: ANN001
     index, rows, shift, values, weights, grad, grad_rows,  # noqa: ANN001
 ):  # fmt: skip
     """Gradient of `march` for the rows, added to `grad_rows`. Row 0 stands for empty space and gets none."""
@@ -229,10 +234,11 @@ def unmarch(  # noqa: ANN201
     count = fractions.shape[1]
     nz, ny, nx = index.shape
     one = np.float32(1.0)
+    group = max(1, directions.shape[0] // max(1, origins.shape[0]))
     points = np.empty((count, 3), np.float32)
     gain = np.empty(count, np.float32)
     part = np.empty(channels, np.float32)
-    for ray in range(starts.shape[0]):
+    for ray in range(directions.shape[0]):
         placed = ray // group
         if is_empty[placed]:
             continue
@@ -242,8 +248,8 @@ def unmarch(  # noqa: ANN201
             if weights[ray, i] == 0:
                 gain[i] = np.float32(0.0)
                 continue
-            pos = _position(s, is_disparity, near, far)
-            x, y, z = _point(pos, ray, starts, steps, warp, origin, axes, nearest, low, inverse)
+            distance = enter[placed] + length[placed] * _position(s, is_disparity, near, far)
+            x, y, z = _point(distance, placed, ray, origins, directions, warp, origin, axes, nearest, low, inverse)
             points[i, 0], points[i, 1], points[i, 2] = x, y, z
             gain[i] = grad[ray, features] + s * grad[ray, features + 1]
             for axis in range(3):
