@@ -307,9 +307,9 @@ def encode_ray_image(
 ) -> EncodedRays:
     """Encode ray images with a ray for every pixel, margin included, for a network of cells (MobileR2L).
 
-    A cell's own ray passes between those of its pixels in opposite corners. Features and accumulation of a cell's pixels follow the cell's own
-    code, channel by channel, as `pixel_shuffle` takes them; sample points are placed once for each block of 2x2 pixels.
-    Pixels of the margin have none: they are not drawn.
+    A cell's own ray passes half way between those of its pixels in opposite corners. Features and accumulation of a cell's
+    pixels follow the cell's own code, channel by channel, as `pixel_shuffle` takes them; sample points are placed once for
+    each block of 2x2 pixels. Pixels of the margin have none: they are not drawn.
 
     Args:
         encoding: of the scene.

@@ -169,7 +169,8 @@ def _interpolate(x, y, z, index, rows, value, channels):  # noqa: ANN001, ANN202
 
 @_jit
 def march(  # noqa: ANN201
-    origins, directions, enter, length, fractions, deltas, is_empty, is_disparity, near, far, warp, origin, axes, nearest, low, inverse,  # noqa: ANN001
+    origins, directions, enter, length, fractions, deltas, is_empty, is_disparity, near, far,  # noqa: ANN001
+    warp, origin, axes, nearest, low, inverse,  # noqa: ANN001
     index, rows, shift, stop, out, keep, values, weights,  # noqa: ANN001
 ):  # fmt: skip
     """Composite along rays: out [n, C + 5] = features C, accumulation, fraction, point 3 (unit cube), each times weight.
@@ -225,7 +226,8 @@ def march(  # noqa: ANN201
 
 @_jit
 def unmarch(  # noqa: ANN201
-    origins, directions, enter, length, fractions, deltas, is_empty, is_disparity, near, far, warp, origin, axes, nearest, low, inverse,  # noqa: ANN001
+    origins, directions, enter, length, fractions, deltas, is_empty, is_disparity, near, far,  # noqa: ANN001
+    warp, origin, axes, nearest, low, inverse,  # noqa: ANN001
     index, rows, shift, values, weights, grad, grad_rows,  # noqa: ANN001
 ):  # fmt: skip
     """Gradient of `march` for the rows, added to `grad_rows`. Row 0 stands for empty space and gets none."""
