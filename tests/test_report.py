@@ -39,6 +39,7 @@ def measurements(has_teacher: bool = True) -> Measurements:
         teacher={"method": "nerfacto", "iterations": 100, "checkpoint_megabytes": 5.0} if has_teacher else None,
         unseen=UnseenScores(8, 28.0, 25.0, {"0.5": 27.0, "2": 24.0}) if has_teacher else None,
         between_sizes=41.0,
+        teacher_between_sizes=33.0 if has_teacher else None,
         engines=[
             EngineTime("torch", "fp32", 12.5, math.inf),
             EngineTime("openvino", "bf16", 8.0, 57.0),

@@ -118,6 +118,8 @@ class Measurements:
     unseen: UnseenScores | None
     between_sizes: float
     """Lowest PSNR in dB between renders of one camera at its own size and at others, resampled to the smaller."""
+    teacher_between_sizes: float | None
+    """The same for the teacher: one ray per pixel is not an average over the pixel, so it is finite there too."""
     engines: list[EngineTime]
     frame_milliseconds: dict[str, float]
     """Median time of a frame of the test views, by `student` and `teacher`, in this run."""
@@ -262,7 +264,9 @@ def measure(
             seed=UNSEEN_SEED,
         )
         unseen = _unseen(renderer, unseen_cameras, student_view, teacher_view, model.device)
-    steady = between_sizes(student_view, test.cameras[chosen[0] : chosen[0] + 1].to(model.device))
+    first = test.cameras[chosen[0] : chosen[0] + 1].to(model.device)
+    steady = between_sizes(student_view, first)
+    teacher_steady = None if teacher_view is None else min(between_sizes(teacher_view, first))
     checkpoint = checkpoint_path(config, config_path)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     sizes = {
@@ -281,7 +285,8 @@ def measure(
         teacher=None if loaded_teacher is None else _about(loaded_teacher),
         unseen=unseen,
         between_sizes=min(steady),
-        engines=time_engines(model, test.cameras[chosen[0] : chosen[0] + 1].to(model.device), engines),
+        teacher_between_sizes=teacher_steady,
+        engines=time_engines(model, first, engines),
         frame_milliseconds=frame_milliseconds,
         sizes=sizes,
         learning_curve=read_learning_curve(config_path.parent),

@@ -109,7 +109,8 @@ def _tables(found: Measurements) -> dict[str, Table]:
             [f"the same at {zoom} times the focal length, mean", _number(value, " dB"), ""]
             for zoom, value in unseen.zoom.items()
         ]
-    quality.append(["PSNR of one camera at other sizes, lowest", _number(found.between_sizes, " dB"), ""])
+    sizes_apart = [_number(value, " dB") for value in (found.between_sizes, found.teacher_between_sizes)]
+    quality.append(["PSNR of one camera at other sizes, lowest", *sizes_apart])
     worst = [
         [
             view.name,
