@@ -324,3 +324,20 @@ def test_students_trained_before_still_open_draw_and_export(name: str, tmp_path:
         for output, value in kept.items():
             np.testing.assert_allclose(found[output], value, atol=2e-3)
     assert export_onnx(student, GraphSpec("camera", "fp32", 27, 18), tmp_path / "student.onnx") > 100
+
+
+def test_features_in_int8_are_the_same_in_graphs_and_in_judging() -> None:
+    made = encoding("sphere", "ball")
+    span = span_of(made, *rays())
+    graph = made.for_graph(torch.int8)
+    assert graph.volume.rows.dtype == torch.int8
+    before = made.volume.rows.detach().clone()
+    with torch.no_grad(), made.in_int8():
+        ours, _ = made.composited(span)
+    theirs, _ = graph.composited(span)
+    assert torch.equal(made.volume.rows, before)
+    for one, other in zip(ours, theirs, strict=True):
+        assert float((one - other).detach().abs().mean()) < 1e-5
+    full, _ = made.composited(span)
+    apart = (full.features - theirs.features).detach().abs()
+    assert 0 < float(apart.mean()) < 0.05, "int8 is near fp32, and not the same"

@@ -48,11 +48,19 @@ class Encoding(nn.Module):
         model: copied, its feature volume into plain gathers.
         precision: in which the volume's features are kept.
         reduce_angles: bring the encoding's angles near zero first, for machines whose sines are good only there.
+        int8_features: keep a composited encoding's features in int8.
     """
 
-    def __init__(self, model: LightFieldModel, precision: GraphPrecision, reduce_angles: bool = False) -> None:
+    def __init__(
+        self,
+        model: LightFieldModel,
+        precision: GraphPrecision,
+        reduce_angles: bool = False,
+        int8_features: bool = False,
+    ) -> None:
         super().__init__()
-        self.composited = None if model.composited is None else model.composited.for_graph(DTYPES[precision])
+        kept = torch.int8 if int8_features else DTYPES[precision]
+        self.composited = None if model.composited is None else model.composited.for_graph(kept)
         self.factor = model.factor
         self.pixel_samples = getattr(model.config, "pixel_samples", 0)
         self.ray_code = copy.deepcopy(model.ray_code)
@@ -325,6 +333,7 @@ class CodeGraph(nn.Module):
         precision: in which a feature volume is kept.
         frame: of the camera's picture; None for a graph of rays.
         reduce_angles: as `Encoding`.
+        int8_features: likewise.
     """
 
     def __init__(
@@ -333,9 +342,10 @@ class CodeGraph(nn.Module):
         precision: GraphPrecision,
         frame: PictureFrame | None,
         reduce_angles: bool = False,
+        int8_features: bool = False,
     ) -> None:
         super().__init__()
-        self.encoding = Encoding(model, precision, reduce_angles)
+        self.encoding = Encoding(model, precision, reduce_angles, int8_features)
         self.frame = frame
         self.inputs = RayGraph.inputs if frame is None else CameraGraph.inputs
         self.outputs = code_outputs(model)
@@ -456,6 +466,8 @@ class GraphSpec:
     """The network in operators that phones' processors take."""
     reduce_angles: bool = False
     """Bring the encoding's angles near zero first, for machines whose sines are good only there."""
+    int8_features: bool = False
+    """Keep a composited encoding's features in int8; for the part that is the encoding."""
 
     def frame(self, student: Student) -> PictureFrame | None:
         """Of the camera; None for a graph of rays.
@@ -501,7 +513,9 @@ class GraphSpec:
         if self.part == "network":
             return NetworkGraph(student.model, self.precision, self.is_plain).eval()
         if self.part == "encoding":
-            return CodeGraph(student.model, self.precision, self.frame(student), self.reduce_angles).eval()
+            return CodeGraph(
+                student.model, self.precision, self.frame(student), self.reduce_angles, self.int8_features
+            ).eval()
         if self.part == "values":
             return ValuesGraph(student.model, self.frame(student)).eval()
         if self.inputs == "camera":

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -21,7 +22,7 @@ from r2l_nerfstudio.rays.ray_code import RayCode
 from r2l_nerfstudio.rays.ray_image import MARGIN, CellPixels
 from r2l_nerfstudio.rays.scene_grid import NEAREST, WARPS
 from r2l_nerfstudio.students.cpu_march import MarchSpace, march
-from r2l_nerfstudio.students.sparse_volume import Composited, SparseVolume, composite, read_rows
+from r2l_nerfstudio.students.sparse_volume import Composited, SparseVolume, composite, int8_rows, read_rows
 
 LEAST = 1e-4
 """Accumulation below which a ray's expected point moves to the middle of its span."""
@@ -96,6 +97,7 @@ class CompositedEncoding(nn.Module):
         self._volume_cells = (1, 1, 1)
         self._space: tuple[int, MarchSpace] | None = None
         self._is_graph = False
+        self._widths: Tensor | None = None
         self.register_load_state_dict_post_hook(CompositedEncoding._index_again)
 
     def get_extra_state(self) -> dict[str, Any]:
@@ -112,12 +114,26 @@ class CompositedEncoding(nn.Module):
         """A copy in plain operators of torch on any device, for exporters.
 
         Args:
-            dtype: in which features are kept; they are weighted and summed in fp32.
+            dtype: in which features are kept, int8 included; they are weighted and summed in fp32.
         """
         made = copy.deepcopy(self).requires_grad_(False)
-        made.volume.rows.data = made.volume.rows.data.to(dtype)
+        if dtype == torch.int8:
+            made.volume.rows.data, made._widths = int8_rows(made.volume.rows.data)
+        else:
+            made.volume.rows.data = made.volume.rows.data.to(dtype)
         made._is_graph = True
         return made
+
+    @contextmanager
+    def in_int8(self) -> Iterator[None]:
+        """Inside, features are what remains of them in int8."""
+        kept = self.volume.rows.data
+        rows, widths = int8_rows(kept)
+        self.volume.rows.data = rows * widths
+        try:
+            yield
+        finally:
+            self.volume.rows.data = kept
 
     @property
     def ray_code(self) -> RayCode:
@@ -196,6 +212,8 @@ class CompositedEncoding(nn.Module):
         distances = self.distances(span, placed.fractions)[:, None, :, None]
         points = self.occupancy.scene(span.origin[:, None] + distances * span.direction[:, :, None]).flatten(0, 1)
         values = read_rows(self.volume.rows, self.volume.index, points) if self._is_graph else self.volume(points)
+        if self._widths is not None:
+            values = values * self._widths
         lengths, fractions, empty = (
             t[:, None].expand(-1, span.direction.shape[1], *t.shape[1:]).flatten(0, 1)
             for t in (placed.lengths, placed.fractions, is_empty)
