@@ -275,7 +275,9 @@ def test_int8_is_kept_where_it_costs_little(
     assert weights and {tensor.data_type for tensor in weights} == {onnx.TensorProto.INT8}
     assert {prop.key: prop.value for prop in model.metadata_props}["precision"] == "int8"
     if not flags:
-        tables = {tensor.data_type for tensor in model.graph.initializer if len(tensor.dims) == 2 and tensor.dims[1] == 5}
+        tables = {
+            tensor.data_type for tensor in model.graph.initializer if len(tensor.dims) == 2 and tensor.dims[1] == 5
+        }
         assert tables == {onnx.TensorProto.INT8}, "density and features of the grid points"
     student = load_student(captured, device="cpu", engine="torch")
     part = "network" if flags else "whole"
