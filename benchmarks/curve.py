@@ -17,6 +17,7 @@ from nerfstudio.engine.trainer import TrainerConfig
 from nerfstudio.utils.rich_utils import CONSOLE
 
 from benchmarks.distil import CAPTURES, measure
+from r2l_nerfstudio.checkpoints import read_checkpoint
 from r2l_nerfstudio.engines.cache import device_name
 from r2l_nerfstudio.errors import InputError
 
@@ -86,7 +87,7 @@ class Curve:
         finally:
             end.cancel()
         newest = max((folder / "nerfstudio_models").glob("*.ckpt"))
-        done = float(torch.load(newest, map_location="cpu", weights_only=True)["pipeline"]["done"])
+        done = float(read_checkpoint(newest, "student").pipeline["done"])
         figures: dict[str, Any] = {
             "capture": self.capture,
             "method": self.method,

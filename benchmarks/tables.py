@@ -6,7 +6,6 @@ import copy
 import dataclasses
 import json
 import math
-import os
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -23,6 +22,7 @@ from nerfstudio.data.dataparsers.nerfstudio_dataparser import NerfstudioDataPars
 from nerfstudio.utils.rich_utils import CONSOLE
 
 from benchmarks.published_figures import FOOTNOTES, LATENCY, QUALITY, STORAGE, TRADE_OFF
+from r2l_nerfstudio.disk import write_atomically
 from r2l_nerfstudio.engines.cache import device_name
 from r2l_nerfstudio.engines.switch import EngineChoice
 from r2l_nerfstudio.errors import InputError, exit_on_input_error
@@ -232,7 +232,7 @@ class Tables:
             "student_minutes": round(minutes, 2),
             **measure(run, teacher, self.test_views, self.engine),
         }
-        _replace(file, json.dumps(figures, indent=2) + "\n")
+        write_atomically(file, json.dumps(figures, indent=2) + "\n")
         return figures
 
     def _teacher(self, scene: Scene) -> Path:
@@ -280,8 +280,8 @@ class Tables:
         return config.get_base_dir() / "config.yml"
 
     def _write(self, figures: list[dict[str, Any]]) -> None:
-        _replace(self.results_dir / "tables.json", json.dumps(figures, indent=2) + "\n")
-        _replace(self.results_dir / "tables.md", as_tables(figures))
+        write_atomically(self.results_dir / "tables.json", json.dumps(figures, indent=2) + "\n")
+        write_atomically(self.results_dir / "tables.md", as_tables(figures))
 
 
 def measure(run: Path, teacher_run: Path, test_views: int, engine: EngineChoice) -> dict[str, Any]:
@@ -543,14 +543,6 @@ def _read(file: Path) -> dict[str, Any] | None:
     except (OSError, ValueError):
         return None
     return content if isinstance(content, dict) else None
-
-
-def _replace(file: Path, text: str) -> None:
-    """Write a file at once: a killed call leaves the old one or the new one."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_name(f".{file.name}.partial")
-    partial.write_text(text, encoding="utf8")
-    os.replace(partial, file)
 
 
 def _change(config: Any, changes: dict[str, Any]) -> None:

@@ -30,13 +30,13 @@ from benchmarks.render import fill_ball
 from benchmarks.render import student as random_student
 from r2l_nerfstudio.distillation.pose_sampling import CaptureCameras, look_along
 from r2l_nerfstudio.engines.cache import device_name
-from r2l_nerfstudio.engines.parity import psnr
 from r2l_nerfstudio.errors import InputError
 from r2l_nerfstudio.export.capture_view import read_capture, start_pose
 from r2l_nerfstudio.export.web_folder import RUNTIME, SCENE, export_web
 from r2l_nerfstudio.export.web_runtime import BACKENDS, VERSION, fetch_runtime
 from r2l_nerfstudio.export.web_server import WebServer
 from r2l_nerfstudio.models.mobile_r2l import MobileR2LModel
+from r2l_nerfstudio.psnr import psnr
 from r2l_nerfstudio.rays.spacing import SceneBounds
 from r2l_nerfstudio.student import Student, load_student
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from r2l_nerfstudio.checkpoints import check_fit, check_size, read_checkpoint
 from r2l_nerfstudio.distillation.averaging import put_average, saved_average
 from r2l_nerfstudio.engines.switch import EngineChoice
-from r2l_nerfstudio.errors import InputError
+from r2l_nerfstudio.errors import InputError, one_line
 from r2l_nerfstudio.models.light_field import LightFieldModel, LightFieldModelConfig
 from r2l_nerfstudio.run_config import checkpoint_path, load_run_config, resolve_run
 from r2l_nerfstudio.user_cache import engine_cache_folder
@@ -198,7 +198,7 @@ def _load(path: Path, device: torch.device | str | None, step: int | None, engin
     except (RuntimeError, KeyError, TypeError, AttributeError) as error:
         raise InputError(
             f"The checkpoint {checkpoint} does not fit the student that {config_path} describes"
-            f" ({_one_line(error)}): a run's config.yml goes with its own checkpoints; restore both from one copy."
+            f" ({one_line(error)}): a run's config.yml goes with its own checkpoints; restore both from one copy."
         ) from error
     _check_scene(model, checkpoint)
     model = model.to(device).eval().requires_grad_(False)
@@ -234,14 +234,10 @@ def _numbers(values: Any, name: str, shapes: set[tuple[int, ...]]) -> Float[Tens
     try:
         numbers = torch.as_tensor(values, dtype=torch.float32).detach().cpu()
     except (TypeError, ValueError, RuntimeError) as error:
-        raise InputError(f"{name} is not made of numbers ({_one_line(error)}): pass an array or a tensor.") from error
+        raise InputError(f"{name} is not made of numbers ({one_line(error)}): pass an array or a tensor.") from error
     if tuple(numbers.shape) not in shapes:
         wanted = " or ".join(str(list(shape)) for shape in sorted(shapes))
         raise InputError(f"{name} has the shape {list(numbers.shape)}: pass {wanted}.")
     if not bool(numbers.isfinite().all()):
         raise InputError(f"{name} holds numbers that are not finite: pass a camera's own.")
     return numbers
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300]

@@ -5,7 +5,6 @@ Nothing in the file is run.
 
 from __future__ import annotations
 
-import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ from r2l_nerfstudio.importing.capture_frame import LLFF_CENTERS, read_frame
 from r2l_nerfstudio.importing.onnx_network import read_onnx
 from r2l_nerfstudio.importing.published_network import PublishedNetwork, read_tar
 from r2l_nerfstudio.importing.run_folder import check_layout, place, write_run
+from r2l_nerfstudio.psnr import decibels
 
 
 @dataclass
@@ -79,8 +79,8 @@ class ImportCheckpoint:
         if made.photos is not None:
             own, other = made.photos
             CONSOLE.print(
-                f"Training photos: {-10 * math.log10(max(own, 1e-12)):.1f} dB against each camera's own,"
-                f" {-10 * math.log10(max(other, 1e-12)):.1f} dB against others' (at thumbnail size).",
+                f"Training photos: {decibels(own):.1f} dB against each camera's own,"
+                f" {decibels(other):.1f} dB against others' (at thumbnail size).",
                 soft_wrap=True,
                 highlight=False,
             )

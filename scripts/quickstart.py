@@ -28,6 +28,7 @@ from rich.table import Table
 from torch import Tensor
 
 from r2l_nerfstudio.console import progress_bar
+from r2l_nerfstudio.disk import write_atomically
 from r2l_nerfstudio.distillation.pose_sampling import PoseSamplerConfig
 from r2l_nerfstudio.errors import command_line
 from r2l_nerfstudio.lpips import without_lpips
@@ -193,10 +194,7 @@ class Stages:
         self.seconds[name] = round(time.perf_counter() - start, 1)
         CONSOLE.print(f"{name}: {self.seconds[name]:.0f} s.")
         self.done[name] = {"key": key, "result": str(result), "seconds": self.seconds[name]}
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        partial = self.path.with_suffix(".json.partial")
-        partial.write_text(json.dumps(self.done, indent=2) + "\n", encoding="utf-8")
-        os.replace(partial, self.path)
+        write_atomically(self.path, json.dumps(self.done, indent=2) + "\n")
         return result
 
 

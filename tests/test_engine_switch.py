@@ -17,10 +17,10 @@ import torch
 from networks import code, network
 from torch import Tensor, nn
 
+from r2l_nerfstudio.disk import write_atomically
 from r2l_nerfstudio.engines import cache as cache_module
 from r2l_nerfstudio.engines import choice as choice_module
 from r2l_nerfstudio.engines import switch as switch_module
-from r2l_nerfstudio.engines.cache import write_atomically
 from r2l_nerfstudio.engines.choice import Candidate, Choice, Task, candidates, choose
 from r2l_nerfstudio.engines.protocol import Order
 from r2l_nerfstudio.engines.switch import EngineSwitch
@@ -234,19 +234,6 @@ def test_a_broken_artefact_is_built_anew(engines: Callable[..., dict[str, Fake]]
     file.write_bytes(b"the who")
     chosen = choose(task(tmp_path), wanted(fakes))
     assert chosen.engine is fakes["fast"] and file.read_bytes() == b"the whole artefact"
-
-
-def test_a_write_that_fails_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    file = tmp_path / "record"
-    write_atomically(file, b"before")
-
-    def fail(*_):
-        raise OSError("disk full")
-
-    monkeypatch.setattr(cache_module.os, "replace", fail)
-    with pytest.raises(OSError, match="disk full"):
-        write_atomically(file, b"after")
-    assert file.read_bytes() == b"before" and list(tmp_path.iterdir()) == [file]
 
 
 def test_a_folder_that_cannot_be_written_to_costs_the_memory_alone(

@@ -15,7 +15,6 @@ from versions import needs_ahead_of_time_compiler
 from r2l_nerfstudio.distillation.averaging import WeightAverage
 from r2l_nerfstudio.distillation.optimization import MatrixMuon
 from r2l_nerfstudio.engines import inductor, registry
-from r2l_nerfstudio.engines.parity import psnr
 from r2l_nerfstudio.engines.probe import probe_code
 from r2l_nerfstudio.engines.protocol import ENGINE_NAMES, PARITY_DB, Engine
 from r2l_nerfstudio.engines.registry import build_engine, engine_module
@@ -23,6 +22,7 @@ from r2l_nerfstudio.engines.sizes import from_bucket, in_chunks, to_bucket
 from r2l_nerfstudio.engines.torch_engine import TorchEngine
 from r2l_nerfstudio.engines.weights import FixedNetwork, weights_hash, weights_of, weights_state
 from r2l_nerfstudio.errors import InputError
+from r2l_nerfstudio.psnr import psnr
 from r2l_nerfstudio.rays.ray_code import RayCode
 from r2l_nerfstudio.rays.spacing import SceneBounds
 

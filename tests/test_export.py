@@ -27,7 +27,6 @@ from student_runs import (
 from versions import needs_graph_export
 
 from r2l_nerfstudio import load_student
-from r2l_nerfstudio.engines.parity import psnr
 from r2l_nerfstudio.engines.protocol import BrokenEngine
 from r2l_nerfstudio.errors import InputError
 from r2l_nerfstudio.export import coreml_file, graph, int8, onnx_file, openvino_file, phone, tensorrt_plan
@@ -41,6 +40,7 @@ from r2l_nerfstudio.export.onnx_file import export_onnx, run_onnx
 from r2l_nerfstudio.export.openvino_file import export_openvino
 from r2l_nerfstudio.export.plain_network import SigmoidGelu, SubpixelConv
 from r2l_nerfstudio.export.tensorrt_plan import export_plan, export_torch_tensorrt
+from r2l_nerfstudio.psnr import psnr
 from r2l_nerfstudio.run_config import load_run_config
 from r2l_nerfstudio.scripts import export as script
 from r2l_nerfstudio.student import Student

@@ -18,7 +18,6 @@ from r2l_nerfstudio.distillation.hard_rays import HardRayPool
 from r2l_nerfstudio.distillation.optimization import PublishedSchedulerConfig
 from r2l_nerfstudio.distillation.pose_sampling import CaptureCameras
 from r2l_nerfstudio.distillation.published_scene import scene_of_capture
-from r2l_nerfstudio.engines.parity import psnr
 from r2l_nerfstudio.errors import InputError
 from r2l_nerfstudio.export.comparison import check_export
 from r2l_nerfstudio.export.graph import GraphSpec
@@ -27,6 +26,7 @@ from r2l_nerfstudio.export.openvino_file import export_openvino
 from r2l_nerfstudio.export.web_folder import page_rays, to_rgb
 from r2l_nerfstudio.export.web_graph import WebGraph
 from r2l_nerfstudio.importing.capture_frame import read_frame
+from r2l_nerfstudio.psnr import psnr
 from r2l_nerfstudio.rays.conventions import OURS, RayConventions, ndc_rays
 from r2l_nerfstudio.rays.published import (
     Similarity,

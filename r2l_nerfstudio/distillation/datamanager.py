@@ -15,7 +15,6 @@ from typing import Annotated, Any
 import torch
 import tyro
 from jaxtyping import Float
-from nerfstudio.cameras.cameras import Cameras, CameraType
 from nerfstudio.cameras.rays import RayBundle
 from nerfstudio.data.datamanagers.base_datamanager import VanillaDataManager, VanillaDataManagerConfig
 from nerfstudio.data.dataparsers.base_dataparser import DataParserConfig
@@ -27,11 +26,11 @@ from nerfstudio.utils.rich_utils import CONSOLE
 from torch import Tensor
 
 from r2l_nerfstudio.distillation.photographs import split_holdout
-from r2l_nerfstudio.distillation.pose_sampling import CaptureCameras, PoseSampler, PoseSamplerConfig
+from r2l_nerfstudio.distillation.pose_sampling import CaptureCameras, PoseSampler, PoseSamplerConfig, capture_cameras
 from r2l_nerfstudio.distillation.ray_sample import RaySample
 from r2l_nerfstudio.distillation.survey import Survey
 from r2l_nerfstudio.distillation.view_ring import TeacherView, ViewRenderer, ViewRing
-from r2l_nerfstudio.errors import InputError
+from r2l_nerfstudio.errors import InputError, one_line
 from r2l_nerfstudio.ranges import FloatRange, IntRange
 from r2l_nerfstudio.rays.conventions import OURS, RayConventions
 from r2l_nerfstudio.rays.ray_image import MARGIN
@@ -121,7 +120,7 @@ class DistillationDataManager(VanillaDataManager[InputDataset]):
             super().__init__(config, *args, **kwargs)
         except (Exception, SystemExit) as error:  # every dataparser has failures of its own
             raise InputError(
-                f"The capture {config.data or config.dataparser.data} cannot be read ({' '.join(str(error).split())}):"
+                f"The capture {config.data or config.dataparser.data} cannot be read ({one_line(error)}):"
                 " put it back, or name its new place with --data (ns-train) or in the run's config.yml"
                 " (pipeline.datamanager.data)."
             ) from error
@@ -316,7 +315,7 @@ class DistillationDataManager(VanillaDataManager[InputDataset]):
             if self._failures == MOST_FAILURES:
                 CONSOLE.print(
                     f"[bold yellow]No more teacher views, after {MOST_FAILURES} failures ({type(error).__name__}:"
-                    f" {' '.join(str(error).split())[:300]}): training goes on with the {len(self.ring)} there are.",
+                    f" {one_line(error)}): training goes on with the {len(self.ring)} there are.",
                     soft_wrap=True,
                 )
 
@@ -333,27 +332,3 @@ class DistillationDataManager(VanillaDataManager[InputDataset]):
 def to_ray_bundle(sample: RaySample) -> RayBundle:
     """Nerfstudio's container for the same rays."""
     return RayBundle(origins=sample.origins, directions=sample.directions, pixel_area=torch.zeros_like(sample.weight))
-
-
-def capture_cameras(cameras: Cameras, downscale: float = 1.0) -> CaptureCameras:
-    """The training cameras as undistorted pinholes of one resolution, the capture's median divided by `downscale`.
-
-    Fisheye and panoramic cameras become pinholes of 90 degrees: a student is asked through pinholes.
-    """
-    cameras = cameras.to("cpu").flatten()
-    width = max(1, round(float(cameras.width.float().median()) / downscale))
-    height = max(1, round(float(cameras.height.float().median()) / downscale))
-    intrinsics = torch.cat(
-        [
-            cameras.fx * width / cameras.width,
-            cameras.fy * height / cameras.height,
-            cameras.cx * width / cameras.width,
-            cameras.cy * height / cameras.height,
-        ],
-        dim=-1,
-    ).float()
-    wide = cameras.camera_type[:, 0] != CameraType.PERSPECTIVE.value
-    if wide.any():
-        side = min(width, height) / 2
-        intrinsics[wide] = torch.tensor([side, side, width / 2, height / 2])
-    return CaptureCameras(cameras.camera_to_worlds.float(), intrinsics, width, height)

@@ -26,7 +26,7 @@ from torch.nn import Parameter
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import update_bn
 
-from r2l_nerfstudio.checkpoints import read_checkpoint
+from r2l_nerfstudio.checkpoints import read_checkpoint, without_module_prefix
 from r2l_nerfstudio.distillation.averaging import (
     WeightAverage,
     normalization_statistics,
@@ -41,9 +41,10 @@ from r2l_nerfstudio.distillation.progress import TrainingProgress
 from r2l_nerfstudio.distillation.published_scene import scene_of_capture
 from r2l_nerfstudio.distillation.scene_occupancy import SceneOccupancy
 from r2l_nerfstudio.distillation.survey import Survey
-from r2l_nerfstudio.errors import InputError, exit_on_input_error
+from r2l_nerfstudio.errors import InputError, exit_on_input_error, one_line
 from r2l_nerfstudio.models.light_field import LightFieldModel, LightFieldModelConfig
 from r2l_nerfstudio.models.mobile_r2l import MobileR2LModel
+from r2l_nerfstudio.psnr import decibels
 from r2l_nerfstudio.ranges import FloatRange, IntRange
 from r2l_nerfstudio.rays.conventions import OURS
 from r2l_nerfstudio.teacher import Teacher
@@ -235,7 +236,7 @@ class DistillationPipeline(VanillaPipeline):
         Raises:
             SystemExit: with a paragraph that says why, if it does not fit.
         """
-        state = {key.removeprefix("module."): value for key, value in loaded_state.items()}
+        state = without_module_prefix(loaded_state)
         averages = saved_average(state)
         state = {key: value for key, value in state.items() if not key.startswith("average.")}
         self.model.update_to_step(step)
@@ -245,7 +246,7 @@ class DistillationPipeline(VanillaPipeline):
             except RuntimeError as error:
                 raise InputError(
                     f"The checkpoint of step {step} is not one of the student that config.yml and the command line"
-                    f" describe ({' '.join(str(error).split())[:300]}). A run's config.yml goes with its own"
+                    f" describe ({one_line(error)}). A run's config.yml goes with its own"
                     " checkpoints; to go on from one with --load-dir, give the same --pipeline.model options."
                 ) from error
             self._check_conventions(step)
@@ -306,7 +307,7 @@ class DistillationPipeline(VanillaPipeline):
         if not bool(weight.any()):
             return math.nan
         error = ((rgb.float() - held.target.rgb).square() * weight).sum() / (3 * weight.sum().clamp_min(1))
-        return -10 * math.log10(max(float(error), 1e-12))
+        return decibels(float(error))
 
     def get_training_callbacks(
         self, training_callback_attributes: TrainingCallbackAttributes

@@ -10,26 +10,13 @@ import hashlib
 import json
 import os
 import platform
-import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from r2l_nerfstudio.disk import write_atomically
 from r2l_nerfstudio.user_cache import is_private
-
-
-def write_atomically(file: Path, content: bytes) -> None:
-    """All of it or nothing: another process may read the file meanwhile, and this one may be killed."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}-")
-    try:
-        with os.fdopen(handle, "wb") as temporary:
-            temporary.write(content)
-        os.replace(name, file)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
 
 
 def device_name(device: torch.device) -> str:
@@ -81,6 +68,6 @@ class EngineCache:
     def write(self, key: str, record: dict[str, Any]) -> None:
         """Remember; a folder that cannot be written to is no reason to fail."""
         try:
-            write_atomically(self.folder / f"{key}.json", (json.dumps(record, indent=2) + "\n").encode())
+            write_atomically(self.folder / f"{key}.json", json.dumps(record, indent=2) + "\n", is_private=True)
         except OSError:
             return

@@ -20,6 +20,7 @@ from r2l_nerfstudio.engines.protocol import PARITY_DB, Engine, EngineName, Order
 from r2l_nerfstudio.engines.registry import engine_module, make
 from r2l_nerfstudio.engines.sizes import is_grid
 from r2l_nerfstudio.engines.weights import weights_hash
+from r2l_nerfstudio.errors import first_line
 
 SECONDS_PER_TIMING = 0.5
 _MOST_ROWS = 16384
@@ -181,8 +182,7 @@ def _built(task: Task, candidate: Candidate, cache: EngineCache | None) -> tuple
         engine = _built_from_cache(task, candidate, folder)
         found = parity(engine, task.network, task.device, task.probe)
     except Exception as error:  # each library raises its own
-        said = str(error).strip().splitlines()
-        return None, f"{type(error).__name__}: {said[0][:200] if said else 'no reason given'}", 0.0
+        return None, f"{type(error).__name__}: {first_line(error)}", 0.0
     if not found >= PARITY_DB[candidate.precision]:
         return None, "values that are not finite" if found == -math.inf else f"only {found:.0f} dB", found
     return engine, "", found

@@ -2,26 +2,17 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from r2l_nerfstudio.engines.protocol import Engine
 from r2l_nerfstudio.engines.sizes import in_dim, is_grid
+from r2l_nerfstudio.psnr import psnr
 
 PROBE_ROWS = 1000
 PROBE_CELLS = (19, 27)
 """Neither fits what an engine compiles for: padding is probed too."""
-
-
-def psnr(values: Float[Tensor, "*any"], truth: Float[Tensor, "*any"]) -> float:
-    """PSNR in dB for a peak of 1; minus infinity where a value is not finite, infinity for equal ones."""
-    if values.shape != truth.shape or not bool(values.isfinite().all()):
-        return -math.inf
-    error = float((values.double() - truth.double()).square().mean())
-    return math.inf if error == 0 else -10 * math.log10(error)
 
 
 @torch.no_grad()

@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from r2l_nerfstudio.engines.cache import write_atomically
+from r2l_nerfstudio.disk import write_atomically
 from r2l_nerfstudio.engines.onnx_graph import INPUT, OUTPUT, network_onnx
 from r2l_nerfstudio.engines.protocol import BrokenEngine, EngineName, Order, Precision
 from r2l_nerfstudio.engines.sizes import (
@@ -30,6 +30,7 @@ from r2l_nerfstudio.engines.sizes import (
     to_bucket,
     upsampling_factor,
 )
+from r2l_nerfstudio.errors import first_line
 
 _MOST_CELLS = 512
 _LEAST_CAPABILITY = (7, 5)
@@ -88,11 +89,7 @@ def find_flavour(capability: tuple[int, int] | None) -> tuple[ModuleType | None,
             module = import_module(name)
             module.Builder  # noqa: B018 - the registry's package without libraries imports, and is empty
         except Exception as error:  # ImportError, OSError, RuntimeError: it depends on what is missing
-            said = str(error).strip().splitlines()
-            reasons.append(
-                f"{name} does not import ({said[0] if said else type(error).__name__});"
-                f" pip install 'r2l-nerfstudio[{extra}]'"
-            )
+            reasons.append(f"{name} does not import ({first_line(error)}); pip install 'r2l-nerfstudio[{extra}]'")
             continue
         if capability is not None and not _serves(module, capability):
             reasons.append(
@@ -176,7 +173,7 @@ def build(order: Order) -> TensorRtEngine:
     graph = network_onnx(order.network, order.precision)
     plan = build_plan(trt, graph, {INPUT: usual_shapes(order.network, order.device)})
     if file is not None:
-        write_atomically(file, plan)
+        write_atomically(file, plan, is_private=True)
     return TensorRtEngine(trt, plan, order)
 
 

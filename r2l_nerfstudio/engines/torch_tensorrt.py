@@ -24,6 +24,7 @@ from r2l_nerfstudio.engines.sizes import (
 )
 from r2l_nerfstudio.engines.tensorrt import usual_shapes
 from r2l_nerfstudio.engines.weights import FixedNetwork
+from r2l_nerfstudio.errors import first_line
 
 
 def version() -> str:
@@ -39,9 +40,8 @@ def why_not(device: torch.device, precision: Precision) -> str | None:
     try:
         import_module("torch_tensorrt")
     except Exception as error:
-        said = str(error).strip().splitlines()
         return (
-            f"torch_tensorrt does not import ({said[0] if said else type(error).__name__}): pip install"
+            f"torch_tensorrt does not import ({first_line(error)}): pip install"
             " 'r2l-nerfstudio[torch-tensorrt]', in the version of your torch, or choose tensorrt."
         )
     return None

@@ -13,9 +13,8 @@ from torch import Tensor
 
 from r2l_nerfstudio.capture import CaptureError, parse_capture
 from r2l_nerfstudio.dataparsers import dataparser_at
-from r2l_nerfstudio.distillation.datamanager import capture_cameras
-from r2l_nerfstudio.distillation.pose_sampling import CaptureCameras, look_along
-from r2l_nerfstudio.errors import InputError
+from r2l_nerfstudio.distillation.pose_sampling import CaptureCameras, capture_cameras, look_along
+from r2l_nerfstudio.errors import InputError, one_line
 from r2l_nerfstudio.run_config import capture_path, load_run_config, resolve_run
 
 INWARD = math.radians(30)
@@ -44,7 +43,7 @@ def read_views(run: Path, data: Path | None = None) -> tuple[InputDataset, float
         outputs = parse_capture(dataparser_at(config, place))
     except CaptureError as error:
         raise InputError(
-            f"The capture {place} of the student {config_path} cannot be read ({' '.join(str(error).split())[:300]}), and"
+            f"The capture {place} of the student {config_path} cannot be read ({one_line(error)}), and"
             " without its cameras nobody knows where a visitor may go: say with --data where it is now."
         ) from error
     dataset = InputDataset(outputs, getattr(datamanager, "camera_res_scale_factor", 1.0))

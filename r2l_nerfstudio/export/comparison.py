@@ -9,11 +9,11 @@ import numpy as np
 import torch
 from jaxtyping import Float
 
-from r2l_nerfstudio.engines.parity import psnr
 from r2l_nerfstudio.engines.protocol import PARITY_DB
 from r2l_nerfstudio.errors import InputError
 from r2l_nerfstudio.export.graph import GraphSpec
 from r2l_nerfstudio.export.probes import probe_intrinsics, probe_poses
+from r2l_nerfstudio.psnr import psnr
 from r2l_nerfstudio.student import Student
 
 PLAIN_DB = 60.0

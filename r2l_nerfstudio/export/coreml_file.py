@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from r2l_nerfstudio.errors import InputError
+from r2l_nerfstudio.errors import InputError, one_line
 from r2l_nerfstudio.export.comparison import Arrays, check_export, probe_inputs
 from r2l_nerfstudio.export.graph import RAYS_AT_ONCE, GraphSpec, StudentGraph
 from r2l_nerfstudio.export.onnx_file import metadata
@@ -64,7 +64,7 @@ def export_coreml(student: Student, spec: GraphSpec, output: Path, overwrite: bo
                 model = _convert(coremltools, graph, inputs)
         except Exception as error:  # of any kind, as an operator that it does not know
             raise InputError(
-                f"coremltools {coremltools.__version__} cannot convert this graph ({' '.join(str(error).split())[:300]});"
+                f"coremltools {coremltools.__version__} cannot convert this graph ({one_line(error)});"
                 " try --part network, or r2l-export onnx --target mobile, which ONNX Runtime runs on Apple's processors."
             ) from error
         model.user_defined_metadata.update(metadata(student, spec))

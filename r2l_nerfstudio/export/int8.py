@@ -18,10 +18,8 @@ from nerfstudio.data.datasets.base_dataset import InputDataset
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from r2l_nerfstudio.distillation.datamanager import capture_cameras
 from r2l_nerfstudio.distillation.photographs import read_photo, split_holdout
-from r2l_nerfstudio.distillation.pose_sampling import CaptureCameras, PoseSampler
-from r2l_nerfstudio.engines.parity import psnr
+from r2l_nerfstudio.distillation.pose_sampling import CaptureCameras, PoseSampler, capture_cameras
 from r2l_nerfstudio.errors import InputError
 from r2l_nerfstudio.export.capture_view import read_views
 from r2l_nerfstudio.export.comparison import check_export, probe_inputs
@@ -31,6 +29,7 @@ from r2l_nerfstudio.export.onnx_file import metadata, require_onnx, run_onnx, wr
 from r2l_nerfstudio.export.phone import phone_verdict
 from r2l_nerfstudio.export.whole_files import whole_files
 from r2l_nerfstudio.models.mobile_r2l import MobileR2LModel
+from r2l_nerfstudio.psnr import psnr
 from r2l_nerfstudio.student import Student
 
 CALIBRATION_VIEWS = 16

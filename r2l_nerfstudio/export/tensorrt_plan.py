@@ -18,7 +18,7 @@ import torch
 from r2l_nerfstudio.engines import torch_tensorrt as torch_tensorrt_engine
 from r2l_nerfstudio.engines.protocol import BrokenEngine
 from r2l_nerfstudio.engines.tensorrt import Shapes, build_plan
-from r2l_nerfstudio.errors import InputError
+from r2l_nerfstudio.errors import InputError, first_line
 from r2l_nerfstudio.export.comparison import Arrays, check_export, probe_inputs
 from r2l_nerfstudio.export.graph import RAYS_AT_ONCE, GraphSpec
 from r2l_nerfstudio.export.onnx_file import metadata, require_onnx, write_onnx
@@ -82,10 +82,9 @@ def import_flavour(flavour: Flavour) -> ModuleType:
         trt = import_module(flavour.replace("-", "_"))
         trt.Builder  # noqa: B018 - the registry's package without libraries imports, and is empty
     except Exception as error:  # ImportError, OSError, RuntimeError: it depends on what is missing
-        said = " ".join(str(error).split())[:200] or type(error).__name__
         raise InputError(
-            f"This export needs the package {flavour}, which does not import ({said}): pip install {flavour} (the extra"
-            f" '{flavour}' of r2l-nerfstudio)."
+            f"This export needs the package {flavour}, which does not import ({first_line(error)}):"
+            f" pip install {flavour} (the extra '{flavour}' of r2l-nerfstudio)."
         ) from error
     return trt
 

@@ -18,7 +18,6 @@ from PIL import Image
 from torch import Tensor
 
 from r2l_nerfstudio.distillation.pose_sampling import CaptureCameras
-from r2l_nerfstudio.engines.parity import psnr
 from r2l_nerfstudio.errors import InputError
 from r2l_nerfstudio.export.capture_view import start_pose, view_limits
 from r2l_nerfstudio.export.graph import GraphPrecision
@@ -27,6 +26,7 @@ from r2l_nerfstudio.export.web_graph import WebGraph, write_web_graph
 from r2l_nerfstudio.export.web_runtime import BACKENDS, describe_runtime
 from r2l_nerfstudio.export.whole_files import whole_folder
 from r2l_nerfstudio.models.mobile_r2l import MobileR2LModel
+from r2l_nerfstudio.psnr import psnr
 from r2l_nerfstudio.rays.ray_image import ray_image_intrinsics, ray_image_size
 from r2l_nerfstudio.student import Student
 

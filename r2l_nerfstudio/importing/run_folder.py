@@ -17,12 +17,12 @@ from torch import Tensor
 from r2l_nerfstudio.distillation.frame_check import view_errors
 from r2l_nerfstudio.distillation.photographs import read_photo
 from r2l_nerfstudio.distillation.survey import thumbnail
-from r2l_nerfstudio.engines.parity import psnr
-from r2l_nerfstudio.errors import InputError
+from r2l_nerfstudio.errors import InputError, one_line
 from r2l_nerfstudio.export.whole_files import whole_folder
 from r2l_nerfstudio.importing.capture_frame import CaptureFrame
 from r2l_nerfstudio.importing.published_network import PublishedNetwork
 from r2l_nerfstudio.importing.reference_picture import published_picture
+from r2l_nerfstudio.psnr import psnr
 from r2l_nerfstudio.rays.published import PublishedScene, published_scene
 from r2l_nerfstudio.rays.spacing import SceneBounds
 from r2l_nerfstudio.student import Student, load_student
@@ -189,9 +189,7 @@ def checkpoint_state(placement: Placement, config: TrainerConfig) -> dict[str, A
     try:
         model.network.load_state_dict(network.state, strict=True)
     except RuntimeError as error:  # read with the same sizes: nobody but us is to blame
-        raise InputError(
-            f"The network of {network.path} does not fit ours ({' '.join(str(error).split())[:300]})."
-        ) from error
+        raise InputError(f"The network of {network.path} does not fit ours ({one_line(error)}).") from error
     state = {f"_model.{name}": value for name, value in model.state_dict().items()}
     pipeline = {**state, "done": torch.zeros(())}
     return {"step": 0, "pipeline": pipeline, "optimizers": {}, "schedulers": {}, "scalers": {}}

@@ -20,17 +20,17 @@ from torch.nn.functional import interpolate
 
 from r2l_nerfstudio.console import progress_bar
 from r2l_nerfstudio.dataparsers import dataparser_at
-from r2l_nerfstudio.distillation.datamanager import DistillationDataManagerConfig, capture_cameras
+from r2l_nerfstudio.distillation.datamanager import DistillationDataManagerConfig
 from r2l_nerfstudio.distillation.learning_curve import CurvePoint, read_learning_curve
 from r2l_nerfstudio.distillation.photographs import read_photo
-from r2l_nerfstudio.distillation.pose_sampling import PoseSampler, PoseSamplerConfig
+from r2l_nerfstudio.distillation.pose_sampling import PoseSampler, PoseSamplerConfig, capture_cameras
 from r2l_nerfstudio.distillation.survey import Survey
 from r2l_nerfstudio.distillation.view_ring import TeacherView, ViewRenderer
 from r2l_nerfstudio.engines.cache import device_name
 from r2l_nerfstudio.engines.parity import parity
 from r2l_nerfstudio.engines.protocol import EngineName, Precision
 from r2l_nerfstudio.engines.registry import build_engine, engine_module
-from r2l_nerfstudio.errors import InputError
+from r2l_nerfstudio.errors import InputError, one_line
 from r2l_nerfstudio.models.light_field import LightFieldModel
 from r2l_nerfstudio.models.metrics import image_metrics, psnr
 from r2l_nerfstudio.run_config import capture_path, checkpoint_path, load_run_config, resolve_run
@@ -198,7 +198,7 @@ def measure(
         splits = {split: parser.get_dataparser_outputs(split=split) for split in ("train", "test")}
     except Exception as error:  # every dataparser has failures of its own
         raise InputError(
-            f"The capture {place} cannot be read ({' '.join(str(error).split())[:300]}): name its folder with --data."
+            f"The capture {place} cannot be read ({one_line(error)}): name its folder with --data."
         ) from error
     train, test = (InputDataset(outputs, datamanager.camera_res_scale_factor) for outputs in splits.values())
 

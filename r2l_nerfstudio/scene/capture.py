@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from nerfstudio.cameras.cameras import Cameras, CameraType
 from PIL import Image
 from torch import Tensor
 
+from r2l_nerfstudio.disk import write_atomically
 from r2l_nerfstudio.errors import InputError
 from r2l_nerfstudio.scene.procedural import Scene
 
@@ -145,9 +145,7 @@ def write_capture(
         },
         indent=1,
     )
-    partial = transforms.with_suffix(".json.partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, transforms)
+    write_atomically(transforms, text)
     return folder
 
 
