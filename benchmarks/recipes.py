@@ -313,13 +313,9 @@ class Laboratory:
         step, learnt = 0, 0
         pipeline.train()
         while True:
-            optimizers.zero_grad_all()
-            _, losses, _ = pipeline.get_train_loss_dict(step)
-            sum(losses.values()).backward()
-            optimizers.optimizer_step_all()
+            pipeline.train_step(optimizers, step)
             for scheduler in optimizers.schedulers.values():
                 scheduler.step()
-            pipeline._update_average(step)
             step += 1
             learnt += pipeline.datamanager.get_train_rays_per_batch()
             progress.update(step)
@@ -345,7 +341,7 @@ class Laboratory:
         height, width = view.depth.shape
         fx, fy, cx, cy = view.intrinsics.tolist()
         camera = Cameras(view.camera_to_world[None], fx, fy, cx, cy, width=width, height=height).to(self.device)
-        return self.pipeline.model.get_outputs_for_camera(camera)["rgb"].cpu()
+        return self.pipeline.model.render_camera(camera)["rgb"].cpu()
 
 
 class _Stopwatch:

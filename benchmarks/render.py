@@ -19,13 +19,13 @@ from torch import nn
 
 from r2l_nerfstudio.engines.cache import EngineCache, device_name
 from r2l_nerfstudio.engines.parity import parity
-from r2l_nerfstudio.engines.probe import probe_code
 from r2l_nerfstudio.engines.protocol import ENGINE_NAMES, Engine, EngineName, Precision
 from r2l_nerfstudio.engines.registry import build_engine, engine_module
 from r2l_nerfstudio.engines.weights import weights_hash
 from r2l_nerfstudio.errors import InputError
 from r2l_nerfstudio.lpips import without_lpips
 from r2l_nerfstudio.models.light_field import LightFieldModel
+from r2l_nerfstudio.models.probe_cameras import probe_code
 from r2l_nerfstudio.rays.occupancy import grid_point_index
 from r2l_nerfstudio.rays.ray_image import ray_image_size
 from r2l_nerfstudio.rays.spacing import SceneBounds
@@ -106,13 +106,13 @@ class Render:
 
         def draw(run: Callable[[torch.Tensor], torch.Tensor]) -> None:
             with model.drawn_by(run):
-                model.get_outputs_for_camera(camera)
+                model.render_camera(camera)
 
         frames = {label: lambda run=run: draw(run) for label, run in runs.items()}
         taken |= fastest(frames, self.seconds, device)
         limit = {label: min(ms for call, ms in taken.items() if re.fullmatch(rf"{label} \d", call)) for label in bare}
         rows = []
-        probe = probe_code(model.ray_code, model.encode, model.network, model.rays_per_cell)
+        probe = probe_code(model)
         for label, engine in engines.items():
             network, frame_ms = taken[f"network {label}"], taken.get(f"frame {label}")
             rows.append(
@@ -222,7 +222,7 @@ def frame_code(model: LightFieldModel, camera: Cameras) -> torch.Tensor:
         return model.engines(code)
 
     with model.drawn_by(record):
-        model.get_outputs_for_camera(camera)
+        model.render_camera(camera)
     # A single one is kept as it lies in memory.
     return torch.cat(codes) if len(codes) > 1 else codes[0]
 
@@ -311,7 +311,7 @@ def teacher_milliseconds(device: torch.device) -> float:
     pose[:, 2, 3] = 1.0
     focal = TEACHER_SIDE / _FIELD_OF_VIEW
     camera = Cameras(pose, focal, focal, TEACHER_SIDE / 2, TEACHER_SIDE / 2, TEACHER_SIDE, TEACHER_SIDE).to(device)
-    return fastest({"teacher": lambda: model.get_outputs_for_camera(camera)}, 3.0, device)["teacher"]
+    return fastest({"teacher": lambda: model.render_camera(camera)}, 3.0, device)["teacher"]
 
 
 def as_markdown(figures: dict[str, Any]) -> str:

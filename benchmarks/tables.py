@@ -306,7 +306,7 @@ def measure(run: Path, teacher_run: Path, test_views: int, engine: EngineChoice)
     model, dataset = pipeline.model, pipeline.datamanager.eval_dataset
     teacher = Teacher.load(teacher_run, device=model.device, data=config.pipeline.datamanager.data)
     views: dict[str, Callable] = {
-        "student": lambda camera: model.get_outputs_for_camera(camera)["rgb"],
+        "student": lambda camera: model.render_camera(camera)["rgb"],
         "teacher": lambda camera: teacher.view(camera).rgb,
     }
     chosen = torch.linspace(0, len(dataset) - 1, min(test_views, len(dataset))).round().long().tolist()

@@ -122,15 +122,11 @@ class Step:
         self.optimizers = Optimizers(optimizers, self.pipeline.get_param_groups())
 
     def __call__(self) -> None:
-        self.optimizers.zero_grad_all()
-        _, losses, _ = self.pipeline.get_train_loss_dict(0)
-        sum(losses.values()).backward()
-        self.optimize()
+        self.pipeline.train_step(self.optimizers, 0)
 
     def optimize(self) -> None:
         """The optimizers' part of it."""
-        self.optimizers.optimizer_step_all()
-        self.pipeline._update_average(0)
+        self.pipeline.update_weights(self.optimizers, 0)
 
 
 class BareStep:

@@ -35,7 +35,6 @@ from r2l_nerfstudio.export.capture_view import read_capture, start_pose
 from r2l_nerfstudio.export.web_folder import RUNTIME, SCENE, export_web
 from r2l_nerfstudio.export.web_runtime import BACKENDS, VERSION, fetch_runtime
 from r2l_nerfstudio.export.web_server import WebServer
-from r2l_nerfstudio.models.mobile_r2l import MobileR2LModel
 from r2l_nerfstudio.psnr import psnr
 from r2l_nerfstudio.rays.spacing import SceneBounds
 from r2l_nerfstudio.student import Student, load_student
@@ -168,7 +167,7 @@ class Web:
                 move(page, wanted_view(scene["view"], number))
                 canvas = canvas_picture(page)
                 height, width = canvas.shape[:2]
-                share = height / down if not isinstance(student.model, MobileR2LModel) else 1.0
+                share = height / down if not student.model.reads_ray_image else 1.0
                 pose = start_pose(shown_view(scene["view"], state(page)["view"]))
                 intrinsics = [focal * share, focal * share, width / 2, height / 2]
                 truth = torch.from_numpy(student.render(pose.numpy(), intrinsics, width, height))

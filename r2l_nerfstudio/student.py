@@ -117,13 +117,7 @@ class Student:
         camera = Cameras(
             pose[None], float(fx), float(fy), float(cx), float(cy), width=int(width), height=int(height)
         ).to(self.model.device)
-        try:
-            outputs = self.model.get_outputs_for_camera(camera)
-        except SystemExit as error:
-            # Made for Nerfstudio's commands; in Python it is the error itself that is wanted.
-            if isinstance(error.__cause__, InputError):
-                raise error.__cause__ from None
-            raise
+        outputs = self.model.render_camera(camera)
         found: dict[str, Array] = {name: outputs[name] for name in self.outputs}
         if isinstance(camera_to_world, Tensor):
             return found

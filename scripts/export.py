@@ -10,7 +10,6 @@ from typing import Annotated, Any, Literal
 import tyro
 from nerfstudio.utils.rich_utils import CONSOLE
 
-from r2l_nerfstudio.engines.sizes import is_grid
 from r2l_nerfstudio.errors import command_line
 from r2l_nerfstudio.export.graph import GraphInputs, GraphPart, GraphPrecision, GraphSpec
 from r2l_nerfstudio.ranges import IntRange
@@ -56,7 +55,7 @@ class GraphExport:
             more: further fields of a `GraphSpec`.
         """
         student = load_student(self.load_config, device="cpu", step=self.step, engine="torch")
-        if is_grid(student.model.network):
+        if student.model.reads_ray_image:
             size = CELLS * student.model.factor
         else:
             size = R2L_SIZE_AT_ONCE if at_once or more.get("part", "whole") != "whole" else R2L_SIZE

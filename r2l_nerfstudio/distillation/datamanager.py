@@ -32,8 +32,7 @@ from r2l_nerfstudio.distillation.survey import Survey
 from r2l_nerfstudio.distillation.view_ring import TeacherView, ViewRenderer, ViewRing
 from r2l_nerfstudio.errors import InputError, one_line
 from r2l_nerfstudio.ranges import FloatRange, IntRange
-from r2l_nerfstudio.rays.conventions import OURS, RayConventions
-from r2l_nerfstudio.rays.ray_image import MARGIN
+from r2l_nerfstudio.rays.ray_image import StudentRays
 from r2l_nerfstudio.teacher import Teacher
 
 HOLDOUT_VIEWS = 4
@@ -149,10 +148,7 @@ class DistillationDataManager(VanillaDataManager[InputDataset]):
         teacher: Teacher,
         survey: Survey,
         background: Float[Tensor, "3"],
-        factor: int,
-        rays_per_cell: int = 1,
-        conventions: RayConventions = OURS,
-        margin: int = MARGIN,
+        rays: StudentRays,
     ) -> None:
         """Fill the ring of teacher views and read the photographs.
 
@@ -160,21 +156,14 @@ class DistillationDataManager(VanillaDataManager[InputDataset]):
             teacher: who renders.
             survey: what it shows from its training cameras.
             background: colour behind photographs that have an alpha channel.
-            factor: pixels along each side of the student's cells.
-            rays_per_cell: rays along each side of a cell that the student reads.
-            conventions: how the student's ray encoding reads rays.
-            margin: cells around a crop, for students of whole images.
+            rays: which rays the student reads.
 
         Raises:
             InputError: if no plausible view is found, no view fits the device, or no training view is left.
         """
         config = self.config
         self.background = background
-        self.factor = factor
-        self.rays_per_cell = rays_per_cell
-        self.conventions = conventions
-        self.margin = margin
-        """Cells around a crop that the student drops."""
+        self.rays = self.read_by(rays)
         sampler = PoseSampler(self.view_cameras(), config.pose_sampler)
         config.pose_sampler.kind = sampler.kind
         CONSOLE.print(f"Pseudo cameras: {sampler.kind} sampler.")
@@ -240,22 +229,20 @@ class DistillationDataManager(VanillaDataManager[InputDataset]):
     def draw(self, num_real: int) -> Batch:
         """A batch to learn from, `num_real` of its `train_num_rays_per_batch` pixels from photographs."""
 
-    def restart(
-        self, config: DistillationDataManagerConfig, rays_per_cell: int, conventions: RayConventions, margin: int
-    ) -> None:
+    def read_by(self, rays: StudentRays) -> StudentRays:
+        """Return the rays that batches hold for a student that reads these."""
+        return rays
+
+    def restart(self, config: DistillationDataManagerConfig, rays: StudentRays) -> None:
         """Begin anew with the teacher views at hand, for another student.
 
         Args:
             config: what differs of it from the former one must not concern views and photographs.
-            rays_per_cell: as for `attach_teacher`.
-            conventions: as for `attach_teacher`; held-out photos keep those that they were drawn for.
-            margin: as for `attach_teacher`.
+            rays: which rays it reads; held-out photos keep the conventions that they were drawn for.
         """
         self.config = config
         self.photographs_now = False
-        self.rays_per_cell = rays_per_cell
-        self.conventions = conventions
-        self.margin = margin
+        self.rays = self.read_by(rays)
         self.__dict__.pop("cells", None)
         self.held_views = self.hold_out(self._held_ring, None)
 

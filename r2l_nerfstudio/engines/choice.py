@@ -18,7 +18,7 @@ from r2l_nerfstudio.engines.cache import EngineCache
 from r2l_nerfstudio.engines.parity import parity
 from r2l_nerfstudio.engines.protocol import PARITY_DB, Engine, EngineName, Order, Precision
 from r2l_nerfstudio.engines.registry import engine_module, make
-from r2l_nerfstudio.engines.sizes import is_grid
+from r2l_nerfstudio.engines.sizes import reads_ray_image
 from r2l_nerfstudio.engines.weights import weights_hash
 from r2l_nerfstudio.errors import first_line
 
@@ -231,13 +231,13 @@ def _versions(wanted: list[Candidate]) -> dict[str, str]:
 
 def _key(task: Task, wanted: list[Candidate]) -> str:
     """Of the record on disk: what was asked for, and the size to the next power of two."""
-    size = task.shape[-1] * task.shape[-2] if is_grid(task.network) else min(task.shape[0], _MOST_ROWS)
+    size = task.shape[-1] * task.shape[-2] if reads_ray_image(task.network) else min(task.shape[0], _MOST_ROWS)
     asked = "_".join(dict.fromkeys(f"{c.name}-{c.precision}" for c in wanted))
     return f"{asked}_{1 << max(0, size - 1).bit_length()}"
 
 
 def _timing_code(task: Task) -> Tensor:
-    shape = task.shape if is_grid(task.network) else (min(task.shape[0], _MOST_ROWS), *task.shape[1:])
+    shape = task.shape if reads_ray_image(task.network) else (min(task.shape[0], _MOST_ROWS), *task.shape[1:])
     return torch.rand(shape, device=task.device, dtype=torch.float32)
 
 

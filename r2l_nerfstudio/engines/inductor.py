@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from r2l_nerfstudio.engines import torch_engine
 from r2l_nerfstudio.engines.protocol import EngineName, Order, Precision
-from r2l_nerfstudio.engines.sizes import chunk_rows, in_chunks, in_dim, is_grid, out_dim
+from r2l_nerfstudio.engines.sizes import chunk_rows, in_chunks, in_dim, out_dim, reads_ray_image
 from r2l_nerfstudio.engines.weights import FixedNetwork, RowsLast
 
 _MOST_CELLS = 4096
@@ -65,7 +65,7 @@ def _compiled(order: Order, file: Path) -> Path:
     network, device = order.network, order.device
     sizes: dict[int, torch.export.Dim] | None = None
     fixed: nn.Module = FixedNetwork(network, order.precision)
-    if is_grid(network):
+    if reads_ray_image(network):
         # As codes lie in memory: transposing them would take as long as a layer.
         fixed = RowsLast(fixed)
         example = torch.zeros(1, 64, 72, in_dim(network), device=device, dtype=torch.float32)
@@ -92,14 +92,14 @@ class InductorEngine:
 
     def __init__(self, order: Order, file: Path) -> None:
         self.precision: Precision = order.precision
-        self._is_grid = is_grid(order.network)
+        self._reads_image = reads_ray_image(order.network)
         self._out_dim = out_dim(order.network)
         self._rows = chunk_rows(order.device)
         self._package = torch._inductor.aoti_load_package(str(file))
 
     def __call__(self, code: Float[Tensor, "*code"]) -> Float[Tensor, "*values"]:
         code = code.detach()
-        if self._is_grid:
+        if self._reads_image:
             frames = [self._package(frame.contiguous()) for frame in code.permute(0, 2, 3, 1).split(1)]
             return (torch.cat(frames) if len(frames) > 1 else frames[0]).permute(0, 3, 1, 2)
         return in_chunks(self._run, code, self._out_dim, self._rows)

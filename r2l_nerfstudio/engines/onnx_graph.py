@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from r2l_nerfstudio.engines.protocol import Precision
-from r2l_nerfstudio.engines.sizes import device_of, in_dim, is_grid
+from r2l_nerfstudio.engines.sizes import device_of, in_dim, reads_ray_image
 from r2l_nerfstudio.engines.weights import FixedNetwork
 
 INPUT, OUTPUT = "code", "values"
@@ -35,7 +35,7 @@ def network_onnx(network: nn.Module, precision: Precision = "fp32") -> bytes:
         The serialized model.
     """
     device = device_of(network)
-    if is_grid(network):
+    if reads_ray_image(network):
         example = torch.zeros(1, in_dim(network), 5, 6, device=device, dtype=torch.float32)
         axes = {INPUT: {2: "rows", 3: "columns"}, OUTPUT: {2: "height", 3: "width"}}
     else:

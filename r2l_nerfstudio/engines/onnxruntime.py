@@ -13,8 +13,8 @@ from r2l_nerfstudio.engines.protocol import EngineName, Order, Precision
 from r2l_nerfstudio.engines.sizes import (
     chunk_rows,
     in_chunks,
-    is_grid,
     out_dim,
+    reads_ray_image,
 )
 
 
@@ -55,7 +55,7 @@ class OnnxRuntimeEngine:
     def __init__(self, network: nn.Module) -> None:
         import onnxruntime
 
-        self._is_grid = is_grid(network)
+        self._reads_image = reads_ray_image(network)
         self._out_dim = out_dim(network)
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
@@ -63,7 +63,7 @@ class OnnxRuntimeEngine:
 
     def __call__(self, code: Float[Tensor, "*code"]) -> Float[Tensor, "*values"]:
         code = code.detach()
-        if self._is_grid:
+        if self._reads_image:
             return torch.cat([self._values(frame.contiguous()) for frame in code.split(1)])
         return in_chunks(self._run, code, self._out_dim, chunk_rows(code.device))
 

@@ -17,8 +17,8 @@ from r2l_nerfstudio.engines.sizes import (
     chunk_rows,
     in_chunks,
     in_dim,
-    is_grid,
     out_dim,
+    reads_ray_image,
     upsampling_factor,
 )
 from r2l_nerfstudio.engines.weights import FixedNetwork, RowsLast
@@ -72,12 +72,12 @@ class OpenVinoEngine:
 
     def __init__(self, network: nn.Module, precision: Precision) -> None:
         self.precision: Precision = precision
-        self._is_grid = is_grid(network)
+        self._reads_image = reads_ray_image(network)
         self._out_dim = out_dim(network)
         self._factor = upsampling_factor(network)
         self._rows = chunk_rows(torch.device("cpu"))
         fixed = FixedNetwork(network, "fp32")
-        if self._is_grid:
+        if self._reads_image:
             example, shape = torch.zeros(1, 5, 6, in_dim(network), dtype=torch.float32), [1, -1, -1, in_dim(network)]
             fixed = RowsLast(fixed)
         else:
@@ -102,7 +102,7 @@ class OpenVinoEngine:
 
     def __call__(self, code: Float[Tensor, "*code"]) -> Float[Tensor, "*values"]:
         code = code.detach()
-        if not self._is_grid:
+        if not self._reads_image:
             return in_chunks(self._run, code, self._out_dim, self._rows)
         frames = []
         for rays in code.permute(0, 2, 3, 1).split(1):

@@ -7,7 +7,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from r2l_nerfstudio.engines.protocol import Engine
-from r2l_nerfstudio.engines.sizes import in_dim, is_grid
+from r2l_nerfstudio.engines.sizes import in_dim, reads_ray_image
 from r2l_nerfstudio.psnr import psnr
 
 PROBE_ROWS = 1000
@@ -31,5 +31,5 @@ def parity(engine: Engine, network: nn.Module, device: torch.device, probe: Tens
 
 def random_code(network: nn.Module, device: torch.device) -> Float[Tensor, "*code"]:
     """Numbers in [-1, 1] in the shape of a code, the same ones each time."""
-    shape = (1, in_dim(network), *PROBE_CELLS) if is_grid(network) else (PROBE_ROWS, in_dim(network))
+    shape = (1, in_dim(network), *PROBE_CELLS) if reads_ray_image(network) else (PROBE_ROWS, in_dim(network))
     return torch.rand(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float32).mul(2).sub(1).to(device)

@@ -17,8 +17,8 @@ GRID_STEP = 8
 """Cells; on GPUs sides of ray images are rounded up to it, so that few sizes are ever planned for or captured."""
 
 
-def is_grid(network: nn.Module) -> bool:
-    """Whether a network reads ray images [batch, in_dim, rows, columns] rather than rays [rays, in_dim]."""
+def reads_ray_image(network: nn.Module) -> bool:
+    """Return whether a network reads ray images [batch, in_dim, rows, columns] rather than rays [rays, in_dim]."""
     return isinstance(network, MobileR2L)
 
 

@@ -25,8 +25,8 @@ from r2l_nerfstudio.engines.sizes import (
     from_bucket,
     in_chunks,
     in_dim,
-    is_grid,
     out_dim,
+    reads_ray_image,
     to_bucket,
     upsampling_factor,
 )
@@ -47,7 +47,7 @@ class Shapes:
 
 def usual_shapes(network: nn.Module, device: torch.device) -> Shapes:
     """One chunk of rays for a ResMLP, ray images of up to 512x512 cells for a MobileR2L."""
-    if is_grid(network):
+    if reads_ray_image(network):
         sides = (GRID_STEP, 104, _MOST_CELLS)
         return Shapes(*((1, in_dim(network), side, side) for side in sides))
     return Shapes(*[(chunk_rows(device), in_dim(network))] * 3)
@@ -193,7 +193,7 @@ class TensorRtEngine:
 
     def __init__(self, trt: ModuleType, plan: bytes, order: Order) -> None:
         self.precision: Precision = order.precision
-        self._is_grid = is_grid(order.network)
+        self._reads_image = reads_ray_image(order.network)
         self._factor = upsampling_factor(order.network)
         self._out_dim = out_dim(order.network)
         self._rows = chunk_rows(order.device)
@@ -208,7 +208,7 @@ class TensorRtEngine:
 
     def __call__(self, code: Float[Tensor, "*code"]) -> Float[Tensor, "*values"]:
         code = code.detach()
-        if not self._is_grid:
+        if not self._reads_image:
             return in_chunks(self._run, code, self._out_dim, self._rows)
         _, _, rows, columns = code.shape
         padded = to_bucket(code, GRID_STEP).contiguous()

@@ -14,7 +14,7 @@ from r2l_nerfstudio.engines.sizes import (
     chunk_rows,
     device_of,
     from_bucket,
-    is_grid,
+    reads_ray_image,
     to_bucket,
     upsampling_factor,
 )
@@ -65,7 +65,7 @@ class TorchEngine:
     def __init__(self, network: nn.Module, precision: Precision) -> None:
         self.precision: Precision = precision
         self._fixed = FixedNetwork(network, precision)
-        self._is_grid = is_grid(network)
+        self._reads_image = reads_ray_image(network)
         self._seen: int | None = None
         self._weights = weights_of(network)
         # `refresh` writes in place, so that graphs see it.
@@ -89,17 +89,17 @@ class TorchEngine:
         code = code.detach()
         if self._graphs is not None:
             return self._replayed(self._graphs, code)
-        if self._is_grid or code.device.type == "cuda" or code.shape[0] <= CPU_ROWS:
+        if self._reads_image or code.device.type == "cuda" or code.shape[0] <= CPU_ROWS:
             return self._network(code)
         return torch.cat([self._fixed(part) for part in code.split(CPU_ROWS)])
 
     def _network(self, code: Tensor) -> Tensor:
-        return self._fixed(code.contiguous(memory_format=torch.channels_last) if self._is_grid else code)
+        return self._fixed(code.contiguous(memory_format=torch.channels_last) if self._reads_image else code)
 
     def _replayed(self, graphs: CudaGraphs, code: Tensor) -> Tensor:
         """By graphs of few shapes: powers of two of rays, or ray images in steps."""
         network = self._fixed.network
-        if self._is_grid:
+        if self._reads_image:
             frames = torch.cat([graphs(frame) for frame in to_bucket(code, GRID_STEP).split(1)])
             return from_bucket(frames, code.shape[-2], code.shape[-1], upsampling_factor(network))
         values = []

@@ -17,8 +17,8 @@ from r2l_nerfstudio.engines.sizes import (
     chunk_rows,
     from_bucket,
     in_chunks,
-    is_grid,
     out_dim,
+    reads_ray_image,
     to_bucket,
     upsampling_factor,
 )
@@ -55,7 +55,7 @@ def build(order: Order) -> TorchTensorRtEngine:
     fixed = FixedNetwork(network, order.precision).network
     example = torch.zeros(shapes.usual, device=device, dtype=DTYPES[order.precision])
     sizes: dict[int, torch.export.Dim] | None = None
-    if is_grid(network):
+    if reads_ray_image(network):
         sizes = {
             axis: GRID_STEP * torch.export.Dim(name, min=1, max=shapes.most[axis] // GRID_STEP)
             for axis, name in ((2, "rows"), (3, "columns"))
@@ -85,14 +85,14 @@ class TorchTensorRtEngine:
         self.precision: Precision = order.precision
         self._dtype = DTYPES[order.precision]
         self._compiled = compiled
-        self._is_grid = is_grid(order.network)
+        self._reads_image = reads_ray_image(order.network)
         self._factor = upsampling_factor(order.network)
         self._out_dim = out_dim(order.network)
         self._rows = chunk_rows(order.device)
 
     def __call__(self, code: Float[Tensor, "*code"]) -> Float[Tensor, "*values"]:
         code = code.detach()
-        if not self._is_grid:
+        if not self._reads_image:
             return in_chunks(self._run, code, self._out_dim, self._rows)
         padded = to_bucket(code, GRID_STEP).to(self._dtype).contiguous()
         values = torch.cat([self._compiled(frame) for frame in padded.split(1)]).float()

@@ -28,7 +28,6 @@ from r2l_nerfstudio.export.joined_onnx import fix_sizes, join_onnx
 from r2l_nerfstudio.export.onnx_file import metadata, require_onnx, run_onnx, write_onnx
 from r2l_nerfstudio.export.phone import phone_verdict
 from r2l_nerfstudio.export.whole_files import whole_files
-from r2l_nerfstudio.models.mobile_r2l import MobileR2LModel
 from r2l_nerfstudio.psnr import psnr
 from r2l_nerfstudio.student import Student
 
@@ -147,7 +146,7 @@ def schemes(network: Path) -> list[tuple[str, list[str]]]:
 def calibration_codes(student: Student, cameras: CaptureCameras) -> list[Float[np.ndarray, "*code"]]:
     """What the network reads of pseudo cameras, each as one input of the network."""
     return [
-        spec.code_of(student.model, pose, intrinsics).code.numpy()
+        student.model.encoding_for_camera(pose, intrinsics, spec.height, spec.width).code.contiguous().numpy()
         for pose, intrinsics, spec in pseudo_views(student, cameras, CALIBRATION_VIEWS, seed=0)
     ]
 
@@ -159,17 +158,17 @@ def pseudo_views(
     sampler = PoseSampler(cameras)
     generator = torch.Generator().manual_seed(seed)
     focal = float(cameras.intrinsics[:, :2].mean())
-    own_focal = float(student.model.focal) if isinstance(student.model, MobileR2LModel) else None
-    if own_focal is None:
-        scale = min(1.0, CALIBRATION_SIDE / max(cameras.width, cameras.height))
+    is_resampled = student.model.reads_ray_image
+    if is_resampled:
+        scale = student.model.native_focal(focal) / focal
     else:
-        scale = own_focal / focal
+        scale = min(1.0, CALIBRATION_SIDE / max(cameras.width, cameras.height))
     width, height = max(1, round(scale * cameras.width)), max(1, round(scale * cameras.height))
     for _ in range(number):
         pose, intrinsics = sampler.sample(generator)
         own = intrinsics * scale
-        if own_focal is not None:
-            own[:2] = own_focal
+        if is_resampled:
+            own[:2] = student.model.native_focal(focal)
         yield pose, own, GraphSpec("camera", "fp32", width, height)
 
 
@@ -235,7 +234,7 @@ def held_out(student: Student, dataset: InputDataset, share: float) -> list[tupl
         camera = dataset.cameras[index : index + 1]
         truth = torch.from_numpy(read_photo(dataset, index, student.model.background).rgb).float() / 255
         side = max(truth.shape[:2])
-        if not isinstance(student.model, MobileR2LModel) and side > JUDGED_SIDE:
+        if not student.model.reads_ray_image and side > JUDGED_SIDE:
             camera.rescale_output_resolution(JUDGED_SIDE / side)
             size = (int(camera.height), int(camera.width))
             truth = interpolate(truth.permute(2, 0, 1)[None], size, mode="area")[0].permute(1, 2, 0)
@@ -263,9 +262,9 @@ def judge(
     other: list[float] = []
     if photographs:
         for camera, truth in photographs:
-            own.append(psnr(model.get_outputs_for_camera(camera)["rgb"], truth))
+            own.append(psnr(model.render_camera(camera)["rgb"], truth))
             with student.model.drawn_by(run):
-                other.append(psnr(model.get_outputs_for_camera(camera)["rgb"], truth))
+                other.append(psnr(model.render_camera(camera)["rgb"], truth))
     else:
         for pose, intrinsics, size in pseudo_views(student, cameras, JUDGED_VIEWS, seed=1):
             camera = (pose.numpy(), intrinsics.numpy(), size.width, size.height)

@@ -15,7 +15,6 @@ from r2l_nerfstudio.export import phone
 from r2l_nerfstudio.export.comparison import Arrays, check_export, probe_inputs
 from r2l_nerfstudio.export.graph import GraphSpec
 from r2l_nerfstudio.export.whole_files import whole_files
-from r2l_nerfstudio.models.mobile_r2l import MobileR2LModel
 from r2l_nerfstudio.student import Student
 from r2l_nerfstudio.torch_compat import has_graph_export
 
@@ -96,7 +95,7 @@ def dynamic_shapes(student: Student, spec: GraphSpec, inputs: tuple[str, ...]) -
     """Sizes that a graph leaves open, by axis of each input: the number of rays, or of a network's cells."""
     if spec.is_static:
         return None
-    if spec.part == "network" and isinstance(student.model, MobileR2LModel):
+    if spec.part == "network" and student.model.reads_ray_image:
         return ({axis: torch.export.Dim(name, min=3) for axis, name in ((2, "rows"), (3, "columns"))},)
     if spec.part != "network" and spec.inputs == "camera":
         return None
@@ -137,8 +136,8 @@ def metadata(student: Student, spec: GraphSpec) -> dict[str, str]:
         "background": model.background.tolist(),
         "factor": 1,
     }
-    if isinstance(model, MobileR2LModel):
-        focal = float(model.focal)
+    if model.reads_ray_image:
+        focal = model.native_focal(1.0)
         found |= {"factor": model.factor, "margin": model.margin, "focal": focal, "pitch": 1.0 / focal}
     if spec.inputs == "camera" or spec.is_static:
         found |= {"width": spec.width, "height": spec.height}

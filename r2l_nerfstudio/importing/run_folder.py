@@ -87,8 +87,8 @@ def place(
     """
     cameras = frame.cameras
     focal = float(cameras.intrinsics[:, :2].median())
-    is_image = network.kind == "mobile-r2l"
-    if is_image:
+    reads_ray_image = network.kind == "mobile-r2l"
+    if reads_ray_image:
         cells = cells or network.cells
         if cells is None:
             columns = CELLS_ACROSS[frame.layout]
@@ -106,13 +106,13 @@ def place(
     focal = focal * rows / cameras.height
     given = network.arguments
     if is_ndc is None:
-        is_ndc = is_image and frame.layout == "llff" and given.get("ndc", True) is not False
+        is_ndc = reads_ray_image and frame.layout == "llff" and given.get("ndc", True) is not False
     ndc = is_ndc
-    if ndc and (not is_image or frame.layout != "llff"):
+    if ndc and (not reads_ray_image or frame.layout != "llff"):
         raise InputError("--ndc: only a MobileR2L of a forward-facing capture works in normalized device coordinates.")
     scene = published_scene(
         frame.similarity,
-        is_image,
+        reads_ray_image,
         frame.layout == "blender",
         frame.bounds,
         (2 * focal / columns, 2 * focal / rows) if ndc else None,
@@ -273,7 +273,7 @@ def _photos(student: Student, frame: CaptureFrame) -> tuple[float, float] | None
 
     def pair(index: int) -> tuple[Tensor, Tensor]:
         camera = thumbnail(dataset.cameras[index], 32, undistorted=True)
-        rgb = student.model.get_outputs_for_camera(camera)["rgb"].cpu()
+        rgb = student.model.render_camera(camera)["rgb"].cpu()
         return rgb, torch.from_numpy(read_photo(dataset, index, student.model.background.cpu()).rgb)
 
     try:

@@ -211,7 +211,7 @@ def measure(
         return image
 
     def student_view(camera: Cameras) -> Image:
-        return timed("student", lambda: model.get_outputs_for_camera(camera)["rgb"])
+        return timed("student", lambda: model.render_camera(camera)["rgb"])
 
     teacher_view: Callable[[Cameras], Image] | None = None
     if loaded_teacher is not None:
@@ -378,7 +378,7 @@ def _time_engine(model: LightFieldModel, camera: Cameras, name: EngineName) -> E
         with model.drawn_by(lambda code, engine=engine: engine(code)):
             for _ in range(FRAMES + 1):
                 start = time.perf_counter()
-                model.get_outputs_for_camera(camera)["rgb"].cpu()
+                model.render_camera(camera)["rgb"].cpu()
                 milliseconds.append(1e3 * (time.perf_counter() - start))
         agreement = parity(engine, model.network, model.device)
         return EngineTime(name, precision, median(milliseconds[1:]), agreement)  # the first one warms up
