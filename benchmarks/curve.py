@@ -17,6 +17,7 @@ from nerfstudio.engine.trainer import TrainerConfig
 from nerfstudio.utils.rich_utils import CONSOLE
 
 from benchmarks.distil import CAPTURES, measure
+from benchmarks.figures import RESULTS
 from r2l_nerfstudio.checkpoints import read_checkpoint
 from r2l_nerfstudio.engines.cache import device_name
 from r2l_nerfstudio.errors import InputError
@@ -53,7 +54,7 @@ class Curve:
     """Folder to keep the teacher's views in, so that a later slice need not render them again."""
     output_dir: Path = Path("outputs/curve")
     """Where runs go."""
-    results_dir: Path = Path("benchmarks/results")
+    results_dir: Path = RESULTS
     """Where figures go."""
 
     def main(self) -> None:

@@ -17,6 +17,7 @@ from nerfstudio.cameras.cameras import Cameras
 from nerfstudio.engine.optimizers import AdamOptimizerConfig, Optimizers
 from nerfstudio.utils.rich_utils import CONSOLE
 
+from benchmarks.figures import RESULTS
 from r2l_nerfstudio.distillation.optimization import ScheduledRate, WarmupCosineSchedulerConfig
 from r2l_nerfstudio.distillation.pipeline import DistillationPipeline
 from r2l_nerfstudio.distillation.progress import TrainingProgress
@@ -384,7 +385,7 @@ class Recipes:
     """Teacher views that all learn from."""
     cache_dir: Path | None = None
     """Folder to keep the teacher's views in."""
-    results_dir: Path = Path("benchmarks/results")
+    results_dir: Path = RESULTS
     """Where figures go; rows already measured there for as long are kept."""
     data: Path | None = None
     """The capture, if it is no longer where the teacher learnt from it."""

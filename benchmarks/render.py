@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import re
 import time
 from collections.abc import Callable
@@ -17,6 +16,7 @@ from nerfstudio.data.scene_box import SceneBox
 from nerfstudio.utils.rich_utils import CONSOLE
 from torch import nn
 
+from benchmarks.figures import RESULTS, results_stem, write_figures
 from r2l_nerfstudio.engines.cache import EngineCache, device_name
 from r2l_nerfstudio.engines.parity import parity
 from r2l_nerfstudio.engines.protocol import ENGINE_NAMES, Engine, EngineName, Precision
@@ -55,7 +55,7 @@ class Render:
     """Seconds of measuring networks for each student, and again for frames; the fastest call of all rounds counts."""
     teacher: bool = True
     """Time a nerfacto of default size beside each student."""
-    results_dir: Path = Path("benchmarks/results")
+    results_dir: Path = RESULTS
     """Where figures go."""
     cache_dir: Path = Path("outputs/benchmark/engines")
     """Where compiled networks are kept for the next run."""
@@ -73,12 +73,10 @@ class Render:
             "weights": "random",
             "students": [],
         }
-        self.results_dir.mkdir(parents=True, exist_ok=True)
         stem = results_stem(self.results_dir, "render", name)
         for method in self.methods:
             figures["students"].append(self._student(method, device))
-            stem.with_suffix(".json").write_text(json.dumps(figures, indent=2) + "\n")
-            stem.with_suffix(".md").write_text(as_markdown(figures))
+            write_figures(stem, figures, as_markdown(figures))
         CONSOLE.print(as_markdown(figures), markup=False, highlight=False, soft_wrap=True)
         CONSOLE.print(f"Written: {stem}.json, .md")
 
@@ -165,11 +163,6 @@ class Render:
                 except InputError as error:
                     absent[f"{name} {precision}"] = str(error)
         return engines, absent
-
-
-def results_stem(results_dir: Path, kind: str, device: str) -> Path:
-    """Where figures of one kind and device go, without a suffix."""
-    return results_dir / f"{kind}_{re.sub(r'[^a-z0-9]+', '-', device.lower()).strip('-')}"
 
 
 def student(method: str, side: int, device: torch.device) -> tuple[LightFieldModel, Cameras]:

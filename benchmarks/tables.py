@@ -21,10 +21,11 @@ from nerfstudio.data.dataparsers.blender_dataparser import BlenderDataParserConf
 from nerfstudio.data.dataparsers.nerfstudio_dataparser import NerfstudioDataParserConfig
 from nerfstudio.utils.rich_utils import CONSOLE
 
+from benchmarks.figures import RESULTS
 from benchmarks.published_figures import FOOTNOTES, LATENCY, QUALITY, STORAGE, TRADE_OFF
 from r2l_nerfstudio.disk import write_atomically
 from r2l_nerfstudio.engines.cache import device_name
-from r2l_nerfstudio.engines.switch import EngineChoice
+from r2l_nerfstudio.engines.switch import EngineOption
 from r2l_nerfstudio.errors import InputError, exit_on_input_error
 
 Group = Literal["NeRF-Synthetic", "LLFF", "other captures"]
@@ -145,11 +146,11 @@ class Tables:
     """Resolution, as a share of the captures'; by default 1 on a GPU and 0.25 on a CPU."""
     test_views: int = 25
     """At most this many test views a scene, evenly spaced; they are used for nothing but the final figures."""
-    engine: EngineChoice = "torch"
+    engine: EngineOption = "torch"
     """What runs the network while frames are timed."""
     output_dir: Path = Path("outputs/tables")
     """Where runs and each scene's figures go."""
-    results_dir: Path = Path("benchmarks/results")
+    results_dir: Path = RESULTS
     """Where tables.json and tables.md go."""
     changes: tyro.conf.Suppress[dict[str, Any]] = field(default_factory=dict)
     """Of the students' configurations, by dotted name."""
@@ -284,7 +285,7 @@ class Tables:
         write_atomically(self.results_dir / "tables.md", as_tables(figures))
 
 
-def measure(run: Path, teacher_run: Path, test_views: int, engine: EngineChoice) -> dict[str, Any]:
+def measure(run: Path, teacher_run: Path, test_views: int, engine: EngineOption) -> dict[str, Any]:
     """Figures of a trained student and its teacher on the capture's test views.
 
     Args:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from r2l_nerfstudio.checkpoints import check_fit, check_size, read_checkpoint
 from r2l_nerfstudio.distillation.averaging import put_average, saved_average
-from r2l_nerfstudio.engines.switch import EngineChoice
+from r2l_nerfstudio.engines.switch import EngineOption
 from r2l_nerfstudio.errors import InputError, one_line
 from r2l_nerfstudio.models.light_field import LightFieldModel, LightFieldModelConfig
 from r2l_nerfstudio.run_config import checkpoint_path, load_run_config, resolve_run
@@ -40,7 +40,7 @@ class Student:
     def __init__(self, model: LightFieldModel, method_name: str) -> None:
         self.model = model
         self.method_name = method_name
-        self._source: tuple[str, str, int, EngineChoice] | None = None
+        self._source: tuple[str, str, int, EngineOption] | None = None
         self._process = os.getpid()
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -128,7 +128,7 @@ def load_student(
     path: Path | str,
     device: torch.device | str | None = None,
     step: int | None = None,
-    engine: EngineChoice = "auto",
+    engine: EngineOption = "auto",
 ) -> Student:
     """Load a trained student from its run's folder; nothing else needs to be on the disk.
 
@@ -159,7 +159,7 @@ def plain_torch() -> Iterator[None]:
         torch.set_default_dtype(kept)
 
 
-def _load(path: Path, device: torch.device | str | None, step: int | None, engine: EngineChoice) -> Student:
+def _load(path: Path, device: torch.device | str | None, step: int | None, engine: EngineOption) -> Student:
     config_path = resolve_run(path)
     config = load_run_config(config_path)
     target = getattr(config.pipeline.model, "_target", None)

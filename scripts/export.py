@@ -85,8 +85,8 @@ class Onnx(GraphExport):
     def main(self) -> None:
         """Write it, compare it, say so."""
         from r2l_nerfstudio.export.int8 import export_int8
+        from r2l_nerfstudio.export.mobile_onnx import mobile_verdict
         from r2l_nerfstudio.export.onnx_file import export_onnx
-        from r2l_nerfstudio.export.phone import phone_verdict
 
         started = time.perf_counter()
         is_mobile = self.target == "mobile"
@@ -102,7 +102,7 @@ class Onnx(GraphExport):
         else:
             psnr = export_onnx(student, spec, self.output, self.overwrite)
         if is_mobile:
-            CONSOLE.print(phone_verdict(self.output), soft_wrap=True, highlight=False)
+            CONSOLE.print(mobile_verdict(self.output), soft_wrap=True, highlight=False)
         report(self.output, psnr, started)
 
 
@@ -227,12 +227,12 @@ class Web:
 
     def write(self) -> None:
         """Write the folder."""
-        from r2l_nerfstudio.export.capture_view import read_capture
+        from r2l_nerfstudio.export.training_cameras import training_cameras
         from r2l_nerfstudio.export.web_folder import RUNTIME, export_web
         from r2l_nerfstudio.export.web_runtime import fetch_runtime
 
         started = time.perf_counter()
-        cameras = read_capture(self.load_config, self.data)
+        cameras = training_cameras(self.load_config, self.data)
         student = load_student(self.load_config, device="cpu", step=self.step, engine="torch")
         runtime = fetch_runtime(self.runtime)
         title = self.title or load_run_config(self.load_config).experiment_name or student.method_name

@@ -19,7 +19,7 @@ from nerfstudio.utils.rich_utils import CONSOLE
 from nerfstudio.viewer.viewer import VISER_NERFSTUDIO_SCALE_RATIO, Viewer
 from viser import CameraHandle
 
-from r2l_nerfstudio.engines.switch import EngineChoice
+from r2l_nerfstudio.engines.switch import EngineOption
 from r2l_nerfstudio.errors import InputError, command_line
 from r2l_nerfstudio.ranges import IntRange
 from r2l_nerfstudio.run_config import resolve_run
@@ -38,7 +38,7 @@ class View:
     """Port to listen on; the first free one from 7007 on by default."""
     step: Annotated[int, IntRange(0)] | None = None
     """Training step of the checkpoint; the run's own choice, or the newest, by default."""
-    engine: EngineChoice = "auto"
+    engine: EngineOption = "auto"
     """What runs the network."""
 
     def main(self) -> None:

@@ -29,7 +29,7 @@ from versions import needs_graph_export
 from r2l_nerfstudio import load_student
 from r2l_nerfstudio.engines.protocol import BrokenEngine
 from r2l_nerfstudio.errors import InputError
-from r2l_nerfstudio.export import coreml_file, graph, int8, onnx_file, openvino_file, phone, tensorrt_plan
+from r2l_nerfstudio.export import coreml_file, graph, int8, mobile_onnx, onnx_file, openvino_file, tensorrt_plan
 from r2l_nerfstudio.export.comparison import check_export, probe_inputs
 from r2l_nerfstudio.export.coreml_file import export_coreml
 from r2l_nerfstudio.export.gathered_volume import GatheredVolume
@@ -209,7 +209,7 @@ def test_a_phone_takes_the_network_whole(
     modes = {attribute.s for node in model.graph.node for attribute in node.attribute if attribute.name == "mode"}
     assert modes <= {b"DCR"}
     sizes = [dim.dim_value for value in model.graph.input for dim in value.type.tensor_type.shape.dim]
-    assert min(sizes) > 0 and model.opset_import[0].version == phone.OPSET
+    assert min(sizes) > 0 and model.opset_import[0].version == mobile_onnx.OPSET
 
 
 def test_an_operator_that_phones_lack_is_named(
@@ -535,7 +535,7 @@ def test_defaults_of_onnx_are_the_documented_ones(
 
     monkeypatch.setattr(onnx_file, "export_onnx", record)
     monkeypatch.setattr(int8, "export_int8", record)
-    monkeypatch.setattr(phone, "phone_verdict", lambda path: "")
+    monkeypatch.setattr(mobile_onnx, "mobile_verdict", lambda path: "")
     monkeypatch.setattr(script, "report", lambda *arguments: None)
     call(monkeypatch, "onnx", "--load-config", run(name), "--output", "student.onnx", *flags)
     (spec,) = asked

@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from r2l_nerfstudio.engines import torch_engine
-from r2l_nerfstudio.engines.protocol import EngineName, Order, Precision
+from r2l_nerfstudio.engines.protocol import BuildSpec, EngineName, Precision
 from r2l_nerfstudio.engines.sizes import chunk_rows, in_chunks, in_dim, out_dim, reads_ray_image
 from r2l_nerfstudio.engines.weights import FixedNetwork, RowsLast
 
@@ -46,25 +46,25 @@ def _compiler() -> str | None:
     return shutil.which(os.environ.get("CXX") or "g++") or shutil.which("clang++")
 
 
-def build(order: Order) -> InductorEngine:
+def build(spec: BuildSpec) -> InductorEngine:
     """Half a minute for a full-sized student; nearly nothing where the cache holds it. On CUDA: not verified yet."""
-    file = None if order.cache is None else order.cache / f"inductor-{order.precision}.pt2"
+    file = None if spec.cache is None else spec.cache / f"inductor-{spec.precision}.pt2"
     if file is None:
         with tempfile.TemporaryDirectory() as folder:
-            return InductorEngine(order, _compiled(order, Path(folder) / "network.pt2"))
+            return InductorEngine(spec, _compiled(spec, Path(folder) / "network.pt2"))
     if not file.exists():
         file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=file.parent) as folder:
-            made = _compiled(order, Path(folder) / "network.pt2")
+            made = _compiled(spec, Path(folder) / "network.pt2")
             made.chmod(0o600)
             made.replace(file)
-    return InductorEngine(order, file)
+    return InductorEngine(spec, file)
 
 
-def _compiled(order: Order, file: Path) -> Path:
-    network, device = order.network, order.device
+def _compiled(spec: BuildSpec, file: Path) -> Path:
+    network, device = spec.network, spec.device
     sizes: dict[int, torch.export.Dim] | None = None
-    fixed: nn.Module = FixedNetwork(network, order.precision)
+    fixed: nn.Module = FixedNetwork(network, spec.precision)
     if reads_ray_image(network):
         # As codes lie in memory: transposing them would take as long as a layer.
         fixed = RowsLast(fixed)
@@ -84,17 +84,17 @@ class InductorEngine:
     """A network compiled by TorchInductor.
 
     Args:
-        order: what was built.
+        spec: what was built.
         file: the package; read here and not needed afterwards.
     """
 
     name: EngineName = "inductor"
 
-    def __init__(self, order: Order, file: Path) -> None:
-        self.precision: Precision = order.precision
-        self._reads_image = reads_ray_image(order.network)
-        self._out_dim = out_dim(order.network)
-        self._rows = chunk_rows(order.device)
+    def __init__(self, spec: BuildSpec, file: Path) -> None:
+        self.precision: Precision = spec.precision
+        self._reads_image = reads_ray_image(spec.network)
+        self._out_dim = out_dim(spec.network)
+        self._rows = chunk_rows(spec.device)
         self._package = torch._inductor.aoti_load_package(str(file))
 
     def __call__(self, code: Float[Tensor, "*code"]) -> Float[Tensor, "*values"]:

@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from r2l_nerfstudio.engines.onnx_graph import INPUT, OUTPUT, network_onnx
-from r2l_nerfstudio.engines.protocol import EngineName, Order, Precision
+from r2l_nerfstudio.engines.protocol import BuildSpec, EngineName, Precision
 from r2l_nerfstudio.engines.sizes import (
     chunk_rows,
     in_chunks,
@@ -38,8 +38,8 @@ def why_not(device: torch.device, precision: Precision) -> str | None:
     return None
 
 
-def build(order: Order) -> OnnxRuntimeEngine:
-    return OnnxRuntimeEngine(order.network)
+def build(spec: BuildSpec) -> OnnxRuntimeEngine:
+    return OnnxRuntimeEngine(spec.network)
 
 
 class OnnxRuntimeEngine:

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from r2l_nerfstudio.engines.protocol import EngineName, Order, Precision
+from r2l_nerfstudio.engines.protocol import BuildSpec, EngineName, Precision
 from r2l_nerfstudio.engines.sizes import (
     chunk_rows,
     in_chunks,
@@ -56,8 +56,8 @@ def _core() -> ov.Core:
     return ov.Core()
 
 
-def build(order: Order) -> OpenVinoEngine:
-    return OpenVinoEngine(order.network, order.precision)
+def build(spec: BuildSpec) -> OpenVinoEngine:
+    return OpenVinoEngine(spec.network, spec.precision)
 
 
 class OpenVinoEngine:

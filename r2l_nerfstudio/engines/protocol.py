@@ -38,7 +38,7 @@ class Engine(Protocol):
 
 
 @dataclass(frozen=True)
-class Order:
+class BuildSpec:
     """What to build."""
 
     network: nn.Module
@@ -63,7 +63,7 @@ class EngineModule(Protocol):
         """
         ...
 
-    def build(self, order: Order) -> Engine:
+    def build(self, spec: BuildSpec) -> Engine:
         """Make the engine; seconds to minutes.
 
         Raises:

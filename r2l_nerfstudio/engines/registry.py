@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from r2l_nerfstudio.engines.parity import parity
-from r2l_nerfstudio.engines.protocol import ENGINE_NAMES, PARITY_DB, Engine, EngineModule, Order, Precision
+from r2l_nerfstudio.engines.protocol import ENGINE_NAMES, PARITY_DB, BuildSpec, Engine, EngineModule, Precision
 from r2l_nerfstudio.errors import InputError
 
 _MODULES = {
@@ -39,14 +39,14 @@ def engine_module(name: str) -> EngineModule:
     return cast(EngineModule, import_module(f"r2l_nerfstudio.engines.{_MODULES[name]}"))
 
 
-def make(module: EngineModule, order: Order) -> Engine:
+def make(module: EngineModule, spec: BuildSpec) -> Engine:
     """Build an engine, one at a time in a process: torch's exporters and tracers keep what they are doing in globals.
 
     Raises:
         Exception: of any kind, as the library beneath raises it.
     """
     with _ONE_AT_A_TIME:
-        return module.build(order)
+        return module.build(spec)
 
 
 def build_engine(
@@ -75,7 +75,7 @@ def build_engine(
     if reason is not None:
         raise InputError(f"The engine {name} cannot run in {precision} on {device.type}: {reason}")
     try:
-        engine = make(module, Order(network, precision, device, cache))
+        engine = make(module, BuildSpec(network, precision, device, cache))
         found = parity(engine, network, device)
     except InputError:
         raise

@@ -16,16 +16,23 @@ from typing import Literal
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from r2l_nerfstudio.engines.choice import Candidate, Choice, Task, candidates, choose, named
 from r2l_nerfstudio.engines.parity import parity, random_code
 from r2l_nerfstudio.engines.protocol import PARITY_DB, Engine, EngineName
 from r2l_nerfstudio.engines.registry import engine_module
+from r2l_nerfstudio.engines.selection import (
+    Candidate,
+    Selection,
+    SelectionJob,
+    candidates,
+    candidates_named,
+    select_engine,
+)
 from r2l_nerfstudio.engines.sizes import device_of
 from r2l_nerfstudio.engines.torch_engine import TorchEngine, is_bf16_fast
 from r2l_nerfstudio.engines.weights import weights_of, weights_state
 from r2l_nerfstudio.errors import InputError
 
-EngineChoice = Literal["auto", EngineName]
+EngineOption = Literal["auto", EngineName]
 
 SECONDS_AT_REST = 1.0
 SECONDS_AT_REST_AFTER_TRAINING = 5.0
@@ -44,14 +51,14 @@ class _Ready:
 
 
 @dataclass
-class _Lane:
+class _EngineSlot:
     """Pictures for the eye, or for figures and files: each has an engine of its own."""
 
     is_exact: bool
     live: TorchEngine | None = None
     """Follows the weights."""
     ready: _Ready | None = None
-    choice: Choice | None = None
+    selection: Selection | None = None
     error: str = ""
     """Why the engine that was asked for by name does not run."""
     asked: tuple[int, str] | None = None
@@ -86,7 +93,7 @@ class EngineSwitch:
     def __init__(
         self,
         network: Callable[[], nn.Module],
-        choice: EngineChoice = "auto",
+        choice: EngineOption = "auto",
         probe: Callable[[], Tensor] | None = None,
         interrupts: tuple[type[BaseException], ...] = (),
         say: Callable[[str], None] = lambda line: None,
@@ -96,12 +103,12 @@ class EngineSwitch:
         self._network = network
         self.cache_folder: Path | None = None
         """The user's own, never a run's (`user_cache.engine_cache_folder`); None keeps nothing."""
-        self.choice: EngineChoice = choice
+        self.choice: EngineOption = choice
         self._probe = probe
         self._interrupts = interrupts
         self._say = say
         self._listed: tuple[nn.Module, list[Tensor]] | None = None
-        self._lanes = {False: _Lane(is_exact=False), True: _Lane(is_exact=True)}
+        self._slots = {False: _EngineSlot(is_exact=False), True: _EngineSlot(is_exact=True)}
         self.newest: Engine | None = None
         """That gave the newest values."""
 
@@ -117,7 +124,7 @@ class EngineSwitch:
             listed = self._listed = (network, weights_of(network))
         return weights_state(listed[1])
 
-    def choose(self, choice: EngineChoice) -> None:
+    def choose(self, choice: EngineOption) -> None:
         """Change to another engine, or to `auto`; pictures go on with torch until it is ready.
 
         Raises:
@@ -125,10 +132,10 @@ class EngineSwitch:
         """
         self.check(choice)
         self.choice = choice
-        for lane in self._lanes.values():
-            lane.ready, lane.choice, lane.asked, lane.error = None, None, None, ""
+        for slot in self._slots.values():
+            slot.ready, slot.selection, slot.asked, slot.error = None, None, None, ""
 
-    def check(self, choice: EngineChoice | None = None) -> None:
+    def check(self, choice: EngineOption | None = None) -> None:
         """See whether an engine, by default the chosen one, can run on this machine as far as can be seen without trying.
 
         Raises:
@@ -139,7 +146,7 @@ class EngineSwitch:
             return
         device = device_of(self.network)
         module = engine_module(name)
-        reasons = [module.why_not(device, c.precision) for c in named(name, device, is_exact=False)]
+        reasons = [module.why_not(device, c.precision) for c in candidates_named(name, device, is_exact=False)]
         if all(reason is not None for reason in reasons):
             raise InputError(f"The engine {name} cannot run on this machine: {reasons[-1]}")
 
@@ -156,17 +163,17 @@ class EngineSwitch:
         Raises:
             InputError: if an engine was asked for by name and fails, and the picture is not for a viewer.
         """
-        lane = self._lanes[is_exact]
-        lane.shape = tuple(code.shape)
+        slot = self._slots[is_exact]
+        slot.shape = tuple(code.shape)
         state = self._state()
-        if is_exact and self.choice != "auto" and lane.asked is None:
+        if is_exact and self.choice != "auto" and slot.asked is None:
             # Asked for by name, and nobody watches: wait for it. Should training change the weights, it is built again
             # when they rest.
-            lane.asked = (state, self.choice)
-            self._prepare(lane, state)
-        if lane.error and is_exact:
-            raise InputError(lane.error)
-        ready = lane.ready
+            slot.asked = (state, self.choice)
+            self._prepare(slot, state)
+        if slot.error and is_exact:
+            raise InputError(slot.error)
+        ready = slot.ready
         if ready is not None and ready.state == state:
             try:
                 values = ready.engine(code)
@@ -175,68 +182,68 @@ class EngineSwitch:
             except self._interrupts:
                 raise
             except Exception as error:  # each library raises its own, and the picture must come
-                self._give_up(lane, ready.engine, error)
-        self._call_worker(lane, state)
-        if lane.live is None and is_exact:
-            lane.live = TorchEngine(self.network, "fp32")
-        live = lane.live
+                self._give_up(slot, ready.engine, error)
+        self._call_worker(slot, state)
+        if slot.live is None and is_exact:
+            slot.live = TorchEngine(self.network, "fp32")
+        live = slot.live
         start = time.perf_counter()
         if live is None:  # the viewer's worker is still copying the weights
             values = self.network(code).float()
         else:
             live.refresh()
             values = live(code)
-        lane.seconds += time.perf_counter() - start
+        slot.seconds += time.perf_counter() - start
         self.newest = live
         return values
 
     def describe(self) -> str:
         """What draws, for a viewer: engine and precision, and what is on its way or in its way."""
-        lane, engine = self._lanes[False], self.newest
+        slot, engine = self._slots[False], self.newest
         name = "torch fp32" if engine is None else f"{engine.name} {engine.precision}"
-        if lane.error:
-            return f"{name} ({lane.error})"
-        return f"{name} ({lane.stage})" if lane.stage else name
+        if slot.error:
+            return f"{name} ({slot.error})"
+        return f"{name} ({slot.stage})" if slot.stage else name
 
-    def _give_up(self, lane: _Lane, engine: Engine, error: Exception) -> None:
+    def _give_up(self, slot: _EngineSlot, engine: Engine, error: Exception) -> None:
         """Torch from here on; the worker is not asked again for the same weights."""
-        lane.ready = None
+        slot.ready = None
         said = f"The engine {engine.name} failed ({type(error).__name__}: {error}): pictures come from torch."
         self._say(said)
         if self.choice != "auto":
-            lane.error = said
+            slot.error = said
 
-    def _call_worker(self, lane: _Lane, state: int) -> None:
+    def _call_worker(self, slot: _EngineSlot, state: int) -> None:
         key = (state, self.choice)
-        if lane.asked == key or lane.lock.locked():
+        if slot.asked == key or slot.lock.locked():
             return
-        if self.choice == "auto" and lane.is_exact and lane.seconds < SECONDS_BEFORE_EXACT:
+        if self.choice == "auto" and slot.is_exact and slot.seconds < SECONDS_BEFORE_EXACT:
             return
         # One call that cannot be interrupted half-way, as `threading.Thread.start` can. Should the line below not be
         # reached, the next picture starts another worker, which finds the first one's lock.
-        _thread.start_new_thread(self._work, (lane,))
-        lane.asked = key
+        _thread.start_new_thread(self._work, (slot,))
+        slot.asked = key
 
-    def _work(self, lane: _Lane) -> None:
+    def _work(self, slot: _EngineSlot) -> None:
         """The worker's life: wait until the weights rest, choose, hand over."""
-        if not lane.lock.acquire(blocking=False):
+        if not slot.lock.acquire(blocking=False):
             return
-        _WORKING.add(lane.lock)
-        lane.stage = "choosing…"
+        _WORKING.add(slot.lock)
+        slot.stage = "choosing…"
         try:
-            if not lane.is_exact:
-                self._make_live(lane)
-            state = self._wait_for_rest(lane)
-            lane.stage = "choosing…"
+            if not slot.is_exact:
+                self._make_live(slot)
+            state = self._wait_for_rest(slot)
+            slot.stage = "choosing…"
             if state is not None:
-                self._prepare(lane, state)
+                self._prepare(slot, state)
         except Exception as error:  # a thread has nobody to raise to
             self._say(f"No engine could be chosen ({type(error).__name__}: {error}): pictures come from torch.")
         finally:
-            lane.stage = ""
-            lane.lock.release()
+            slot.stage = ""
+            slot.lock.release()
 
-    def _wait_for_rest(self, lane: _Lane) -> int | None:
+    def _wait_for_rest(self, slot: _EngineSlot) -> int | None:
         state, since, is_trained = self._state(), time.monotonic(), False
         while time.monotonic() - since < (SECONDS_AT_REST_AFTER_TRAINING if is_trained else SECONDS_AT_REST):
             time.sleep(_SECONDS_BETWEEN_LOOKS)
@@ -245,14 +252,14 @@ class EngineSwitch:
             now = self._state()
             if now != state:
                 state, since, is_trained = now, time.monotonic(), True
-                lane.stage = "live weights"
+                slot.stage = "live weights"
         return state
 
-    def _make_live(self, lane: _Lane) -> None:
+    def _make_live(self, slot: _EngineSlot) -> None:
         """Torch for a viewer: in bf16 where the machine is good at it and it agrees; it overflows no earlier than fp32."""
         device = device_of(self.network)
         snapshot = None
-        while lane.live is None and snapshot is None and not _STOPPING.is_set():
+        while slot.live is None and snapshot is None and not _STOPPING.is_set():
             snapshot, _ = self._snapshot()  # None in the middle of a step of training
         if snapshot is None:
             return
@@ -262,9 +269,9 @@ class EngineSwitch:
             if parity(lower, snapshot, device, self._probe_code()) >= PARITY_DB["bf16"]:
                 live = lower
         live.follow(self.network)
-        lane.live = live
+        slot.live = live
 
-    def _prepare(self, lane: _Lane, state: int) -> None:
+    def _prepare(self, slot: _EngineSlot, state: int) -> None:
         """Choose for the weights as they are, and hand over if they still are so afterwards."""
         choice_wanted = self.choice
         snapshot, found = self._snapshot()
@@ -272,27 +279,27 @@ class EngineSwitch:
             return
         device = device_of(snapshot)
         if choice_wanted == "auto":
-            wanted: list[Candidate] = candidates(device, lane.is_exact)
+            wanted: list[Candidate] = candidates(device, slot.is_exact)
         else:
-            wanted = named(choice_wanted, device, lane.is_exact)
+            wanted = candidates_named(choice_wanted, device, slot.is_exact)
 
         def is_stopped() -> bool:
             return _STOPPING.is_set() or self.choice != choice_wanted or self._state() != state
 
-        task = Task(snapshot, device, self._probe_code(), lane.shape, self.cache_folder, is_stopped)
-        choice = choose(task, wanted)
+        job = SelectionJob(snapshot, device, self._probe_code(), slot.shape, self.cache_folder, is_stopped)
+        selection = select_engine(job, wanted)
         if is_stopped():
             return
-        lane.choice = choice
-        if choice.engine is None and choice_wanted != "auto":
-            lane.error = (
-                f"The engine {choice_wanted} cannot run: {'; '.join(choice.others)}. Choose another one, or auto."
+        slot.selection = selection
+        if selection.engine is None and choice_wanted != "auto":
+            slot.error = (
+                f"The engine {choice_wanted} cannot run: {'; '.join(selection.others)}. Choose another one, or auto."
             )
-            self._say(lane.error)
+            self._say(slot.error)
             return
-        if choice.engine is not None:
-            lane.ready = _Ready(state, choice.engine)
-        self._say(choice.describe())
+        if selection.engine is not None:
+            slot.ready = _Ready(state, selection.engine)
+        self._say(selection.describe())
 
     def _snapshot(self) -> tuple[nn.Module | None, int]:
         """A copy of the network and its state; None if the weights were written to meanwhile."""

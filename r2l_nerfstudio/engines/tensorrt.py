@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from r2l_nerfstudio.disk import write_atomically
 from r2l_nerfstudio.engines.onnx_graph import INPUT, OUTPUT, network_onnx
-from r2l_nerfstudio.engines.protocol import BrokenEngine, EngineName, Order, Precision
+from r2l_nerfstudio.engines.protocol import BrokenEngine, BuildSpec, EngineName, Precision
 from r2l_nerfstudio.engines.sizes import (
     GRID_STEP,
     chunk_rows,
@@ -153,7 +153,7 @@ class _Log:
         self.logger = Logger()
 
 
-def build(order: Order) -> TensorRtEngine:
+def build(spec: BuildSpec) -> TensorRtEngine:
     """A plan, from the cache if it holds one that this library and GPU read, and an engine that runs it.
 
     NOT VERIFIED on a GPU.
@@ -161,20 +161,20 @@ def build(order: Order) -> TensorRtEngine:
     Raises:
         BrokenEngine: if there is no library for the GPU, or it gives nothing back.
     """
-    trt, reason = find_flavour(torch.cuda.get_device_capability(order.device))
+    trt, reason = find_flavour(torch.cuda.get_device_capability(spec.device))
     if trt is None:
         raise BrokenEngine(reason)
-    file = None if order.cache is None else order.cache / f"{trt.__name__}-{order.precision}.plan"
+    file = None if spec.cache is None else spec.cache / f"{trt.__name__}-{spec.precision}.plan"
     if file is not None and file.exists():
         try:
-            return TensorRtEngine(trt, file.read_bytes(), order)
+            return TensorRtEngine(trt, file.read_bytes(), spec)
         except BrokenEngine:
             file.unlink()
-    graph = network_onnx(order.network, order.precision)
-    plan = build_plan(trt, graph, {INPUT: usual_shapes(order.network, order.device)})
+    graph = network_onnx(spec.network, spec.precision)
+    plan = build_plan(trt, graph, {INPUT: usual_shapes(spec.network, spec.device)})
     if file is not None:
         write_atomically(file, plan, is_private=True)
-    return TensorRtEngine(trt, plan, order)
+    return TensorRtEngine(trt, plan, spec)
 
 
 class TensorRtEngine:
@@ -183,7 +183,7 @@ class TensorRtEngine:
     Args:
         trt: `tensorrt` or `tensorrt_rtx`.
         plan: as `build_plan` makes it.
-        order: what it was built from.
+        spec: what it was built from.
 
     Raises:
         BrokenEngine: if the library does not take the plan.
@@ -191,13 +191,13 @@ class TensorRtEngine:
 
     name: EngineName = "tensorrt"
 
-    def __init__(self, trt: ModuleType, plan: bytes, order: Order) -> None:
-        self.precision: Precision = order.precision
-        self._reads_image = reads_ray_image(order.network)
-        self._factor = upsampling_factor(order.network)
-        self._out_dim = out_dim(order.network)
-        self._rows = chunk_rows(order.device)
-        self._device = order.device
+    def __init__(self, trt: ModuleType, plan: bytes, spec: BuildSpec) -> None:
+        self.precision: Precision = spec.precision
+        self._reads_image = reads_ray_image(spec.network)
+        self._factor = upsampling_factor(spec.network)
+        self._out_dim = out_dim(spec.network)
+        self._rows = chunk_rows(spec.device)
+        self._device = spec.device
         log = _Log(trt)
         self._runtime = trt.Runtime(log.logger)
         self._engine = self._runtime.deserialize_cuda_engine(plan)

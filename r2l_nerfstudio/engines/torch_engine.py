@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from r2l_nerfstudio.engines.cuda_graph import CudaGraphs
-from r2l_nerfstudio.engines.protocol import EngineName, Order, Precision
+from r2l_nerfstudio.engines.protocol import BuildSpec, EngineName, Precision
 from r2l_nerfstudio.engines.sizes import (
     GRID_STEP,
     chunk_rows,
@@ -47,8 +47,8 @@ def is_bf16_fast(device: torch.device) -> bool:
     return any(ask is not None and ask() for ask in asks)
 
 
-def build(order: Order) -> TorchEngine:
-    return TorchEngine(order.network, order.precision)
+def build(spec: BuildSpec) -> TorchEngine:
+    return TorchEngine(spec.network, spec.precision)
 
 
 class TorchEngine:

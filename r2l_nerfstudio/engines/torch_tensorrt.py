@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from r2l_nerfstudio.engines.protocol import DTYPES, EngineName, Order, Precision
+from r2l_nerfstudio.engines.protocol import DTYPES, BuildSpec, EngineName, Precision
 from r2l_nerfstudio.engines.sizes import (
     GRID_STEP,
     chunk_rows,
@@ -47,13 +47,13 @@ def why_not(device: torch.device, precision: Precision) -> str | None:
     return None
 
 
-def build(order: Order) -> TorchTensorRtEngine:
+def build(spec: BuildSpec) -> TorchTensorRtEngine:
     """Compile for one chunk of rays, or for ray images of any size in steps. NOT VERIFIED."""
     torch_tensorrt = import_module("torch_tensorrt")
-    network, device = order.network, order.device
+    network, device = spec.network, spec.device
     shapes = usual_shapes(network, device)
-    fixed = FixedNetwork(network, order.precision).network
-    example = torch.zeros(shapes.usual, device=device, dtype=DTYPES[order.precision])
+    fixed = FixedNetwork(network, spec.precision).network
+    example = torch.zeros(shapes.usual, device=device, dtype=DTYPES[spec.precision])
     sizes: dict[int, torch.export.Dim] | None = None
     if reads_ray_image(network):
         sizes = {
@@ -68,27 +68,27 @@ def build(order: Order) -> TorchTensorRtEngine:
             )
         ]
         compiled = torch_tensorrt.dynamo.compile(program, arg_inputs=inputs)
-    return TorchTensorRtEngine(order, compiled)
+    return TorchTensorRtEngine(spec, compiled)
 
 
 class TorchTensorRtEngine:
     """A compiled program on a GPU. NOT VERIFIED.
 
     Args:
-        order: what was built.
+        spec: what was built.
         compiled: reads and gives the precision's own type.
     """
 
     name: EngineName = "torch-tensorrt"
 
-    def __init__(self, order: Order, compiled: torch.nn.Module) -> None:
-        self.precision: Precision = order.precision
-        self._dtype = DTYPES[order.precision]
+    def __init__(self, spec: BuildSpec, compiled: torch.nn.Module) -> None:
+        self.precision: Precision = spec.precision
+        self._dtype = DTYPES[spec.precision]
         self._compiled = compiled
-        self._reads_image = reads_ray_image(order.network)
-        self._factor = upsampling_factor(order.network)
-        self._out_dim = out_dim(order.network)
-        self._rows = chunk_rows(order.device)
+        self._reads_image = reads_ray_image(spec.network)
+        self._factor = upsampling_factor(spec.network)
+        self._out_dim = out_dim(spec.network)
+        self._rows = chunk_rows(spec.device)
 
     def __call__(self, code: Float[Tensor, "*code"]) -> Float[Tensor, "*values"]:
         code = code.detach()

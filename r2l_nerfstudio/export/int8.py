@@ -18,16 +18,16 @@ from nerfstudio.data.datasets.base_dataset import InputDataset
 from torch import Tensor
 from torch.nn.functional import interpolate
 
+from r2l_nerfstudio.atomic_output import atomic_files
 from r2l_nerfstudio.distillation.photographs import read_photo, split_holdout
 from r2l_nerfstudio.distillation.pose_sampling import CaptureCameras, PoseSampler, capture_cameras
 from r2l_nerfstudio.errors import InputError
-from r2l_nerfstudio.export.capture_view import read_views
 from r2l_nerfstudio.export.comparison import check_export, probe_inputs
 from r2l_nerfstudio.export.graph import GraphSpec
 from r2l_nerfstudio.export.joined_onnx import fix_sizes, join_onnx
+from r2l_nerfstudio.export.mobile_onnx import mobile_verdict
 from r2l_nerfstudio.export.onnx_file import metadata, require_onnx, run_onnx, write_onnx
-from r2l_nerfstudio.export.phone import phone_verdict
-from r2l_nerfstudio.export.whole_files import whole_files
+from r2l_nerfstudio.export.training_cameras import training_views
 from r2l_nerfstudio.psnr import psnr
 from r2l_nerfstudio.student import Student
 
@@ -99,9 +99,9 @@ def export_int8(
         raise InputError(f"--precision int8: --part {spec.part} has no network, and stays in fp32; leave the flag out.")
     if spec.part == "whole":
         replace(spec, part="encoding").frame(student)  # of no more rays than can be joined
-    dataset, held_share = read_views(run, data)
+    dataset, held_share = training_views(run, data)
     cameras = capture_cameras(dataset.cameras)
-    with whole_files(output, overwrite) as file:
+    with atomic_files(output, overwrite) as file:
         network = file.with_suffix(".network.onnx")
         quantised = file.with_suffix(".int8.onnx")
         write_onnx(student, replace(spec, part="network", is_static=False, precision="fp32"), network)
@@ -124,7 +124,7 @@ def export_int8(
             )
         assemble(student, spec, quantised, file)
         if spec.is_plain:
-            phone_verdict(file)
+            mobile_verdict(file)
         parity = check_export(
             student, spec, lambda inputs: run_onnx(file, inputs), f"The ONNX file {output}", needed=SANE_DB
         )

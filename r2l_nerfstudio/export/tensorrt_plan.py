@@ -15,6 +15,7 @@ from typing import Literal
 import numpy as np
 import torch
 
+from r2l_nerfstudio.atomic_output import atomic_files
 from r2l_nerfstudio.engines import torch_tensorrt as torch_tensorrt_engine
 from r2l_nerfstudio.engines.protocol import BrokenEngine
 from r2l_nerfstudio.engines.tensorrt import Shapes, build_plan
@@ -22,7 +23,6 @@ from r2l_nerfstudio.errors import InputError, first_line
 from r2l_nerfstudio.export.comparison import Arrays, check_export, probe_inputs
 from r2l_nerfstudio.export.graph import RAYS_AT_ONCE, GraphSpec
 from r2l_nerfstudio.export.onnx_file import metadata, require_onnx, write_onnx
-from r2l_nerfstudio.export.whole_files import whole_files
 from r2l_nerfstudio.student import Student
 
 Flavour = Literal["tensorrt", "tensorrt-rtx"]
@@ -55,7 +55,7 @@ def export_plan(
             " run, or export for TensorRT-RTX (r2l-export tensorrt-rtx), which builds without one, or ONNX."
         )
     trt = import_flavour(flavour)
-    with whole_files(output, overwrite, also=(".json",)) as file:
+    with atomic_files(output, overwrite, also=(".json",)) as file:
         graph_file = file.with_suffix(".onnx")
         write_onnx(student, spec, graph_file)
         rays = Shapes((1, 3), (RAYS_AT_ONCE, 3), (RAYS_AT_ONCE, 3))
@@ -134,7 +134,7 @@ def export_torch_tensorrt(student: Student, spec: GraphSpec, output: Path, overw
     graph = spec.build(student).cuda()
     inputs, _ = probe_inputs(student, spec, 0)
     examples = tuple(torch.from_numpy(value).cuda() for value in inputs.values())
-    with whole_files(output, overwrite) as file, torch.no_grad():
+    with atomic_files(output, overwrite) as file, torch.no_grad():
         compiled = torch_tensorrt.dynamo.compile(torch.export.export(graph, examples), list(examples))
         torch_tensorrt.save(compiled, str(file), inputs=list(examples))
         program = torch.export.load(str(file)).module()

@@ -17,14 +17,14 @@ from jaxtyping import Float, Int
 from PIL import Image
 from torch import Tensor
 
+from r2l_nerfstudio.atomic_output import atomic_folder
 from r2l_nerfstudio.distillation.pose_sampling import CaptureCameras
 from r2l_nerfstudio.errors import InputError
-from r2l_nerfstudio.export.capture_view import start_pose, view_limits
 from r2l_nerfstudio.export.graph import GraphPrecision
+from r2l_nerfstudio.export.navigation import start_pose, view_limits
 from r2l_nerfstudio.export.onnx_file import require_onnx
 from r2l_nerfstudio.export.web_graph import WebGraph, write_web_graph
 from r2l_nerfstudio.export.web_runtime import BACKENDS, describe_runtime
-from r2l_nerfstudio.export.whole_files import whole_folder
 from r2l_nerfstudio.psnr import psnr
 from r2l_nerfstudio.rays.ray_image import ray_image_intrinsics, ray_image_size
 from r2l_nerfstudio.student import Student
@@ -86,7 +86,7 @@ def export_web(
             left then.
     """
     require_onnx()
-    with whole_folder(output, overwrite, SCENE, "web export") as folder:
+    with atomic_folder(output, overwrite, SCENE, "web export") as folder:
         found = _fill(student, cameras, runtime, folder, title)
     return WebExport(Path(output), found)
 

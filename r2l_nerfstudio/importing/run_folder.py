@@ -14,11 +14,11 @@ import yaml
 from nerfstudio.data.datasets.base_dataset import InputDataset
 from torch import Tensor
 
+from r2l_nerfstudio.atomic_output import atomic_folder
 from r2l_nerfstudio.distillation.frame_check import view_errors
 from r2l_nerfstudio.distillation.photographs import read_photo
 from r2l_nerfstudio.distillation.survey import thumbnail
 from r2l_nerfstudio.errors import InputError, one_line
-from r2l_nerfstudio.export.whole_files import whole_folder
 from r2l_nerfstudio.importing.capture_frame import CaptureFrame
 from r2l_nerfstudio.importing.published_network import PublishedNetwork
 from r2l_nerfstudio.importing.reference_picture import published_picture
@@ -218,7 +218,7 @@ def write_run(
         number += 1
         config.timestamp = f"{timestamp}_{number}"
     folder = config.get_base_dir()
-    with whole_folder(folder, overwrite=False, mark="config.yml", what="run") as made:
+    with atomic_folder(folder, overwrite=False, mark="config.yml", what="run") as made:
         checkpoints = made / config.relative_model_dir
         checkpoints.mkdir(parents=True)
         torch.save(checkpoint_state(placement, config), checkpoints / "step-000000000.ckpt")

@@ -22,7 +22,7 @@ from nerfstudio.viewer_legacy.server.viewer_utils import IOChangeException
 from torch import Tensor
 from torch.nn import Parameter
 
-from r2l_nerfstudio.engines.switch import EngineChoice, EngineSwitch
+from r2l_nerfstudio.engines.switch import EngineOption, EngineSwitch
 from r2l_nerfstudio.errors import InputError, exit_on_input_error
 from r2l_nerfstudio.models.camera_rays import CameraRays, crop_interval
 from r2l_nerfstudio.models.composited_encoding import (
@@ -100,7 +100,7 @@ class LightFieldModelConfig(ModelConfig):
     """Weight of the accumulation loss."""
     depth_weight: Annotated[float, FloatRange(0, 1e6)] = 0.1
     """Weight of the depth loss, on positions in [0, 1] along the ray."""
-    engine: EngineChoice = "auto"
+    engine: EngineOption = "auto"
     """What runs the network of a trained student; auto: the fastest that agrees with torch on the machine at hand."""
 
     def fit_to(self, width: int, height: int) -> None:  # noqa: B027

@@ -10,7 +10,7 @@ from nerfstudio.viewer.render_state_machine import RenderStateMachine
 from nerfstudio.viewer.viewer_elements import ViewerControl, ViewerDropdown
 
 from r2l_nerfstudio.engines.sizes import device_of
-from r2l_nerfstudio.engines.switch import EngineChoice, EngineSwitch
+from r2l_nerfstudio.engines.switch import EngineOption, EngineSwitch
 from r2l_nerfstudio.errors import InputError, exit_on_input_error
 from r2l_nerfstudio.user_cache import engine_cache_folder
 
@@ -53,7 +53,7 @@ class EngineMenu(ViewerControl):
         if dropdown.value == self.engines.choice:
             return
         try:
-            self.engines.choose(cast(EngineChoice, dropdown.value))
+            self.engines.choose(cast(EngineOption, dropdown.value))
             self._complaint = ""
         except InputError as error:
             self._complaint = str(error)

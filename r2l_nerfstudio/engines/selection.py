@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from r2l_nerfstudio.engines.cache import EngineCache
 from r2l_nerfstudio.engines.parity import parity
-from r2l_nerfstudio.engines.protocol import PARITY_DB, Engine, EngineName, Order, Precision
+from r2l_nerfstudio.engines.protocol import PARITY_DB, BuildSpec, Engine, EngineName, Precision
 from r2l_nerfstudio.engines.registry import engine_module, make
 from r2l_nerfstudio.engines.sizes import reads_ray_image
 from r2l_nerfstudio.engines.weights import weights_hash
@@ -66,7 +66,7 @@ def candidates(device: torch.device, is_exact: bool) -> list[Candidate]:
     ]
 
 
-def named(name: EngineName, device: torch.device, is_exact: bool) -> list[Candidate]:
+def candidates_named(name: EngineName, device: torch.device, is_exact: bool) -> list[Candidate]:
     """A named engine in the precisions that suit, best first."""
     low: Precision = "fp16" if device.type == "cuda" else "bf16"
     precisions: list[Precision] = ["fp32"] if is_exact and device.type != "cuda" else [low, "fp32"]
@@ -74,7 +74,7 @@ def named(name: EngineName, device: torch.device, is_exact: bool) -> list[Candid
 
 
 @dataclass
-class Choice:
+class Selection:
     """What came of choosing."""
 
     engine: Engine | None = None
@@ -96,7 +96,7 @@ class Choice:
 
 
 @dataclass(frozen=True)
-class Task:
+class SelectionJob:
     """What to choose for."""
 
     network: nn.Module
@@ -112,75 +112,75 @@ class Task:
     """Asked between engines: whether the answer is no longer wanted."""
 
 
-def choose(task: Task, wanted: Iterable[Candidate]) -> Choice:
+def select_engine(job: SelectionJob, wanted: Iterable[Candidate]) -> Selection:
     """The fastest candidate that agrees with the network. Never raises on behalf of an engine.
 
     What is remembered is built and compared again before it is used; only the others are spared.
     """
     wanted = list(wanted)
     cache = None
-    if task.cache_folder is not None:
-        cache = EngineCache(task.cache_folder, weights_hash(task.network), task.device)
-    key = _key(task, wanted)
+    if job.cache_folder is not None:
+        cache = EngineCache(job.cache_folder, weights_hash(job.network), job.device)
+    key = _key(job, wanted)
     if cache is not None:
-        choice = _remembered(task, wanted, cache, key)
-        if choice is not None:
-            return choice
-    choice, built = Choice(), []
-    for candidate, engine, said, found in _passing(task, wanted, cache):
+        selection = _remembered(job, wanted, cache, key)
+        if selection is not None:
+            return selection
+    selection, built = Selection(), []
+    for candidate, engine, said, found in _passing(job, wanted, cache):
         if engine is None:
-            choice.others.append(f"{candidate}: {said}")
+            selection.others.append(f"{candidate}: {said}")
         else:
             built.append((candidate, engine, found))
-    taken = milliseconds([engine for _, engine, _ in built], _timing_code(task))
+    taken = milliseconds([engine for _, engine, _ in built], _timing_code(job))
     for (candidate, engine, found), time_taken in sorted(zip(built, taken, strict=True), key=lambda pair: pair[1]):
-        if choice.engine is None:
-            choice.engine, choice.milliseconds, choice.psnr = engine, time_taken, found
+        if selection.engine is None:
+            selection.engine, selection.milliseconds, selection.psnr = engine, time_taken, found
         else:
-            choice.others.append(f"{candidate}: {time_taken:.1f} ms")
-    if cache is not None and choice.engine is not None and not task.is_stopped():
+            selection.others.append(f"{candidate}: {time_taken:.1f} ms")
+    if cache is not None and selection.engine is not None and not job.is_stopped():
         cache.write(
             key,
             {
-                "engine": choice.engine.name,
-                "precision": choice.engine.precision,
+                "engine": selection.engine.name,
+                "precision": selection.engine.precision,
                 "versions": _versions(wanted),
-                "milliseconds": choice.milliseconds,
-                "psnr": str(choice.psnr),
-                "others": choice.others,
+                "milliseconds": selection.milliseconds,
+                "psnr": str(selection.psnr),
+                "others": selection.others,
             },
         )
-    return choice
+    return selection
 
 
 def _passing(
-    task: Task, wanted: list[Candidate], cache: EngineCache | None
+    job: SelectionJob, wanted: list[Candidate], cache: EngineCache | None
 ) -> Iterator[tuple[Candidate, Engine | None, str, float]]:
     """Each candidate with its engine and PSNR, or without one and with the reason."""
     passed: set[EngineName] = set()
     for candidate in wanted:
-        if task.is_stopped():
+        if job.is_stopped():
             return
         better = candidate.only_without & passed
         if better:
             if candidate.name not in better:
                 yield candidate, None, f"not tried beside {', '.join(sorted(better))}", 0.0
             continue
-        engine, said, found = _built(task, candidate, cache)
+        engine, said, found = _built(job, candidate, cache)
         if engine is not None:
             passed.add(candidate.name)
         yield candidate, engine, said, found
 
 
-def _built(task: Task, candidate: Candidate, cache: EngineCache | None) -> tuple[Engine | None, str, float]:
+def _built(job: SelectionJob, candidate: Candidate, cache: EngineCache | None) -> tuple[Engine | None, str, float]:
     try:
         module = engine_module(candidate.name)
-        reason = module.why_not(task.device, candidate.precision)
+        reason = module.why_not(job.device, candidate.precision)
         if reason is not None:
             return None, reason.rstrip("."), 0.0
         folder = None if cache is None else cache.artefacts(candidate.name, module.version())
-        engine = _built_from_cache(task, candidate, folder)
-        found = parity(engine, task.network, task.device, task.probe)
+        engine = _built_from_cache(job, candidate, folder)
+        found = parity(engine, job.network, job.device, job.probe)
     except Exception as error:  # each library raises its own
         return None, f"{type(error).__name__}: {first_line(error)}", 0.0
     if not found >= PARITY_DB[candidate.precision]:
@@ -188,22 +188,22 @@ def _built(task: Task, candidate: Candidate, cache: EngineCache | None) -> tuple
     return engine, "", found
 
 
-def _built_from_cache(task: Task, candidate: Candidate, folder: Path | None) -> Engine:
+def _built_from_cache(job: SelectionJob, candidate: Candidate, folder: Path | None) -> Engine:
     module = engine_module(candidate.name)
-    order = Order(task.network, candidate.precision, task.device, folder)
+    spec = BuildSpec(job.network, candidate.precision, job.device, folder)
     if folder is None or not folder.exists():
-        return make(module, order)
+        return make(module, spec)
     try:
-        engine = make(module, order)
-        if parity(engine, task.network, task.device, task.probe) >= PARITY_DB[candidate.precision]:
+        engine = make(module, spec)
+        if parity(engine, job.network, job.device, job.probe) >= PARITY_DB[candidate.precision]:
             return engine
     except Exception:  # a file that is cut short, or of another make: build it anew
         pass
     shutil.rmtree(folder)
-    return make(module, order)
+    return make(module, spec)
 
 
-def _remembered(task: Task, wanted: list[Candidate], cache: EngineCache, key: str) -> Choice | None:
+def _remembered(job: SelectionJob, wanted: list[Candidate], cache: EngineCache, key: str) -> Selection | None:
     record = cache.read(key)
     if record is None:
         return None
@@ -214,12 +214,12 @@ def _remembered(task: Task, wanted: list[Candidate], cache: EngineCache, key: st
         taken, others = float(record["milliseconds"]), [str(other) for other in record["others"]]
     except (StopIteration, KeyError, TypeError, ValueError):
         return None
-    engine, _, found = _built(task, candidate, cache)
-    return None if engine is None else Choice(engine, taken, found, [*others, "remembered"])
+    engine, _, found = _built(job, candidate, cache)
+    return None if engine is None else Selection(engine, taken, found, [*others, "remembered"])
 
 
 def _versions(wanted: list[Candidate]) -> dict[str, str]:
-    """Of all engines: a choice made with others, or without one that is there now, is none."""
+    """Of all engines: a selection made with others, or without one that is there now, is none."""
     found = {}
     for candidate in wanted:
         try:
@@ -229,16 +229,16 @@ def _versions(wanted: list[Candidate]) -> dict[str, str]:
     return found
 
 
-def _key(task: Task, wanted: list[Candidate]) -> str:
+def _key(job: SelectionJob, wanted: list[Candidate]) -> str:
     """Of the record on disk: what was asked for, and the size to the next power of two."""
-    size = task.shape[-1] * task.shape[-2] if reads_ray_image(task.network) else min(task.shape[0], _MOST_ROWS)
+    size = job.shape[-1] * job.shape[-2] if reads_ray_image(job.network) else min(job.shape[0], _MOST_ROWS)
     asked = "_".join(dict.fromkeys(f"{c.name}-{c.precision}" for c in wanted))
     return f"{asked}_{1 << max(0, size - 1).bit_length()}"
 
 
-def _timing_code(task: Task) -> Tensor:
-    shape = task.shape if reads_ray_image(task.network) else (min(task.shape[0], _MOST_ROWS), *task.shape[1:])
-    return torch.rand(shape, device=task.device, dtype=torch.float32)
+def _timing_code(job: SelectionJob) -> Tensor:
+    shape = job.shape if reads_ray_image(job.network) else (min(job.shape[0], _MOST_ROWS), *job.shape[1:])
+    return torch.rand(shape, device=job.device, dtype=torch.float32)
 
 
 def milliseconds(calls: Sequence[Callable[[Tensor], Any]], code: Tensor) -> list[float]:
