@@ -335,7 +335,7 @@ def test_core_ml_packages_are_what_was_asked_for(
     monkeypatch.setattr(coreml_file, "RAYS_AT_ONCE", 4 * CAMERA.width)
     monkeypatch.setattr(coreml_file.platform, "system", lambda: "Linux")
     call(monkeypatch, "coreml", output, "--load-config", run(name), "--width", 27, "--height", 18, *arguments)
-    assert "not compared with torch: Core ML runs on a Mac alone" in " ".join(capsys.readouterr().out.split())
+    assert "not compared with PyTorch: Core ML runs on a Mac only" in " ".join(capsys.readouterr().out.split())
     assert [path.name for path in tmp_path.iterdir()] == [output.name]
     found = coremltools.utils.load_spec(str(output))
     assert found.description.metadata.userDefined["factor"] == ("4" if "mobile" in name else "1")

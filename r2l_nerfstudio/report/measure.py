@@ -44,9 +44,9 @@ Image = Float[Tensor, "height width 3"]
 UNSEEN_SEED = 31_415_926
 ZOOMS = (0.5, 2.0)
 SIZES = (0.4, 0.75, 1.5)
-"""Shares of a camera's own size at which it is rendered again."""
+"""Sizes at which a camera is rendered again, as shares of its own."""
 FRAMES = 5
-"""Frames that are timed per engine; the median counts."""
+"""Frames to time per engine; the median counts."""
 PRECISIONS: tuple[Precision, ...] = ("fp16", "bf16", "fp32")
 
 
@@ -82,7 +82,7 @@ class EngineTime:
     engine: EngineName
     precision: Precision | None = None
     milliseconds: float | None = None
-    """Of a whole frame: rays, encoding, network."""
+    """Milliseconds of a whole frame: rays, encoding, network."""
     parity: float | None = None
     """PSNR in dB of its values against fp32 PyTorch; infinity for equal ones."""
     skipped: str | None = None
@@ -100,7 +100,7 @@ class ComparedView:
 
 @dataclass
 class Measurements:
-    """Everything that a report shows."""
+    """All contents of a report."""
 
     run: str
     method: str
@@ -110,7 +110,7 @@ class Measurements:
     photos_in_test_split: int
     views: list[ViewScore]
     teacher: dict[str, Any] | None
-    """`method`, `iterations` and `checkpoint_megabytes`; None where the teacher's run is gone."""
+    """`method`, `iterations` and `checkpoint_megabytes`; None if the teacher's run is missing."""
     unseen: UnseenScores | None
     between_sizes: float
     """Lowest PSNR in dB between renders of one camera at its own size and at others, resampled to the smaller."""
@@ -137,7 +137,7 @@ class Measurements:
         return sorted(self.views, key=lambda view: view.student["psnr"])[:count]
 
     def as_dict(self) -> dict[str, Any]:
-        """Return all figures, without images, as JSON takes them."""
+        """Return all figures, without images, as plain JSON types."""
         figures = {key: value for key, value in vars(self).items() if key != "shown"}
         means = {
             who: {metric: self.mean(who, metric) for metric in ("psnr", "ssim", "lpips")}
@@ -148,7 +148,7 @@ class Measurements:
 
 
 def _plain(value: Any) -> Any:
-    """JSON's own types: dataclasses as objects, numbers with few digits, and null for what is not finite."""
+    """Convert to JSON types: dataclasses to objects, numbers to few digits, non-finite numbers to null."""
     if hasattr(value, "__dataclass_fields__"):
         return _plain(asdict(value))
     if isinstance(value, dict):
@@ -174,17 +174,17 @@ def measure(
     """Measure a finished student.
 
     Args:
-        run: its config.yml, or its folder.
-        data: where its capture is now; where it was in training, by default.
-        teacher: its teacher's run; the one it was distilled from, by default. Without one, what needs a teacher is None.
+        run: its config.yml or folder.
+        data: the capture's location, if it has moved since training.
+        teacher: the teacher's run, if it has moved since training. Without one, figures that need it are None.
         test_views: at most this many photos of the test split, evenly spaced.
         unseen_cameras: sampled cameras to compare with the teacher at.
-        engines: whose frame times are measured.
+        engines: engines to time.
         shown_views: at most this many views are kept as images, the worst one among them.
         pose_sampler: how unseen cameras are sampled; as in training, but with its default extent, by default.
 
     Raises:
-        InputError: the run, its capture or a teacher that is named cannot be read.
+        InputError: the run, its capture or an explicitly given teacher cannot be read.
     """
     config_path = resolve_run(Path(run))
     config = load_run_config(config_path)
@@ -196,9 +196,9 @@ def measure(
     parser = dataparser_at(config, place).setup()
     try:
         splits = {split: parser.get_dataparser_outputs(split=split) for split in ("train", "test")}
-    except Exception as error:  # every dataparser has failures of its own
+    except Exception as error:  # Every dataparser raises its own exceptions.
         raise InputError(
-            f"The capture {place} cannot be read ({one_line(error)}): name its folder with --data."
+            f"The capture {place} cannot be read ({one_line(error)}): give its folder with --data."
         ) from error
     train, test = (InputDataset(outputs, datamanager.camera_res_scale_factor) for outputs in splits.values())
 
@@ -282,7 +282,7 @@ def measure(
 
 
 def _load_teacher(named: Path | None, remembered: Path | None, data: Path, device: torch.device) -> Teacher | None:
-    """The teacher that is named, else the one that the run remembers if it can still be read."""
+    """Load the given teacher, or else the one in the run's configuration if it can still be read."""
     if named is not None:
         return Teacher.load(named, device=device, data=data)
     if remembered is None:
@@ -324,14 +324,15 @@ def _unseen(
 
 
 def _camera(view: TeacherView, renderer: ViewRenderer, zoom: float = 1.0) -> Cameras:
-    """The camera of a teacher view, at `zoom` times its focal length."""
+    """Return the camera of a teacher view, at `zoom` times its focal length."""
     fx, fy, cx, cy = view.intrinsics.tolist()
     pose, width, height = view.camera_to_world[None], renderer.width, renderer.height
     return Cameras(pose, zoom * fx, zoom * fy, cx, cy, width=width, height=height)
 
 
 def between_sizes(view: Callable[[Cameras], Image], camera: Cameras) -> list[float]:
-    """Return the PSNR in dB between renders of a camera at its own size and at `SIZES`, resampled to the smaller of both."""
+    """Return the PSNR in dB between renders of a camera at its own size and at `SIZES`, resampled to the smaller of
+    both."""
     own = view(camera)
     found = []
     for scale in SIZES:
@@ -348,12 +349,12 @@ def between_sizes(view: Callable[[Cameras], Image], camera: Cameras) -> list[flo
 
 
 def time_engines(model: LightFieldModel, camera: Cameras, engines: tuple[EngineName, ...]) -> list[EngineTime]:
-    """Time a frame on each engine, in the lowest precision that it offers here and that agrees with fp32.
+    """Time a frame on each engine, in the lowest precision that it supports here and that agrees with fp32.
 
     Args:
         model: the student, in evaluation mode.
         camera: of the frame.
-        engines: which.
+        engines: engines to time.
     """
     found = []
     with progress_bar() as bar:
@@ -381,7 +382,7 @@ def _time_engine(model: LightFieldModel, camera: Cameras, name: EngineName) -> E
                 model.render_camera(camera)["rgb"].cpu()
                 milliseconds.append(1e3 * (time.perf_counter() - start))
         agreement = parity(engine, model.network, model.device)
-        return EngineTime(name, precision, median(milliseconds[1:]), agreement)  # the first one warms up
+        return EngineTime(name, precision, median(milliseconds[1:]), agreement)  # The first one warms up.
     return EngineTime(name, skipped=reason)
 
 
