@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 import sys
 from pathlib import Path
+from typing import cast
 
 from nerfstudio.scripts.train import main as train
 
@@ -21,7 +22,7 @@ from r2l_nerfstudio.method_configs import r2l_lite
 
 def student_config(teacher: Path, output: Path) -> DistillationTrainerConfig:
     """Return the configuration of a student: that of `ns-train r2l-lite --teacher TEACHER`, here with a time limit."""
-    config = copy.deepcopy(r2l_lite.config)
+    config = cast(DistillationTrainerConfig, copy.deepcopy(r2l_lite.config))
     config.teacher, config.output_dir = teacher, output
     config.max_minutes = 20.0
     config.vis = "tensorboard"

@@ -76,7 +76,7 @@ def test_a_gpu_that_the_installed_flavour_does_not_serve(monkeypatch: pytest.Mon
     monkeypatch.setitem(sys.modules, PROPER, None)
     module, reason = find_flavour((9, 0))
     assert module is None
-    assert "does not serve compute capability 9.0" in reason and "r2l-nerfstudio[tensorrt]" in reason
+    assert "does not support compute capability 9.0" in reason and "r2l-nerfstudio[tensorrt]" in reason
 
 
 def test_a_gpu_that_is_too_old(gpu, monkeypatch: pytest.MonkeyPatch):

@@ -17,7 +17,7 @@ from r2l_nerfstudio.engines.sizes import chunk_rows, in_chunks, in_dim, out_dim,
 from r2l_nerfstudio.engines.weights import FixedNetwork, RowsLast
 
 _MOST_CELLS = 4096
-"""Rows or columns of a ray image."""
+"""Largest number of rows or columns of a ray image."""
 
 
 def version() -> str:
@@ -38,7 +38,7 @@ def why_not(device: torch.device, precision: Precision) -> str | None:
         except Exception as error:
             return f"Triton does not start ({type(error).__name__}: {error}): install the torch build that has it."
     if _compiler() is None:
-        return "it needs a C++ compiler: install g++, or name yours in the environment variable CXX."
+        return "it needs a C++ compiler: install g++, or name one in the environment variable CXX."
     return None
 
 
@@ -47,7 +47,8 @@ def _compiler() -> str | None:
 
 
 def build(spec: BuildSpec) -> InductorEngine:
-    """Half a minute for a full-sized student; nearly nothing where the cache holds it. On CUDA: not verified yet."""
+    """Compile, or load from the cache. Compiling a full-sized student takes half a minute. On CUDA: not verified
+    yet."""
     file = None if spec.cache is None else spec.cache / f"inductor-{spec.precision}.pt2"
     if file is None:
         with tempfile.TemporaryDirectory() as folder:
@@ -66,7 +67,7 @@ def _compiled(spec: BuildSpec, file: Path) -> Path:
     sizes: dict[int, torch.export.Dim] | None = None
     fixed: nn.Module = FixedNetwork(network, spec.precision)
     if reads_ray_image(network):
-        # As codes lie in memory: transposing them would take as long as a layer.
+        # Codes are in this memory order; transposing them would take as long as a layer.
         fixed = RowsLast(fixed)
         example = torch.zeros(1, 64, 72, in_dim(network), device=device, dtype=torch.float32)
         sizes = {axis: torch.export.Dim(name, min=2, max=_MOST_CELLS) for axis, name in ((1, "rows"), (2, "columns"))}
@@ -85,7 +86,7 @@ class InductorEngine:
 
     Args:
         spec: what was built.
-        file: the package; read here and not needed afterwards.
+        file: the package; not needed after it has been loaded.
     """
 
     name: EngineName = "inductor"

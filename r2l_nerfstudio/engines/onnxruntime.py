@@ -1,4 +1,4 @@
-"""ONNX Runtime on CPUs, in fp32: where OpenVINO is missing."""
+"""ONNX Runtime on CPUs, in fp32: used where OpenVINO is missing."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from r2l_nerfstudio.engines.sizes import (
 
 
 def version() -> str:
-    # Not the module's own: that would import it.
+    # Importing the module for its version would take seconds.
     return metadata.version("onnxruntime")
 
 
@@ -27,13 +27,13 @@ def why_not(device: torch.device, precision: Precision) -> str | None:
     if device.type != "cpu":
         return "it is used on CPUs only; on a GPU choose tensorrt or inductor."
     if precision != "fp32":
-        return "on a CPU it is fastest in fp32: choose that."
+        return "on a CPU it supports fp32 only, its fastest precision: choose that."
     try:
         import onnx  # noqa: F401 - torch writes the graph with it
         import onnxruntime  # noqa: F401
     except ImportError as error:
         return f"a package is missing ({error}): pip install 'r2l-nerfstudio[onnxruntime]'."
-    except Exception as error:  # a broken installation
+    except Exception as error:  # A broken installation.
         return f"ONNX Runtime does not start ({type(error).__name__}: {error}): install it again."
     return None
 

@@ -1,4 +1,4 @@
-"""Which engine is the fastest of those that agree with the network: built, compared, timed, remembered."""
+"""Select the fastest engine that agrees with the network: build, compare, time, remember."""
 
 from __future__ import annotations
 
@@ -24,28 +24,29 @@ from r2l_nerfstudio.errors import first_line
 
 SECONDS_PER_TIMING = 0.5
 _MOST_ROWS = 16384
-"""Of a code for timing: what more take is a multiple."""
+"""Rays of a code for timing; the time of more rays is proportional."""
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """An engine in a precision."""
+    """An engine in one precision."""
 
     name: EngineName
     precision: Precision
     only_without: frozenset[EngineName] = frozenset()
-    """Not tried once one of these has passed: it takes long to build, and has never been much faster than they are."""
+    """Not tried once one of these has passed: it takes long to build and has never been much faster than they are."""
 
     def __str__(self) -> str:
         return f"{self.name} {self.precision}"
 
 
 def candidates(device: torch.device, is_exact: bool) -> list[Candidate]:
-    """What `auto` tries, in this order.
+    """Return the candidates of `auto`, in the order in which they are tried.
 
     Args:
-        device: where the student runs.
-        is_exact: for figures and files rather than for the eye: fp32 on CPUs; fp16 on GPUs, where it is as good.
+        device: device that the student runs on.
+        is_exact: for figures and files rather than for a viewer: fp32 on CPUs; fp16 on GPUs, which is accurate enough
+            there.
     """
     if device.type == "cuda":
         return [Candidate("torch", "fp16"), Candidate("tensorrt", "fp16"), Candidate("inductor", "fp16")]
@@ -67,7 +68,7 @@ def candidates(device: torch.device, is_exact: bool) -> list[Candidate]:
 
 
 def candidates_named(name: EngineName, device: torch.device, is_exact: bool) -> list[Candidate]:
-    """A named engine in the precisions that suit, best first."""
+    """Return a named engine in the precisions that suit, best first."""
     low: Precision = "fp16" if device.type == "cuda" else "bf16"
     precisions: list[Precision] = ["fp32"] if is_exact and device.type != "cuda" else [low, "fp32"]
     return [Candidate(name, precision, frozenset({name})) for precision in precisions]
@@ -75,19 +76,19 @@ def candidates_named(name: EngineName, device: torch.device, is_exact: bool) -> 
 
 @dataclass
 class Selection:
-    """What came of choosing."""
+    """Result of a selection."""
 
     engine: Engine | None = None
-    """The fastest that passed; None if none did."""
+    """The fastest engine that passed; None if none did."""
     milliseconds: float = math.inf
-    """On the shape it was timed with."""
+    """Milliseconds on the shape that was timed."""
     psnr: float = -math.inf
-    """In dB, on the probe, against the network in fp32."""
+    """PSNR in dB on the probe, against the network in fp32."""
     others: list[str] = field(default_factory=list)
-    """Why not the others, a few words each."""
+    """Why the others were not selected, a few words each."""
 
     def describe(self) -> str:
-        """One line: what was chosen, precision, milliseconds, PSNR, and why not the others."""
+        """Return one line: the engine, precision, milliseconds, PSNR, and why not the others."""
         chosen = "torch fp32, as nothing else passed"
         if self.engine is not None:
             agreement = "equal to fp32" if math.isinf(self.psnr) else f"{self.psnr:.0f} dB"
@@ -97,25 +98,25 @@ class Selection:
 
 @dataclass(frozen=True)
 class SelectionJob:
-    """What to choose for."""
+    """What to select an engine for."""
 
     network: nn.Module
-    """A copy that nobody trains, in fp32 and evaluation mode."""
+    """A copy that is not being trained, in fp32 and evaluation mode."""
     device: torch.device
     probe: Float[Tensor, "*code"]
     """Code to compare engines on."""
     shape: tuple[int, ...]
-    """Of the code of a frame, or of the part of one that the network gets at a time."""
+    """Shape of a frame's code, or of the part that the network reads at a time."""
     cache_folder: Path | None
-    """Where to remember."""
+    """Folder to remember the result in."""
     is_stopped: Callable[[], bool] = lambda: False
-    """Asked between engines: whether the answer is no longer wanted."""
+    """Called between engines; True ends the selection."""
 
 
 def select_engine(job: SelectionJob, wanted: Iterable[Candidate]) -> Selection:
-    """The fastest candidate that agrees with the network. Never raises on behalf of an engine.
+    """Return the fastest candidate that agrees with the network. Errors of engines are reported, not raised.
 
-    What is remembered is built and compared again before it is used; only the others are spared.
+    A remembered engine is built and compared again before it is used; the other candidates are skipped.
     """
     wanted = list(wanted)
     cache = None
@@ -156,7 +157,7 @@ def select_engine(job: SelectionJob, wanted: Iterable[Candidate]) -> Selection:
 def _passing(
     job: SelectionJob, wanted: list[Candidate], cache: EngineCache | None
 ) -> Iterator[tuple[Candidate, Engine | None, str, float]]:
-    """Each candidate with its engine and PSNR, or without one and with the reason."""
+    """Yield each candidate with its engine and PSNR, or without one and with the reason."""
     passed: set[EngineName] = set()
     for candidate in wanted:
         if job.is_stopped():
@@ -181,10 +182,10 @@ def _built(job: SelectionJob, candidate: Candidate, cache: EngineCache | None) -
         folder = None if cache is None else cache.artefacts(candidate.name, module.version())
         engine = _built_from_cache(job, candidate, folder)
         found = parity(engine, job.network, job.device, job.probe)
-    except Exception as error:  # each library raises its own
+    except Exception as error:  # Each library raises its own exceptions.
         return None, f"{type(error).__name__}: {first_line(error)}", 0.0
     if not found >= PARITY_DB[candidate.precision]:
-        return None, "values that are not finite" if found == -math.inf else f"only {found:.0f} dB", found
+        return None, "non-finite values" if found == -math.inf else f"only {found:.0f} dB", found
     return engine, "", found
 
 
@@ -197,7 +198,7 @@ def _built_from_cache(job: SelectionJob, candidate: Candidate, folder: Path | No
         engine = make(module, spec)
         if parity(engine, job.network, job.device, job.probe) >= PARITY_DB[candidate.precision]:
             return engine
-    except Exception:  # a file that is cut short, or of another make: build it anew
+    except Exception:  # The file is truncated, or of another build: compile again.
         pass
     shutil.rmtree(folder)
     return make(module, spec)
@@ -219,18 +220,18 @@ def _remembered(job: SelectionJob, wanted: list[Candidate], cache: EngineCache, 
 
 
 def _versions(wanted: list[Candidate]) -> dict[str, str]:
-    """Of all engines: a selection made with others, or without one that is there now, is none."""
+    """Return the versions of all engines: a selection made with other versions or engines is not reused."""
     found = {}
     for candidate in wanted:
         try:
             found[candidate.name] = engine_module(candidate.name).version()
-        except Exception:  # not installed, or broken
+        except Exception:  # Not installed, or broken.
             found[candidate.name] = ""
     return found
 
 
 def _key(job: SelectionJob, wanted: list[Candidate]) -> str:
-    """Of the record on disk: what was asked for, and the size to the next power of two."""
+    """Key of the record on disk: the candidates, and the size to the next power of two."""
     size = job.shape[-1] * job.shape[-2] if reads_ray_image(job.network) else min(job.shape[0], _MOST_ROWS)
     asked = "_".join(dict.fromkeys(f"{c.name}-{c.precision}" for c in wanted))
     return f"{asked}_{1 << max(0, size - 1).bit_length()}"
@@ -242,9 +243,10 @@ def _timing_code(job: SelectionJob) -> Tensor:
 
 
 def milliseconds(calls: Sequence[Callable[[Tensor], Any]], code: Tensor) -> list[float]:
-    """Of one call of each: the fastest of some, taken in turns, so that other work on the machine meets all alike."""
+    """Return the time of one call of each: the minimum over several, taken in turns so that other load affects all
+    equally."""
     times: list[list[float]] = [[] for _ in calls]
-    for call in calls:  # the first one, which allocates
+    for call in calls:  # The first call, which allocates.
         call(code)
     while calls and (len(times[0]) < 4 or sum(map(sum, times)) < SECONDS_PER_TIMING * len(calls)):
         for call, taken in zip(calls, times, strict=True):

@@ -1,6 +1,7 @@
-"""Torch-TensorRT: a network exported and compiled by `torch_tensorrt.dynamo`. By name only: it pins torch's version.
+"""Torch-TensorRT: a network exported and compiled by `torch_tensorrt.dynamo`. Only chosen by name, since it pins
+PyTorch's version.
 
-NOT VERIFIED: it imports nowhere without a GPU and NVIDIA's own package index. Every refusal was run.
+NOT VERIFIED: it cannot be imported without a GPU and NVIDIA's package index. Every refusal was run.
 """
 
 from __future__ import annotations
@@ -32,9 +33,9 @@ def version() -> str:
 
 
 def why_not(device: torch.device, precision: Precision) -> str | None:
-    # Asked first: without a GPU the import ends in any of four kinds of exception, some of them after seconds.
+    # Checked first: without a GPU the import ends in any of four exceptions, some of them after seconds.
     if device.type != "cuda" or not torch.cuda.is_available():
-        return "it needs an NVIDIA GPU of compute capability 7.5 or newer, and this machine shows none."
+        return "it needs an NVIDIA GPU of compute capability 7.5 or newer, and this machine has none."
     if precision == "bf16":
         return "TensorRT has no transposed convolution in bf16, and fp16 is closer to fp32: choose fp16."
     try:
@@ -76,7 +77,7 @@ class TorchTensorRtEngine:
 
     Args:
         spec: what was built.
-        compiled: reads and gives the precision's own type.
+        compiled: takes and returns the precision's type.
     """
 
     name: EngineName = "torch-tensorrt"

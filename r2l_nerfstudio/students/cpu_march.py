@@ -16,12 +16,12 @@ from torch import Tensor
 from r2l_nerfstudio.students.sparse_volume import DENSITY_SHIFT, STOP
 
 _LEAST_RAYS = 512
-"""Per thread."""
+"""Least rays per thread."""
 
 
 @dataclass(frozen=True)
 class MarchSpace:
-    """Where rays are marched, as arrays for the kernels."""
+    """The space in which rays are marched, as arrays for the kernels."""
 
     is_disparity: bool
     near: np.float32
@@ -41,12 +41,12 @@ class MarchSpace:
     def geometry(
         self,
     ) -> tuple[bool, np.float32, np.float32, int, np.ndarray, np.ndarray, np.float32, np.ndarray, np.ndarray]:
-        """As `march` takes it."""
+        """Return the arguments of `march`."""
         return (self.is_disparity, self.near, self.far, *self.box)
 
     @property
     def box(self) -> tuple[int, np.ndarray, np.ndarray, np.float32, np.ndarray, np.ndarray]:
-        """As `place` takes it."""
+        """Return the arguments of `place`."""
         return (self.warp, self.origin, self.axes, self.nearest, self.low, self.inverse)
 
 
@@ -56,7 +56,7 @@ def _pool() -> ThreadPoolExecutor:
 
 
 def _in_parts(work: Callable[[slice], None], rays: int) -> None:
-    """Share rays among as many threads as torch uses."""
+    """Share rays among as many threads as PyTorch uses."""
     threads = min(torch.get_num_threads(), max(1, rays // _LEAST_RAYS))
     if threads == 1:
         work(slice(0, rays))
@@ -80,7 +80,9 @@ class _March(torch.autograd.Function):
         samples: int,
         jitter: bool,
     ) -> tuple[Tensor, Tensor]:
-        from r2l_nerfstudio.students import cpu_kernels  # Numba: a second to import, and Nerfstudio loads every method
+        from r2l_nerfstudio.students import (
+            cpu_kernels,  # Importing Numba takes a second, and Nerfstudio imports every method.
+        )
 
         rays = len(start)
         starts, steps = (t.detach().nan_to_num(0.0).contiguous().numpy() for t in (start, step))
@@ -137,14 +139,15 @@ def march(
     samples: int,
     jitter: bool = False,
 ) -> tuple[Float[Tensor, "rays composited"], Tensor]:
-    """Features, accumulation, fraction and point of rays, as `Composited` side by side, and which rays are empty.
+    """Return features, accumulation, fraction and point of rays, as in `Composited`, side by side, and which rays are
+    empty.
 
     Args:
-        rows: of the volume, on the CPU, fp32.
-        start: of the rays, as `RayCode.line` gives it.
-        step: likewise.
+        rows: rows of the volume, on the CPU, fp32.
+        start: start of the rays, as `RayCode.line` returns it.
+        step: step of the rays, likewise.
         missed: rays that are empty in any case.
-        space: where they are marched.
+        space: space in which they are marched.
         samples: points per ray.
         jitter: draw the points at random inside their shares.
     """
