@@ -132,7 +132,7 @@ def test_the_fastest_that_agrees_is_chosen_and_the_others_are_told(engines: Call
     assert "\n" not in line and line.startswith("Engine: fast fp32, ") and " ms, 120 dB (" in line
     for part in (
         "wrong fp32: only 60 dB",
-        "nan fp32: values that are not finite",
+        "nan fp32: non-finite values",
         "absent fp32: it needs a GPU",
         "broken fp32: OSError: libfoo.so is missing",
     ):
