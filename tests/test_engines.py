@@ -272,7 +272,7 @@ class _Lying:
         return self.net(read) + self.error
 
 
-@pytest.mark.parametrize(("error", "message"), [(1e-3, "only 60 dB"), (float("nan"), "not finite")])
+@pytest.mark.parametrize(("error", "message"), [(1e-3, "only 60 dB"), (float("nan"), "non-finite")])
 def test_an_engine_that_disagrees_is_not_handed_out(error: float, message: str, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(registry.engine_module("torch"), "build", lambda order: _Lying(error))
     with pytest.raises(InputError, match=message):
