@@ -1,4 +1,5 @@
-"""Measure students: quality, learning curves, recipes, the papers' tables, frame times, training steps, the web page."""
+"""Prepare captures and measure students: quality, learning curves, recipes, the papers' tables, frame times, training
+steps, the web page."""
 
 from __future__ import annotations
 
@@ -6,6 +7,7 @@ import tyro
 
 from benchmarks.curve import Curve
 from benchmarks.distil import Distil
+from benchmarks.prepare_captures import PrepareCaptures
 from benchmarks.recipes import Recipes
 from benchmarks.render import Render
 from benchmarks.tables import Tables
@@ -14,6 +16,7 @@ from benchmarks.web import Web
 from r2l_nerfstudio.errors import command_line
 
 COMMANDS = {
+    "prepare-captures": PrepareCaptures,
     "distil": Distil,
     "curve": Curve,
     "recipes": Recipes,

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import inspect
 import pickle
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 OutOfMemoryError: type[RuntimeError] = getattr(torch, "OutOfMemoryError", torch.cuda.OutOfMemoryError)
@@ -47,19 +47,19 @@ def has_graph_export() -> bool:
     return "dynamic_shapes" in inspect.signature(torch.onnx.export).parameters
 
 
-def load_tensors(checkpoint: Path, allowed: Sequence[Any] = ()) -> dict[str, Any]:
-    """Load a checkpoint of tensors without running code from it; the tensors are mapped, not read.
+def load_tensors(checkpoint: Path) -> dict[str, Any]:
+    """Load a checkpoint of tensors and NumPy scalars without running code from it; the tensors are mapped, not read.
 
-    Args:
-        checkpoint: file.
-        allowed: more callables that it may name, as for `torch.serialization.safe_globals`. Before torch 2.5, where the
-            list cannot be extended, NumPy's scalars are allowed instead.
+    Schedulers that work in NumPy leave its scalars beside the tensors.
 
     Raises:
         pickle.UnpicklingError: it names something else.
         RuntimeError, OSError, EOFError, ...: it is damaged.
     """
     if hasattr(torch.serialization, "safe_globals"):
-        with torch.serialization.safe_globals(list(allowed)):
+        scalar = np.float64(0).__reduce__()[0]
+        allowed: list[Any] = [scalar, (scalar, "numpy.core.multiarray.scalar"), np.dtype]
+        allowed += [type(np.dtype(kind)) for kind in (np.float64, np.float32, np.int64)]
+        with torch.serialization.safe_globals(allowed):
             return torch.load(str(checkpoint), map_location="cpu", weights_only=True, mmap=True)
     return torch.load(str(checkpoint), map_location="cpu", weights_only=False, mmap=True, pickle_module=_TensorsOnly)

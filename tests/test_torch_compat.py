@@ -52,10 +52,10 @@ def test_a_checkpoint_that_names_code_is_refused_without_the_newest_torch(
     good, bad = tmp_path / "good.ckpt", tmp_path / "bad.ckpt"
     torch.save({"rate": np.float64(0.5), "weight": nn.Parameter(torch.ones(2)), "half": torch.ones(3).half()}, good)
     torch.save({"command": os.system}, bad)
-    loaded = load_tensors(good, [])
+    loaded = load_tensors(good)
     assert loaded["rate"] == 0.5 and torch.equal(loaded["weight"], torch.ones(2)) and loaded["half"].dtype == torch.half
     with pytest.raises(pickle.UnpicklingError, match="system"):
-        load_tensors(bad, [])
+        load_tensors(bad)
 
 
 def test_an_export_names_the_pytorch_that_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,6 +16,8 @@ from jaxtyping import Float
 from nerfstudio.utils.rich_utils import CONSOLE
 from torch import Tensor
 
+from r2l_nerfstudio.psnr import psnr as unclamped_psnr
+
 LpipsNetwork = Literal["alex", "vgg"]
 
 SSIM_WINDOW = 11
@@ -38,9 +40,7 @@ def _lpips(network: LpipsNetwork = "alex") -> torch.nn.Module | None:
 
 def psnr(image: Float[Tensor, "height width 3"], truth: Float[Tensor, "height width 3"]) -> float:
     """PSNR in dB of an image, clamped to [0, 1], against one in [0, 1]."""
-    from torchmetrics.functional.image import peak_signal_noise_ratio
-
-    return float(peak_signal_noise_ratio(*_batches(image, truth), data_range=1.0))
+    return unclamped_psnr(image.float().clamp(0, 1), truth.float())
 
 
 def ssim(image: Float[Tensor, "height width 3"], truth: Float[Tensor, "height width 3"]) -> float:

@@ -20,17 +20,17 @@ from torch.nn.functional import interpolate
 
 from r2l_nerfstudio.console import progress_bar
 from r2l_nerfstudio.dataparsers import dataparser_at
-from r2l_nerfstudio.distillation.datamanager import DistillationDataManagerConfig, capture_cameras
+from r2l_nerfstudio.distillation.datamanager import DistillationDataManagerConfig
 from r2l_nerfstudio.distillation.learning_curve import CurvePoint, read_learning_curve
 from r2l_nerfstudio.distillation.photographs import read_photo
-from r2l_nerfstudio.distillation.pose_sampling import PoseSampler, PoseSamplerConfig
+from r2l_nerfstudio.distillation.pose_sampling import PoseSampler, PoseSamplerConfig, capture_cameras
 from r2l_nerfstudio.distillation.survey import Survey
 from r2l_nerfstudio.distillation.view_ring import TeacherView, ViewRenderer
 from r2l_nerfstudio.engines.cache import device_name
 from r2l_nerfstudio.engines.parity import parity
 from r2l_nerfstudio.engines.protocol import EngineName, Precision
 from r2l_nerfstudio.engines.registry import build_engine, engine_module
-from r2l_nerfstudio.errors import InputError
+from r2l_nerfstudio.errors import InputError, one_line
 from r2l_nerfstudio.models.light_field import LightFieldModel
 from r2l_nerfstudio.models.metrics import detail_energy, gmsd, image_metrics, psnr
 from r2l_nerfstudio.run_config import capture_path, checkpoint_path, load_run_config, resolve_run
@@ -44,11 +44,11 @@ Image = Float[Tensor, "height width 3"]
 UNSEEN_SEED = 31_415_926
 ZOOMS = (0.5, 2.0)
 SIZES = (0.4, 0.75, 1.5)
-"""Shares of a camera's own size at which it is rendered again."""
+"""Sizes at which a camera is rendered again, as shares of its own."""
 QUALITY = ("psnr", "ssim", "lpips", "gmsd")
 """Metrics against photos."""
 FRAMES = 5
-"""Frames that are timed per engine; the median counts."""
+"""Frames to time per engine; the median counts."""
 PRECISIONS: tuple[Precision, ...] = ("fp16", "bf16", "fp32")
 
 
@@ -86,7 +86,7 @@ class EngineTime:
     engine: EngineName
     precision: Precision | None = None
     milliseconds: float | None = None
-    """Of a whole frame: rays, encoding, network."""
+    """Milliseconds of a whole frame: rays, encoding, network."""
     parity: float | None = None
     """PSNR in dB of its values against fp32 PyTorch; infinity for equal ones."""
     skipped: str | None = None
@@ -104,7 +104,7 @@ class ComparedView:
 
 @dataclass
 class Measurements:
-    """Everything that a report shows."""
+    """All contents of a report."""
 
     run: str
     method: str
@@ -114,7 +114,7 @@ class Measurements:
     photos_in_test_split: int
     views: list[ViewScore]
     teacher: dict[str, Any] | None
-    """`method`, `iterations` and `checkpoint_megabytes`; None where the teacher's run is gone."""
+    """`method`, `iterations` and `checkpoint_megabytes`; None if the teacher's run is missing."""
     unseen: UnseenScores | None
     between_sizes: float
     """Lowest PSNR in dB between renders of one camera at its own size and at others, resampled to the smaller."""
@@ -149,7 +149,7 @@ class Measurements:
         return sorted(self.views, key=lambda view: view.student["psnr"])[:count]
 
     def as_dict(self) -> dict[str, Any]:
-        """Return all figures, without images, as JSON takes them."""
+        """Return all figures, without images, as plain JSON types."""
         figures = {key: value for key, value in vars(self).items() if key != "shown"}
         means = {who: {metric: self.mean(who, metric) for metric in QUALITY} for who in ("student", "teacher")}
         figures |= {"mean": means, "detail": self.detail, "worst_views": [view.name for view in self.worst()]}
@@ -157,7 +157,7 @@ class Measurements:
 
 
 def _plain(value: Any) -> Any:
-    """JSON's own types: dataclasses as objects, numbers with few digits, and null for what is not finite."""
+    """Convert to JSON types: dataclasses to objects, numbers to few digits, non-finite numbers to null."""
     if hasattr(value, "__dataclass_fields__"):
         return _plain(asdict(value))
     if isinstance(value, dict):
@@ -183,17 +183,17 @@ def measure(
     """Measure a finished student.
 
     Args:
-        run: its config.yml, or its folder.
-        data: where its capture is now; where it was in training, by default.
-        teacher: its teacher's run; the one it was distilled from, by default. Without one, what needs a teacher is None.
+        run: its config.yml or folder.
+        data: the capture's location, if it has moved since training.
+        teacher: the teacher's run, if it has moved since training. Without one, figures that need it are None.
         test_views: at most this many photos of the test split, evenly spaced.
         unseen_cameras: sampled cameras to compare with the teacher at.
-        engines: whose frame times are measured.
+        engines: engines to time.
         shown_views: at most this many views are kept as images, the worst one among them.
         pose_sampler: how unseen cameras are sampled; as in training, but with its default extent, by default.
 
     Raises:
-        InputError: the run, its capture or a teacher that is named cannot be read.
+        InputError: the run, its capture or an explicitly given teacher cannot be read.
     """
     config_path = resolve_run(Path(run))
     config = load_run_config(config_path)
@@ -205,9 +205,9 @@ def measure(
     parser = dataparser_at(config, place).setup()
     try:
         splits = {split: parser.get_dataparser_outputs(split=split) for split in ("train", "test")}
-    except Exception as error:  # every dataparser has failures of its own
+    except Exception as error:  # Every dataparser raises its own exceptions.
         raise InputError(
-            f"The capture {place} cannot be read ({' '.join(str(error).split())[:300]}): name its folder with --data."
+            f"The capture {place} cannot be read ({one_line(error)}): give its folder with --data."
         ) from error
     train, test = (InputDataset(outputs, datamanager.camera_res_scale_factor) for outputs in splits.values())
 
@@ -220,7 +220,7 @@ def measure(
         return image
 
     def student_view(camera: Cameras) -> Image:
-        return timed("student", lambda: model.get_outputs_for_camera(camera)["rgb"])
+        return timed("student", lambda: model.render_camera(camera)["rgb"])
 
     teacher_view: Callable[[Cameras], Image] | None = None
     if loaded_teacher is not None:
@@ -295,7 +295,7 @@ def measure(
 
 
 def _load_teacher(named: Path | None, remembered: Path | None, data: Path, device: torch.device) -> Teacher | None:
-    """The teacher that is named, else the one that the run remembers if it can still be read."""
+    """Load the given teacher, or else the one in the run's configuration if it can still be read."""
     if named is not None:
         return Teacher.load(named, device=device, data=data)
     if remembered is None:
@@ -337,14 +337,15 @@ def _unseen(
 
 
 def _camera(view: TeacherView, renderer: ViewRenderer, zoom: float = 1.0) -> Cameras:
-    """The camera of a teacher view, at `zoom` times its focal length."""
+    """Return the camera of a teacher view, at `zoom` times its focal length."""
     fx, fy, cx, cy = view.intrinsics.tolist()
     pose, width, height = view.camera_to_world[None], renderer.width, renderer.height
     return Cameras(pose, zoom * fx, zoom * fy, cx, cy, width=width, height=height)
 
 
 def between_sizes(view: Callable[[Cameras], Image], camera: Cameras) -> list[float]:
-    """Return the PSNR in dB between renders of a camera at its own size and at `SIZES`, resampled to the smaller of both."""
+    """Return the PSNR in dB between renders of a camera at its own size and at `SIZES`, resampled to the smaller of
+    both."""
     own = view(camera)
     found = []
     for scale in SIZES:
@@ -361,12 +362,12 @@ def between_sizes(view: Callable[[Cameras], Image], camera: Cameras) -> list[flo
 
 
 def time_engines(model: LightFieldModel, camera: Cameras, engines: tuple[EngineName, ...]) -> list[EngineTime]:
-    """Time a frame on each engine, in the lowest precision that it offers here and that agrees with fp32.
+    """Time a frame on each engine, in the lowest precision that it supports here and that agrees with fp32.
 
     Args:
         model: the student, in evaluation mode.
         camera: of the frame.
-        engines: which.
+        engines: engines to time.
     """
     found = []
     with progress_bar() as bar:
@@ -391,10 +392,10 @@ def _time_engine(model: LightFieldModel, camera: Cameras, name: EngineName) -> E
         with model.drawn_by(lambda code, engine=engine: engine(code)):
             for _ in range(FRAMES + 1):
                 start = time.perf_counter()
-                model.get_outputs_for_camera(camera)["rgb"].cpu()
+                model.render_camera(camera)["rgb"].cpu()
                 milliseconds.append(1e3 * (time.perf_counter() - start))
         agreement = parity(engine, model.network, model.device)
-        return EngineTime(name, precision, median(milliseconds[1:]), agreement)  # the first one warms up
+        return EngineTime(name, precision, median(milliseconds[1:]), agreement)  # The first one warms up.
     return EngineTime(name, skipped=reason)
 
 

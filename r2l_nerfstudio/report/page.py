@@ -1,4 +1,4 @@
-"""Measurements as one self-contained HTML page and as Markdown."""
+"""Measurements as a self-contained HTML page and as Markdown."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from r2l_nerfstudio.distillation.learning_curve import CurvePoint
 from r2l_nerfstudio.report.measure import ComparedView, EngineTime, Measurements
 
 LARGEST = 1000
-"""Pixels; larger images are shrunk for the page."""
+"""Largest width in pixels; wider images are shrunk for the page."""
 COLOURS = ("#2f7fd0", "#d0612f", "#2f9e5a")
 
 Table = tuple[list[str], list[list[str]]]
@@ -189,9 +189,9 @@ def _data_url(image: Float[Tensor, "height width 3"]) -> str:
 
 
 def _curve(points: Sequence[CurvePoint]) -> str:
-    """The learning curve as SVG: minutes of training across, PSNR in dB up."""
+    """Return the learning curve as SVG: training minutes across, PSNR in dB up."""
     if not points:
-        return '<p class="note">This run kept no learning curve: it measured nothing on held-out views while it trained.</p>'
+        return '<p class="note">This run has no learning curve: nothing was measured on held-out views.</p>'
     width, height, left, top, right, bottom = 720, 300, 50, 10, 150, 40
     low, high = math.floor(min(point.psnr for point in points)), math.ceil(max(point.psnr for point in points))
     high = max(high, low + 1)

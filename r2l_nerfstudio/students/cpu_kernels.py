@@ -1,7 +1,9 @@
-"""Placement, reads and compositing for a CPU, ray by ray in one pass: the torch form of it makes dozens of large tensors.
+"""Placement, reads and compositing on a CPU, one ray at a time in a single pass, without the large tensors of the
+PyTorch version.
 
-Same numbers as `rays.placement.place_samples` and `students.composited.composite`, which are the specification.
-Compiled by Numba on first use and kept in its cache; without the GIL, so that threads of Python share the rays.
+Results equal those of `rays.placement.place_samples` and `students.composited.composite`, which are the specification.
+Numba compiles the kernels on first use, keeps them in its cache, and releases the GIL, so that Python threads share the
+rays.
 """
 
 from __future__ import annotations
@@ -43,7 +45,7 @@ def _unit(x, low, inverse):  # noqa: ANN001, ANN202
 
 @_jit
 def _point(distance, group, ray, origins, directions, warp, origin, axes, nearest, low, inverse):  # noqa: ANN001, ANN202
-    """Unit-cube coordinates of one point of a ray."""
+    """Return the unit-cube coordinates of one point of a ray."""
     x = origins[group, 0] + distance * directions[ray, 0]
     y = origins[group, 1] + distance * directions[ray, 1]
     z = origins[group, 2] + distance * directions[ray, 2]
@@ -55,7 +57,8 @@ def _point(distance, group, ray, origins, directions, warp, origin, axes, neares
 
 
 def _path_along(warped):  # noqa: ANN001, ANN202
-    """`_point` at many positions of one ray. One function per warp: a loop without a branch is vectorized."""
+    """Compute `_point` at many positions of one ray. There is one function per warp, since a loop without branches is
+    vectorized."""
 
     @_jit
     def path(positions, ray, starts, steps, origin, axes, nearest, low, inverse, xs, ys, zs):  # noqa: ANN001, ANN202
@@ -76,7 +79,7 @@ _ball_path, _contracted_path, _frustum_path = _path_along(_ball), _path_along(_c
 
 @_jit
 def _position(fraction, is_disparity, near, far):  # noqa: ANN001, ANN202
-    """Steps of the ray's span at a position in [0, 1] of the scene's spacing."""
+    """Return the position in steps of the ray's span for a position in [0, 1] of the scene's spacing."""
     if is_disparity:
         return np.float32(1.0) / (np.float32(1.0) / near + (np.float32(1.0) / far - np.float32(1.0) / near) * fraction)
     return near + (far - near) * fraction
@@ -144,7 +147,7 @@ def place(  # noqa: ANN201
 
 @_jit
 def _interpolate(x, y, z, index, rows, value, channels):  # noqa: ANN001, ANN202
-    """Trilinear read of all channels at a point of the unit cube."""
+    """Read all channels trilinearly at a point of the unit cube."""
     nz, ny, nx = index.shape
     x, y, z = x * np.float32(nx - 1), y * np.float32(ny - 1), z * np.float32(nz - 1)
     ix, iy, iz = (
@@ -230,7 +233,7 @@ def unmarch(  # noqa: ANN201
     warp, origin, axes, nearest, low, inverse,  # noqa: ANN001
     index, rows, shift, values, weights, grad, grad_rows,  # noqa: ANN001
 ):  # fmt: skip
-    """Gradient of `march` for the rows, added to `grad_rows`. Row 0 stands for empty space and gets none."""
+    """Add the gradient of `march` for the rows to `grad_rows`. Row 0 stands for empty space and gets none."""
     channels = rows.shape[1]
     features = channels - 1
     count = fractions.shape[1]

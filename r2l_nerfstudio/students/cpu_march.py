@@ -16,12 +16,12 @@ from torch import Tensor
 from r2l_nerfstudio.students.sparse_volume import DENSITY_SHIFT, STOP
 
 _LEAST_RAYS = 512
-"""Per thread."""
+"""Least rays per thread."""
 
 
 @dataclass(frozen=True)
 class MarchSpace:
-    """Where rays are marched, as arrays for the kernels."""
+    """The space in which rays are marched, as arrays for the kernels."""
 
     is_disparity: bool
     near: np.float32
@@ -41,12 +41,12 @@ class MarchSpace:
     def geometry(
         self,
     ) -> tuple[bool, np.float32, np.float32, int, np.ndarray, np.ndarray, np.float32, np.ndarray, np.ndarray]:
-        """As `march` takes it."""
+        """Return the arguments of `march`."""
         return (self.is_disparity, self.near, self.far, *self.box)
 
     @property
     def box(self) -> tuple[int, np.ndarray, np.ndarray, np.float32, np.ndarray, np.ndarray]:
-        """As `place` takes it."""
+        """Return the arguments of `place`."""
         return (self.warp, self.origin, self.axes, self.nearest, self.low, self.inverse)
 
 
@@ -56,7 +56,7 @@ def _pool() -> ThreadPoolExecutor:
 
 
 def _in_parts(work: Callable[[slice], None], groups: int, group: int) -> None:
-    """Share groups of rays among as many threads as torch uses."""
+    """Share groups of rays among as many threads as PyTorch uses."""
     threads = min(torch.get_num_threads(), max(1, groups * group // _LEAST_RAYS))
     if threads == 1:
         work(slice(0, groups))
@@ -97,7 +97,9 @@ class _March(torch.autograd.Function):
     def forward(
         context: Any, rows: Tensor, rays: Rays, space: MarchSpace, samples: int, jitter: bool
     ) -> tuple[Tensor, Tensor]:
-        from r2l_nerfstudio.students import cpu_kernels  # Numba: a second to import, and Nerfstudio loads every method
+        from r2l_nerfstudio.students import (
+            cpu_kernels,  # Importing Numba takes a second, and Nerfstudio imports every method.
+        )
 
         groups, group = rays.direction.shape[:2]
         leads = (_array(rays.lead_start), _array(rays.lead_step))
@@ -153,12 +155,12 @@ class _March(torch.autograd.Function):
 def march(
     rows: Float[Tensor, "rows values"], rays: Rays, space: MarchSpace, samples: int, jitter: bool = False
 ) -> tuple[Float[Tensor, "rays composited"], Bool[Tensor, "groups"]]:
-    """Features, accumulation, fraction and point of rays, as `Composited` side by side, and which groups are empty.
+    """Return features, accumulation, fraction and point of rays, as `Composited` side by side, and which groups are empty.
 
     Args:
-        rows: of the volume, on the CPU, fp32.
-        rays: on the CPU.
-        space: where they are marched.
+        rows: rows of the volume, on the CPU, fp32.
+        rays: rays on the CPU.
+        space: space in which they are marched.
         samples: points per ray.
         jitter: draw the points at random inside their shares.
     """
