@@ -143,10 +143,11 @@ class _March(torch.autograd.Function):
         space: MarchSpace
         grad, _ = grad_outputs
         lines, fractions, lengths, empty, space, table, values, weights = ctx.kept
+        origins, directions, enter, length = lines
         grad_rows = np.zeros_like(table)
         # One thread: two would write to the same rows.
         cpu_kernels.unmarch(
-            *lines, fractions, lengths, empty, *space.geometry, space.index, table,
+            origins, directions, enter, length, fractions, lengths, empty, *space.geometry, space.index, table,
             np.float32(DENSITY_SHIFT), values, weights, grad.contiguous().float().numpy(), grad_rows,
         )  # fmt: skip
         return torch.from_numpy(grad_rows), None, None, None, None
