@@ -12,7 +12,7 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from r2l_nerfstudio.config_builder import unsafe_dataparser
-from r2l_nerfstudio.errors import InputError
+from r2l_nerfstudio.errors import InputError, one_line
 
 if TYPE_CHECKING:
     from nerfstudio.data.dataparsers.base_dataparser import DataParserConfig, DataparserOutputs
@@ -52,14 +52,14 @@ def parse_capture(config: DataParserConfig, split: str = "train") -> DataparserO
         raise CaptureError(_ONE_PLACE) from error
     except UnidentifiedImageError as error:
         raise CaptureError(
-            f"{' '.join(str(error).split())}: it is damaged, or of a kind that Pillow does not read, such as EXR; convert the"
-            " photos to 8-bit PNG or JPEG and train the teacher again"
+            f"{one_line(error)}: it is damaged, or of a kind that Pillow does not read, such as EXR; convert the photos to"
+            " 8-bit PNG or JPEG and train the teacher again"
         ) from error
     except (Exception, SystemExit) as error:  # every dataparser has failures of its own
         hint = ""
         if isinstance(error, FileNotFoundError) and "\\" in Path(str(error.filename)).name:
             hint = " (its paths were written on Windows: replace \\ by / in its file of cameras)"
-        raise CaptureError(f"{type(error).__name__}: {' '.join(str(error).split())}{hint}") from error
+        raise CaptureError(f"{type(error).__name__}: {one_line(error)}{hint}") from error
     _check_cameras(outputs)
     return outputs
 

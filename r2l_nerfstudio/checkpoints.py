@@ -11,12 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import psutil
 import torch
 from torch import Tensor, nn
 
-from r2l_nerfstudio.errors import InputError
+from r2l_nerfstudio.errors import InputError, one_line
 from r2l_nerfstudio.torch_compat import load_tensors
 
 MOST_STEPS = 10**12
@@ -35,9 +34,13 @@ class Checkpoint:
     def model_weights(self) -> dict[str, Any]:
         """The part of the pipeline's model, without prefix."""
         weights = {k.removeprefix("_model."): v for k, v in self.pipeline.items() if k.startswith("_model.")}
-        if weights and all(key.startswith("module.") for key in weights):  # trained by several ranks
-            weights = {key.removeprefix("module."): value for key, value in weights.items()}
-        return weights
+        return without_module_prefix(weights)
+
+
+def without_module_prefix(state: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a state dict without the prefix `module.` that data-parallel training puts before every key."""
+    is_wrapped = all(key.startswith("module.") for key in state)
+    return {key.removeprefix("module.") if is_wrapped else key: value for key, value in state.items()}
 
 
 def read_checkpoint(path: Path, whose: str) -> Checkpoint:
@@ -52,12 +55,8 @@ def read_checkpoint(path: Path, whose: str) -> Checkpoint:
         InputError: it is no ordinary file, damaged, no checkpoint of `ns-train`, or holds what no weights can be.
     """
     _check_file(path, whose)
-    # Schedulers that work in numpy leave its scalars beside the tensors.
-    scalar = np.float64(0).__reduce__()[0]
-    allowed = [scalar, (scalar, "numpy.core.multiarray.scalar"), np.dtype]
-    allowed += [type(np.dtype(kind)) for kind in (np.float64, np.float32, np.int64)]
     try:
-        loaded = load_tensors(path, allowed)
+        loaded = load_tensors(path)
     except pickle.UnpicklingError as error:
         reason = next((line for line in str(error).splitlines() if "GLOBAL" in line), str(error))
         raise InputError(
@@ -65,7 +64,7 @@ def read_checkpoint(path: Path, whose: str) -> Checkpoint:
             f"({reason.strip()[:300]}). Use a checkpoint that ns-train wrote, or train the {whose} again."
         ) from error
     except Exception as error:  # a damaged file may raise anything
-        raise _damaged(path, whose, f"{type(error).__name__}: {_one_line(error)}") from error
+        raise _damaged(path, whose, f"{type(error).__name__}: {one_line(error)}") from error
     if not isinstance(loaded, dict) or not isinstance(loaded.get("pipeline"), Mapping):
         raise _damaged(path, whose, f"it holds a {type(loaded).__name__} without a pipeline")
     step = _step(loaded.get("step"), path, whose)
@@ -75,9 +74,8 @@ def read_checkpoint(path: Path, whose: str) -> Checkpoint:
             raise _damaged(path, whose, f"a weight is named {key!r}"[:300])
         if isinstance(value, Tensor):
             _check_tensor(key, value, path, whose)
-        # Data-parallel training wraps the pipeline or the model in a `module`.
-        state[key.removeprefix("module.")] = value
-    checkpoint = Checkpoint(step, state)
+        state[key] = value
+    checkpoint = Checkpoint(step, without_module_prefix(state))
     if not checkpoint.model_weights():
         raise _damaged(path, whose, "it holds no model")
     return checkpoint
@@ -167,10 +165,10 @@ def _check_file(path: Path, whose: str) -> None:
                 raise _damaged(path, whose, "its parts are larger than the file")
             broken = archive.testzip()  # torch itself does not compare the checksums that it writes
     except OSError as error:
-        raise _damaged(path, whose, _one_line(error)) from error
+        raise _damaged(path, whose, one_line(error)) from error
     # NotImplementedError: zipfile's word for a compression or version that it does not know.
     except (zipfile.BadZipFile, ValueError, EOFError, NotImplementedError, RuntimeError) as error:
-        raise _damaged(path, whose, _one_line(error)) from error
+        raise _damaged(path, whose, one_line(error)) from error
     if broken is not None:
         raise _damaged(path, whose, f"the checksum of its part {broken} is wrong")
 
@@ -214,7 +212,3 @@ def _unfit(path: Path, whose: str, why: str) -> InputError:
         f"The {whose}'s checkpoint {path} does not fit the model that its config.yml describes ({why}): a run's config.yml"
         " goes with its own checkpoints; restore both from one copy."
     )
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300]

@@ -32,6 +32,8 @@ from typing import Any, cast
 
 import yaml
 
+from r2l_nerfstudio.errors import one_line
+
 _GROUPS = ("nerfstudio.method_configs", "nerfstudio.dataparser_configs")
 _VARIABLES = ("NERFSTUDIO_METHOD_CONFIGS", "NERFSTUDIO_DATAPARSER_CONFIGS")
 # Nerfstudio's own command lines: they start programs, and no configuration needs them.
@@ -240,7 +242,7 @@ class ConfigBuilder:
             return cls(args[0])
         except (ValueError, TypeError) as error:
             raise Refused(
-                f"{_one_line(error)}: the run was made with another version of the package {_package(cls)}."
+                f"{one_line(error)}: the run was made with another version of the package {_package(cls)}."
             ) from error
 
     def _class_or_function(self, name: str, where: str, hint: Any, default: Any) -> Any:
@@ -272,7 +274,7 @@ class ConfigBuilder:
             found = getattr(importlib.import_module(module), attribute)
         except Exception as error:  # a module may raise anything while it is imported
             raise Refused(
-                f"its class {name} cannot be imported here ({_one_line(error)}): install the version of '{package}' "
+                f"its class {name} cannot be imported here ({one_line(error)}): install the version of '{package}' "
                 "that the run was trained with, and what it depends on."
             ) from error
         # A package's modules also hold what they import: `os.system` by another name is still `os.system`.
@@ -508,7 +510,7 @@ def _short(value: Any) -> str:
         text = repr(value)
     except Exception:  # recursion, or a number of too many digits
         text = type(value).__name__
-    text = " ".join(text.split())
+    text = one_line(text, 81)
     return f"{text[:80]}..." if len(text) > 80 else text
 
 
@@ -525,7 +527,3 @@ def _describe(hint: Any) -> str:
             kind = _kind(cls) if isinstance(cls, type) else None
             names.append((kind or cls).__name__ if isinstance(cls, type) else str(cls))
     return " or ".join(dict.fromkeys(names))
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300]

@@ -10,6 +10,17 @@ class InputError(Exception):
     """Input that cannot be used. The message is one paragraph: what is wrong, which file or flag, the remedy."""
 
 
+def one_line(error: object, most: int = 300) -> str:
+    """Return the text of an error, or other text, on one line of at most `most` characters."""
+    return " ".join(str(error).split())[:most]
+
+
+def first_line(error: Exception) -> str:
+    """Return the first line of an error's text, or the name of its type if it has no text."""
+    lines = str(error).strip().splitlines()
+    return lines[0][:200] if lines else type(error).__name__
+
+
 @contextmanager
 def exit_on_input_error() -> Iterator[None]:
     """Boundary for command lines: print an `InputError` as a paragraph, without a traceback, and exit with code 1.

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from r2l_nerfstudio.config_builder import ConfigBuilder, MarkerLoader, Refused, marked_fields
-from r2l_nerfstudio.errors import InputError
+from r2l_nerfstudio.errors import InputError, one_line
 from r2l_nerfstudio.ranges import check_ranges
 
 if TYPE_CHECKING:
@@ -114,7 +114,7 @@ def _read_text(path: Path) -> str:
             )
         return path.read_text("utf8")
     except (OSError, ValueError) as error:
-        raise InputError(f"The run's configuration {path} cannot be read: {_one_line(error)}.") from error
+        raise InputError(f"The run's configuration {path} cannot be read: {one_line(error)}.") from error
 
 
 def _build(text: str, path: Path) -> tuple[TrainerConfig, list[str]]:
@@ -135,7 +135,7 @@ def _build(text: str, path: Path) -> tuple[TrainerConfig, list[str]]:
     except Refused:
         raise
     except Exception as error:  # PyYAML lets numbers, dates, keys and nesting raise as they like
-        raise InputError(_damaged(path, f"{type(error).__name__}: {_one_line(error)}")) from error
+        raise InputError(_damaged(path, f"{type(error).__name__}: {one_line(error)}")) from error
     top = marked_fields(data)
     pipeline = None if top is None else marked_fields(top.get("pipeline"))
     if top is not None:
@@ -243,7 +243,3 @@ def capture_path(config: TrainerConfig, config_path: Path) -> Path:
 
 def _damaged(path: Path, why: str) -> str:
     return f"The configuration {path} is truncated or damaged ({why}): restore it from a copy, or train the run again."
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300]

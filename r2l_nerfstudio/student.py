@@ -17,8 +17,8 @@ from torch import Tensor
 
 from r2l_nerfstudio.checkpoints import check_fit, check_size, read_checkpoint
 from r2l_nerfstudio.distillation.averaging import put_average, saved_average
-from r2l_nerfstudio.engines.switch import EngineChoice
-from r2l_nerfstudio.errors import InputError
+from r2l_nerfstudio.engines.switch import EngineOption
+from r2l_nerfstudio.errors import InputError, one_line
 from r2l_nerfstudio.models.light_field import LightFieldModel, LightFieldModelConfig
 from r2l_nerfstudio.run_config import checkpoint_path, load_run_config, resolve_run
 from r2l_nerfstudio.user_cache import engine_cache_folder
@@ -40,7 +40,7 @@ class Student:
     def __init__(self, model: LightFieldModel, method_name: str) -> None:
         self.model = model
         self.method_name = method_name
-        self._source: tuple[str, str, int, EngineChoice] | None = None
+        self._source: tuple[str, str, int, EngineOption] | None = None
         self._process = os.getpid()
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -117,13 +117,7 @@ class Student:
         camera = Cameras(
             pose[None], float(fx), float(fy), float(cx), float(cy), width=int(width), height=int(height)
         ).to(self.model.device)
-        try:
-            outputs = self.model.get_outputs_for_camera(camera)
-        except SystemExit as error:
-            # Made for Nerfstudio's commands; in Python it is the error itself that is wanted.
-            if isinstance(error.__cause__, InputError):
-                raise error.__cause__ from None
-            raise
+        outputs = self.model.render_camera(camera)
         found: dict[str, Array] = {name: outputs[name] for name in self.outputs}
         if isinstance(camera_to_world, Tensor):
             return found
@@ -134,7 +128,7 @@ def load_student(
     path: Path | str,
     device: torch.device | str | None = None,
     step: int | None = None,
-    engine: EngineChoice = "auto",
+    engine: EngineOption = "auto",
 ) -> Student:
     """Load a trained student from its run's folder; nothing else needs to be on the disk.
 
@@ -165,7 +159,7 @@ def plain_torch() -> Iterator[None]:
         torch.set_default_dtype(kept)
 
 
-def _load(path: Path, device: torch.device | str | None, step: int | None, engine: EngineChoice) -> Student:
+def _load(path: Path, device: torch.device | str | None, step: int | None, engine: EngineOption) -> Student:
     config_path = resolve_run(path)
     config = load_run_config(config_path)
     target = getattr(config.pipeline.model, "_target", None)
@@ -198,7 +192,7 @@ def _load(path: Path, device: torch.device | str | None, step: int | None, engin
     except (RuntimeError, KeyError, TypeError, AttributeError) as error:
         raise InputError(
             f"The checkpoint {checkpoint} does not fit the student that {config_path} describes"
-            f" ({_one_line(error)}): a run's config.yml goes with its own checkpoints; restore both from one copy."
+            f" ({one_line(error)}): a run's config.yml goes with its own checkpoints; restore both from one copy."
         ) from error
     _check_scene(model, checkpoint)
     model = model.to(device).eval().requires_grad_(False)
@@ -234,14 +228,10 @@ def _numbers(values: Any, name: str, shapes: set[tuple[int, ...]]) -> Float[Tens
     try:
         numbers = torch.as_tensor(values, dtype=torch.float32).detach().cpu()
     except (TypeError, ValueError, RuntimeError) as error:
-        raise InputError(f"{name} is not made of numbers ({_one_line(error)}): pass an array or a tensor.") from error
+        raise InputError(f"{name} is not made of numbers ({one_line(error)}): pass an array or a tensor.") from error
     if tuple(numbers.shape) not in shapes:
         wanted = " or ".join(str(list(shape)) for shape in sorted(shapes))
         raise InputError(f"{name} has the shape {list(numbers.shape)}: pass {wanted}.")
     if not bool(numbers.isfinite().all()):
         raise InputError(f"{name} holds numbers that are not finite: pass a camera's own.")
     return numbers
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300]

@@ -30,7 +30,7 @@ from torch.nn import ParameterDict
 from r2l_nerfstudio.capture import CaptureError, parse_capture
 from r2l_nerfstudio.checkpoints import check_fit, check_size, read_checkpoint
 from r2l_nerfstudio.dataparsers import dataparser_at
-from r2l_nerfstudio.errors import InputError
+from r2l_nerfstudio.errors import InputError, one_line
 from r2l_nerfstudio.lpips import AbsentLpips, without_lpips
 from r2l_nerfstudio.run_config import capture_path, checkpoint_path, load_run_config, resolve_run
 
@@ -318,7 +318,7 @@ def _read_capture(
         outputs = parse_capture(dataparser_config)
     except CaptureError as error:
         raise InputError(
-            f"The capture {data} of the teacher {config_path} cannot be read ({_one_line(error)}). {remedy}"
+            f"The capture {data} of the teacher {config_path} cannot be read ({one_line(error)}). {remedy}"
         ) from error
     missing = [file for file in outputs.image_filenames if not Path(file).is_file()]
     if missing or not outputs.image_filenames:
@@ -343,7 +343,7 @@ def _check_frame(config_path: Path, data: Path, outputs: DataparserOutputs) -> N
             raise ValueError("its numbers are not finite")
     except (OSError, ValueError, KeyError, TypeError, RecursionError, OverflowError) as error:
         raise InputError(
-            f"The teacher's file {file} is damaged ({_one_line(error)}): restore it, or delete it if you are sure that "
+            f"The teacher's file {file} is damaged ({one_line(error)}): restore it, or delete it if you are sure that "
             f"{data} is the capture it was trained on."
         ) from error
     close = functools.partial(np.allclose, rtol=1e-4, atol=1e-4)
@@ -407,7 +407,7 @@ def _build_model(
 
 def _not_built(config: TrainerConfig, config_path: Path, error: Exception) -> str:
     return (
-        f"The model of the teacher {config_path} cannot be built ({type(error).__name__}: {_one_line(error)}). It was "
+        f"The model of the teacher {config_path} cannot be built ({type(error).__name__}: {one_line(error)}). It was "
         f"probably trained with another version of Nerfstudio or of '{config.method_name}': install that version, or "
         "train the teacher again."
     )
@@ -438,7 +438,7 @@ def _load_weights(model: Model, weights: dict[str, Tensor], step: int, checkpoin
             why = "training had no tiny-cuda-nn, which is installed here: set `implementation: torch` in config.yml"
         raise InputError(
             f"The teacher's checkpoint {checkpoint} does not fit the model that its config.yml describes. Probable "
-            f"cause: {why}. The first differences: {_one_line(error)}"
+            f"cause: {why}. The first differences: {one_line(error)}"
         ) from error
 
 
@@ -504,7 +504,3 @@ def _splat_ray_lengths(camera: Cameras) -> Float[Tensor, "height width 1"]:
     x = (x - camera.cx.squeeze()) / camera.fx.squeeze()
     y = (y - camera.cy.squeeze()) / camera.fy.squeeze()
     return (x**2 + y**2 + 1).sqrt()[..., None]
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300]

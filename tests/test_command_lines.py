@@ -22,6 +22,7 @@ from nerfstudio.configs.method_configs import all_methods
 from published_captures import around, blender_capture
 from published_files import r2l_weights, write_tar
 
+from r2l_nerfstudio.atomic_output import atomic_files, atomic_folder
 from r2l_nerfstudio.errors import InputError, command_line
 from r2l_nerfstudio.export import (
     capture_view,
@@ -34,7 +35,6 @@ from r2l_nerfstudio.export import (
     web_runtime,
 )
 from r2l_nerfstudio.export.web_server import WebServer
-from r2l_nerfstudio.export.whole_files import whole_files, whole_folder
 from r2l_nerfstudio.report import measure
 from r2l_nerfstudio.scripts import export, fleet, import_checkpoint, quickstart, report, view
 
@@ -259,7 +259,7 @@ def check_calls(
 def test_export(kind: str, student: Path, in_empty_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def written(student, spec, output, *others):
         overwrite = others[-1]
-        with whole_files(output, overwrite):
+        with atomic_files(output, overwrite):
             far_enough()
 
     for module, name in {
@@ -285,7 +285,7 @@ def test_export(kind: str, student: Path, in_empty_folder: Path, monkeypatch: py
 
 def test_web(student: Path, in_empty_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def written(student, cameras, runtime, output, title, overwrite):
-        with whole_folder(output, overwrite, "scene.json", "web export"):
+        with atomic_folder(output, overwrite, "scene.json", "web export"):
             far_enough()
 
     monkeypatch.setattr(web_folder, "export_web", written)

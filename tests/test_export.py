@@ -27,10 +27,9 @@ from student_runs import (
 from versions import needs_graph_export
 
 from r2l_nerfstudio import load_student
-from r2l_nerfstudio.engines.parity import psnr
 from r2l_nerfstudio.engines.protocol import BrokenEngine
 from r2l_nerfstudio.errors import InputError
-from r2l_nerfstudio.export import coreml_file, graph, int8, onnx_file, openvino_file, phone, tensorrt_plan
+from r2l_nerfstudio.export import coreml_file, graph, int8, mobile_onnx, onnx_file, openvino_file, tensorrt_plan
 from r2l_nerfstudio.export.comparison import check_export, probe_inputs
 from r2l_nerfstudio.export.coreml_file import export_coreml
 from r2l_nerfstudio.export.gathered_volume import GatheredVolume
@@ -41,6 +40,7 @@ from r2l_nerfstudio.export.onnx_file import export_onnx, run_onnx
 from r2l_nerfstudio.export.openvino_file import export_openvino
 from r2l_nerfstudio.export.plain_network import SigmoidGelu, SubpixelConv
 from r2l_nerfstudio.export.tensorrt_plan import export_plan, export_torch_tensorrt
+from r2l_nerfstudio.psnr import psnr
 from r2l_nerfstudio.run_config import load_run_config
 from r2l_nerfstudio.scripts import export as script
 from r2l_nerfstudio.student import Student
@@ -209,7 +209,7 @@ def test_a_phone_takes_the_network_whole(
     modes = {attribute.s for node in model.graph.node for attribute in node.attribute if attribute.name == "mode"}
     assert modes <= {b"DCR"}
     sizes = [dim.dim_value for value in model.graph.input for dim in value.type.tensor_type.shape.dim]
-    assert min(sizes) > 0 and model.opset_import[0].version == phone.OPSET
+    assert min(sizes) > 0 and model.opset_import[0].version == mobile_onnx.OPSET
 
 
 def test_an_operator_that_phones_lack_is_named(
@@ -274,6 +274,11 @@ def test_int8_is_kept_where_it_costs_little(
     weights = [tensor for tensor in model.graph.initializer if len(tensor.dims) == 4]
     assert weights and {tensor.data_type for tensor in weights} == {onnx.TensorProto.INT8}
     assert {prop.key: prop.value for prop in model.metadata_props}["precision"] == "int8"
+    if not flags:
+        tables = {
+            tensor.data_type for tensor in model.graph.initializer if len(tensor.dims) == 2 and tensor.dims[1] == 5
+        }
+        assert tables == {onnx.TensorProto.INT8}, "density and features of the grid points"
     student = load_student(captured, device="cpu", engine="torch")
     part = "network" if flags else "whole"
     given, truth = probe_inputs(student, GraphSpec("camera", "fp32", 27, 18, part), 0)
@@ -335,7 +340,7 @@ def test_core_ml_packages_are_what_was_asked_for(
     monkeypatch.setattr(coreml_file, "RAYS_AT_ONCE", 4 * CAMERA.width)
     monkeypatch.setattr(coreml_file.platform, "system", lambda: "Linux")
     call(monkeypatch, "coreml", output, "--load-config", run(name), "--width", 27, "--height", 18, *arguments)
-    assert "not compared with torch: Core ML runs on a Mac alone" in " ".join(capsys.readouterr().out.split())
+    assert "not compared with PyTorch: Core ML runs on a Mac only" in " ".join(capsys.readouterr().out.split())
     assert [path.name for path in tmp_path.iterdir()] == [output.name]
     found = coremltools.utils.load_spec(str(output))
     assert found.description.metadata.userDefined["factor"] == ("4" if "mobile" in name else "1")
@@ -535,7 +540,7 @@ def test_defaults_of_onnx_are_the_documented_ones(
 
     monkeypatch.setattr(onnx_file, "export_onnx", record)
     monkeypatch.setattr(int8, "export_int8", record)
-    monkeypatch.setattr(phone, "phone_verdict", lambda path: "")
+    monkeypatch.setattr(mobile_onnx, "mobile_verdict", lambda path: "")
     monkeypatch.setattr(script, "report", lambda *arguments: None)
     call(monkeypatch, "onnx", "--load-config", run(name), "--output", "student.onnx", *flags)
     (spec,) = asked

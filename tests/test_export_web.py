@@ -25,8 +25,8 @@ import torch
 from r2l_nerfstudio.distillation.pose_sampling import CaptureCameras, look_along
 from r2l_nerfstudio.errors import InputError
 from r2l_nerfstudio.export import web_runtime, web_server
-from r2l_nerfstudio.export.capture_view import start_pose, view_limits
 from r2l_nerfstudio.export.graph import reduced_frequency_encode
+from r2l_nerfstudio.export.navigation import start_pose, view_limits
 from r2l_nerfstudio.export.web_folder import to_rgb
 from r2l_nerfstudio.export.web_runtime import BACKENDS, fetch_runtime
 from r2l_nerfstudio.export.web_server import WebServer

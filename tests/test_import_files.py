@@ -364,7 +364,7 @@ def test_options_that_cannot_be(refused, tmp_path: Path) -> None:
     assert "positive integer" in refused(file, num_points=0)
     assert "--ndc" in refused(file, ndc="yes")
     assert "choose one of" in refused(file, scene="lego")
-    assert "both name an origin" in refused(file, scene="fern", center=(0.0, 0.0, 0.0))
+    assert "both set the origin" in refused(file, scene="fern", center=(0.0, 0.0, 0.0))
     mobile = write_tar(tmp_path / "mobile.tar", mobile_weights())
     assert "--cells" in refused(mobile, cells=(4, 40))
 

@@ -24,9 +24,8 @@ from teachers import _ring
 
 from r2l_nerfstudio.capture import CaptureError, parse_capture
 from r2l_nerfstudio.dataparsers import without_points
-from r2l_nerfstudio.distillation.datamanager import capture_cameras
 from r2l_nerfstudio.distillation.photographs import Photographs
-from r2l_nerfstudio.distillation.pose_sampling import PoseSampler
+from r2l_nerfstudio.distillation.pose_sampling import PoseSampler, capture_cameras
 from r2l_nerfstudio.distillation.survey import Survey
 from r2l_nerfstudio.distillation.view_ring import ViewRenderer
 from r2l_nerfstudio.engines.parity import psnr

@@ -15,7 +15,7 @@ from student_runs import STEP, tiny_mobile_r2l, tiny_r2l, write_run
 import r2l_nerfstudio
 from r2l_nerfstudio import load_student
 from r2l_nerfstudio.errors import InputError
-from r2l_nerfstudio.export.probes import probe_poses
+from r2l_nerfstudio.models.probe_cameras import probe_poses
 
 LENS = np.array([50.0, 50.0, 12.0, 9.0])
 

@@ -12,10 +12,9 @@ import torch
 from scene_teacher import SceneTeacher, scene_cameras
 
 from r2l_nerfstudio.distillation import view_ring
-from r2l_nerfstudio.distillation.datamanager import capture_cameras
 from r2l_nerfstudio.distillation.foreground import TRIES
 from r2l_nerfstudio.distillation.hard_rays import HardRayPool
-from r2l_nerfstudio.distillation.pose_sampling import PoseSampler
+from r2l_nerfstudio.distillation.pose_sampling import PoseSampler, capture_cameras
 from r2l_nerfstudio.distillation.ray_sample import RECORD_WIDTH, RaySample
 from r2l_nerfstudio.distillation.survey import Survey
 from r2l_nerfstudio.distillation.view_ring import ViewRenderer, ViewRing

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Annotated, cast
+from typing import Annotated
 
 import torch
 from jaxtyping import Float
@@ -15,12 +15,9 @@ from r2l_nerfstudio.distillation.crops import Views, joined, sample_crops
 from r2l_nerfstudio.distillation.datamanager import Batch, DistillationDataManager, DistillationDataManagerConfig
 from r2l_nerfstudio.distillation.photograph_views import PhotographViews, photograph_views
 from r2l_nerfstudio.distillation.pose_sampling import CaptureCameras, PoseSamplerConfig
-from r2l_nerfstudio.distillation.survey import Survey
 from r2l_nerfstudio.errors import InputError
 from r2l_nerfstudio.ranges import IntRange
-from r2l_nerfstudio.rays.conventions import OURS, RayConventions
-from r2l_nerfstudio.rays.ray_image import MARGIN
-from r2l_nerfstudio.teacher import Teacher
+from r2l_nerfstudio.rays.ray_image import MARGIN, StudentRays
 
 HOLDOUT_PIXELS = 32768
 
@@ -47,29 +44,9 @@ class CropDataManager(DistillationDataManager):
 
     config: CropDataManagerConfig
 
-    def attach_teacher(
-        self,
-        teacher: Teacher,
-        survey: Survey,
-        background: Float[Tensor, "3"],
-        factor: int,
-        rays_per_cell: int = 1,
-        conventions: RayConventions = OURS,
-        margin: int = MARGIN,
-    ) -> None:
-        super().attach_teacher(
-            teacher, survey, background, factor, rays_per_cell, conventions, self._crop_margin(margin)
-        )
-
-    def restart(
-        self, config: DistillationDataManagerConfig, rays_per_cell: int, conventions: RayConventions, margin: int
-    ) -> None:
-        self.config = cast(CropDataManagerConfig, config)  # of the same method
-        super().restart(config, rays_per_cell, conventions, self._crop_margin(margin))
-
-    def _crop_margin(self, margin: int) -> int:
-        """Cells around a crop: a crop from inside a view has neighbours, whatever a whole picture's border sees."""
-        return margin if self.config.whole_images else max(margin, MARGIN)
+    def read_by(self, rays: StudentRays) -> StudentRays:
+        # A crop from inside a view has neighbors, whatever the border of a whole image sees.
+        return rays if self.config.whole_images else dataclasses.replace(rays, margin=max(rays.margin, MARGIN))
 
     def view_cameras(self) -> CaptureCameras:
         """As pinholes of one focal length, the capture's median."""
@@ -86,12 +63,13 @@ class CropDataManager(DistillationDataManager):
             InputError: if a view is smaller than one cell.
         """
         cameras = self.view_cameras()
-        rows, columns = cameras.height // self.factor, cameras.width // self.factor
+        factor = self.rays.factor
+        rows, columns = cameras.height // factor, cameras.width // factor
         if not self.config.whole_images:
             rows = columns = min(self.config.crop_cells, rows, columns)
         if min(rows, columns) < 1:
             raise InputError(
-                f"Views of {cameras.width}x{cameras.height} pixels are smaller than one cell of {self.factor}x{self.factor}:"
+                f"Views of {cameras.width}x{cameras.height} pixels are smaller than one cell of {factor}x{factor}:"
                 " lower --pipeline.datamanager.view-downscale or --pipeline.model.factor."
             )
         return rows, columns
@@ -122,17 +100,17 @@ class CropDataManager(DistillationDataManager):
         foreground_fraction: float = 0.0,
     ) -> Batch:
         rows, columns = self.cells
-        num_crops = max(1, round(num_pixels / (rows * columns * self.factor**2)))
+        num_crops = max(1, round(num_pixels / (rows * columns * self.rays.factor**2)))
         return sample_crops(
             source,
             num_crops,
             self.cells,
-            self.factor,
+            self.rays.factor,
             generator,
             foreground_fraction,
-            margin=self.margin,
-            rays_per_cell=self.rays_per_cell,
-            conventions=self.conventions,
+            margin=self.rays.margin,
+            rays_per_cell=self.rays.rays_per_cell,
+            conventions=self.rays.conventions,
         )
 
     def get_train_rays_per_batch(self) -> int:
@@ -140,4 +118,4 @@ class CropDataManager(DistillationDataManager):
         if not self.config.whole_images:
             return self.config.train_num_rays_per_batch
         rows, columns = self.cells
-        return self.config.whole_images * rows * columns * self.factor**2
+        return self.config.whole_images * rows * columns * self.rays.factor**2

@@ -15,7 +15,6 @@ from typing import Annotated, Any
 import torch
 import tyro
 from jaxtyping import Float
-from nerfstudio.cameras.cameras import Cameras, CameraType
 from nerfstudio.cameras.rays import RayBundle
 from nerfstudio.data.datamanagers.base_datamanager import VanillaDataManager, VanillaDataManagerConfig
 from nerfstudio.data.dataparsers.base_dataparser import DataParserConfig
@@ -27,14 +26,13 @@ from nerfstudio.utils.rich_utils import CONSOLE
 from torch import Tensor
 
 from r2l_nerfstudio.distillation.photographs import split_holdout
-from r2l_nerfstudio.distillation.pose_sampling import CaptureCameras, PoseSampler, PoseSamplerConfig
+from r2l_nerfstudio.distillation.pose_sampling import CaptureCameras, PoseSampler, PoseSamplerConfig, capture_cameras
 from r2l_nerfstudio.distillation.ray_sample import RaySample
 from r2l_nerfstudio.distillation.survey import Survey
 from r2l_nerfstudio.distillation.view_ring import TeacherView, ViewRenderer, ViewRing
-from r2l_nerfstudio.errors import InputError
+from r2l_nerfstudio.errors import InputError, one_line
 from r2l_nerfstudio.ranges import FloatRange, IntRange
-from r2l_nerfstudio.rays.conventions import OURS, RayConventions
-from r2l_nerfstudio.rays.ray_image import MARGIN
+from r2l_nerfstudio.rays.ray_image import StudentRays
 from r2l_nerfstudio.teacher import Teacher
 
 HOLDOUT_VIEWS = 4
@@ -121,7 +119,7 @@ class DistillationDataManager(VanillaDataManager[InputDataset]):
             super().__init__(config, *args, **kwargs)
         except (Exception, SystemExit) as error:  # every dataparser has failures of its own
             raise InputError(
-                f"The capture {config.data or config.dataparser.data} cannot be read ({' '.join(str(error).split())}):"
+                f"The capture {config.data or config.dataparser.data} cannot be read ({one_line(error)}):"
                 " put it back, or name its new place with --data (ns-train) or in the run's config.yml"
                 " (pipeline.datamanager.data)."
             ) from error
@@ -150,10 +148,7 @@ class DistillationDataManager(VanillaDataManager[InputDataset]):
         teacher: Teacher,
         survey: Survey,
         background: Float[Tensor, "3"],
-        factor: int,
-        rays_per_cell: int = 1,
-        conventions: RayConventions = OURS,
-        margin: int = MARGIN,
+        rays: StudentRays,
     ) -> None:
         """Fill the ring of teacher views and read the photographs.
 
@@ -161,21 +156,14 @@ class DistillationDataManager(VanillaDataManager[InputDataset]):
             teacher: who renders.
             survey: what it shows from its training cameras.
             background: colour behind photographs that have an alpha channel.
-            factor: pixels along each side of the student's cells.
-            rays_per_cell: rays along each side of a cell that the student reads.
-            conventions: how the student's ray encoding reads rays.
-            margin: cells around a crop, for students of whole images.
+            rays: which rays the student reads.
 
         Raises:
             InputError: if no plausible view is found, no view fits the device, or no training view is left.
         """
         config = self.config
         self.background = background
-        self.factor = factor
-        self.rays_per_cell = rays_per_cell
-        self.conventions = conventions
-        self.margin = margin
-        """Cells around a crop that the student drops."""
+        self.rays = self.read_by(rays)
         sampler = PoseSampler(self.view_cameras(), config.pose_sampler)
         config.pose_sampler.kind = sampler.kind
         CONSOLE.print(f"Pseudo cameras: {sampler.kind} sampler.")
@@ -241,22 +229,20 @@ class DistillationDataManager(VanillaDataManager[InputDataset]):
     def draw(self, num_real: int) -> Batch:
         """A batch to learn from, `num_real` of its `train_num_rays_per_batch` pixels from photographs."""
 
-    def restart(
-        self, config: DistillationDataManagerConfig, rays_per_cell: int, conventions: RayConventions, margin: int
-    ) -> None:
+    def read_by(self, rays: StudentRays) -> StudentRays:
+        """Return the rays that batches hold for a student that reads these."""
+        return rays
+
+    def restart(self, config: DistillationDataManagerConfig, rays: StudentRays) -> None:
         """Begin anew with the teacher views at hand, for another student.
 
         Args:
             config: what differs of it from the former one must not concern views and photographs.
-            rays_per_cell: as for `attach_teacher`.
-            conventions: as for `attach_teacher`; held-out photos keep those that they were drawn for.
-            margin: as for `attach_teacher`.
+            rays: which rays it reads; held-out photos keep the conventions that they were drawn for.
         """
         self.config = config
         self.photographs_now = False
-        self.rays_per_cell = rays_per_cell
-        self.conventions = conventions
-        self.margin = margin
+        self.rays = self.read_by(rays)
         self.__dict__.pop("cells", None)
         self.held_views = self.hold_out(self._held_ring, None)
 
@@ -316,7 +302,7 @@ class DistillationDataManager(VanillaDataManager[InputDataset]):
             if self._failures == MOST_FAILURES:
                 CONSOLE.print(
                     f"[bold yellow]No more teacher views, after {MOST_FAILURES} failures ({type(error).__name__}:"
-                    f" {' '.join(str(error).split())[:300]}): training goes on with the {len(self.ring)} there are.",
+                    f" {one_line(error)}): training goes on with the {len(self.ring)} there are.",
                     soft_wrap=True,
                 )
 
@@ -333,27 +319,3 @@ class DistillationDataManager(VanillaDataManager[InputDataset]):
 def to_ray_bundle(sample: RaySample) -> RayBundle:
     """Nerfstudio's container for the same rays."""
     return RayBundle(origins=sample.origins, directions=sample.directions, pixel_area=torch.zeros_like(sample.weight))
-
-
-def capture_cameras(cameras: Cameras, downscale: float = 1.0) -> CaptureCameras:
-    """The training cameras as undistorted pinholes of one resolution, the capture's median divided by `downscale`.
-
-    Fisheye and panoramic cameras become pinholes of 90 degrees: a student is asked through pinholes.
-    """
-    cameras = cameras.to("cpu").flatten()
-    width = max(1, round(float(cameras.width.float().median()) / downscale))
-    height = max(1, round(float(cameras.height.float().median()) / downscale))
-    intrinsics = torch.cat(
-        [
-            cameras.fx * width / cameras.width,
-            cameras.fy * height / cameras.height,
-            cameras.cx * width / cameras.width,
-            cameras.cy * height / cameras.height,
-        ],
-        dim=-1,
-    ).float()
-    wide = cameras.camera_type[:, 0] != CameraType.PERSPECTIVE.value
-    if wide.any():
-        side = min(width, height) / 2
-        intrinsics[wide] = torch.tensor([side, side, width / 2, height / 2])
-    return CaptureCameras(cameras.camera_to_worlds.float(), intrinsics, width, height)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from r2l_nerfstudio.distillation.ray_sample import RaySample
 from r2l_nerfstudio.distillation.view_ring import free_memory
-from r2l_nerfstudio.errors import InputError
+from r2l_nerfstudio.errors import InputError, one_line
 from r2l_nerfstudio.rays.conventions import OURS, RayConventions
 from r2l_nerfstudio.rays.pinhole import planar_directions
 
@@ -82,7 +82,7 @@ def read_photo(dataset: InputDataset, index: int, background: Float[Tensor, "3"]
         photo = _read(dataset, index, background)
     except Exception as error:  # every decoder has failures of its own
         raise InputError(
-            f"The photo {path} cannot be used ({' '.join(str(error).split())[:300]}): restore it, or name a whole copy of"
+            f"The photo {path} cannot be used ({one_line(error)}): restore it, or name a whole copy of"
             " the capture with --data."
         ) from error
     _check_size(dataset, index, photo)

@@ -26,7 +26,7 @@ from torch.nn import Parameter
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import update_bn
 
-from r2l_nerfstudio.checkpoints import read_checkpoint
+from r2l_nerfstudio.checkpoints import read_checkpoint, without_module_prefix
 from r2l_nerfstudio.distillation.averaging import (
     WeightAverage,
     normalization_statistics,
@@ -41,9 +41,10 @@ from r2l_nerfstudio.distillation.progress import TrainingProgress
 from r2l_nerfstudio.distillation.published_scene import scene_of_capture
 from r2l_nerfstudio.distillation.scene_occupancy import SceneOccupancy
 from r2l_nerfstudio.distillation.survey import Survey
-from r2l_nerfstudio.errors import InputError, exit_on_input_error
+from r2l_nerfstudio.engines.torch_engine import is_bf16_fast
+from r2l_nerfstudio.errors import InputError, exit_on_input_error, one_line
 from r2l_nerfstudio.models.light_field import LightFieldModel, LightFieldModelConfig
-from r2l_nerfstudio.models.mobile_r2l import MobileR2LModel
+from r2l_nerfstudio.psnr import decibels
 from r2l_nerfstudio.ranges import FloatRange, IntRange
 from r2l_nerfstudio.rays.conventions import OURS
 from r2l_nerfstudio.teacher import Teacher
@@ -69,7 +70,7 @@ class DistillationPipelineConfig(VanillaPipelineConfig):
     """Before training, check that the teacher's renders match the photographs they should match."""
     bf16: bool = True
     """Train the network in bfloat16 with fp32 weights: needs no loss scaling, unlike the fp16 that Nerfstudio's mixed
-    precision means on CUDA. Rays, encoding and losses stay in fp32."""
+    precision means on CUDA. Rays, encoding and losses stay in fp32. On a machine without bf16 arithmetic all is fp32."""
     steps_per_holdout: Annotated[int, IntRange(1, 10**9)] = 500
     """Iterations between looks at the held-out views."""
     sync_batch_norm: bool = False
@@ -151,10 +152,8 @@ class DistillationPipeline(VanillaPipeline):
         self._set_scene(survey, background)
         CONSOLE.print(f"Scene: {self.model.describe_scene()}.")
         model = self.model
-        self.datamanager.attach_teacher(
-            teacher, survey, background, model.factor, model.rays_per_cell, model.ray_code.conventions, model.margin
-        )
-        model.crop_margin = self.datamanager.margin
+        self.datamanager.attach_teacher(teacher, survey, background, model.rays)
+        model.crop_margin = self.datamanager.rays.margin
         self._survey = survey
         self._start_occupancy()
 
@@ -181,7 +180,7 @@ class DistillationPipeline(VanillaPipeline):
         bounds, conventions = survey.bounds(capture, self.model.config.forced_spacing), OURS
         if self.model.config.published_rays:
             outputs = self.datamanager.train_dataparser_outputs
-            scene = scene_of_capture(capture, outputs, bounds, isinstance(self.model, MobileR2LModel))
+            scene = scene_of_capture(capture, outputs, bounds, self.model.reads_ray_image)
             bounds = dataclasses.replace(bounds, near=scene.near, far=scene.far)
             conventions = scene.conventions
         self.model.set_scene(
@@ -206,10 +205,8 @@ class DistillationPipeline(VanillaPipeline):
             scene_box=dataset.scene_box, num_train_data=len(dataset), metadata=dataset.metadata
         ).to(self.datamanager.device)
         self._set_scene(self._survey, self.datamanager.background)
-        self.datamanager.restart(
-            config.datamanager, self.model.rays_per_cell, self.model.ray_code.conventions, self.model.margin
-        )
-        self.model.crop_margin = self.datamanager.margin
+        self.datamanager.restart(config.datamanager, self.model.rays)
+        self.model.crop_margin = self.datamanager.rays.margin
         self._start_occupancy()
         self.average = WeightAverage(self.model, config.ema_decay) if config.ema_decay > 0 else None
         self._best = None
@@ -235,7 +232,7 @@ class DistillationPipeline(VanillaPipeline):
         Raises:
             SystemExit: with a paragraph that says why, if it does not fit.
         """
-        state = {key.removeprefix("module."): value for key, value in loaded_state.items()}
+        state = without_module_prefix(loaded_state)
         averages = saved_average(state)
         state = {key: value for key, value in state.items() if not key.startswith("average.")}
         self.model.update_to_step(step)
@@ -245,7 +242,7 @@ class DistillationPipeline(VanillaPipeline):
             except RuntimeError as error:
                 raise InputError(
                     f"The checkpoint of step {step} is not one of the student that config.yml and the command line"
-                    f" describe ({' '.join(str(error).split())[:300]}). A run's config.yml goes with its own"
+                    f" describe ({one_line(error)}). A run's config.yml goes with its own"
                     " checkpoints; to go on from one with --load-dir, give the same --pipeline.model options."
                 ) from error
             self._check_conventions(step)
@@ -270,8 +267,11 @@ class DistillationPipeline(VanillaPipeline):
         Raises:
             InputError: if the checkpoint's ray encoding reads other rays than the data manager makes.
         """
-        read, made = self.model.ray_code.conventions, getattr(self.datamanager, "conventions", None)
-        if made is None or (read.is_planar, read.pixel_offset) == (made.is_planar, made.pixel_offset):
+        read, rays = self.model.ray_code.conventions, getattr(self.datamanager, "rays", None)
+        if rays is None:  # no teacher: nothing is trained
+            return
+        made = rays.conventions
+        if (read.is_planar, read.pixel_offset) == (made.is_planar, made.pixel_offset):
             return
         raise InputError(
             f"The checkpoint of step {step} reads rays by {'the published' if read.is_planar else 'our'} conventions: add"
@@ -290,10 +290,31 @@ class DistillationPipeline(VanillaPipeline):
         self.datamanager.learn_from(batch, errors)
         return outputs, loss_dict, metrics_dict
 
+    def train_step(self, optimizers: Optimizers, step: int) -> None:
+        """Run one training iteration: batch, loss, gradients, optimizers, average of the weights.
+
+        `ns-train` runs the same calls with its callbacks, log and checkpoints around them.
+        """
+        optimizers.zero_grad_all()
+        _, losses, _ = self.get_train_loss_dict(step)
+        torch.stack([*losses.values()]).sum().backward()
+        self.update_weights(optimizers, step)
+
+    def update_weights(self, optimizers: Optimizers, step: int) -> None:
+        """Take the optimizers' steps for the gradients at hand, and the average's."""
+        optimizers.optimizer_step_all()
+        self.update_average(step)
+
     def _predict(self, batch: Batch, model: torch.nn.Module) -> dict[str, Tensor]:
         bundle = batch.ray_bundle
-        with torch.autocast(device_type=bundle.origins.device.type, dtype=torch.bfloat16, enabled=self.config.bf16):
+        with self._autocast():
             return model(bundle)
+
+    def _autocast(self) -> torch.autocast:
+        """bf16 where the machine multiplies it: on a CPU that does not, a step takes ten times as long as in fp32."""
+        device = self.model.device
+        is_used = self.config.bf16 and is_bf16_fast(device)
+        return torch.autocast(device_type=device.type, dtype=torch.bfloat16, enabled=is_used)
 
     @torch.no_grad()
     def holdout_psnr(self, held: Batch) -> float:
@@ -306,7 +327,7 @@ class DistillationPipeline(VanillaPipeline):
         if not bool(weight.any()):
             return math.nan
         error = ((rgb.float() - held.target.rgb).square() * weight).sum() / (3 * weight.sum().clamp_min(1))
-        return -10 * math.log10(max(float(error), 1e-12))
+        return decibels(float(error))
 
     def get_training_callbacks(
         self, training_callback_attributes: TrainingCallbackAttributes
@@ -319,7 +340,7 @@ class DistillationPipeline(VanillaPipeline):
         self._optimizers = attributes.optimizers
         return [
             *super().get_training_callbacks(attributes),
-            self._after_iterations(self._update_average, 1),
+            self._after_iterations(self.update_average, 1),
             self._after_iterations(self._grow_occupancy, STEPS_PER_GROWTH),
             self._after_iterations(self._watch_holdout, self.config.steps_per_holdout),
         ]
@@ -359,7 +380,8 @@ class DistillationPipeline(VanillaPipeline):
         for optimizer in () if self._optimizers is None else self._optimizers.optimizers.values():
             move_state(optimizer, rows, former)
 
-    def _update_average(self, step: int) -> None:
+    def update_average(self, step: int) -> None:
+        """Take the weights as they are into their average, if there is one."""
         if self.average is not None:
             self.average.update()
 
@@ -387,7 +409,7 @@ class DistillationPipeline(VanillaPipeline):
                     bundle = self.datamanager.draw(0).ray_bundle
                 yield bundle
 
-        with torch.autocast(device_type=self.model.device.type, dtype=torch.bfloat16, enabled=self.config.bf16):
+        with self._autocast():
             update_bn(batches(), self.model)
         if self.world_size > 1:
             for statistic in normalization_statistics(self.model):

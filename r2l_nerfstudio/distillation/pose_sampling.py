@@ -9,6 +9,7 @@ from typing import Annotated, Literal, get_args
 
 import torch
 from jaxtyping import Float
+from nerfstudio.cameras.cameras import Cameras, CameraType
 from torch import Tensor
 
 from r2l_nerfstudio.errors import InputError
@@ -102,6 +103,30 @@ class CaptureCameras:
     def mean_axes(self) -> Float[Tensor, "3 3"]:
         """Columns: the capture's mean right, up and backward directions, orthonormal."""
         return look_along(self.axes.mean(0), self.up)
+
+
+def capture_cameras(cameras: Cameras, downscale: float = 1.0) -> CaptureCameras:
+    """The training cameras as undistorted pinholes of one resolution, the capture's median divided by `downscale`.
+
+    Fisheye and panoramic cameras become pinholes of 90 degrees: a student is asked through pinholes.
+    """
+    cameras = cameras.to("cpu").flatten()
+    width = max(1, round(float(cameras.width.float().median()) / downscale))
+    height = max(1, round(float(cameras.height.float().median()) / downscale))
+    intrinsics = torch.cat(
+        [
+            cameras.fx * width / cameras.width,
+            cameras.fy * height / cameras.height,
+            cameras.cx * width / cameras.width,
+            cameras.cy * height / cameras.height,
+        ],
+        dim=-1,
+    ).float()
+    wide = cameras.camera_type[:, 0] != CameraType.PERSPECTIVE.value
+    if wide.any():
+        side = min(width, height) / 2
+        intrinsics[wide] = torch.tensor([side, side, width / 2, height / 2])
+    return CaptureCameras(cameras.camera_to_worlds.float(), intrinsics, width, height)
 
 
 def look_along(axis: Float[Tensor, "3"], up: Float[Tensor, "3"]) -> Float[Tensor, "3 3"]:

@@ -21,8 +21,7 @@ from r2l_nerfstudio.distillation.ray_sample import RECORD_WIDTH, RaySample
 from r2l_nerfstudio.distillation.survey import Survey
 from r2l_nerfstudio.distillation.view_ring import ViewRing
 from r2l_nerfstudio.ranges import FloatRange, IntRange
-from r2l_nerfstudio.rays.conventions import OURS, RayConventions
-from r2l_nerfstudio.rays.ray_image import MARGIN
+from r2l_nerfstudio.rays.ray_image import StudentRays
 from r2l_nerfstudio.teacher import Teacher
 
 HOLDOUT_RAYS = 8192
@@ -50,24 +49,15 @@ class RayDataManager(DistillationDataManager):
     config: RayDataManagerConfig
 
     def attach_teacher(
-        self,
-        teacher: Teacher,
-        survey: Survey,
-        background: Float[Tensor, "3"],
-        factor: int,
-        rays_per_cell: int = 1,
-        conventions: RayConventions = OURS,
-        margin: int = MARGIN,
+        self, teacher: Teacher, survey: Survey, background: Float[Tensor, "3"], rays: StudentRays
     ) -> None:
-        super().attach_teacher(teacher, survey, background, factor, rays_per_cell, conventions, margin)
+        super().attach_teacher(teacher, survey, background, rays)
         self._begin()
 
-    def restart(
-        self, config: DistillationDataManagerConfig, rays_per_cell: int, conventions: RayConventions, margin: int
-    ) -> None:
-        super().restart(config, rays_per_cell, conventions, margin)
+    def restart(self, config: DistillationDataManagerConfig, rays: StudentRays) -> None:
+        super().restart(config, rays)
         if self.photographs is not None:
-            self.photographs.conventions = conventions
+            self.photographs.conventions = rays.conventions
         self._begin()
 
     def _begin(self) -> None:
@@ -77,11 +67,13 @@ class RayDataManager(DistillationDataManager):
         self._of_photographs = torch.empty(0, RECORD_WIDTH, device=self.device)
 
     def read_photographs(self, indices: list[int], corrections: Float[Tensor, "num_train 3 4"] | None) -> Photographs:
-        return Photographs(self.train_dataset, indices, corrections, self.background, self.device, self.conventions)
+        return Photographs(
+            self.train_dataset, indices, corrections, self.background, self.device, self.rays.conventions
+        )
 
     def hold_out(self, source: Photographs | ViewRing, generator: torch.Generator | None) -> Batch:
         if isinstance(source, ViewRing):
-            sample = source.sample(HOLDOUT_RAYS, generator, conventions=self.conventions)
+            sample = source.sample(HOLDOUT_RAYS, generator, conventions=self.rays.conventions)
         else:
             sample = source.sample(HOLDOUT_RAYS, generator)
         return Batch(to_ray_bundle(sample), sample)
@@ -96,7 +88,7 @@ class RayDataManager(DistillationDataManager):
         if self.config.published_hard_rays:  # until the pool is full its share of the batch is left out
             fresh = min(fresh, total - self.hard_rays.per_step)
         parts = [
-            self.ring.sample(fresh, None, self.config.foreground_fraction, self.conventions).records(),
+            self.ring.sample(fresh, None, self.config.foreground_fraction, self.rays.conventions).records(),
             self.hard_rays.draw(num_hard),
         ]
         if num_real:

@@ -31,7 +31,7 @@ from r2l_nerfstudio.distillation.learning_curve import LearningCurveWriter, read
 from r2l_nerfstudio.distillation.optimization import PublishedSchedulerConfig, ScheduledRate
 from r2l_nerfstudio.distillation.pipeline import DistillationPipeline, DistillationPipelineConfig
 from r2l_nerfstudio.distillation.progress import TrainingProgress
-from r2l_nerfstudio.errors import InputError, command_line, exit_on_input_error
+from r2l_nerfstudio.errors import InputError, command_line, exit_on_input_error, one_line
 from r2l_nerfstudio.ranges import FloatRange, IntRange, check_ranges
 from r2l_nerfstudio.torch_compat import OutOfMemoryError
 
@@ -281,7 +281,7 @@ class DistillationTrainer(Trainer):
         except Exception as error:  # a damaged file may raise anything
             raise InputError(
                 f"Training cannot go on from {self.config.load_dir or self.config.load_checkpoint}"
-                f" ({type(error).__name__}: {' '.join(str(error).split())[:300]}): name with --load-dir the"
+                f" ({type(error).__name__}: {one_line(error)}): name with --load-dir the"
                 f" {self.config.relative_model_dir} folder of a run of {self.config.method_name}, or leave it out to"
                 " begin anew."
             ) from error
@@ -301,7 +301,7 @@ class DistillationTrainer(Trainer):
             saved = json.loads(path.read_text(encoding="utf8"))
             transform, scale = torch.tensor(saved["transform"]), float(saved["scale"])
         except (OSError, ValueError, TypeError, KeyError) as error:
-            raise InputError(f"{path} is damaged ({' '.join(str(error).split())[:200]}): restore it.") from error
+            raise InputError(f"{path} is damaged ({one_line(error, 200)}): restore it.") from error
         outputs = self.pipeline.datamanager.train_dataparser_outputs
         ours = outputs.dataparser_transform
         same = transform.shape == ours.shape and torch.allclose(transform, ours.to(transform), atol=1e-4)
@@ -448,7 +448,7 @@ class DistillationTrainer(Trainer):
     def _complain(self, error: BaseException, then: str) -> None:
         free = free_bytes(self.checkpoint_dir)
         room = "" if free is None else f", whose disk has {free / 1e6:.1f} MB free"
-        reason = getattr(error, "strerror", None) or " ".join(str(error).split())[:200]
+        reason = getattr(error, "strerror", None) or one_line(error, 200)
         CONSOLE.print(
             f"[bold yellow]The checkpoint could not be written to {self.checkpoint_dir}{room} ({reason}): make room"
             f" there; {then}.",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-import os
 import re
 import time
 import zipfile
@@ -20,6 +19,7 @@ from nerfstudio.cameras.cameras import Cameras
 from nerfstudio.utils.rich_utils import CONSOLE, get_progress
 from torch import Tensor
 
+from r2l_nerfstudio.disk import write_atomically
 from r2l_nerfstudio.distillation.foreground import TRIES, first_in_foreground
 from r2l_nerfstudio.distillation.pose_sampling import PoseSampler
 from r2l_nerfstudio.distillation.ray_sample import RaySample
@@ -228,15 +228,9 @@ class ViewRenderer:
         }
         buffer = io.BytesIO()
         np.savez_compressed(buffer, sha256=np.array(_digest(arrays)), **arrays)
-        partial = path.with_suffix(f".{os.getpid()}.partial")
         try:
-            partial.write_bytes(buffer.getvalue())
-            partial.replace(path)
+            write_atomically(path, buffer.getvalue())
         except OSError as error:  # a full disk above all
-            try:
-                partial.unlink(missing_ok=True)
-            except OSError:
-                pass
             self._leave_cache(error)
 
 

@@ -9,11 +9,11 @@ import numpy as np
 import torch
 from jaxtyping import Float
 
-from r2l_nerfstudio.engines.parity import psnr
 from r2l_nerfstudio.engines.protocol import PARITY_DB
 from r2l_nerfstudio.errors import InputError
 from r2l_nerfstudio.export.graph import GraphSpec
-from r2l_nerfstudio.export.probes import probe_intrinsics, probe_poses
+from r2l_nerfstudio.models.probe_cameras import probe_intrinsics, probe_poses
+from r2l_nerfstudio.psnr import psnr
 from r2l_nerfstudio.student import Student
 
 PLAIN_DB = 60.0
@@ -44,7 +44,7 @@ def probe_inputs(student: Student, spec: GraphSpec, probe: int) -> tuple[Arrays,
             truth = {name: value.reshape(-1, value.shape[-1]) for name, value in truth.items()}
         if spec.part == "whole":
             return inputs, truth
-    code, geometry = spec.code_of(model, pose, intrinsics)
+    code, geometry = model.encoding_for_camera(pose, intrinsics, spec.height, spec.width)
     known = {} if geometry is None else {"geometry": geometry.numpy()}
     if spec.part == "encoding":
         return inputs, {"code": code.numpy()} | known

@@ -20,11 +20,11 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from r2l_nerfstudio.errors import InputError
+from r2l_nerfstudio.atomic_output import atomic_folder
+from r2l_nerfstudio.errors import InputError, one_line
 from r2l_nerfstudio.export.comparison import Arrays, check_export, probe_inputs
 from r2l_nerfstudio.export.graph import RAYS_AT_ONCE, GraphSpec, StudentGraph
 from r2l_nerfstudio.export.onnx_file import metadata
-from r2l_nerfstudio.export.whole_files import whole_folder
 from r2l_nerfstudio.student import Student
 
 MANIFEST = "Manifest.json"
@@ -56,7 +56,7 @@ def export_coreml(student: Student, spec: GraphSpec, output: Path, overwrite: bo
     coremltools = import_coremltools()
     if Path(output).suffix != ".mlpackage":
         raise InputError(f"{output}: a Core ML package is a folder that ends in .mlpackage; name one.")
-    with whole_folder(output, overwrite, MANIFEST, "Core ML package") as folder:
+    with atomic_folder(output, overwrite, MANIFEST, "Core ML package") as folder:
         graph = spec.build(student)
         inputs, outputs = probe_inputs(student, spec, 0)
         try:
@@ -64,7 +64,7 @@ def export_coreml(student: Student, spec: GraphSpec, output: Path, overwrite: bo
                 model = _convert(coremltools, graph, inputs)
         except Exception as error:  # of any kind, as an operator that it does not know
             raise InputError(
-                f"coremltools {coremltools.__version__} cannot convert this graph ({' '.join(str(error).split())[:300]});"
+                f"coremltools {coremltools.__version__} cannot convert this graph ({one_line(error)});"
                 " try --part network, or r2l-export onnx --target mobile, which ONNX Runtime runs on Apple's processors."
             ) from error
         model.user_defined_metadata.update(metadata(student, spec))

@@ -18,11 +18,10 @@ from r2l_nerfstudio.export.gathered_volume import GatheredVolume
 from r2l_nerfstudio.export.plain_network import to_plain_operators
 from r2l_nerfstudio.models.composited_encoding import EncodedRays, encode_ray_image, encode_single_rays, finished
 from r2l_nerfstudio.models.light_field import LightFieldModel
-from r2l_nerfstudio.models.mobile_r2l import MobileR2LModel
 from r2l_nerfstudio.rays.conventions import RayConventions
 from r2l_nerfstudio.rays.encoding import frequency_encode
 from r2l_nerfstudio.rays.pinhole import image_rays
-from r2l_nerfstudio.rays.ray_image import ray_image_intrinsics, ray_image_size
+from r2l_nerfstudio.rays.ray_image import ray_image_size
 from r2l_nerfstudio.rays.spacing import MISSED_FRACTION
 from r2l_nerfstudio.student import Student
 
@@ -48,18 +47,26 @@ class Encoding(nn.Module):
         model: copied, its feature volume into plain gathers.
         precision: in which the volume's features are kept.
         reduce_angles: bring the encoding's angles near zero first, for machines whose sines are good only there.
+        int8_features: keep a composited encoding's features in int8.
     """
 
-    def __init__(self, model: LightFieldModel, precision: GraphPrecision, reduce_angles: bool = False) -> None:
+    def __init__(
+        self,
+        model: LightFieldModel,
+        precision: GraphPrecision,
+        reduce_angles: bool = False,
+        int8_features: bool = False,
+    ) -> None:
         super().__init__()
-        self.composited = None if model.composited is None else model.composited.for_graph(DTYPES[precision])
+        kept = torch.int8 if int8_features else DTYPES[precision]
+        self.composited = None if model.composited is None else model.composited.for_graph(kept)
         self.factor = model.factor
         self.pixel_samples = getattr(model.config, "pixel_samples", 0)
         self.ray_code = copy.deepcopy(model.ray_code)
         self.volume = None if model.volume is None else GatheredVolume(model.volume, DTYPES[precision])
         self.volume_points = model.config.volume_points
         self.encode = reduced_frequency_encode if reduce_angles else frequency_encode
-        self.is_image = isinstance(model, MobileR2LModel)
+        self.reads_ray_image = model.reads_ray_image
 
     @property
     def rays_at_once(self) -> int:
@@ -78,7 +85,7 @@ class Encoding(nn.Module):
             for a MobileR2L [height, width, 2] without the margin, else None.
         """
         if self.composited is not None:
-            if not self.is_image:
+            if not self.reads_ray_image:
                 return encode_single_rays(self.composited, origins, directions, encode=self.encode)
             found = encode_ray_image(
                 self.composited, self.factor, self.pixel_samples, origins, directions, encode=self.encode
@@ -88,7 +95,7 @@ class Encoding(nn.Module):
         if self.volume is not None:
             features = self.volume(self.ray_code.points(origins, directions, self.volume_points))
             code = torch.cat([code, features], dim=-1)
-        return EncodedRays(code.permute(2, 0, 1)[None] if self.is_image else code)
+        return EncodedRays(code.permute(2, 0, 1)[None] if self.reads_ray_image else code)
 
 
 class EncodedNetwork(nn.Module):
@@ -133,7 +140,7 @@ class Joining(nn.Module):
 
     def __init__(self, model: LightFieldModel) -> None:
         super().__init__()
-        self.is_image = isinstance(model, MobileR2LModel)
+        self.reads_ray_image = model.reads_ray_image
         self.edge = model.margin * model.factor
         self.is_bounded = model.composited is not None and model.composited.is_bounded
         self.register_buffer("background", model.background.clone())
@@ -145,7 +152,7 @@ class Joining(nn.Module):
             values: of the network.
             geometry: of a composited encoding.
         """
-        if self.is_image:
+        if self.reads_ray_image:
             values = values[0].permute(1, 2, 0)
         if self.edge:
             values = values[self.edge : -self.edge, self.edge : -self.edge]
@@ -214,7 +221,7 @@ class PictureFrame(nn.Module):
 
     def __init__(self, model: LightFieldModel, height: int, width: int) -> None:
         super().__init__()
-        self.is_image = isinstance(model, MobileR2LModel)
+        self.reads_ray_image = model.reads_ray_image
         self.factor = model.factor
         self.rays_per_cell = model.rays_per_cell
         self.margin = model.margin
@@ -234,7 +241,7 @@ class PictureFrame(nn.Module):
 
     def evaluated(self, camera_to_world: Float[Tensor, "3 4"], intrinsics: Float[Tensor, "4"]) -> tuple[Tensor, Tensor]:
         """Origins and directions [rows, columns, 3] of a MobileR2L's ray image with its margin; else of the pixels."""
-        if not self.is_image:
+        if not self.reads_ray_image:
             return self.pixels(camera_to_world, intrinsics)
         size = ray_image_size(self.height, self.width, self.factor, self.margin)
         rows, columns = (count * self.rays_per_cell for count in size)
@@ -307,7 +314,7 @@ class CameraGraph(nn.Module):
             intrinsics: fx, fy, cx, cy in pixels.
         """
         rays = self.frame.pixels(camera_to_world, intrinsics)
-        if self.frame.is_image:
+        if self.frame.reads_ray_image:
             values = self.encoded_network(*self.frame.evaluated(camera_to_world, intrinsics))
         else:
             rows = max(1, self.encoded_network.encoding.rays_at_once // self.frame.width)
@@ -325,6 +332,7 @@ class CodeGraph(nn.Module):
         precision: in which a feature volume is kept.
         frame: of the camera's picture; None for a graph of rays.
         reduce_angles: as `Encoding`.
+        int8_features: likewise.
     """
 
     def __init__(
@@ -333,9 +341,10 @@ class CodeGraph(nn.Module):
         precision: GraphPrecision,
         frame: PictureFrame | None,
         reduce_angles: bool = False,
+        int8_features: bool = False,
     ) -> None:
         super().__init__()
-        self.encoding = Encoding(model, precision, reduce_angles)
+        self.encoding = Encoding(model, precision, reduce_angles, int8_features)
         self.frame = frame
         self.inputs = RayGraph.inputs if frame is None else CameraGraph.inputs
         self.outputs = code_outputs(model)
@@ -350,7 +359,7 @@ class CodeGraph(nn.Module):
         """
         rays = (first, second) if self.frame is None else self.frame.evaluated(first, second)
         code, geometry = self.encoding(*rays)
-        if not self.encoding.is_image:
+        if not self.encoding.reads_ray_image:
             code = code.flatten(0, -2)
             geometry = None if geometry is None else geometry.flatten(0, -2)
         return (code,) if geometry is None else (code, geometry)
@@ -422,7 +431,7 @@ class ValuesGraph(nn.Module):
         if self.frame is None:
             return self.pictures(values, first, last)
         rays = self.frame.pixels(first, last)
-        if self.frame.is_image:
+        if self.frame.reads_ray_image:
             values = self.frame.crop(values)
         else:
             values = values.reshape(self.frame.height, self.frame.width, -1)
@@ -456,6 +465,8 @@ class GraphSpec:
     """The network in operators that phones' processors take."""
     reduce_angles: bool = False
     """Bring the encoding's angles near zero first, for machines whose sines are good only there."""
+    int8_features: bool = False
+    """Keep a composited encoding's features in int8; for the part that is the encoding."""
 
     def frame(self, student: Student) -> PictureFrame | None:
         """Of the camera; None for a graph of rays.
@@ -465,25 +476,12 @@ class GraphSpec:
         """
         if self.inputs == "rays":
             return None
-        if not isinstance(student.model, MobileR2LModel) and self.width * self.height > RAYS_AT_ONCE:
+        if not student.model.reads_ray_image and self.width * self.height > RAYS_AT_ONCE:
             raise InputError(
                 f"--width {self.width} --height {self.height}: the codes of so many rays of a {student.method_name} student"
                 f" take gigabytes; choose at most {RAYS_AT_ONCE} pixels, or --inputs rays and go through them in parts."
             )
         return PictureFrame(student.model, self.height, self.width)
-
-    def code_of(
-        self, model: LightFieldModel, pose: Float[Tensor, "3 4"], intrinsics: Float[Tensor, "4"]
-    ) -> EncodedRays:
-        """What the network reads of a camera of this size, as torch makes it, and the geometry known without it."""
-        if isinstance(model, MobileR2LModel):
-            per_cell, size = model.rays_per_cell, ray_image_size(self.height, self.width, model.factor, model.margin)
-            in_cells = ray_image_intrinsics(intrinsics, model.factor, None, per_cell, model.margin)
-            rays = model.ray_code.image_rays(pose, in_cells, *(count * per_cell for count in size))
-            code, geometry = model.encode_rays(*rays)
-            return EncodedRays(code.permute(2, 0, 1)[None].contiguous(), geometry)
-        origins, directions = model.ray_code.image_rays(pose, intrinsics, self.height, self.width)
-        return model.encode_rays(origins.reshape(-1, 3), directions.reshape(-1, 3))
 
     def build(self, student: Student) -> StudentGraph:
         """The graph as a module, on the student's device.
@@ -493,7 +491,7 @@ class GraphSpec:
         """
         if min(self.width, self.height) < 1:
             raise InputError(f"--width {self.width} --height {self.height}: pass whole numbers of pixels from 1 on.")
-        if self.inputs == "rays" and isinstance(student.model, MobileR2LModel):
+        if self.inputs == "rays" and student.model.reads_ray_image:
             raise InputError(
                 f"--inputs rays: a {student.method_name} student draws whole pictures and answers no single rays; choose"
                 " --inputs camera, or export an r2l student."
@@ -501,7 +499,9 @@ class GraphSpec:
         if self.part == "network":
             return NetworkGraph(student.model, self.precision, self.is_plain).eval()
         if self.part == "encoding":
-            return CodeGraph(student.model, self.precision, self.frame(student), self.reduce_angles).eval()
+            return CodeGraph(
+                student.model, self.precision, self.frame(student), self.reduce_angles, self.int8_features
+            ).eval()
         if self.part == "values":
             return ValuesGraph(student.model, self.frame(student)).eval()
         if self.inputs == "camera":

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import cast
@@ -18,19 +18,17 @@ from nerfstudio.data.datasets.base_dataset import InputDataset
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from r2l_nerfstudio.distillation.datamanager import capture_cameras
+from r2l_nerfstudio.atomic_output import atomic_files
 from r2l_nerfstudio.distillation.photographs import read_photo, split_holdout
-from r2l_nerfstudio.distillation.pose_sampling import CaptureCameras, PoseSampler
-from r2l_nerfstudio.engines.parity import psnr
+from r2l_nerfstudio.distillation.pose_sampling import CaptureCameras, PoseSampler, capture_cameras
 from r2l_nerfstudio.errors import InputError
-from r2l_nerfstudio.export.capture_view import read_views
 from r2l_nerfstudio.export.comparison import check_export, probe_inputs
 from r2l_nerfstudio.export.graph import GraphSpec
 from r2l_nerfstudio.export.joined_onnx import fix_sizes, join_onnx
+from r2l_nerfstudio.export.mobile_onnx import mobile_verdict
 from r2l_nerfstudio.export.onnx_file import metadata, require_onnx, run_onnx, write_onnx
-from r2l_nerfstudio.export.phone import phone_verdict
-from r2l_nerfstudio.export.whole_files import whole_files
-from r2l_nerfstudio.models.mobile_r2l import MobileR2LModel
+from r2l_nerfstudio.export.training_cameras import training_views
+from r2l_nerfstudio.psnr import psnr
 from r2l_nerfstudio.student import Student
 
 CALIBRATION_VIEWS = 16
@@ -79,10 +77,10 @@ class Int8Report:
 def export_int8(
     student: Student, spec: GraphSpec, output: Path, run: Path, data: Path | None = None, overwrite: bool = False
 ) -> Int8Report:
-    """Write an ONNX file whose network is in int8 (QuantizeLinear and DequantizeLinear around fp32 operators).
+    """Write an ONNX file whose network and features are in int8 (the network by QuantizeLinear and DequantizeLinear).
 
-    Weights are quantised channel by channel, activations to uint8; what the encoding makes stays in fp32. Layers are left in
-    fp32 one after the other until int8 costs no more than `MOST_LOSS`.
+    Weights and features are quantised channel by channel, activations to uint8; what the encoding makes of rays stays in
+    fp32. Layers are left in fp32 one after the other until int8 costs no more than `MOST_LOSS`.
 
     Args:
         student: on the CPU.
@@ -101,9 +99,9 @@ def export_int8(
         raise InputError(f"--precision int8: --part {spec.part} has no network, and stays in fp32; leave the flag out.")
     if spec.part == "whole":
         replace(spec, part="encoding").frame(student)  # of no more rays than can be joined
-    dataset, held_share = read_views(run, data)
+    dataset, held_share = training_views(run, data)
     cameras = capture_cameras(dataset.cameras)
-    with whole_files(output, overwrite) as file:
+    with atomic_files(output, overwrite) as file:
         network = file.with_suffix(".network.onnx")
         quantised = file.with_suffix(".int8.onnx")
         write_onnx(student, replace(spec, part="network", is_static=False, precision="fp32"), network)
@@ -126,7 +124,7 @@ def export_int8(
             )
         assemble(student, spec, quantised, file)
         if spec.is_plain:
-            phone_verdict(file)
+            mobile_verdict(file)
         parity = check_export(
             student, spec, lambda inputs: run_onnx(file, inputs), f"The ONNX file {output}", needed=SANE_DB
         )
@@ -148,7 +146,7 @@ def schemes(network: Path) -> list[tuple[str, list[str]]]:
 def calibration_codes(student: Student, cameras: CaptureCameras) -> list[Float[np.ndarray, "*code"]]:
     """What the network reads of pseudo cameras, each as one input of the network."""
     return [
-        spec.code_of(student.model, pose, intrinsics).code.numpy()
+        student.model.encoding_for_camera(pose, intrinsics, spec.height, spec.width).code.contiguous().numpy()
         for pose, intrinsics, spec in pseudo_views(student, cameras, CALIBRATION_VIEWS, seed=0)
     ]
 
@@ -160,17 +158,17 @@ def pseudo_views(
     sampler = PoseSampler(cameras)
     generator = torch.Generator().manual_seed(seed)
     focal = float(cameras.intrinsics[:, :2].mean())
-    own_focal = float(student.model.focal) if isinstance(student.model, MobileR2LModel) else None
-    if own_focal is None:
-        scale = min(1.0, CALIBRATION_SIDE / max(cameras.width, cameras.height))
+    is_resampled = student.model.reads_ray_image
+    if is_resampled:
+        scale = student.model.native_focal(focal) / focal
     else:
-        scale = own_focal / focal
+        scale = min(1.0, CALIBRATION_SIDE / max(cameras.width, cameras.height))
     width, height = max(1, round(scale * cameras.width)), max(1, round(scale * cameras.height))
     for _ in range(number):
         pose, intrinsics = sampler.sample(generator)
         own = intrinsics * scale
-        if own_focal is not None:
-            own[:2] = own_focal
+        if is_resampled:
+            own[:2] = student.model.native_focal(focal)
         yield pose, own, GraphSpec("camera", "fp32", width, height)
 
 
@@ -236,7 +234,7 @@ def held_out(student: Student, dataset: InputDataset, share: float) -> list[tupl
         camera = dataset.cameras[index : index + 1]
         truth = torch.from_numpy(read_photo(dataset, index, student.model.background).rgb).float() / 255
         side = max(truth.shape[:2])
-        if not isinstance(student.model, MobileR2LModel) and side > JUDGED_SIDE:
+        if not student.model.reads_ray_image and side > JUDGED_SIDE:
             camera.rescale_output_resolution(JUDGED_SIDE / side)
             size = (int(camera.height), int(camera.width))
             truth = interpolate(truth.permute(2, 0, 1)[None], size, mode="area")[0].permute(1, 2, 0)
@@ -260,19 +258,21 @@ def judge(
         return torch.from_numpy(session.run(None, {"code": code.contiguous().numpy()})[0])
 
     model = student.model
+    features = nullcontext() if model.composited is None else model.composited.in_int8()
     own: list[float] = []
     other: list[float] = []
     if photographs:
-        for camera, truth in photographs:
-            own.append(psnr(model.get_outputs_for_camera(camera)["rgb"], truth))
-            with student.model.drawn_by(run):
-                other.append(psnr(model.get_outputs_for_camera(camera)["rgb"], truth))
+        own += [psnr(model.render_camera(camera)["rgb"], truth) for camera, truth in photographs]
+        with model.drawn_by(run), features:
+            other += [psnr(model.render_camera(camera)["rgb"], truth) for camera, truth in photographs]
     else:
-        for pose, intrinsics, size in pseudo_views(student, cameras, JUDGED_VIEWS, seed=1):
-            camera = (pose.numpy(), intrinsics.numpy(), size.width, size.height)
-            truth = torch.from_numpy(student.render(*camera))
-            with student.model.drawn_by(run):
-                other.append(psnr(torch.from_numpy(student.render(*camera)), truth))
+        seen = list(pseudo_views(student, cameras, JUDGED_VIEWS, seed=1))
+        views = [(pose.numpy(), intrinsics.numpy(), size.width, size.height) for pose, intrinsics, size in seen]
+        truths = [torch.from_numpy(student.render(*view)) for view in views]
+        with model.drawn_by(run), features:
+            other += [
+                psnr(torch.from_numpy(student.render(*view)), truth) for view, truth in zip(views, truths, strict=True)
+            ]
     return Int8Report(
         scheme, len(other), sum(own) / len(own) if own else None, sum(other) / len(other), parity=math.nan
     )
@@ -294,8 +294,8 @@ def assemble(student: Student, spec: GraphSpec, network: Path, output: Path) -> 
         fix_sizes(model, {name: value.shape for name, value in (inputs | outputs).items()})
     if spec.part == "whole":
         before, after = output.with_suffix(".before.onnx"), output.with_suffix(".after.onnx")
-        # Features are kept in half, weighted and summed in fp32.
-        write_onnx(student, replace(spec, part="encoding", precision="fp16"), before)
+        # Features are weighted and summed in fp32; a dense volume's are kept in half.
+        write_onnx(student, replace(spec, part="encoding", precision="fp16", int8_features=True), before)
         write_onnx(student, replace(spec, part="values"), after)
         model = join_onnx(onnx.load(str(before)), model, onnx.load(str(after)))
     onnx.helper.set_model_props(model, {**metadata(student, spec), "precision": "int8"})

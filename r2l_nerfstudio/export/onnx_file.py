@@ -10,12 +10,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from r2l_nerfstudio.atomic_output import atomic_files
 from r2l_nerfstudio.errors import InputError
-from r2l_nerfstudio.export import phone
+from r2l_nerfstudio.export import mobile_onnx
 from r2l_nerfstudio.export.comparison import Arrays, check_export, probe_inputs
 from r2l_nerfstudio.export.graph import GraphSpec
-from r2l_nerfstudio.export.whole_files import whole_files
-from r2l_nerfstudio.models.mobile_r2l import MobileR2LModel
 from r2l_nerfstudio.student import Student
 from r2l_nerfstudio.torch_compat import has_graph_export
 
@@ -42,10 +41,10 @@ def export_onnx(student: Student, spec: GraphSpec, output: Path, overwrite: bool
             those, or renders something else; nothing is left then.
     """
     require_onnx()
-    with whole_files(output, overwrite) as file:
+    with atomic_files(output, overwrite) as file:
         write_onnx(student, spec, file)
         if spec.is_plain:
-            phone.phone_verdict(file)
+            mobile_onnx.mobile_verdict(file)
         return check_export(student, spec, lambda inputs: run_onnx(file, inputs), f"The ONNX file {output}")
 
 
@@ -68,14 +67,14 @@ def write_onnx(student: Student, spec: GraphSpec, path: Path) -> None:
             input_names=list(graph.inputs),
             output_names=list(graph.outputs),
             dynamic_shapes=dynamic_shapes(student, spec, graph.inputs),
-            opset_version=phone.OPSET if spec.is_plain else OPSET,
+            opset_version=mobile_onnx.OPSET if spec.is_plain else OPSET,
             external_data=False,
             verbose=False,
         )
     model = exported_model(program)
     forget_source(model)
     if spec.is_plain:
-        phone.order_depth_first(model)
+        mobile_onnx.order_depth_first(model)
     onnx.helper.set_model_props(model, metadata(student, spec))
     onnx.checker.check_model(model)
     onnx.save_model(model, str(path))
@@ -96,7 +95,7 @@ def dynamic_shapes(student: Student, spec: GraphSpec, inputs: tuple[str, ...]) -
     """Sizes that a graph leaves open, by axis of each input: the number of rays, or of a network's cells."""
     if spec.is_static:
         return None
-    if spec.part == "network" and isinstance(student.model, MobileR2LModel):
+    if spec.part == "network" and student.model.reads_ray_image:
         return ({axis: torch.export.Dim(name, min=3) for axis, name in ((2, "rows"), (3, "columns"))},)
     if spec.part != "network" and spec.inputs == "camera":
         return None
@@ -137,8 +136,8 @@ def metadata(student: Student, spec: GraphSpec) -> dict[str, str]:
         "background": model.background.tolist(),
         "factor": 1,
     }
-    if isinstance(model, MobileR2LModel):
-        focal = float(model.focal)
+    if model.reads_ray_image:
+        focal = model.native_focal(1.0)
         found |= {"factor": model.factor, "margin": model.margin, "focal": focal, "pitch": 1.0 / focal}
     if spec.inputs == "camera" or spec.is_static:
         found |= {"width": spec.width, "height": spec.height}

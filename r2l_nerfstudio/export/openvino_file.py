@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from r2l_nerfstudio.atomic_output import atomic_files
 from r2l_nerfstudio.errors import InputError
 from r2l_nerfstudio.export.comparison import Arrays, check_export
 from r2l_nerfstudio.export.graph import GraphSpec
 from r2l_nerfstudio.export.onnx_file import metadata, require_onnx, write_onnx
-from r2l_nerfstudio.export.whole_files import whole_files
 from r2l_nerfstudio.student import Student
 
 
@@ -34,7 +34,7 @@ def export_openvino(student: Student, spec: GraphSpec, output: Path, overwrite: 
         raise InputError("This export needs OpenVINO, which is not installed: pip install openvino.") from error
     if Path(output).suffix != ".xml":
         raise InputError(f"--output {output}: OpenVINO's files are a .xml and a .bin; name the .xml.")
-    with whole_files(output, overwrite, also=(".bin",)) as file:
+    with atomic_files(output, overwrite, also=(".bin",)) as file:
         onnx_file = file.with_suffix(".onnx")
         write_onnx(student, spec, onnx_file)
         model = openvino.convert_model(str(onnx_file))

@@ -15,14 +15,14 @@ from typing import Literal
 import numpy as np
 import torch
 
+from r2l_nerfstudio.atomic_output import atomic_files
 from r2l_nerfstudio.engines import torch_tensorrt as torch_tensorrt_engine
 from r2l_nerfstudio.engines.protocol import BrokenEngine
 from r2l_nerfstudio.engines.tensorrt import Shapes, build_plan
-from r2l_nerfstudio.errors import InputError
+from r2l_nerfstudio.errors import InputError, first_line
 from r2l_nerfstudio.export.comparison import Arrays, check_export, probe_inputs
 from r2l_nerfstudio.export.graph import RAYS_AT_ONCE, GraphSpec
 from r2l_nerfstudio.export.onnx_file import metadata, require_onnx, write_onnx
-from r2l_nerfstudio.export.whole_files import whole_files
 from r2l_nerfstudio.student import Student
 
 Flavour = Literal["tensorrt", "tensorrt-rtx"]
@@ -55,7 +55,7 @@ def export_plan(
             " run, or export for TensorRT-RTX (r2l-export tensorrt-rtx), which builds without one, or ONNX."
         )
     trt = import_flavour(flavour)
-    with whole_files(output, overwrite, also=(".json",)) as file:
+    with atomic_files(output, overwrite, also=(".json",)) as file:
         graph_file = file.with_suffix(".onnx")
         write_onnx(student, spec, graph_file)
         rays = Shapes((1, 3), (RAYS_AT_ONCE, 3), (RAYS_AT_ONCE, 3))
@@ -82,10 +82,9 @@ def import_flavour(flavour: Flavour) -> ModuleType:
         trt = import_module(flavour.replace("-", "_"))
         trt.Builder  # noqa: B018 - the registry's package without libraries imports, and is empty
     except Exception as error:  # ImportError, OSError, RuntimeError: it depends on what is missing
-        said = " ".join(str(error).split())[:200] or type(error).__name__
         raise InputError(
-            f"This export needs the package {flavour}, which does not import ({said}): pip install {flavour} (the extra"
-            f" '{flavour}' of r2l-nerfstudio)."
+            f"This export needs the package {flavour}, which does not import ({first_line(error)}):"
+            f" pip install {flavour} (the extra '{flavour}' of r2l-nerfstudio)."
         ) from error
     return trt
 
@@ -135,7 +134,7 @@ def export_torch_tensorrt(student: Student, spec: GraphSpec, output: Path, overw
     graph = spec.build(student).cuda()
     inputs, _ = probe_inputs(student, spec, 0)
     examples = tuple(torch.from_numpy(value).cuda() for value in inputs.values())
-    with whole_files(output, overwrite) as file, torch.no_grad():
+    with atomic_files(output, overwrite) as file, torch.no_grad():
         compiled = torch_tensorrt.dynamo.compile(torch.export.export(graph, examples), list(examples))
         torch_tensorrt.save(compiled, str(file), inputs=list(examples))
         program = torch.export.load(str(file)).module()

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, Protocol
 
 import psutil
 
-from r2l_nerfstudio.errors import InputError
+from r2l_nerfstudio.errors import InputError, one_line
 from r2l_nerfstudio.fleet.config import FleetConfig
 from r2l_nerfstudio.fleet.task import STOP_SECONDS, Job, Outcome, run_stage
 
@@ -192,7 +192,7 @@ def _start(config: FleetConfig) -> Any:
                 # The dashboard starts slowest, and stages run without it.
                 options["include_dashboard"] = False
                 continue
-            said = " ".join(str(error).split())[:300]
+            said = one_line(error)
             if config.address:
                 raise InputError(
                     f"The Ray cluster at {config.address!r} cannot be reached ({said}): check `address`."
@@ -204,4 +204,4 @@ def _start(config: FleetConfig) -> Any:
 
 def _first(error: BaseException) -> str:
     """The first paragraph of an error, in one line."""
-    return " ".join(str(error).strip().split("\n\n")[0].split())[:500]
+    return one_line(str(error).strip().split("\n\n")[0], 500)

@@ -13,7 +13,7 @@ from typing import Any, Literal
 import tyro
 import yaml
 
-from r2l_nerfstudio.errors import InputError
+from r2l_nerfstudio.errors import InputError, one_line
 
 ExportFormat = Literal["web", "onnx", "openvino", "coreml", "tensorrt", "tensorrt-rtx", "torch-tensorrt"]
 
@@ -168,7 +168,7 @@ def load_fleet(path: Path) -> FleetConfig:
     try:
         data = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise InputError(f"The fleet file {path} cannot be read: {' '.join(str(error).split())[:300]}.") from error
+        raise InputError(f"The fleet file {path} cannot be read: {one_line(error)}.") from error
     if not isinstance(data, dict):
         raise InputError(f"The fleet file {path} holds no settings: see docs/fleet.md for an example.")
     if isinstance(data.get("captures"), list):

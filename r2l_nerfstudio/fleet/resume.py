@@ -32,11 +32,9 @@ def make_loadable(path: Path) -> None:
     import numpy as np
     import torch
 
-    scalar = np.float64(0).__reduce__()[0]
-    allowed = [scalar, (scalar, "numpy.core.multiarray.scalar"), np.dtype]
-    allowed += [type(np.dtype(kind)) for kind in (np.float64, np.float32, np.int64)]
-    with torch.serialization.safe_globals(allowed):
-        loaded = torch.load(path, map_location="cpu", weights_only=True)
+    from r2l_nerfstudio.torch_compat import load_tensors
+
+    loaded = load_tensors(path)
 
     def plain(value: Any) -> Any:
         if isinstance(value, np.generic):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import uuid
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any, cast
 import fsspec
 from fsspec.core import url_to_fs
 
+from r2l_nerfstudio.disk import write_atomically
 from r2l_nerfstudio.errors import InputError
 from r2l_nerfstudio.fleet.config import is_url
 
@@ -57,17 +57,7 @@ class Storage:
             self._fs.makedirs(target.rpartition("/")[0], exist_ok=True)
             self._fs.pipe_file(target, data)
             return
-        os.makedirs(os.path.dirname(target), exist_ok=True)
-        partial = f"{target}.{uuid.uuid4().hex[:8]}.partial"
-        try:
-            with open(partial, "wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(partial, target)
-        except OSError:
-            Path(partial).unlink(missing_ok=True)
-            raise
+        write_atomically(Path(target), data)
 
     def read_json(self, name: str) -> dict[str, Any] | None:
         """A JSON object; None without the file, or where it is damaged."""

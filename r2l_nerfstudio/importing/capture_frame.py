@@ -16,9 +16,8 @@ from torch import Tensor
 
 from r2l_nerfstudio.capture import CaptureError, parse_capture
 from r2l_nerfstudio.dataparsers import without_points
-from r2l_nerfstudio.distillation.datamanager import capture_cameras
-from r2l_nerfstudio.distillation.pose_sampling import CaptureCameras
-from r2l_nerfstudio.errors import InputError
+from r2l_nerfstudio.distillation.pose_sampling import CaptureCameras, capture_cameras
+from r2l_nerfstudio.errors import InputError, one_line
 from r2l_nerfstudio.rays.published import (
     BLENDER_RADIUS,
     Similarity,
@@ -130,8 +129,7 @@ def _outputs(dataparser: DataParserConfig, data: Path, split: str) -> Dataparser
         return parse_capture(dataparser, split)
     except CaptureError as error:
         raise InputError(
-            f"The capture {data} cannot be read ({' '.join(str(error).split())[:300]}): restore it, or name a whole copy"
-            " with --data."
+            f"The capture {data} cannot be read ({one_line(error)}): restore it, or name a whole copy with --data."
         ) from error
 
 
@@ -216,7 +214,7 @@ def read_poses_bounds(path: Path) -> tuple[Float[Tensor, "num 3 4"], Float[Tenso
     try:
         array = np.load(path, allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
-        raise InputError(f"{path} cannot be read ({' '.join(str(error).split())[:200]}): restore it.") from error
+        raise InputError(f"{path} cannot be read ({one_line(error, 200)}): restore it.") from error
     shape = getattr(array, "shape", None)
     if shape is None or len(shape) != 2 or shape[1] != 17 or shape[0] < 3 or array.dtype.kind != "f":
         raise InputError(

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from r2l_nerfstudio.errors import InputError
+from r2l_nerfstudio.errors import InputError, one_line
 from r2l_nerfstudio.importing.published_network import (
     PublishedNetwork,
     check_memory,
@@ -103,7 +103,7 @@ def _load(path: Path) -> onnx.ModelProto:
         # Data outside the file is not read: it may name any file of the machine.
         return onnx.load(str(path), load_external_data=False)
     except Exception as error:  # protobuf's own
-        raise _refused(path, f"it is damaged ({type(error).__name__}: {_one_line(error)})") from error
+        raise _refused(path, f"it is damaged ({type(error).__name__}: {one_line(error)})") from error
 
 
 def _array(path: Path, tensor: onnx.TensorProto) -> Tensor:
@@ -114,7 +114,7 @@ def _array(path: Path, tensor: onnx.TensorProto) -> Tensor:
     try:
         array = np.array(numpy_helper.to_array(tensor))
     except Exception as error:
-        raise _refused(path, f"its weight {tensor.name} is damaged ({_one_line(error)})") from error
+        raise _refused(path, f"its weight {tensor.name} is damaged ({one_line(error)})") from error
     if array.dtype.kind == "f":
         array = array.astype(np.float32)
         if not np.isfinite(array).all():
@@ -152,7 +152,7 @@ def _steps(path: Path, model: onnx.ModelProto, weights: dict[str, Tensor]) -> li
         try:
             attributes = {attribute.name: helper.get_attribute_value(attribute) for attribute in node.attribute}
         except ValueError as error:
-            raise _refused(path, f"its node {node.name or node.op_type} is damaged ({_one_line(error)})") from error
+            raise _refused(path, f"its node {node.name or node.op_type} is damaged ({one_line(error)})") from error
         steps.append(Step(node.op_type, inputs, node.output[0], attributes))
     return steps
 
@@ -280,7 +280,7 @@ def _run(path: Path, steps: list[Step], weights: dict[str, Tensor], given: str, 
             inputs = [values[name] if name in values else weights[name] for name in step.inputs]
             values[step.output] = OPERATORS[step.kind](step, *inputs)
         except (KeyError, RuntimeError, TypeError, ValueError) as error:
-            raise _refused(path, f"its {step.kind} cannot be computed ({_one_line(error)})") from error
+            raise _refused(path, f"its {step.kind} cannot be computed ({one_line(error)})") from error
         for name in step.inputs:
             uses[name] -= 1
             if not uses[name] and name != result:
@@ -301,7 +301,3 @@ def _check_connections(network: PublishedNetwork, in_dim: int) -> None:
         mine = ours.eval()(code[:, our_columns(network.num_points, network.num_frequencies)])
     if theirs.shape != mine.shape or not float((theirs - mine).abs().max()) <= AGREEMENT:
         raise _refused(network.path, "its layers are not connected as MobileR2L's are")
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:200]

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from r2l_nerfstudio.errors import InputError
+from r2l_nerfstudio.errors import InputError, one_line
 
 MOST_PICKLE_BYTES = 64 << 20
 """Of the pickle beside the tensors; published ones have about a megabyte."""
@@ -109,7 +109,7 @@ class Checkpoint:
         except (OSError, zipfile.BadZipFile, NotImplementedError, RuntimeError, ValueError) as error:
             raise InputError(
                 f"The checkpoint {self.path} is truncated, or no archive of torch 1.6 or newer"
-                f" ({type(error).__name__}: {_one_line(error)}): fetch it again, or save it anew with a current torch."
+                f" ({type(error).__name__}: {one_line(error)}): fetch it again, or save it anew with a current torch."
             ) from error
 
     def __enter__(self) -> Checkpoint:
@@ -167,7 +167,7 @@ class Checkpoint:
         except (KeyError, OSError, zipfile.BadZipFile, RuntimeError, NotImplementedError, ValueError) as error:
             raise InputError(
                 f"The checkpoint {self.path} is truncated: the numbers of {name} cannot be read"
-                f" ({type(error).__name__}: {_one_line(error)}). Fetch it again."
+                f" ({type(error).__name__}: {one_line(error)}). Fetch it again."
             ) from error
         if not content:
             return torch.zeros(ref.shape, dtype=storage.dtype)
@@ -195,7 +195,7 @@ def interpret(content: bytes) -> Any:
     except UnreadableError:
         raise
     except (ValueError, IndexError, KeyError, TypeError, OverflowError, MemoryError, RecursionError) as error:
-        raise UnreadableError(f"its pickle is damaged ({type(error).__name__}: {_one_line(error)}).") from error
+        raise UnreadableError(f"its pickle is damaged ({type(error).__name__}: {one_line(error)}).") from error
     raise UnreadableError("its pickle ends before its end.")
 
 
@@ -364,7 +364,3 @@ def plain(value: Any) -> dict[str, Any]:
         state = value.state if isinstance(value.state, dict) and value.name != "collections.OrderedDict" else {}
         return {key: item for key, item in {**state, **value.items}.items() if isinstance(key, str)}
     return {}
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:200]

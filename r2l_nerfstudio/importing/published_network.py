@@ -14,6 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
+from r2l_nerfstudio.checkpoints import without_module_prefix
 from r2l_nerfstudio.errors import InputError
 from r2l_nerfstudio.importing.pickle_reader import Checkpoint, TensorRef, plain
 
@@ -64,12 +65,10 @@ def read_tar(path: Path, num_points: int | None = None, num_frequencies: int | N
     """
     with Checkpoint(path) as checkpoint:
         content = plain(checkpoint.content)
-        found = plain(content.get("network_fn_state_dict"))
+        found = without_module_prefix(plain(content.get("network_fn_state_dict")) or {})
         if not found:
             held = ", ".join(sorted(content)[:6]) or "nothing"
             raise _refused(path, f"it holds no network_fn_state_dict (but {held})")
-        if all(name.startswith("module.") for name in found):
-            found = {name.removeprefix("module."): value for name, value in found.items()}
         _check_memory(path, found)
         weights = {
             name: _number(path, name, checkpoint.tensor(value, name))

@@ -83,20 +83,20 @@ def published_picture(
         is_ndc: whether points lie in normalized device coordinates.
     """
     factor = network.sizes.get("factor", 1)
-    is_image = network.kind == "mobile-r2l"
+    reads_ray_image = network.kind == "mobile-r2l"
     rows, columns = height // factor, width // factor
     points = published_points(
         pose.float(),
         rows,
         columns,
         focal / factor,
-        0.5 if is_image else 0.0,
+        0.5 if reads_ray_image else 0.0,
         near,
         far,
         network.num_points,
         is_ndc,
     )
     code = published_code(points, network.num_frequencies)
-    if is_image:
+    if reads_ray_image:
         return network.run(code.permute(2, 0, 1)[None])[0].permute(1, 2, 0)
     return network.run(code.flatten(0, 1)).view(height, width, 3)

@@ -14,15 +14,15 @@ import yaml
 from nerfstudio.data.datasets.base_dataset import InputDataset
 from torch import Tensor
 
+from r2l_nerfstudio.atomic_output import atomic_folder
 from r2l_nerfstudio.distillation.frame_check import view_errors
 from r2l_nerfstudio.distillation.photographs import read_photo
 from r2l_nerfstudio.distillation.survey import thumbnail
-from r2l_nerfstudio.engines.parity import psnr
-from r2l_nerfstudio.errors import InputError
-from r2l_nerfstudio.export.whole_files import whole_folder
+from r2l_nerfstudio.errors import InputError, one_line
 from r2l_nerfstudio.importing.capture_frame import CaptureFrame
 from r2l_nerfstudio.importing.published_network import PublishedNetwork
 from r2l_nerfstudio.importing.reference_picture import published_picture
+from r2l_nerfstudio.psnr import psnr
 from r2l_nerfstudio.rays.published import PublishedScene, published_scene
 from r2l_nerfstudio.rays.spacing import SceneBounds
 from r2l_nerfstudio.student import Student, load_student
@@ -87,8 +87,8 @@ def place(
     """
     cameras = frame.cameras
     focal = float(cameras.intrinsics[:, :2].median())
-    is_image = network.kind == "mobile-r2l"
-    if is_image:
+    reads_ray_image = network.kind == "mobile-r2l"
+    if reads_ray_image:
         cells = cells or network.cells
         if cells is None:
             columns = CELLS_ACROSS[frame.layout]
@@ -106,13 +106,13 @@ def place(
     focal = focal * rows / cameras.height
     given = network.arguments
     if is_ndc is None:
-        is_ndc = is_image and frame.layout == "llff" and given.get("ndc", True) is not False
+        is_ndc = reads_ray_image and frame.layout == "llff" and given.get("ndc", True) is not False
     ndc = is_ndc
-    if ndc and (not is_image or frame.layout != "llff"):
+    if ndc and (not reads_ray_image or frame.layout != "llff"):
         raise InputError("--ndc: only a MobileR2L of a forward-facing capture works in normalized device coordinates.")
     scene = published_scene(
         frame.similarity,
-        is_image,
+        reads_ray_image,
         frame.layout == "blender",
         frame.bounds,
         (2 * focal / columns, 2 * focal / rows) if ndc else None,
@@ -189,9 +189,7 @@ def checkpoint_state(placement: Placement, config: TrainerConfig) -> dict[str, A
     try:
         model.network.load_state_dict(network.state, strict=True)
     except RuntimeError as error:  # read with the same sizes: nobody but us is to blame
-        raise InputError(
-            f"The network of {network.path} does not fit ours ({' '.join(str(error).split())[:300]})."
-        ) from error
+        raise InputError(f"The network of {network.path} does not fit ours ({one_line(error)}).") from error
     state = {f"_model.{name}": value for name, value in model.state_dict().items()}
     pipeline = {**state, "done": torch.zeros(())}
     return {"step": 0, "pipeline": pipeline, "optimizers": {}, "schedulers": {}, "scalers": {}}
@@ -220,7 +218,7 @@ def write_run(
         number += 1
         config.timestamp = f"{timestamp}_{number}"
     folder = config.get_base_dir()
-    with whole_folder(folder, overwrite=False, mark="config.yml", what="run") as made:
+    with atomic_folder(folder, overwrite=False, mark="config.yml", what="run") as made:
         checkpoints = made / config.relative_model_dir
         checkpoints.mkdir(parents=True)
         torch.save(checkpoint_state(placement, config), checkpoints / "step-000000000.ckpt")
@@ -275,7 +273,7 @@ def _photos(student: Student, frame: CaptureFrame) -> tuple[float, float] | None
 
     def pair(index: int) -> tuple[Tensor, Tensor]:
         camera = thumbnail(dataset.cameras[index], 32, undistorted=True)
-        rgb = student.model.get_outputs_for_camera(camera)["rgb"].cpu()
+        rgb = student.model.render_camera(camera)["rgb"].cpu()
         return rgb, torch.from_numpy(read_photo(dataset, index, student.model.background.cpu()).rgb)
 
     try:

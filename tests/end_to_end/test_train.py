@@ -487,7 +487,7 @@ def test_watching_with_the_average_leaves_training_as_it_was(tiny_teacher: Path,
         pipeline = trainer.pipeline
         for step in range(3):
             pipeline.model.network.tail.bias.data.add_(0.5)
-            pipeline._update_average(step)
+            pipeline.update_average(step)
         before = {k: v.clone() for k, v in pipeline.state_dict().items() if isinstance(v, torch.Tensor)}
         with pipeline.averaged():
             assert not torch.equal(pipeline.model.network.tail.bias, before["_model.network.tail.bias"])

@@ -17,7 +17,7 @@ OPSET = 18
 """Older than what a desktop gets: every ONNX Runtime Mobile of the last years reads it."""
 
 
-def phone_verdict(path: Path) -> str:
+def mobile_verdict(path: Path) -> str:
     """One line of ONNX Runtime's mobile usability checker on a graph that Android's NNAPI takes whole.
 
     Args:

@@ -1,22 +1,15 @@
-"""Where a visitor may go: near the training cameras, as these stand around or look around."""
+"""Where a visitor of the web page may move: near the training cameras, around an object or inside a scene."""
 
 from __future__ import annotations
 
 import math
-from pathlib import Path
 from typing import Any
 
 import torch
 from jaxtyping import Float
-from nerfstudio.data.datasets.base_dataset import InputDataset
 from torch import Tensor
 
-from r2l_nerfstudio.capture import CaptureError, parse_capture
-from r2l_nerfstudio.dataparsers import dataparser_at
-from r2l_nerfstudio.distillation.datamanager import capture_cameras
 from r2l_nerfstudio.distillation.pose_sampling import CaptureCameras, look_along
-from r2l_nerfstudio.errors import InputError
-from r2l_nerfstudio.run_config import capture_path, load_run_config, resolve_run
 
 INWARD = math.radians(30)
 """Cameras that on average look no farther past their common focus look at something; others look around."""
@@ -24,36 +17,6 @@ OPEN_GAP = math.radians(75)
 """A sector without cameras that is wider ends the way around."""
 BEYOND = math.radians(2)
 MOST_POSITIONS = 96
-
-
-def read_views(run: Path, data: Path | None = None) -> tuple[InputDataset, float]:
-    """The training views of a student's run, in its frame, and the share of them that training held out.
-
-    Args:
-        run: its config.yml or folder.
-        data: where the capture is now; where it was when the student was trained, by default.
-
-    Raises:
-        InputError: the capture is gone or cannot be read.
-    """
-    config_path = resolve_run(run)
-    config = load_run_config(config_path)
-    datamanager = config.pipeline.datamanager
-    place = capture_path(config, config_path) if data is None else Path(data)
-    try:
-        outputs = parse_capture(dataparser_at(config, place))
-    except CaptureError as error:
-        raise InputError(
-            f"The capture {place} of the student {config_path} cannot be read ({' '.join(str(error).split())[:300]}), and"
-            " without its cameras nobody knows where a visitor may go: say with --data where it is now."
-        ) from error
-    dataset = InputDataset(outputs, getattr(datamanager, "camera_res_scale_factor", 1.0))
-    return dataset, getattr(datamanager, "holdout_fraction", 0.0)
-
-
-def read_capture(run: Path, data: Path | None = None) -> CaptureCameras:
-    """The training cameras of a student's run, in its frame; arguments and errors as of `read_views`."""
-    return capture_cameras(read_views(run, data)[0].cameras)
 
 
 def view_limits(cameras: CaptureCameras, is_bounded: bool, radius: float) -> dict[str, Any]:

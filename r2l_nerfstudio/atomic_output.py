@@ -1,4 +1,4 @@
-"""Files and folders that are there whole and checked, or not at all."""
+"""Output files and folders that appear complete and checked, or not at all."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from r2l_nerfstudio.errors import InputError
 
 
 @contextmanager
-def whole_files(output: Path, overwrite: bool, also: tuple[str, ...] = ()) -> Iterator[Path]:
+def atomic_files(output: Path, overwrite: bool, also: tuple[str, ...] = ()) -> Iterator[Path]:
     """Give a place to write files to; they move to where they belong only if the block ends without an error.
 
     Args:
@@ -42,8 +42,8 @@ def whole_files(output: Path, overwrite: bool, also: tuple[str, ...] = ()) -> It
 
 
 @contextmanager
-def whole_folder(output: Path, overwrite: bool, mark: str, what: str) -> Iterator[Path]:
-    """As `whole_files`, for a folder.
+def atomic_folder(output: Path, overwrite: bool, mark: str, what: str) -> Iterator[Path]:
+    """As `atomic_files`, for a folder.
 
     Args:
         output: the folder that is asked for; its parent is made.
