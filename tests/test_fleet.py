@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import sys
 import time
 from pathlib import Path
@@ -21,7 +22,7 @@ from test_report import measurements
 from r2l_nerfstudio.errors import InputError
 from r2l_nerfstudio.fleet import task
 from r2l_nerfstudio.fleet.captures import find_captures, folder_fingerprint
-from r2l_nerfstudio.fleet.cluster import Capacity
+from r2l_nerfstudio.fleet.cluster import Capacity, check_loopback, listening_addresses
 from r2l_nerfstudio.fleet.config import CaptureConfig, FleetConfig, TeacherConfig, check_fleet, load_fleet
 from r2l_nerfstudio.fleet.failures import judge
 from r2l_nerfstudio.fleet.figures import report_figures
@@ -514,6 +515,24 @@ def test_an_interrupted_teacher_continues_with_the_iterations_that_are_left(
     else:
         assert len(calls) == 1
         assert torch.load(run / "nerfstudio_models" / "step-000000009.ckpt", weights_only=True)["schedulers"] == [1.0]
+
+
+# Ray
+
+
+@pytest.mark.parametrize("address", ["0.0.0.0", "::", "192.168.1.5", "fe80::1", "::ffff:10.0.0.1"])
+def test_a_ray_that_others_can_reach_is_refused(address: str) -> None:
+    check_loopback({"127.0.0.1", "127.0.0.2", "::1", "::ffff:127.0.0.1"})
+    with pytest.raises(InputError, match=f"Ray listens on {address} instead of 127.0.0.1"):
+        check_loopback({"127.0.0.1", address})
+
+
+def test_what_listens_here_is_found() -> None:
+    with socket.socket() as server:
+        server.bind(("127.0.0.5", 0))
+        server.listen()
+        assert "127.0.0.5" in listening_addresses()
+    assert "127.0.0.5" not in listening_addresses()
 
 
 # What a user sees
