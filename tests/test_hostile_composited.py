@@ -55,7 +55,7 @@ def with_a_flat_box(pipeline: dict[str, Any]) -> None:
         (with_state("", volume_cells=[0, 4, 4]), "no grid can have"),
         (with_state("", volume_cells=[-4, -4, 4]), "no grid can have"),
         (with_state("", volume_cells=[4, 4]), "no resolution of a grid"),
-        (with_state("", volume_cells="444"), "no resolution of a grid"),
+        (with_state("", volume_cells="444"), "no resolution of a grid|does not fit"),
         (with_state("", volume_cells=[4.0, 4, 4]), "no resolution of a grid"),
         (with_state("", volume_cells=None), "no resolution of a grid|does not fit"),
         (with_state("occupancy.", shape=[10**6] * 3), "no grid can have"),
