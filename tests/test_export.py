@@ -362,7 +362,7 @@ def test_tells_what_is_wrong_with_a_core_ml_package(
         export_coreml(student("mobile-r2l"), spec, tmp_path / "student.mlmodel")
     (tmp_path / "mine.mlpackage").mkdir()
     (tmp_path / "mine.mlpackage" / "letter.txt").write_text("dear")
-    with pytest.raises(InputError, match="not empty, and holds no Core ML package"):
+    with pytest.raises(InputError, match="not empty and is not a Core ML package"):
         export_coreml(student("mobile-r2l"), spec, tmp_path / "mine.mlpackage", overwrite=True)
     # As on a Mac, where a package gives something else than torch.
     monkeypatch.setattr(coreml_file.platform, "system", lambda: "Darwin")
@@ -429,7 +429,7 @@ def test_an_export_that_differs_is_not_kept(
 def test_what_is_there_is_replaced_only_on_request(student: Callable[..., Student], tmp_path: Path) -> None:
     output = tmp_path / "student.onnx"
     output.write_text("mine")
-    with pytest.raises(InputError, match="is there already.*--overwrite"):
+    with pytest.raises(InputError, match="already exists.*--overwrite"):
         export_onnx(student("r2l"), RAYS, output)
     assert output.read_text() == "mine"
     (tmp_path / f".{output.name}.partial").mkdir()  # as a killed export leaves it
@@ -564,7 +564,7 @@ def test_command_line(
     assert (accumulation.name, depth.name) == ("accumulation", "depth")
     with pytest.raises(SystemExit) as caught:
         call(monkeypatch, "onnx", "--load-config", run("mobile-r2l"), "--output", output)
-    assert caught.value.code == 1 and "is there already" in capsys.readouterr().out
+    assert caught.value.code == 1 and "already exists" in capsys.readouterr().out
     with pytest.raises(SystemExit) as caught:
         call(monkeypatch, "onnx", "--load-config", tmp_path / "nowhere", "--output", tmp_path / "a.onnx")
     assert caught.value.code == 1 and "no trained run" in capsys.readouterr().out.replace("\n", " ")

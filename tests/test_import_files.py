@@ -319,7 +319,7 @@ def changed(weights: dict[str, torch.Tensor], **changes: torch.Tensor | None) ->
         ({"body__3__body__0__weight": torch.zeros(8, 8)}, "missing"),
         ({"extra__weight": torch.zeros(3)}, "unknown layers"),
         ({"head__0__weight": torch.zeros(8, 85)}, "first layer reads 85"),
-        ({"head__0__weight": torch.full((8, 84), float("nan"))}, "not finite"),
+        ({"head__0__weight": torch.full((8, 84), float("nan"))}, "non-finite"),
         ({"head__0__bias": torch.zeros(8, dtype=torch.int64)}, "not floating-point"),
         ({"head__0__bias": torch.zeros(())}, "shape []"),
     ],
@@ -334,7 +334,7 @@ def test_r2l_weights_that_do_not_fit(changes: dict[str, Any], said: str, refused
         ({"body__0__conv_block__1__running_var": None}, "lacks body.0.conv_block.1.running_var"),
         ({"body__0__conv_block__1__running_var": torch.full((8,), -1.0)}, "negative variances"),
         ({"tail__3__weight": torch.zeros(6, 4, 5, 5)}, "kernel of [5, 5]"),
-        ({"tail__6__bias": None, "tail__6__weight": None}, "super-resolution has 6 layers"),
+        ({"tail__6__bias": None, "tail__6__weight": None}, "upsampling has 6 layers"),
     ],
 )
 def test_mobile_weights_that_do_not_fit(changes: dict[str, Any], said: str, refused, tmp_path: Path) -> None:
@@ -346,7 +346,7 @@ def test_networks_of_other_settings(refused, tmp_path: Path) -> None:
     file = write_tar(tmp_path / "b.tar", mobile_weights(), {"activation_fn": "relu"})
     assert "activation_fn 'relu'" in refused(file)
     wrong = mobile_weights(kernels=(3, 4))
-    assert "super-resolution of x3 x2" in refused(write_tar(tmp_path / "c.tar", wrong))
+    assert "upsampling of x3 x2" in refused(write_tar(tmp_path / "c.tar", wrong))
 
 
 def test_a_network_wider_than_memory(refused, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -583,7 +583,7 @@ def test_onnx_weights_that_are_not_numbers(refused, tmp_path: Path) -> None:
         array.flat[0] = np.inf
         tensor.CopyFrom(numpy_helper.from_array(array, tensor.name))
 
-    assert "not finite" in refused(edited_onnx(tmp_path / "a.onnx", infinite))
+    assert "non-finite" in refused(edited_onnx(tmp_path / "a.onnx", infinite))
 
     def short(model: Any) -> None:
         model.graph.initializer[0].raw_data = model.graph.initializer[0].raw_data[:-4]
