@@ -226,11 +226,10 @@ def test_cached_views_that_cannot_be_are_rendered_again(damage, tmp_path: Path) 
 def test_a_full_disk_ends_the_cache_and_nothing_else(tmp_path: Path, monkeypatch, capsys) -> None:
     made = renderer(cache_dir=tmp_path / "views")
 
-    def fail(path: Path, data: bytes) -> None:
-        path.open("wb").write(data[:100])
+    def fail(descriptor: int) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(Path, "write_bytes", fail)
+    monkeypatch.setattr(os, "fsync", fail)
     ring = ViewRing(made, 3, "cpu")
     ring.fill()
     assert len(ring) == 3 and made.cache_dir is None
