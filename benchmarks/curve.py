@@ -24,7 +24,7 @@ from r2l_nerfstudio.errors import InputError
 
 PUBLISHED = {"r2l": {"lego": 32.53}}
 """PSNR in dB on test views as the papers' own code reports it for single captures; R2L's teacher of lego has 31.42."""
-MARK = "Holdout PSNR"
+MARK = HELD_OUT
 LOOKS = {"cuda": 100, "cpu": 20}
 """Iterations between looks at the held-out views."""
 

@@ -325,7 +325,7 @@ def test_a_fleet_runs_on_remote_captures_and_a_remote_output(tmp_path: Path) -> 
             "out-of-memory",
             "CUDA out of memory",
         ),
-        (1, ["Error: No room on cuda:0 for a training batch: lower --x."], "out-of-memory", "No room on cuda:0"),
+        (1, ["Error: No memory on cuda:0 for a training batch: lower --x."], "out-of-memory", "No memory on cuda:0"),
         (1, ["Error: There is no capture at /x: name it."], "input", "There is no capture at /x: name it"),
         (2, ["Unrecognized options: --max-iterations", "For full helptext, run ns-train"], "input", "--max-iterations"),
         (1, ["Traceback", "FileNotFoundError: images/000.png", ""], "crash", "FileNotFoundError: images/000.png"),

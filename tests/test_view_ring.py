@@ -84,7 +84,7 @@ def test_colours_that_are_not_finite_are_dropped_and_counted(capsys) -> None:
     dropped = sample.weight[:, 0] == 0
     assert 0 < dropped.float().mean() < 0.01
     assert ring.renderer.invalid_pixels == 2
-    assert "not finite: 1 pixels" in capsys.readouterr().out
+    assert "dropped 1 pixels" in capsys.readouterr().out
 
 
 def test_a_cache_is_resumed_and_its_broken_files_rendered_again(tmp_path) -> None:

@@ -20,7 +20,7 @@ _DISK_FULL = re.compile(
 )
 _OUT_OF_MEMORY = re.compile(
     r"OutOfMemoryError|out of memory|\bMemoryError\b|bad_alloc|can't allocate memory|Cannot allocate memory"
-    r"|No room on \S+ for a training batch|RESOURCE_EXHAUSTED",
+    r"|No memory on \S+ for a training batch|RESOURCE_EXHAUSTED",
     re.I,
 )
 _ERROR = re.compile(r"^Error: (.+)")
