@@ -217,11 +217,13 @@ def measure(
         **{
             f"{who}_{metric}": rounded(found.mean(who, metric))
             for who in ("teacher", "student")
-            for metric in ("psnr", "ssim")
+            for metric in ("psnr", "ssim", "gmsd")
         },
+        "student_share_of_teacher_detail": rounded(found.detail),
         "student_psnr_against_teacher_unseen": rounded(found.unseen.mean),
         **{f"student_psnr_against_teacher_zoom_{zoom}": rounded(psnr) for zoom, psnr in found.unseen.zoom.items()},
         "student_lowest_psnr_between_sizes": rounded(found.between_sizes),
+        "teacher_lowest_psnr_between_sizes": rounded(found.teacher_between_sizes),
         **{f"{who}_seconds_per_frame": rounded(ms / 1e3) for who, ms in found.frame_milliseconds.items()},
         "student_train_rays_per_second": train_rays_per_second(config_path.parent),
         "network_parameters": found.sizes["network_parameters"],

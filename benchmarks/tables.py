@@ -6,7 +6,6 @@ import copy
 import dataclasses
 import json
 import math
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -26,7 +25,7 @@ from benchmarks.published_figures import FOOTNOTES, LATENCY, QUALITY, STORAGE, T
 from r2l_nerfstudio.disk import write_atomically
 from r2l_nerfstudio.engines.cache import device_name
 from r2l_nerfstudio.engines.switch import EngineOption
-from r2l_nerfstudio.errors import InputError, exit_on_input_error
+from r2l_nerfstudio.errors import InputError
 
 Group = Literal["NeRF-Synthetic", "LLFF", "other captures"]
 
@@ -568,13 +567,3 @@ def _train(config: Any) -> None:
         writer.EVENT_WRITERS.clear()
         writer.EVENT_STORAGE.clear()
         writer.GLOBAL_BUFFER.clear()
-
-
-def main(arguments: list[str] | None = None) -> None:
-    """Run `python -m benchmarks.tables`."""
-    with exit_on_input_error():
-        tyro.cli(Tables, args=arguments, description=__doc__, prog="python -m benchmarks tables").main()
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])

@@ -274,6 +274,11 @@ def test_int8_is_kept_where_it_costs_little(
     weights = [tensor for tensor in model.graph.initializer if len(tensor.dims) == 4]
     assert weights and {tensor.data_type for tensor in weights} == {onnx.TensorProto.INT8}
     assert {prop.key: prop.value for prop in model.metadata_props}["precision"] == "int8"
+    if not flags:
+        tables = {
+            tensor.data_type for tensor in model.graph.initializer if len(tensor.dims) == 2 and tensor.dims[1] == 5
+        }
+        assert tables == {onnx.TensorProto.INT8}, "density and features of the grid points"
     student = load_student(captured, device="cpu", engine="torch")
     part = "network" if flags else "whole"
     given, truth = probe_inputs(student, GraphSpec("camera", "fp32", 27, 18, part), 0)

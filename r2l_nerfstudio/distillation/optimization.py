@@ -15,7 +15,7 @@ from torch.nn import Parameter
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from r2l_nerfstudio.torch_compat import Muon
+from r2l_nerfstudio.distillation.muon import Muon
 
 DECAY_STEPS = 500_000
 """Iterations to a tenth of R2L's published learning rate."""
@@ -24,11 +24,11 @@ FORWARD_DECAY_STEPS = 250_000
 
 
 class MatrixMuon(Muon):
-    """PyTorch's Muon, which takes matrices only, for 1x1 convolutions too: it works on views of their weights.
+    """Muon, which takes matrices only, for 1x1 convolutions too: it works on views of their weights.
 
     Args:
         params: weights of linear layers (out in) or of 1x1 convolutions (out in 1 1).
-        **settings: as torch's.
+        **settings: as `Muon`'s.
     """
 
     def __init__(self, params: Iterable[Parameter], **settings: Any) -> None:

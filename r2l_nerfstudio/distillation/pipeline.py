@@ -41,6 +41,7 @@ from r2l_nerfstudio.distillation.progress import TrainingProgress
 from r2l_nerfstudio.distillation.published_scene import scene_of_capture
 from r2l_nerfstudio.distillation.scene_occupancy import SceneOccupancy
 from r2l_nerfstudio.distillation.survey import Survey
+from r2l_nerfstudio.engines.torch_engine import is_bf16_fast
 from r2l_nerfstudio.errors import InputError, exit_on_input_error, one_line
 from r2l_nerfstudio.models.light_field import LightFieldModel, LightFieldModelConfig
 from r2l_nerfstudio.psnr import decibels
@@ -69,7 +70,7 @@ class DistillationPipelineConfig(VanillaPipelineConfig):
     """Before training, check that the teacher's renders match the photos."""
     bf16: bool = True
     """Train the network in bfloat16 with fp32 weights, which needs no loss scaling, unlike the fp16 of Nerfstudio's
-    mixed precision on CUDA. Rays, encoding and losses stay in fp32."""
+    mixed precision on CUDA. Rays, encoding and losses stay in fp32. Without bf16 arithmetic everything is fp32."""
     steps_per_holdout: Annotated[int, IntRange(1, 10**9)] = 500
     """Iterations between measurements on the held-out views."""
     sync_batch_norm: bool = False
@@ -307,8 +308,14 @@ class DistillationPipeline(VanillaPipeline):
 
     def _predict(self, batch: Batch, model: torch.nn.Module) -> dict[str, Tensor]:
         bundle = batch.ray_bundle
-        with torch.autocast(device_type=bundle.origins.device.type, dtype=torch.bfloat16, enabled=self.config.bf16):
+        with self._autocast():
             return model(bundle)
+
+    def _autocast(self) -> torch.autocast:
+        """bf16 where the machine multiplies it: on a CPU that does not, a step takes ten times as long as in fp32."""
+        device = self.model.device
+        is_used = self.config.bf16 and is_bf16_fast(device)
+        return torch.autocast(device_type=device.type, dtype=torch.bfloat16, enabled=is_used)
 
     @torch.no_grad()
     def holdout_psnr(self, held: Batch) -> float:
@@ -403,7 +410,7 @@ class DistillationPipeline(VanillaPipeline):
                     bundle = self.datamanager.draw(0).ray_bundle
                 yield bundle
 
-        with torch.autocast(device_type=self.model.device.type, dtype=torch.bfloat16, enabled=self.config.bf16):
+        with self._autocast():
             update_bn(batches(), self.model)
         if self.world_size > 1:
             for statistic in normalization_statistics(self.model):

@@ -47,11 +47,19 @@ class Encoding(nn.Module):
         model: model to copy, its feature volume with plain gathers.
         precision: precision of the stored features.
         reduce_angles: reduce the encoding's angles first, for machines whose sine is accurate only near zero.
+        int8_features: store a composited encoding's features in int8.
     """
 
-    def __init__(self, model: LightFieldModel, precision: GraphPrecision, reduce_angles: bool = False) -> None:
+    def __init__(
+        self,
+        model: LightFieldModel,
+        precision: GraphPrecision,
+        reduce_angles: bool = False,
+        int8_features: bool = False,
+    ) -> None:
         super().__init__()
-        self.composited = None if model.composited is None else model.composited.for_graph(DTYPES[precision])
+        kept = torch.int8 if int8_features else DTYPES[precision]
+        self.composited = None if model.composited is None else model.composited.for_graph(kept)
         self.factor = model.factor
         self.pixel_samples = getattr(model.config, "pixel_samples", 0)
         self.ray_code = copy.deepcopy(model.ray_code)
@@ -326,6 +334,7 @@ class CodeGraph(nn.Module):
         precision: precision of a stored feature volume.
         frame: rays of the camera's image; None for a graph of rays.
         reduce_angles: as `Encoding`.
+        int8_features: likewise.
     """
 
     def __init__(
@@ -334,9 +343,10 @@ class CodeGraph(nn.Module):
         precision: GraphPrecision,
         frame: PictureFrame | None,
         reduce_angles: bool = False,
+        int8_features: bool = False,
     ) -> None:
         super().__init__()
-        self.encoding = Encoding(model, precision, reduce_angles)
+        self.encoding = Encoding(model, precision, reduce_angles, int8_features)
         self.frame = frame
         self.inputs = RayGraph.inputs if frame is None else CameraGraph.inputs
         self.outputs = code_outputs(model)
@@ -459,6 +469,8 @@ class GraphSpec:
     """Build the network from operators that phone processors support."""
     reduce_angles: bool = False
     """Reduce the encoding's angles first, for machines whose sine is accurate only near zero."""
+    int8_features: bool = False
+    """Store a composited encoding's features in int8; for the encoding part."""
 
     def frame(self, student: Student) -> PictureFrame | None:
         """Return the rays of the camera's image; None for a graph of rays.
@@ -492,7 +504,9 @@ class GraphSpec:
         if self.part == "network":
             return NetworkGraph(student.model, self.precision, self.is_plain).eval()
         if self.part == "encoding":
-            return CodeGraph(student.model, self.precision, self.frame(student), self.reduce_angles).eval()
+            return CodeGraph(
+                student.model, self.precision, self.frame(student), self.reduce_angles, self.int8_features
+            ).eval()
         if self.part == "values":
             return ValuesGraph(student.model, self.frame(student)).eval()
         if self.inputs == "camera":

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import cast
@@ -78,10 +78,10 @@ class Int8Report:
 def export_int8(
     student: Student, spec: GraphSpec, output: Path, run: Path, data: Path | None = None, overwrite: bool = False
 ) -> Int8Report:
-    """Write an ONNX file whose network is in int8 (QuantizeLinear and DequantizeLinear around fp32 operators).
+    """Write an ONNX file whose network and features are in int8 (the network by QuantizeLinear and DequantizeLinear).
 
-    Weights are quantised per channel, activations to uint8; the encoding stays in fp32. Layers are left in fp32 one
-    after the other until int8 costs at most `MOST_LOSS`.
+    Weights and features are quantised per channel, activations to uint8; the encoding stays in fp32. Layers are left in
+    fp32 one after the other until int8 costs at most `MOST_LOSS`.
 
     Args:
         student: on the CPU.
@@ -259,19 +259,21 @@ def judge(
         return torch.from_numpy(session.run(None, {"code": code.contiguous().numpy()})[0])
 
     model = student.model
+    features = nullcontext() if model.composited is None else model.composited.in_int8()
     own: list[float] = []
     other: list[float] = []
     if photographs:
-        for camera, truth in photographs:
-            own.append(psnr(model.render_camera(camera)["rgb"], truth))
-            with student.model.drawn_by(run):
-                other.append(psnr(model.render_camera(camera)["rgb"], truth))
+        own += [psnr(model.render_camera(camera)["rgb"], truth) for camera, truth in photographs]
+        with model.drawn_by(run), features:
+            other += [psnr(model.render_camera(camera)["rgb"], truth) for camera, truth in photographs]
     else:
-        for pose, intrinsics, size in pseudo_views(student, cameras, JUDGED_VIEWS, seed=1):
-            camera = (pose.numpy(), intrinsics.numpy(), size.width, size.height)
-            truth = torch.from_numpy(student.render(*camera))
-            with student.model.drawn_by(run):
-                other.append(psnr(torch.from_numpy(student.render(*camera)), truth))
+        seen = list(pseudo_views(student, cameras, JUDGED_VIEWS, seed=1))
+        views = [(pose.numpy(), intrinsics.numpy(), size.width, size.height) for pose, intrinsics, size in seen]
+        truths = [torch.from_numpy(student.render(*view)) for view in views]
+        with model.drawn_by(run), features:
+            other += [
+                psnr(torch.from_numpy(student.render(*view)), truth) for view, truth in zip(views, truths, strict=True)
+            ]
     return Int8Report(
         scheme, len(other), sum(own) / len(own) if own else None, sum(other) / len(other), parity=math.nan
     )
@@ -293,8 +295,8 @@ def assemble(student: Student, spec: GraphSpec, network: Path, output: Path) -> 
         fix_sizes(model, {name: value.shape for name, value in (inputs | outputs).items()})
     if spec.part == "whole":
         before, after = output.with_suffix(".before.onnx"), output.with_suffix(".after.onnx")
-        # Features are stored in half precision, weighted and summed in fp32.
-        write_onnx(student, replace(spec, part="encoding", precision="fp16"), before)
+        # Features are weighted and summed in fp32; those of a dense volume are stored in half precision.
+        write_onnx(student, replace(spec, part="encoding", precision="fp16", int8_features=True), before)
         write_onnx(student, replace(spec, part="values"), after)
         model = join_onnx(onnx.load(str(before)), model, onnx.load(str(after)))
     onnx.helper.set_model_props(model, {**metadata(student, spec), "precision": "int8"})

@@ -76,6 +76,27 @@ def lpips(
     return float(measure.to(prediction.device)(prediction, target))
 
 
+def gmsd(image: Float[Tensor, "height width 3"], truth: Float[Tensor, "height width 3"]) -> float:
+    """Gradient magnitude similarity deviation (Xue et al. 2014) of an image, clamped to [0, 1], against one in [0, 1].
+
+    Edges decide it: 0 is equal, and a blurred image has about 0.1.
+    """
+    import piq
+
+    return float(piq.gmsd(*_batches(image, truth), data_range=1.0))
+
+
+def detail_energy(image: Float[Tensor, "height width 3"]) -> float:
+    """Energy of an image's fine detail: mean square of its difference from itself, blurred by a Gaussian of one pixel.
+
+    The ratio of two images' energies tells which of them is blurrier; noise counts as detail.
+    """
+    from torchvision.transforms.functional import gaussian_blur
+
+    image = image.permute(2, 0, 1)[None].float().clamp(0, 1)
+    return float((image - gaussian_blur(image, [7, 7], [1.0, 1.0])).square().mean())
+
+
 def image_metrics(
     rgb: Float[Tensor, "height width 3"],
     truth: Float[Tensor, "height width 3"],

@@ -154,8 +154,10 @@ class R2LModel(LightFieldModel):
         self, encoding: CompositedEncoding, origins: Float[Tensor, "rays 3"], directions: Float[Tensor, "rays 3"]
     ) -> Float[Tensor, "rays 5"]:
         """Five numbers per ray; around a bounded scene the network is evaluated only for rays that meet something."""
-        found, is_empty = encoding.composited(origins, directions)
-        geometry = encoding.geometry(found, origins, directions)
+        rays = (origins[:, None], directions[:, None])
+        span = encoding.span(*rays)
+        found, is_empty = encoding.composited(span)
+        geometry = encoding.geometry(found, span, *rays)
         met: Tensor | None = None
         if encoding.is_bounded:
             met = (~is_empty).nonzero()[:, 0]

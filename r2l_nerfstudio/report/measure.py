@@ -32,7 +32,7 @@ from r2l_nerfstudio.engines.protocol import EngineName, Precision
 from r2l_nerfstudio.engines.registry import build_engine, engine_module
 from r2l_nerfstudio.errors import InputError, one_line
 from r2l_nerfstudio.models.light_field import LightFieldModel
-from r2l_nerfstudio.models.metrics import image_metrics, psnr
+from r2l_nerfstudio.models.metrics import detail_energy, gmsd, image_metrics, psnr
 from r2l_nerfstudio.run_config import capture_path, checkpoint_path, load_run_config, resolve_run
 from r2l_nerfstudio.student import load_student
 from r2l_nerfstudio.students.mobile import MobileR2L
@@ -45,6 +45,8 @@ UNSEEN_SEED = 31_415_926
 ZOOMS = (0.5, 2.0)
 SIZES = (0.4, 0.75, 1.5)
 """Sizes at which a camera is rendered again, as shares of its own."""
+QUALITY = ("psnr", "ssim", "lpips", "gmsd")
+"""Metrics against photos."""
 FRAMES = 5
 """Frames to time per engine; the median counts."""
 PRECISIONS: tuple[Precision, ...] = ("fp16", "bf16", "fp32")
@@ -57,11 +59,13 @@ class ViewScore:
     name: str
     """File name of the photo."""
     student: dict[str, float]
-    """`psnr` (dB), `ssim` and, if its weights could be loaded, `lpips`, against the photo."""
+    """`psnr` (dB), `ssim`, `gmsd` and, if its weights could be loaded, `lpips`, against the photo."""
     teacher: dict[str, float] | None = None
     """The same for the teacher."""
     against_teacher: float | None = None
     """PSNR in dB of the student against the teacher."""
+    detail: float | None = None
+    """The student's share of the energy of the teacher's fine detail: below 1, it is blurrier."""
 
 
 @dataclass(frozen=True)
@@ -114,6 +118,8 @@ class Measurements:
     unseen: UnseenScores | None
     between_sizes: float
     """Lowest PSNR in dB between renders of one camera at its own size and at others, resampled to the smaller."""
+    teacher_between_sizes: float | None
+    """The same for the teacher: one ray per pixel is not an average over the pixel, so it is finite there too."""
     engines: list[EngineTime]
     frame_milliseconds: dict[str, float]
     """Median time of a frame of the test views, by `student` and `teacher`, in this run."""
@@ -126,11 +132,17 @@ class Measurements:
 
         Args:
             who: `student` or `teacher`.
-            metric: `psnr`, `ssim` or `lpips`.
+            metric: one of `QUALITY`.
         """
         scores = [getattr(view, who) for view in self.views]
         values = [None if score is None else score.get(metric) for score in scores]
         return fmean(cast(list[float], values)) if values and None not in values else None
+
+    @property
+    def detail(self) -> float | None:
+        """Mean over the test views of the student's share of the teacher's fine detail; None without a teacher."""
+        shares = [view.detail for view in self.views if view.detail is not None]
+        return fmean(shares) if shares else None
 
     def worst(self, count: int = 3) -> list[ViewScore]:
         """Return the test views with the lowest PSNR of the student, lowest first."""
@@ -139,11 +151,8 @@ class Measurements:
     def as_dict(self) -> dict[str, Any]:
         """Return all figures, without images, as plain JSON types."""
         figures = {key: value for key, value in vars(self).items() if key != "shown"}
-        means = {
-            who: {metric: self.mean(who, metric) for metric in ("psnr", "ssim", "lpips")}
-            for who in ("student", "teacher")
-        }
-        figures |= {"mean": means, "worst_views": [view.name for view in self.worst()]}
+        means = {who: {metric: self.mean(who, metric) for metric in QUALITY} for who in ("student", "teacher")}
+        figures |= {"mean": means, "detail": self.detail, "worst_views": [view.name for view in self.worst()]}
         return cast(dict[str, Any], _plain(figures))
 
 
@@ -230,9 +239,10 @@ def measure(
             views.append(
                 ViewScore(
                     name,
-                    image_metrics(image, photo),
-                    None if truth is None else image_metrics(truth, photo),
+                    image_metrics(image, photo) | {"gmsd": gmsd(image, photo)},
+                    None if truth is None else image_metrics(truth, photo) | {"gmsd": gmsd(truth, photo)},
                     None if truth is None else psnr(image, truth),
+                    None if truth is None else detail_energy(image) / max(detail_energy(truth), 1e-12),
                 )
             )
             kept.append(ComparedView(name, photo, truth, image))
@@ -254,7 +264,9 @@ def measure(
             seed=UNSEEN_SEED,
         )
         unseen = _unseen(renderer, unseen_cameras, student_view, teacher_view, model.device)
-    steady = between_sizes(student_view, test.cameras[chosen[0] : chosen[0] + 1].to(model.device))
+    first = test.cameras[chosen[0] : chosen[0] + 1].to(model.device)
+    steady = between_sizes(student_view, first)
+    teacher_steady = None if teacher_view is None else min(between_sizes(teacher_view, first))
     checkpoint = checkpoint_path(config, config_path)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     sizes = {
@@ -273,7 +285,8 @@ def measure(
         teacher=None if loaded_teacher is None else _about(loaded_teacher),
         unseen=unseen,
         between_sizes=min(steady),
-        engines=time_engines(model, test.cameras[chosen[0] : chosen[0] + 1].to(model.device), engines),
+        teacher_between_sizes=teacher_steady,
+        engines=time_engines(model, first, engines),
         frame_milliseconds=frame_milliseconds,
         sizes=sizes,
         learning_curve=read_learning_curve(config_path.parent),

@@ -92,11 +92,13 @@ def _facts(found: Measurements) -> list[tuple[str, str]]:
 
 def _tables(found: Measurements) -> dict[str, Table]:
     quality: list[list[str]] = []
-    for metric, unit, digits in (("psnr", " dB", 2), ("ssim", "", 3), ("lpips", "", 3)):
+    for metric, unit, digits in (("psnr", " dB", 2), ("ssim", "", 3), ("lpips", "", 3), ("gmsd", "", 3)):
         student, teacher = found.mean("student", metric), found.mean("teacher", metric)
         if student is not None:
             values = [_number(student, unit, digits), _number(teacher, unit, digits)]
             quality.append([f"{metric.upper()} against photos, mean", *values])
+    if found.detail is not None:
+        quality.append(["fine detail, share of the teacher's energy", _number(found.detail), ""])
     if found.unseen is not None:
         unseen = found.unseen
         quality.append(
@@ -107,7 +109,8 @@ def _tables(found: Measurements) -> dict[str, Table]:
             [f"the same at {zoom} times the focal length, mean", _number(value, " dB"), ""]
             for zoom, value in unseen.zoom.items()
         ]
-    quality.append(["PSNR of one camera at other sizes, lowest", _number(found.between_sizes, " dB"), ""])
+    sizes_apart = [_number(value, " dB") for value in (found.between_sizes, found.teacher_between_sizes)]
+    quality.append(["PSNR of one camera at other sizes, lowest", *sizes_apart])
     worst = [
         [
             view.name,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Bool, Float, Int32, Int64
+from jaxtyping import Bool, Float, Int8, Int32, Int64
 from torch import Tensor, nn
 from torch.nn.functional import embedding
 
@@ -109,6 +109,12 @@ class SparseVolume(nn.Module):
         """Return raw density, then features, at points of the unit cube. Empty space gets no gradient."""
         rows = torch.cat([self.rows[:1].detach(), self.rows[1:]])
         return read_rows(rows, self.index, points)
+
+
+def int8_rows(rows: Float[Tensor, "rows values"]) -> tuple[Int8[Tensor, "rows values"], Float[Tensor, "values"]]:
+    """Rows rounded to 255 levels, and the width of a level of each column."""
+    widths = rows.abs().amax(0).clamp_min(1e-8) / 127
+    return (rows / widths).round().to(torch.int8), widths
 
 
 def read_rows(
