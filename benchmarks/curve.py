@@ -19,6 +19,7 @@ from nerfstudio.utils.rich_utils import CONSOLE
 from benchmarks.distil import CAPTURES, measure
 from benchmarks.figures import RESULTS
 from r2l_nerfstudio.checkpoints import read_checkpoint
+from r2l_nerfstudio.distillation.learning_curve import HELD_OUT
 from r2l_nerfstudio.engines.cache import device_name
 from r2l_nerfstudio.errors import InputError
 
