@@ -19,12 +19,13 @@ from nerfstudio.utils.rich_utils import CONSOLE
 from benchmarks.distil import CAPTURES, measure
 from benchmarks.figures import RESULTS
 from r2l_nerfstudio.checkpoints import read_checkpoint
+from r2l_nerfstudio.distillation.learning_curve import HELD_OUT
 from r2l_nerfstudio.engines.cache import device_name
 from r2l_nerfstudio.errors import InputError
 
 PUBLISHED = {"r2l": {"lego": 32.53}}
 """PSNR in dB on test views as the papers' own code reports it for single captures; R2L's teacher of lego has 31.42."""
-MARK = "Holdout PSNR"
+MARK = HELD_OUT
 LOOKS = {"cuda": 100, "cpu": 20}
 """Iterations between looks at the held-out views."""
 

@@ -12,30 +12,31 @@ from r2l_nerfstudio.errors import InputError
 
 @contextmanager
 def atomic_files(output: Path, overwrite: bool, also: tuple[str, ...] = ()) -> Iterator[Path]:
-    """Give a place to write files to; they move to where they belong only if the block ends without an error.
+    """Yield a temporary place to write files to; they move to their final place only if the block ends without an
+    error.
 
     Args:
-        output: the file that is asked for; its folder is made.
-        overwrite: whether it may be there.
-        also: endings of further files beside it, as ".bin".
+        output: final path of the file; its folder is made.
+        overwrite: whether it may exist.
+        also: suffixes of further files beside it, as ".bin".
 
     Yields:
-        where to write `output`: a file of its name in a folder beside it.
+        Where to write `output`: a file of its name in a folder beside it.
 
     Raises:
-        InputError: a file is there and may not be replaced, or cannot be written.
+        InputError: a file exists and may not be replaced, or cannot be written.
     """
     output = _named(output, "a file")
     names = [output.name, *(output.with_suffix(suffix).name for suffix in also)]
     for name in names:
         taken = output.with_name(name)
         if taken.is_dir():
-            raise InputError(f"{taken} is a folder: name a file with --output.")
+            raise InputError(f"{taken} is a folder: give a file with --output.")
         if taken.exists() and not overwrite:
             raise InputError(
-                f"{taken} is there already: name another file with --output, or replace it with --overwrite."
+                f"{taken} already exists: give another file with --output, or replace it with --overwrite."
             )
-    with _partial(output, "name another place with --output") as partial:
+    with _partial(output, "give another place with --output") as partial:
         yield partial / output.name
         for name in names:
             (partial / name).replace(output.with_name(name))
@@ -43,28 +44,30 @@ def atomic_files(output: Path, overwrite: bool, also: tuple[str, ...] = ()) -> I
 
 @contextmanager
 def atomic_folder(output: Path, overwrite: bool, mark: str, what: str) -> Iterator[Path]:
-    """As `atomic_files`, for a folder.
+    """Do the same as `atomic_files` for a folder.
 
     Args:
-        output: the folder that is asked for; its parent is made.
-        overwrite: whether one of its kind may be there.
-        mark: a file that every folder of its kind holds.
+        output: final path of the folder; its parent is made.
+        overwrite: whether one of its kind may exist.
+        mark: a file that every folder of its kind contains.
         what: the kind, in words.
 
     Yields:
-        where to write: a folder that is there or may be made, beside `output`.
+        Where to write: an existing folder beside `output`.
 
     Raises:
-        InputError: something is there and may not be replaced, or cannot be written.
+        InputError: something exists and may not be replaced, or cannot be written.
     """
     output = _named(output, "a folder")
     if output.is_file():
-        raise InputError(f"{output} is a file: name a folder to be made.")
+        raise InputError(f"{output} is a file: give a new folder.")
     if output.is_dir() and any(output.iterdir()):
         if not (output / mark).is_file():
-            raise InputError(f"The folder {output} is not empty, and holds no {what}: name another one.")
+            raise InputError(f"The folder {output} is not empty and is not a {what}: give another one.")
         if not overwrite:
-            raise InputError(f"The folder {output} holds a {what}: name another one, or replace it with --overwrite.")
+            raise InputError(
+                f"The folder {output} already holds a {what}: give another one, or replace it with --overwrite."
+            )
     with _partial(output, "name another folder") as partial:
         made = partial / output.name
         made.mkdir()
@@ -75,36 +78,36 @@ def atomic_folder(output: Path, overwrite: bool, mark: str, what: str) -> Iterat
 
 
 def _named(output: Path, kind: str) -> Path:
-    """The path, if it can be one.
+    """Check that a path can be written.
 
     Raises:
-        InputError: it is empty, the root of a disk, or no path to the system.
+        InputError: it is empty, the root of a disk, or not a valid path.
     """
     output = Path(output)
     shown = str(output) if len(str(output)) <= 200 else f"{str(output)[:100]}..."
     if output.name in ("", ".."):
-        raise InputError(f"{shown!r} names no file: name {kind} to write.")
+        raise InputError(f"{shown!r} is not a file name: give {kind} to write.")
     try:
         output.exists()
     except (OSError, ValueError) as error:
         raise InputError(
-            f"{shown} cannot be written ({getattr(error, 'strerror', None) or error}): name {kind}."
+            f"{shown} cannot be written ({getattr(error, 'strerror', None) or error}): give {kind}."
         ) from error
     if output.exists() and not (output.is_file() or output.is_dir()):
-        raise InputError(f"{shown} is a device or a pipe: name {kind} to write.")
+        raise InputError(f"{shown} is a device or a pipe: give {kind} to write.")
     return output
 
 
 @contextmanager
 def _partial(output: Path, remedy: str) -> Iterator[Path]:
-    """An empty folder beside what is asked for; afterwards it is gone.
+    """Yield an empty folder beside the output, which is removed afterwards.
 
     Raises:
         InputError: something cannot be written.
     """
     partial = output.with_name(f".{output.name}.partial")
     try:
-        # What a killed export left.
+        # Left by an interrupted export.
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         yield partial

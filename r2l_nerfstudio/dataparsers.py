@@ -1,4 +1,4 @@
-"""The dataparser of a run, pointed at its capture."""
+"""Dataparsers of runs, pointed at their captures."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from nerfstudio.engine.trainer import TrainerConfig
 
 
 def dataparser_of(config: TrainerConfig) -> DataParserConfig | None:
-    """Return the dataparser that a run's data manager reads its capture with; None for a data manager without one."""
+    """Return the dataparser of a run's data manager; None for a data manager without one."""
     return getattr(config.pipeline.datamanager, "dataparser", None)
 
 
@@ -18,7 +18,7 @@ def dataparser_at(config: TrainerConfig, data: Path) -> DataParserConfig:
     """Return a copy of a run's dataparser that reads the capture at `data`, without the points that only seed splats.
 
     Args:
-        config: of a run whose data manager has a dataparser.
+        config: configuration of a run whose data manager has a dataparser.
         data: the capture's folder or file.
     """
     dataparser = dataparser_of(config)

@@ -8,7 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 LEAST_ERROR = 1e-12
-"""Mean squared error that `decibels` takes a smaller one for: 120 dB."""
+"""Smallest mean squared error that `decibels` distinguishes: 120 dB."""
 
 
 def psnr(values: Float[Tensor, "*any"], truth: Float[Tensor, "*any"]) -> float:
@@ -28,6 +28,6 @@ def decibels(error: float, least: float = LEAST_ERROR) -> float:
 
     Args:
         error: mean squared error.
-        least: what smaller errors count as, so that the result stays finite.
+        least: smallest error; it keeps the result finite.
     """
     return -10 * math.log10(max(error, least))

@@ -1,4 +1,4 @@
-"""What newer versions of PyTorch have and the oldest supported one (2.1) lacks. Features are detected, never versions."""
+"""Replacements for what the oldest supported PyTorch (2.1) lacks. Features are detected, never versions."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 OutOfMemoryError: type[RuntimeError] = getattr(torch, "OutOfMemoryError", torch.cuda.OutOfMemoryError)
-"""Raised where a device has no memory left; `torch.OutOfMemoryError` from torch 2.5 on."""
+"""Raised if a device has no memory left; `torch.OutOfMemoryError` from torch 2.5 on."""
 
 _ALLOWED_GLOBALS = {
     ("collections", "OrderedDict"),
@@ -21,7 +21,7 @@ _ALLOWED_GLOBALS = {
     ("torch", "device"),
     *(("torch", name) for name in ("float16", "float32", "float64", "bfloat16", "int32", "int64", "uint8", "bool")),
     *(("torch", f"{kind}Storage") for kind in ("Float", "Double", "Half", "BFloat16", "Long", "Int", "Byte", "Bool")),
-    ("_codecs", "encode"),  # bytes in pickle protocol 2, as torch itself allows
+    ("_codecs", "encode"),  # Bytes in pickle protocol 2, as PyTorch itself allows.
     ("numpy", "dtype"),
     ("numpy.core.multiarray", "scalar"),
     ("numpy._core.multiarray", "scalar"),
@@ -53,8 +53,7 @@ def load_tensors(checkpoint: Path) -> dict[str, Any]:
     Schedulers that work in NumPy leave its scalars beside the tensors.
 
     Raises:
-        pickle.UnpicklingError: it names something else.
-        RuntimeError, OSError, EOFError, ...: it is damaged.
+        pickle.UnpicklingError: it names something else. RuntimeError, OSError, EOFError, ...: it is damaged.
     """
     if hasattr(torch.serialization, "safe_globals"):
         scalar = np.float64(0).__reduce__()[0]

@@ -120,7 +120,9 @@ def test_the_runtime_is_what_the_page_was_made_for(tmp_path: Path, monkeypatch: 
     assert fetch_runtime() == folder
 
 
-@pytest.mark.parametrize(("has_npm", "said"), [(False, "there is no npm here"), (True, r"npm could not fetch .*E404")])
+@pytest.mark.parametrize(
+    ("has_npm", "said"), [(False, "npm is not installed"), (True, r"npm could not download .*E404")]
+)
 def test_tells_when_npm_cannot(has_npm: bool, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(web_runtime.shutil, "which", lambda name: "npm" if has_npm else None)

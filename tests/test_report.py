@@ -53,7 +53,7 @@ def measurements(has_teacher: bool = True) -> Measurements:
             "flop_per_pixel": 2000.0,
         },
         learning_curve=[
-            CurvePoint("Holdout PSNR (teacher views)", step, step / 100, 20 + step / 100) for step in (1, 500)
+            CurvePoint("Held-out PSNR (teacher views)", step, step / 100, 20 + step / 100) for step in (1, 500)
         ],
         shown=[ComparedView(view.name, image, image if has_teacher else None, image) for view in views],
     )
@@ -107,11 +107,11 @@ def test_a_renderer_that_ignores_the_size_is_found_unstable() -> None:
 
 def test_the_learning_curve_is_kept_and_goes_on_after_a_resume(tmp_path: Path) -> None:
     first = LearningCurveWriter(tmp_path)
-    first.write_scalar("Holdout PSNR (teacher views)", torch.tensor(21.5), 10)
+    first.write_scalar("Held-out PSNR (teacher views)", torch.tensor(21.5), 10)
     first.write_scalar("Train Loss", 0.1, 10)
     with (tmp_path / FILE).open("a") as file:
         file.write('{"name": "cut sho\n')
-    LearningCurveWriter(tmp_path, resumed=5.0).write_scalar("Holdout PSNR (teacher views)", 23.0, 20)
+    LearningCurveWriter(tmp_path, resumed=5.0).write_scalar("Held-out PSNR (teacher views)", 23.0, 20)
     points = read_learning_curve(tmp_path)
     assert [(point.step, point.psnr) for point in points] == [(10, 21.5), (20, 23.0)]
     assert points[1].minutes >= 5.0

@@ -1,4 +1,4 @@
-"""Crops of teacher views, and in the end of photographs: the data of students of whole images."""
+"""Crops of teacher views, and in the photo stage of photos: the data of students of ray images."""
 
 from __future__ import annotations
 
@@ -24,19 +24,19 @@ HOLDOUT_PIXELS = 32768
 
 @dataclass
 class CropDataManagerConfig(DistillationDataManagerConfig):
-    """Supervision by crops: teacher views, then undistorted photographs."""
+    """Supervision by crops: teacher views, then undistorted photos."""
 
     _target: type = field(default_factory=lambda: CropDataManager)
     pose_sampler: PoseSamplerConfig = field(
         default_factory=lambda: PoseSamplerConfig(focal_range=(1.0, 1.0), overscan=0.25)
     )
-    """Where teacher views are taken from. One focal length: the student draws at the pitch it was trained at, and zooming
-    out shows more of what it knows, not the same coarser."""
+    """How cameras are sampled. They have one focal length: the student renders at the pitch it was trained at, and
+    zooming out shows more of the scene, not the same at a coarser resolution."""
     crop_cells: Annotated[int, IntRange(1, 4096)] = 8
-    """Cells along each side of a crop; fewer where a view has fewer."""
+    """Cells along each side of a crop; fewer if a view has fewer."""
     whole_images: int = 0
-    """Whole views per iteration instead of square crops, as published: then neither --train-num-rays-per-batch nor
-    --crop-cells counts. 0: square crops."""
+    """Whole views per iteration instead of square crops, as published; then neither --train-num-rays-per-batch nor
+    --crop-cells is used. 0: square crops."""
 
 
 class CropDataManager(DistillationDataManager):
@@ -49,10 +49,12 @@ class CropDataManager(DistillationDataManager):
         return rays if self.config.whole_images else dataclasses.replace(rays, margin=max(rays.margin, MARGIN))
 
     def view_cameras(self) -> CaptureCameras:
-        """As pinholes of one focal length, the capture's median."""
+        """Return them as pinholes of one focal length, the capture's median."""
         cameras = super().view_cameras()
         intrinsics = cameras.intrinsics.clone()
-        intrinsics[:, :2] = intrinsics[:, :2].median()  # of equal ones exactly their value: views are kept by it
+        intrinsics[:, :2] = intrinsics[
+            :, :2
+        ].median()  # If all are equal, exactly their value: cached views depend on it.
         return dataclasses.replace(cameras, intrinsics=intrinsics)
 
     @cached_property
@@ -69,8 +71,8 @@ class CropDataManager(DistillationDataManager):
             rows = columns = min(self.config.crop_cells, rows, columns)
         if min(rows, columns) < 1:
             raise InputError(
-                f"Views of {cameras.width}x{cameras.height} pixels are smaller than one cell of {factor}x{factor}:"
-                " lower --pipeline.datamanager.view-downscale or --pipeline.model.factor."
+                f"Views of {cameras.width}x{cameras.height} pixels are smaller than one cell of {factor}x{factor}"
+                " pixels: lower --pipeline.datamanager.view-downscale or --pipeline.model.factor."
             )
         return rows, columns
 
@@ -87,7 +89,7 @@ class CropDataManager(DistillationDataManager):
         return self._crops(source, HOLDOUT_PIXELS, generator)
 
     def draw(self, num_real: int) -> Batch:
-        """Crops of teacher views, then crops of photographs."""
+        """Draw crops of teacher views, then crops of photos."""
         num_fresh = self.get_train_rays_per_batch() - num_real
         fresh = self._crops(self.ring, num_fresh, foreground_fraction=self.config.foreground_fraction)
         return joined(fresh, self._crops(self.photographs, num_real)) if num_real else fresh

@@ -1,4 +1,4 @@
-"""Teacher, data and student together, behind Nerfstudio's Pipeline contract."""
+"""Teacher, data and student together, behind Nerfstudio's Pipeline interface."""
 
 from __future__ import annotations
 
@@ -65,23 +65,23 @@ class DistillationPipelineConfig(VanillaPipelineConfig):
     teacher_time: tyro.conf.Suppress[float | None] = None
     """The instant at which a time-dependent teacher is frozen; set from --teacher-time."""
     resumes: tyro.conf.Suppress[Path | None] = None
-    """Checkpoint that training goes on from; set from --load-dir or --load-checkpoint."""
+    """Checkpoint to resume from; set from --load-dir or --load-checkpoint."""
     check_frame: bool = True
-    """Before training, check that the teacher's renders match the photographs they should match."""
+    """Before training, check that the teacher's renders match the photos."""
     bf16: bool = True
-    """Train the network in bfloat16 with fp32 weights: needs no loss scaling, unlike the fp16 that Nerfstudio's mixed
-    precision means on CUDA. Rays, encoding and losses stay in fp32. On a machine without bf16 arithmetic all is fp32."""
+    """Train the network in bfloat16 with fp32 weights, which needs no loss scaling, unlike the fp16 of Nerfstudio's
+    mixed precision on CUDA. Rays, encoding and losses stay in fp32. Without bf16 arithmetic everything is fp32."""
     steps_per_holdout: Annotated[int, IntRange(1, 10**9)] = 500
-    """Iterations between looks at the held-out views."""
+    """Iterations between measurements on the held-out views."""
     sync_batch_norm: bool = False
     """On several GPUs, normalize over the batches of all of them (SyncBatchNorm), as published; CPUs have no such layer
-    and keep one set of statistics per process."""
+    and keep statistics per process."""
     ema_decay: Annotated[float, FloatRange(0, 1)] = 0.0
-    """Decay of a moving average of the weights, which is what training leaves behind; 0 keeps none."""
+    """Decay of the weights' moving average, which is what training saves at the end; 0 keeps none."""
 
 
 class DistillationPipeline(VanillaPipeline):
-    """Trains a student from a teacher; without training, runs the student alone.
+    """Trains a student from a teacher; without training, runs the student only.
 
     Args: as `VanillaPipeline`. In `test_mode` "val" (training) the teacher is loaded; in "test" and "inference" it is
     neither needed nor read.
@@ -103,7 +103,7 @@ class DistillationPipeline(VanillaPipeline):
         grad_scaler: GradScaler | None = None,
     ) -> None:
         with exit_on_input_error():
-            # The teacher first: it knows best what is wrong with a capture.
+            # The teacher first: its errors describe best what is wrong with a capture.
             teacher = load_teacher(config, device) if test_mode == "val" else None
             if teacher is not None:
                 config.model.fit_to(*view_size(config.datamanager, teacher))
@@ -115,7 +115,7 @@ class DistillationPipeline(VanillaPipeline):
                 if config.resumes is not None:
                     self._check_resumed(config.resumes)
                 self._attach_teacher(teacher)
-            if world_size > 1:  # only now, since the scene says how many features there are
+            if world_size > 1:  # Only now, since the scene determines the number of features.
                 self._model = self._distributed(local_rank)
             if teacher is not None:
                 if config.ema_decay > 0:
@@ -134,8 +134,9 @@ class DistillationPipeline(VanillaPipeline):
         return cast(LightFieldModel, super().model)
 
     def _distributed(self, local_rank: int) -> DistributedDataParallel:
-        # Nerfstudio's own wrapping names a GPU, and so fails between CPUs; and it searches every batch for unused weights.
-        self.model.device_indicator_param.requires_grad_(False)  # Nerfstudio's; in no loss, so ranks would wait for it
+        # Nerfstudio's wrapper names a GPU, and so fails between CPUs; it also searches every batch for unused weights.
+        # In no loss, so ranks would wait for it.
+        self.model.device_indicator_param.requires_grad_(False)
         on_gpu = self.model.device.type == "cuda"
         if self.config.sync_batch_norm and on_gpu:
             self._model = cast(LightFieldModel, torch.nn.SyncBatchNorm.convert_sync_batchnorm(self.model))
@@ -144,7 +145,7 @@ class DistillationPipeline(VanillaPipeline):
     def _attach_teacher(self, teacher: Teacher) -> None:
         cameras = self.datamanager.train_dataset.cameras
         check_cameras(teacher, self.datamanager.train_dataparser_outputs.cameras)
-        # First of all: it tells a teacher that has diverged from one in another frame.
+        # First of all, since it distinguishes a teacher that has diverged from one in another frame.
         survey = Survey.take(teacher, cameras)
         background = background_of(teacher)
         if self.config.check_frame:
@@ -194,10 +195,10 @@ class DistillationPipeline(VanillaPipeline):
         )
 
     def restart(self, config: DistillationPipelineConfig) -> None:
-        """Begin anew with another student on the teacher views at hand.
+        """Restart with another student on the existing teacher views.
 
         Args:
-            config: of the same method, and with the same views to learn from.
+            config: configuration of the same method, with the same views to learn from.
         """
         self.config = config
         dataset = self.datamanager.train_dataset
@@ -218,16 +219,16 @@ class DistillationPipeline(VanillaPipeline):
         theirs = {k: v for k, v in weights.items() if isinstance(v, Tensor)}
         for key in dict.fromkeys([*mine, *theirs]):
             shapes = [list(state[key].shape) if key in state else "absent" for state in (theirs, mine)]
-            # How many features a composited encoding has is known only when the teacher has rendered.
+            # The number of features of a composited encoding is known only after the teacher has rendered.
             if shapes[0] != shapes[1] and not key.startswith("composited"):
                 raise InputError(
-                    f"The checkpoint {checkpoint} is not one of the student that the command line describes ({key} is"
-                    f" {shapes[0]} in it, and {shapes[1]} here): to go on from it with --load-dir, give the same"
-                    " --pipeline.model options."
+                    f"The checkpoint {checkpoint} does not belong to the student that the command line describes"
+                    f" ({key} is {shapes[0]} in it, and {shapes[1]} here): to resume from it with --load-dir, give"
+                    " the same --pipeline.model options."
                 )
 
     def load_pipeline(self, loaded_state: dict[str, Any], step: int) -> None:
-        """Load a student, all of it: Nerfstudio's own leaves what does not fit at random, without a word.
+        """Load a student completely: Nerfstudio would silently leave what does not fit at random.
 
         Raises:
             SystemExit: with a paragraph that says why, if it does not fit.
@@ -241,13 +242,13 @@ class DistillationPipeline(VanillaPipeline):
                 self.load_state_dict(state, strict=True)
             except RuntimeError as error:
                 raise InputError(
-                    f"The checkpoint of step {step} is not one of the student that config.yml and the command line"
-                    f" describe ({one_line(error)}). A run's config.yml goes with its own"
-                    " checkpoints; to go on from one with --load-dir, give the same --pipeline.model options."
+                    f"The checkpoint of step {step} does not belong to the student that config.yml and the command"
+                    f" line describe ({one_line(error)}). A run's config.yml goes with its own checkpoints; to resume"
+                    " from one with --load-dir, give the same --pipeline.model options."
                 ) from error
             self._check_conventions(step)
         if self.scene_occupancy is not None:
-            # The checkpoint's features, as many as it has; ranks and averages go by that number.
+            # The checkpoint decides the number of features, on which ranks and averages depend.
             self.scene_occupancy.resume(self.datamanager.ring)
             if self.world_size > 1:
                 self._model = self._distributed(self.datamanager.local_rank)
@@ -256,30 +257,30 @@ class DistillationPipeline(VanillaPipeline):
         if self.average is not None:
             if averages:
                 self.average.load_state_dict(averages)
-            else:  # a finished run's weights are their average
+            else:  # The weights of a finished run are their average.
                 self.average.reset()
         elif self.test_mode != "val":
             put_average(self.model, averages)
 
     def _check_conventions(self, step: int) -> None:
-        """Rays that are made one way are not read another.
+        """Check that the encoding reads rays as the data manager makes them.
 
         Raises:
             InputError: if the checkpoint's ray encoding reads other rays than the data manager makes.
         """
         read, rays = self.model.ray_code.conventions, getattr(self.datamanager, "rays", None)
-        if rays is None:  # no teacher: nothing is trained
+        if rays is None:  # No teacher: nothing is trained.
             return
         made = rays.conventions
         if (read.is_planar, read.pixel_offset) == (made.is_planar, made.pixel_offset):
             return
         raise InputError(
-            f"The checkpoint of step {step} reads rays by {'the published' if read.is_planar else 'our'} conventions: add"
-            f" --pipeline.model.published-rays {read.is_planar} to go on from it."
+            f"The checkpoint of step {step} reads rays by {'the published' if read.is_planar else 'our'} conventions:"
+            f" add --pipeline.model.published-rays {read.is_planar} to resume from it."
         )
 
     def get_train_loss_dict(self, step: int) -> tuple[Any, dict[str, Tensor], dict[str, Tensor]]:
-        """One batch through the student; the data manager is told how wrong it was."""
+        """Run one batch through the student, and pass its errors to the data manager."""
         batch = self.datamanager.next_batch(step)
         outputs = self._predict(batch, self._model)
         _, truth = batch.as_nerfstudio()
@@ -301,7 +302,7 @@ class DistillationPipeline(VanillaPipeline):
         self.update_weights(optimizers, step)
 
     def update_weights(self, optimizers: Optimizers, step: int) -> None:
-        """Take the optimizers' steps for the gradients at hand, and the average's."""
+        """Step the optimizers and the average of the weights for the current gradients."""
         optimizers.optimizer_step_all()
         self.update_average(step)
 
@@ -318,7 +319,7 @@ class DistillationPipeline(VanillaPipeline):
 
     @torch.no_grad()
     def holdout_psnr(self, held: Batch) -> float:
-        """PSNR in dB of the student on pixels it never learns from; NaN where none of them counts."""
+        """Return the PSNR in dB of the student on held-out pixels; NaN if none of them counts."""
         was_training = self.training
         self.eval()
         rgb = self.model(held.ray_bundle)["rgb"]
@@ -332,10 +333,10 @@ class DistillationPipeline(VanillaPipeline):
     def get_training_callbacks(
         self, training_callback_attributes: TrainingCallbackAttributes
     ) -> list[TrainingCallback]:
-        """Nerfstudio's own, and the watch over the held-out views."""
+        """Return Nerfstudio's callbacks, and those that update the average, the occupancy and the held-out PSNR."""
         attributes = training_callback_attributes
         if attributes.trainer is not None and self.datamanager.local_rank == 0:
-            # Kinds that were "auto" are known only now.
+            # Settings of "auto" are resolved only now.
             attributes.trainer.config.save_config()
         self._optimizers = attributes.optimizers
         return [
@@ -346,12 +347,12 @@ class DistillationPipeline(VanillaPipeline):
         ]
 
     def follow(self, progress: TrainingProgress) -> None:
-        """Go by this progress: when photographs come in, and what is said of the time left."""
+        """Use this progress for the photo stage and the time left."""
         self.progress = progress
         self.note_progress()
 
     def note_progress(self) -> None:
-        """After the progress has moved on: take photographs in for the last share of the training."""
+        """Start the photo stage when the progress reaches it."""
         assert self.progress is not None
         self.done.fill_(self.progress.fraction)
         share = self.datamanager.config.real_iterations / max(1, self.progress.steps)
@@ -362,9 +363,9 @@ class DistillationPipeline(VanillaPipeline):
         return TrainingCallback(where_to_run=where, update_every_num_iters=every, func=function)
 
     def _grow_occupancy(self, step: int) -> None:
-        """Take into the occupancy what new teacher views show, features and all that follows them with it."""
+        """Add what new teacher views show to the occupancy, with its features and everything that depends on them."""
         ring, encoding = self.datamanager.ring, self.model.composited
-        # Ranks would have to agree; and weights that may be restored must go on fitting.
+        # Ranks would have to agree, and weights that may be restored must still fit.
         if self.scene_occupancy is None or encoding is None or self.world_size > 1 or self.datamanager.photographs_now:
             return
         former = self.scene_occupancy.grow(ring)
@@ -381,13 +382,13 @@ class DistillationPipeline(VanillaPipeline):
             move_state(optimizer, rows, former)
 
     def update_average(self, step: int) -> None:
-        """Take the weights as they are into their average, if there is one."""
+        """Update the average with the current weights, if there is one."""
         if self.average is not None:
             self.average.update()
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
-        """With the average of the weights, if there is one, and normalization statistics that belong to it."""
+        """Use the average of the weights, if there is one, and normalization statistics that fit it."""
         if self.average is None:
             yield
             return
@@ -405,7 +406,7 @@ class DistillationPipeline(VanillaPipeline):
     def _estimate_statistics(self) -> None:
         def batches() -> Iterator[RayBundle]:
             for _ in range(STATISTICS_BATCHES):
-                with torch.autocast(device_type=self.model.device.type, enabled=False):  # rays are fp32
+                with torch.autocast(device_type=self.model.device.type, enabled=False):  # Rays are fp32.
                     bundle = self.datamanager.draw(0).ray_bundle
                 yield bundle
 
@@ -422,14 +423,14 @@ class DistillationPipeline(VanillaPipeline):
             return
         with self.averaged():
             pseudo = self.holdout_psnr(self.datamanager.held_views)
-            writer.put_scalar(name="Holdout PSNR (teacher views)", scalar=pseudo, step=step)
+            writer.put_scalar(name="Held-out PSNR (teacher views)", scalar=pseudo, step=step)
             writer.put_scalar(name="Training done", scalar=float(self.done), step=step)
-            line = f"Step {step}: {pseudo:.2f} dB against the teacher on views never trained on"
+            line = f"Step {step}: {pseudo:.2f} dB against the teacher on held-out views"
             if self.datamanager.held_photographs is not None:
                 real = self.holdout_psnr(self.datamanager.held_photographs)
                 if not math.isnan(real):
-                    writer.put_scalar(name="Holdout PSNR (photographs)", scalar=real, step=step)
-                    line += f", {real:.2f} dB against held-out training photographs"
+                    writer.put_scalar(name="Held-out PSNR (photos)", scalar=real, step=step)
+                    line += f", {real:.2f} dB against held-out photos"
                 if (
                     not math.isnan(real)
                     and self.datamanager.photographs_now
@@ -450,7 +451,7 @@ class DistillationPipeline(VanillaPipeline):
         return {key: value.clone() for key, value in state.items() if isinstance(value, Tensor)}
 
     def finish(self, step: int) -> None:
-        """At the end of training: the average of the weights, or those that did best on the held-out photographs."""
+        """At the end of training, use the average of the weights, or those with the best PSNR on held-out photos."""
         if self.average is not None:
             self.average.swap()
             self._estimate_statistics()
@@ -467,24 +468,24 @@ class DistillationPipeline(VanillaPipeline):
         best, state = self._best
         if best > now + 0.02:
             CONSOLE.print(
-                f"Photographs began to be overfitted: back from {now:.2f} to {best:.2f} dB on the held-out ones."
+                f"Overfitting to photos: restored the best weights (held-out PSNR {now:.2f} → {best:.2f} dB)."
             )
             self.model.load_state_dict(state, strict=False)
 
 
 def load_teacher(config: DistillationPipelineConfig, device: str) -> Teacher:
-    """The teacher that a configuration names.
+    """Load the teacher of a configuration.
 
     Raises:
-        InputError: if it names none, or the run or its capture cannot be used.
+        InputError: if it has none, or the run or its capture cannot be used.
     """
     if config.teacher is None:
-        raise InputError("A student needs a teacher: name a trained Nerfstudio run with --teacher …/config.yml.")
+        raise InputError("A student needs a teacher: give a trained Nerfstudio run with --teacher …/config.yml.")
     return Teacher.load(config.teacher, device=device, data=config.datamanager.data, time=config.teacher_time)
 
 
 def view_size(config: DistillationDataManagerConfig, teacher: Teacher) -> tuple[int, int]:
-    """Width and height in pixels of the teacher views to come, before there is a data manager."""
+    """Return the width and height in pixels of future teacher views, before there is a data manager."""
     cameras = teacher.dataparser_outputs.cameras
     scale = config.camera_res_scale_factor / config.view_downscale
     width, height = (round(float(sizes.float().median()) * scale) for sizes in (cameras.width, cameras.height))

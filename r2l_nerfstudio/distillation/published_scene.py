@@ -24,11 +24,11 @@ BLENDER_TOLERANCE = 0.02
 def scene_of_capture(
     cameras: CaptureCameras, dataparser_outputs: DataparserOutputs, bounds: SceneBounds, reads_ray_image: bool
 ) -> PublishedScene:
-    """Frame, near and far as the published code would choose them.
+    """Return frame, near and far as the published code would choose them.
 
-    A capture around an object gets NeRF-Synthetic's: its own coordinates where they are such, else its focus at the origin
-    and its cameras at 4.03. Any other capture gets LLFF's: recentered, the nearest thing seen at 1 / 0.75; a MobileR2L
-    works in normalized device coordinates where all cameras face one way.
+    A capture around an object gets NeRF-Synthetic's: its own coordinates if they are NeRF-Synthetic's, else its focus
+    at the origin and its cameras at 4.03. Any other capture gets LLFF's: recentred, the nearest visible point at 1 /
+    0.75; a MobileR2L uses normalized device coordinates if all cameras face one way.
 
     Args:
         cameras: the training cameras.
@@ -50,7 +50,7 @@ def scene_of_capture(
     similarity = llff_frame(cameras.camera_to_worlds, nearest)
     ndc = None
     if reads_ray_image and layout == "box":
-        # Contiguous: torch's median of an expanded tensor is wrong.
+        # Contiguous, since PyTorch's median of an expanded tensor is wrong.
         fx, fy = (float(value) for value in cameras.intrinsics[:, :2].contiguous().median(dim=0).values)
         ndc = (2 * fx / cameras.width, 2 * fy / cameras.height)
     seen = (similarity.scale * nearest, similarity.scale * farthest)

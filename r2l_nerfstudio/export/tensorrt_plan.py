@@ -31,28 +31,29 @@ Flavour = Literal["tensorrt", "tensorrt-rtx"]
 def export_plan(
     student: Student, spec: GraphSpec, output: Path, flavour: Flavour, overwrite: bool = False
 ) -> float | None:
-    """Write a plan, and beside it what ONNX files carry as metadata, in JSON.
+    """Write a plan, and beside it the metadata of ONNX files in JSON.
 
     Args:
         student: on the CPU.
         spec: which graph; one of rays takes up to 65536 of them.
         output: the file.
-        flavour: TensorRT-RTX builds without a GPU, for any that it serves; TensorRT builds for the GPU that is here.
-        overwrite: whether the files may be there.
+        flavour: TensorRT-RTX builds without a GPU, for any that it supports; TensorRT builds for the GPU of this
+            machine.
+        overwrite: whether the files may exist.
 
     Returns:
-        PSNR in dB against torch; None where there is no GPU to run a plan on.
+        PSNR in dB against PyTorch; None if there is no GPU to run a plan on.
 
     Raises:
-        InputError: the library or its GPU is missing, it refuses the graph, the files may not be written, or the plan
-            renders something else; nothing is left then.
+        InputError: the library or its GPU is missing, it rejects the graph, the files may not be written, or the plan
+            renders something else; nothing is kept then.
     """
     require_onnx()
     has_gpu = torch.cuda.is_available()
     if flavour == "tensorrt" and not has_gpu:
         raise InputError(
-            "A TensorRT plan is built for the GPU that is there, and this machine shows none: run this where the plan will"
-            " run, or export for TensorRT-RTX (r2l-export tensorrt-rtx), which builds without one, or ONNX."
+            "A TensorRT plan is built for the GPU of the machine, and this machine has none: run this where the plan"
+            " will run, or export for TensorRT-RTX (r2l-export tensorrt-rtx), which builds without one, or ONNX."
         )
     trt = import_flavour(flavour)
     with atomic_files(output, overwrite, also=(".json",)) as file:
@@ -73,15 +74,15 @@ def export_plan(
 
 
 def import_flavour(flavour: Flavour) -> ModuleType:
-    """The library.
+    """Return the library.
 
     Raises:
-        InputError: it is not there, or not whole.
+        InputError: it is not installed, or incomplete.
     """
     try:
         trt = import_module(flavour.replace("-", "_"))
         trt.Builder  # noqa: B018 - the registry's package without libraries imports, and is empty
-    except Exception as error:  # ImportError, OSError, RuntimeError: it depends on what is missing
+    except Exception as error:  # ImportError, OSError or RuntimeError, depending on what is missing.
         raise InputError(
             f"This export needs the package {flavour}, which does not import ({first_line(error)}):"
             f" pip install {flavour} (the extra '{flavour}' of r2l-nerfstudio)."
@@ -90,15 +91,15 @@ def import_flavour(flavour: Flavour) -> ModuleType:
 
 
 def run_plan(trt: ModuleType, path: Path, inputs: Arrays) -> Arrays:
-    """What a plan makes of inputs on the GPU. NOT VERIFIED.
+    """Run a plan on the GPU. NOT VERIFIED.
 
     Raises:
-        BrokenEngine: the library does not take the plan.
+        BrokenEngine: the library rejects the plan.
     """
     engine = trt.Runtime(trt.Logger(trt.Logger.ERROR)).deserialize_cuda_engine(path.read_bytes())
     context = None if engine is None else engine.create_execution_context()
     if engine is None or context is None:
-        raise BrokenEngine(f"{trt.__name__} does not take the plan that it built")
+        raise BrokenEngine(f"{trt.__name__} rejects the plan that it built")
     held = {name: torch.from_numpy(np.ascontiguousarray(value)).cuda() for name, value in inputs.items()}
     for name, value in held.items():
         context.set_input_shape(name, tuple(value.shape))
@@ -116,10 +117,10 @@ def run_plan(trt: ModuleType, path: Path, inputs: Arrays) -> Arrays:
 
 
 def export_torch_tensorrt(student: Student, spec: GraphSpec, output: Path, overwrite: bool = False) -> float:
-    """Write a program that `torch.export.load` reads where torch_tensorrt is imported. NOT VERIFIED beyond its refusals.
+    """Write a program that `torch.export.load` reads if torch_tensorrt is imported. NOT VERIFIED beyond its refusals.
 
     Returns:
-        PSNR in dB against torch.
+        PSNR in dB against PyTorch.
 
     Raises:
         InputError: as `export_plan`; the graph takes a camera only.

@@ -1,4 +1,4 @@
-"""Quality figures out of the reports of `r2l-report`."""
+"""Quality figures from the reports of `r2l-report`."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from pathlib import Path
 
 
 def report_figures(folder: Path) -> dict[str, float]:
-    """PSNR of teacher and student against photos, means over the test views, from a report's report.json.
+    """Return the PSNR of teacher and student against photos, means over the test views, from a report's report.json.
 
     Args:
-        folder: of the report.
+        folder: the report's folder.
 
     Returns:
-        "teacher_psnr" and "student_psnr" in dB; those that the report lacks are left out.
+        "teacher_psnr" and "student_psnr" in dB; missing figures are left out.
     """
     found: dict[str, float] = {}
     try:

@@ -1,6 +1,6 @@
 """Continue the training of an interrupted teacher from its newest checkpoint.
 
-Run as a command before `ns-train`, so that a Ray worker need not import torch.
+It runs as a command before `ns-train`, so that a Ray worker need not import torch.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ UNUSABLE = ".unusable"
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
-    """The newest complete checkpoint. Files that were cut short are renamed, so that nothing else takes them for one."""
+    """Return the newest complete checkpoint. Truncated files are renamed, so that nothing else reads them."""
     for path in sorted(folder.glob("step-*.ckpt"), reverse=True):
         # The directory of a zip file comes last.
         if zipfile.is_zipfile(path):

@@ -457,7 +457,7 @@ def test_command_line_tells_what_is_wrong(
 
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "letter.txt").write_text("dear")
-    assert "not empty, and holds no web export" in call(tmp_path / "mine", "--load-config", tiny_student, "--overwrite")
+    assert "not empty and is not a web export" in call(tmp_path / "mine", "--load-config", tiny_student, "--overwrite")
     assert "replace it with --overwrite" in call(pages["r2l"][0], "--load-config", tiny_student)
     run = Path(shutil.copytree(tiny_student, tmp_path / "run"))
     config = load_run_config(run)
