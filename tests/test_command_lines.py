@@ -25,12 +25,12 @@ from published_files import r2l_weights, write_tar
 from r2l_nerfstudio.atomic_output import atomic_files, atomic_folder
 from r2l_nerfstudio.errors import InputError, command_line
 from r2l_nerfstudio.export import (
-    capture_view,
     coreml_file,
     int8,
     onnx_file,
     openvino_file,
     tensorrt_plan,
+    training_cameras,
     web_folder,
     web_runtime,
 )
@@ -290,7 +290,7 @@ def test_web(student: Path, in_empty_folder: Path, monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(web_folder, "export_web", written)
     monkeypatch.setattr(web_runtime, "_npm_pack", far_enough)
-    monkeypatch.setattr(capture_view, "read_capture", lambda run, data: None)
+    monkeypatch.setattr(training_cameras, "training_cameras", lambda run, data: None)
 
     def run(call: list[str], output: str) -> None:
         args = with_needed(call, load_config=student)
