@@ -294,7 +294,7 @@ def test_going_on_from_a_checkpoint_cut_short(refused, tiny_teacher: Path, tmp_p
 
 def test_impossible_factor(refused, tiny_teacher: Path, tmp_path: Path) -> None:
     config = student_config(tiny_teacher, tmp_path / "students", "mobile-r2l-lite", **{"pipeline.model.factor": 5})
-    assert "--pipeline.model.factor 5" in refused.config(config)
+    assert "--pipeline.model.factor must be one of 2, 3, 4, 6, 8, 12, 16 (got 5)" in refused.config(config)
 
 
 def test_views_smaller_than_a_cell(refused, tiny_teacher: Path, tmp_path: Path) -> None:
