@@ -261,7 +261,9 @@ def test_unknown_kinds_on_the_command_line(flag: str, known: str, capsys: pytest
 
 
 def test_odd_depth(refused, tiny_teacher: Path) -> None:
-    assert "--pipeline.model.depth must be an even number of at least 4 (got 5)" in refused(tiny_teacher, **{"pipeline.model.depth": 5})
+    assert "--pipeline.model.depth must be an even number of at least 4 (got 5)" in refused(
+        tiny_teacher, **{"pipeline.model.depth": 5}
+    )
 
 
 @pytest.mark.parametrize("what", ["absent", "empty", "file"])

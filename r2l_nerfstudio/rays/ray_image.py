@@ -44,7 +44,7 @@ def ray_image_intrinsics(
 
 @dataclass(frozen=True)
 class StudentRays:
-    """The rays that a student reads: what a data manager has to know of it."""
+    """The rays that a student reads, for a data manager."""
 
     factor: int = 1
     """Upsampling factor: pixels along each side of a cell; 1 for a student of single rays."""
