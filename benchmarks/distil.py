@@ -76,7 +76,7 @@ class Distil:
     """Teacher views in the ring."""
     view_downscale: float = 1.0
     """Teacher views for training are this much smaller than the photographs."""
-    real_iterations: int = 500
+    photo_iterations: int = 500
     """Last iterations, with photographs."""
     test_views: int = 25
     """At most this many test views, evenly spaced, for the final figures."""
@@ -100,7 +100,7 @@ class Distil:
             "student_rays_per_iteration": self.rays,
             "ring_views": self.num_views,
             "view_downscale": self.view_downscale,
-            "real_iterations": self.real_iterations,
+            "photo_iterations": self.photo_iterations,
             "student_minutes_in_all": round(seconds / 60, 1),
             **figures,
         }
@@ -146,7 +146,7 @@ class Distil:
         datamanager.train_num_rays_per_batch = self.rays
         datamanager.num_views = self.num_views
         datamanager.view_downscale = self.view_downscale
-        datamanager.real_iterations = self.real_iterations
+        datamanager.photo_iterations = self.photo_iterations
         datamanager.cache_dir = self.cache_dir
         start = time.perf_counter()
         main(config)

@@ -42,7 +42,7 @@ def adam(lr: float) -> Changes:
 
 
 COMMON: Changes = {
-    "pipeline.datamanager.real_iterations": 0,
+    "pipeline.datamanager.photo_iterations": 0,
     "pipeline.datamanager.refresh_share": 0.0,
     "pipeline.model.engine": "torch",
 }
@@ -62,7 +62,7 @@ PAPER: dict[str, tuple[str, Changes]] = {
         "mobile-r2l-paper",
         {
             "pipeline.model.width": 128,
-            "pipeline.model.factor": 4,
+            "pipeline.model.upsampling_factor": 4,
             "pipeline.datamanager.whole_images": 4,
         },
     ),
@@ -89,7 +89,7 @@ SHRUNK = ("pipeline.model.width", "pipeline.model.depth")
 
 EVEN: dict[str, Changes] = {
     method: {
-        "pipeline.model.ray_code": "points",
+        "pipeline.model.ray_encoding": "points",
         "pipeline.model.volume_resolution": 40,
         "pipeline.model.num_frequencies": 6,
         "pipeline.model.jitter_points": False,
@@ -184,7 +184,7 @@ def rows_of(method: Literal["r2l", "mobile-r2l"]) -> dict[str, tuple[str, Change
         "full, Adam at 1e-3": adam(1e-3),
         "full, twice the rates": rates(full, 2.0),
         "full, 4 times the rates": rates(full, 4.0),
-        "full, points evenly spaced": {"pipeline.model.ray_code": "points"},
+        "full, points evenly spaced": {"pipeline.model.ray_encoding": "points"},
         "full - foreground": {"pipeline.datamanager.foreground_fraction": 0.0},
         "full - jitter": {"pipeline.model.jitter_points": False},
     }

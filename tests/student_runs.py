@@ -31,14 +31,14 @@ def tiny_mobile_r2l(**overrides: Any) -> MobileR2LModelConfig:
         "blocks": 2,
         "up_width": 8,
         "last_width": 8,
-        "factor": 4,
+        "upsampling_factor": 4,
         "num_points": 4,
         "num_frequencies": 4,
     }
     return MobileR2LModelConfig(**{**sizes, **overrides})
 
 
-COMPOSITED = {"ray_code": "composited", "num_samples": 6, "num_probes": 16, "occupancy_cells": 8}
+COMPOSITED = {"ray_encoding": "composited", "num_samples": 6, "num_probes": 16, "occupancy_cells": 8}
 
 
 def tiny_composited_r2l(**overrides: Any) -> R2LModelConfig:

@@ -50,8 +50,8 @@ pytestmark = needs_graph_export
 
 CONFIGS = {
     "r2l": tiny_r2l(),
-    "plucker": tiny_r2l(ray_code="plucker", volume_resolution=0),
-    "two-plane": tiny_r2l(ray_code="two-plane", volume_resolution=0),
+    "plucker": tiny_r2l(ray_encoding="plucker", volume_resolution=0),
+    "two-plane": tiny_r2l(ray_encoding="two-plane", volume_resolution=0),
     "mobile-r2l": tiny_mobile_r2l(volume_resolution=5),
     "composited-r2l": tiny_composited_r2l(),
     "composited-mobile": tiny_composited_mobile_r2l(),

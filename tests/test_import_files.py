@@ -99,7 +99,7 @@ def test_sizes_of_a_mobile_r2l(kernels: tuple[int, ...], factor: int, tmp_path: 
     arguments = {"activation_fn": "gelu", "input_height": 5, "input_width": 6}
     file = write_tar(tmp_path / "mobile.tar", mobile_weights(kernels=kernels, blocks=2), arguments)
     network = read_tar(file)
-    assert network.sizes == {"width": 8, "blocks": 2, "factor": factor, "up_width": 6, "last_width": 4}
+    assert network.sizes == {"width": 8, "blocks": 2, "upsampling_factor": factor, "up_width": 6, "last_width": 4}
     assert network.cells == (5, 6)
 
 

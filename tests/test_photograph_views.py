@@ -135,7 +135,7 @@ def test_pose_corrections_are_those_of_the_teachers_training() -> None:
     ids=["panorama", "fourth radial parameter"],
 )
 def test_a_lens_that_cannot_be_undistorted_is_an_error_with_a_remedy(lens: dict) -> None:
-    with pytest.raises(InputError, match=r"1\.png cannot be undistorted.*--pipeline.datamanager.real-iterations 0"):
+    with pytest.raises(InputError, match=r"1\.png cannot be undistorted.*--pipeline.datamanager.photo-iterations 0"):
         taken(Painted(**lens))
 
 

@@ -39,6 +39,7 @@ from r2l_nerfstudio.rays.conventions import OURS, RayConventions
 from r2l_nerfstudio.rays.ray_code import RayCode, RayCodeKind
 from r2l_nerfstudio.rays.ray_image import StudentRays
 from r2l_nerfstudio.rays.spacing import MISSED_FRACTION, SceneBounds, SpacingKind
+from r2l_nerfstudio.renamed_fields import RenamedFields
 from r2l_nerfstudio.students.ray_features import FeatureVolume
 from r2l_nerfstudio.viewer.engine_menu import EngineMenu, in_render_thread
 from r2l_nerfstudio.viewer.panel import FrameTime, ViewerPanel
@@ -46,8 +47,10 @@ from r2l_nerfstudio.viewer.teacher_split import TeacherSplit
 
 
 @dataclass
-class LightFieldModelConfig(ModelConfig):
+class LightFieldModelConfig(RenamedFields, ModelConfig):
     """Settings that all students share."""
+
+    RENAMED: ClassVar[dict[str, str]] = {"ray_code": "ray_encoding"}
 
     _target: type = field(default_factory=lambda: LightFieldModel)
     enable_collider: tyro.conf.Suppress[bool] = False
@@ -59,7 +62,7 @@ class LightFieldModelConfig(ModelConfig):
     """Features of the hidden layers."""
     zero_init: bool = True
     """Start every residual block as the identity."""
-    ray_code: RayCodeKind = "points"
+    ray_encoding: RayCodeKind = "points"
     """Ray encoding: points along the ray, Plücker coordinates, intersections with two planes, or composited: features
     gathered along the ray where the scene is."""
     num_points: Annotated[int, IntRange(1, 4096)] = 16
@@ -151,9 +154,9 @@ class LightFieldModel(Model):
         """Build ray encoding and network; no metric network, which would be in every checkpoint."""
         super().populate_modules()
         c = self.config
-        is_composited = c.ray_code == "composited"
+        is_composited = c.ray_encoding == "composited"
         # Composited students only need its bounds.
-        self.ray_code = RayCode("points" if is_composited else c.ray_code, c.num_points, c.num_frequencies)
+        self.ray_code = RayCode("points" if is_composited else c.ray_encoding, c.num_points, c.num_frequencies)
         self.composited: CompositedEncoding | None = None
         self.volume: FeatureVolume | None = None
         if is_composited:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 import torch
 from jaxtyping import Float
@@ -40,6 +40,8 @@ size."""
 class MobileR2LModelConfig(LightFieldModelConfig):
     """MobileR2L: one network evaluation per cell of a ray image, and upsampling."""
 
+    RENAMED: ClassVar[dict[str, str]] = {**LightFieldModelConfig.RENAMED, "factor": "upsampling_factor"}
+
     _target: type = field(default_factory=lambda: MobileR2LModel)
     zero_init: bool = False
     """Start every residual block as the identity. With BatchNorm it does not help: 23.0 dB with it, 23.7 without it
@@ -50,7 +52,7 @@ class MobileR2LModelConfig(LightFieldModelConfig):
     """Octaves of the frequency encoding."""
     blocks: Annotated[int, IntRange(1, 1024)] = 29
     """Residual blocks of the body."""
-    factor: Annotated[int, IntRange(0, 64)] = 0
+    upsampling_factor: Annotated[int, IntRange(0, 64)] = 0
     """Upsampling factor: pixels along each side of a cell; 0: 4, 8 or 12, whichever gives about 100 cells across."""
     up_width: Annotated[int, IntRange(1, 8192)] = 64
     """Channels of all upsampling steps but the last."""
@@ -70,15 +72,15 @@ class MobileR2LModelConfig(LightFieldModelConfig):
         Raises:
             InputError: for an invalid factor or margin.
         """
-        if self.factor == 0:
-            self.factor = next((f for f in FACTORS if max(width, height) <= CELLS_ACROSS * f), FACTORS[-1])
-        up_steps(self.factor)
+        if self.upsampling_factor == 0:
+            self.upsampling_factor = next((f for f in FACTORS if max(width, height) <= CELLS_ACROSS * f), FACTORS[-1])
+        up_steps(self.upsampling_factor)
         if self.margin not in (0, 1):
             raise InputError(
                 f"--pipeline.model.margin must be 0 or 1 (got {self.margin}): a pixel depends on its own cell and the"
                 " eight around it."
             )
-        if self.margin == 0 and self.ray_code == "composited":
+        if self.margin == 0 and self.ray_encoding == "composited":
             raise InputError("--pipeline.model.margin 0: composited features need a margin; set it to 1.")
 
 
@@ -94,7 +96,7 @@ class MobileR2LModel(LightFieldModel):
 
     def build_network(self, code_dim: int) -> MobileR2L:
         config = self.config
-        self.factor = config.factor or FACTORS[0]
+        self.factor = config.upsampling_factor or FACTORS[0]
         self.margin = self.crop_margin = config.margin
         # Features and accumulation of each pixel of a cell join the last step.
         joined = 0 if self.composited is None else config.feature_channels + 1

@@ -51,7 +51,8 @@ class RayCode(nn.Module):
         super().__init__()
         if kind not in get_args(RayCodeKind):
             raise InputError(
-                f"Unknown ray code {kind!r}: choose --pipeline.model.ray-code from {', '.join(get_args(RayCodeKind))}."
+                f"Unknown ray encoding {kind!r}: choose --pipeline.model.ray-encoding from"
+                f" {', '.join(get_args(RayCodeKind))}."
             )
         self.kind = kind
         self.num_points = num_points
@@ -98,8 +99,8 @@ class RayCode(nn.Module):
         """
         if conventions != OURS and (self.kind != "points" or self.spacing == "sphere"):
             raise InputError(
-                f"Published ray conventions need points between a near and a far distance (got --pipeline.model.ray-code"
-                f" {self.kind} with {self.spacing} spacing): set --pipeline.model.ray-code points and"
+                f"Published ray conventions need points between a near and a far distance (got --pipeline.model.ray-encoding"
+                f" {self.kind} with {self.spacing} spacing): set --pipeline.model.ray-encoding points and"
                 " --pipeline.model.spacing near-far, or --pipeline.model.published-rays False."
             )
         self.conventions = conventions

@@ -117,7 +117,7 @@ def test_a_killed_run_goes_on(
         "--output-dir": tmp_path,
         "--max-num-iterations": total,
         "--steps-per-save": 5,
-        "--pipeline.datamanager.real-iterations": 6,
+        "--pipeline.datamanager.photo-iterations": 6,
         "--logging.local-writer.enable": False,
     }
     config = tyro.cli(
@@ -130,7 +130,7 @@ def test_a_killed_run_goes_on(
     def watched_train(trainer: DistillationTrainer) -> None:
         begun["model"] = {key: value.clone() for key, value in trainer.pipeline.model.named_parameters()}
         begun["buffers"] = {key: value.clone() for key, value in trainer.pipeline.model.named_buffers()}
-        begun["spacing"] = trainer.pipeline.model.ray_code.spacing
+        begun["spacing"] = trainer.pipeline.model.ray_encoding.spacing
         begun["rates"] = [scheduler.last_epoch for scheduler in trainer.optimizers.schedulers.values()]
         begun["momenta"] = {
             name: copy.deepcopy(optimizer.state_dict()) for name, optimizer in trainer.optimizers.optimizers.items()
@@ -288,10 +288,10 @@ def test_every_code_learns_and_is_restored(
         method,
         **{
             "max_num_iterations": 60,
-            "pipeline.model.ray_code": code,
+            "pipeline.model.ray_encoding": code,
             "pipeline.model.spacing": spacing,
             "pipeline.datamanager.pose_sampler.kind": sampler,
-            "pipeline.datamanager.real_iterations": 0,
+            "pipeline.datamanager.photo_iterations": 0,
         },
     )
     for group in config.optimizers.values():
@@ -306,7 +306,7 @@ def test_every_code_learns_and_is_restored(
         trainer.train()
         assert pipeline.holdout_psnr(pipeline.datamanager.held_views) > before + 2
     _, restored, _, _ = eval_setup(config.get_base_dir() / "config.yml")
-    theirs, ours = pipeline.model.ray_code, restored.model.ray_code
+    theirs, ours = pipeline.model.ray_encoding, restored.model.ray_code
     assert ours.kind == code and ours.spacing == theirs.spacing
     assert spacing == "auto" or ours.spacing == spacing
     for name in ("center", "radius", "near", "far", "axes"):
@@ -379,8 +379,8 @@ def test_the_best_weights_on_held_out_photographs_are_kept(
         tmp_path,
         **{
             "max_num_iterations": 30,
-            "pipeline.datamanager.real_iterations": 20,
-            "pipeline.datamanager.real_fraction": 0.9,
+            "pipeline.datamanager.photo_iterations": 20,
+            "pipeline.datamanager.photo_fraction": 0.9,
             "pipeline.datamanager.holdout_fraction": 0.3,
             "pipeline.steps_per_holdout": 2,
         },
@@ -507,7 +507,7 @@ def test_watching_with_the_average_leaves_training_as_it_was(tiny_teacher: Path,
 
 @pytest.mark.parametrize("method", ["r2l-lite", "mobile-r2l-lite"])
 def test_minutes_are_kept(method: str, tiny_teacher: Path, tmp_path: Path, iterations: list, capsys) -> None:
-    overrides = {"max_minutes": 0.15, "max_num_iterations": 40, "pipeline.datamanager.real_iterations": 10}
+    overrides = {"max_minutes": 0.15, "max_num_iterations": 40, "pipeline.datamanager.photo_iterations": 10}
     with set_up(student_config(tiny_teacher, tmp_path, method, **overrides)) as trainer:
         real: list[float] = []
         draw = trainer.pipeline.datamanager.draw
@@ -591,7 +591,7 @@ class WatchedDevice(TorchDispatchMode):
 def test_no_iteration_asks_the_device_for_a_number(method: str, tiny_teacher: Path, tmp_path: Path) -> None:
     overrides = {
         "max_num_iterations": 40,
-        "pipeline.datamanager.real_iterations": 20,
+        "pipeline.datamanager.photo_iterations": 20,
         "pipeline.datamanager.refresh_share": 0.0,
         "pipeline.steps_per_holdout": 10,
         "logging.steps_per_log": 10,
