@@ -168,7 +168,7 @@ def install() -> None:
     STAMP.unlink(missing_ok=True)
     print(f"Setting up {VENV} (once; several minutes, some gigabytes) ...", flush=True)
     try:
-        # One left by another Python, or half made, is made anew; a good one is only brought up to date.
+        # One left by another Python, or half made, is made again; a good one is only brought up to date.
         venv.create(VENV, with_pip=True, clear=not usable())
     except (OSError, subprocess.CalledProcessError) as error:
         raise InstallError(

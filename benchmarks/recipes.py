@@ -512,7 +512,7 @@ def draw_curves(figures: dict[str, Any], file: Path) -> None:
             for axis, what, scale in ((axes[0], "seconds", 1), (axes[1], "rays", 1e6)):
                 xs, ys = [point[what] / scale for point in points], [point["psnr"] for point in points]
                 axis.plot(xs, ys, "o-", ms=3, lw=1, color=colours[row["recipe"]], alpha=shade, label=label)
-    for axis, label in zip(axes, ("seconds of one thread", "million pixels learnt from"), strict=True):
+    for axis, label in zip(axes, ("seconds of one thread", "million pixels learned from"), strict=True):
         axis.set(xscale="log", xlabel=label)
         axis.grid(alpha=0.3, which="both")
         # Plain numbers, as many as fit.

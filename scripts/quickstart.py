@@ -77,7 +77,7 @@ class Sizes:
     photo_iterations: int = 150
     """Length of the photo stage in iterations."""
     unseen_views: int = 12
-    """Cameras for the figures, sampled anew from the band; no training used them."""
+    """Cameras for the figures, sampled again from the band; no training used them."""
     picture_rows: int = 4
 
 

@@ -67,7 +67,7 @@ def write_run(
         spacing: of the points along its rays.
         has_accumulation: whether its teacher had one.
         has_depth: likewise.
-        focal: in pixels, of the views that a MobileR2L would have learnt from.
+        focal: in pixels, of the views that a MobileR2L would have learned from.
 
     Returns:
         its config.yml.

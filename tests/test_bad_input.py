@@ -185,7 +185,7 @@ def test_damaged_transforms(refused, tiny_teacher: Path, capture: Path) -> None:
 
 
 class PhotographicTeacher:
-    """Shows each training camera the photograph of the one `shift` further."""
+    """Shows each training camera the photo of the one `shift` further."""
 
     config_path = Path("teacher/config.yml")
     views_only = False

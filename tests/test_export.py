@@ -296,7 +296,7 @@ def test_int8_that_costs_too_much_is_refused(
     monkeypatch.setattr(int8, "write_onnx", write_once)
     student, of_rays = (load_student(path, device="cpu", engine="torch") for path in (captured, run("r2l")))
     output = tmp_path / "student.onnx"
-    # Without photographs the student's own pictures judge.
+    # Without photos the student's own pictures judge.
     monkeypatch.setattr(int8, "held_out", lambda *_: [])
     monkeypatch.setattr(int8, "NEEDED_DB", 99.0)
     with pytest.raises(InputError, match="all layers but the first and the last.*own pictures.*not kept.*fp16"):

@@ -31,7 +31,7 @@ def command() -> Callable[..., list[str]]:
 def train_student(command: Callable[..., list[str]], tiny_teacher: Path) -> Callable[..., list[str]]:
     """A function from an output folder and further flags to the command that distils `tiny_teacher` into a tiny student.
 
-    The run's folder is `output/tiny/r2l-lite/run`; without flags it trains 30 iterations, 10 of them with photographs.
+    The run's folder is `output/tiny/r2l-lite/run`; without flags it trains 30 iterations, 10 of them with photos.
     """
 
     def build(output: Path, *flags: object) -> list[str]:

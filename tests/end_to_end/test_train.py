@@ -243,7 +243,7 @@ def test_checkpoint_is_small_and_safe(tiny_student: Path) -> None:
     content = read(file)
     assert content["step"] == 29
     others = {key for key in content["pipeline"] if not key.startswith("_model.")}
-    assert others == {"done"}  # neither teacher nor photographs
+    assert others == {"done"}  # neither teacher nor photos
     weights = sum(value.nbytes for value in content["pipeline"].values() if isinstance(value, torch.Tensor))
     assert file.stat().st_size < 4 * weights + 100_000
 
@@ -392,7 +392,7 @@ def test_the_best_weights_on_held_out_photographs_are_kept(
     with set_up(config) as trainer:
         pipeline = trainer.pipeline
         photographs = pipeline.datamanager.held_photographs
-        # What is learnt from the others does not carry over to the held-out ones.
+        # What is learned from the others does not carry over to the held-out ones.
         pipeline.datamanager.photographs.pixels = 255 - pipeline.datamanager.photographs.pixels
         seen: dict[int, float] = {}
         watch = pipeline.holdout_psnr
@@ -422,7 +422,7 @@ def test_weights_that_are_still_the_best_stay(
 ) -> None:
     with set_up(student_config(tiny_teacher, tmp_path)) as trainer:
         pipeline = trainer.pipeline
-        pipeline._watch_holdout(5)  # before the photographs: not a choice
+        pipeline._watch_holdout(5)  # before the photos: not a choice
         assert pipeline._best is None
         pipeline.finish(5)
         pipeline.datamanager.photographs_now = True
@@ -629,7 +629,7 @@ def test_stopping_early_leaves_a_usable_student(
 
         trainer.train_iteration = impatient
         trainer.train()
-    assert len(iterations) == 31  # the one at hand is finished
+    assert len(iterations) == 31  # the one available is finished
     assert signal.getsignal(number) is before
     folder = trainer.base_dir
     _, pipeline, _, _ = eval_setup(folder / "config.yml")
