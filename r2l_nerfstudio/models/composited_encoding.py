@@ -45,7 +45,7 @@ class EncodedRays(NamedTuple):
 class RaySpan(NamedTuple):
     """The part of rays along which the scene is searched, in scene coordinates.
 
-    Rays lie in groups of neighbors with one origin; those of a group have their sample points at the same distances.
+    Rays lie in groups of neighbouring rays with one origin; those of a group have their sample points at the same distances.
     """
 
     origin: Float[Tensor, "groups 1 3"]
