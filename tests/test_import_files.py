@@ -363,7 +363,7 @@ def test_options_that_cannot_be(refused, tmp_path: Path) -> None:
     assert "--near must be below --far" in refused(file, near=7.0)
     assert "positive integer" in refused(file, num_points=0)
     assert "--ndc" in refused(file, ndc="yes")
-    assert "choose one of" in refused(file, scene="lego")
+    assert "must be one of" in refused(file, scene="lego")
     assert "both set the origin" in refused(file, scene="fern", center=(0.0, 0.0, 0.0))
     mobile = write_tar(tmp_path / "mobile.tar", mobile_weights())
     assert "--cells" in refused(mobile, cells=(4, 40))
