@@ -392,7 +392,7 @@ def test_a_student_that_draws_something_else_is_not_kept(
         return torch.arange(3 * points * (2 * octaves + 1))
 
     monkeypatch.setattr(published_network, "our_columns", other)
-    assert "does not draw" in refused(write_tar(tmp_path / "r2l.tar", r2l_weights()))
+    assert "does not render" in refused(write_tar(tmp_path / "r2l.tar", r2l_weights()))
 
 
 # Captures.
