@@ -185,7 +185,7 @@ def test_training(tiny_teacher: Path, tmp_path: Path, monkeypatch: pytest.Monkey
         (["--machine.seed", str(2**70)], 1),
         (["--pipeline.datamanager.view-downscale", "-1"], 2),
         (["--pipeline.ema-decay", "1.5"], 2),
-        (["--pipeline.datamanager.real-iterations", "-5"], 2),
+        (["--pipeline.datamanager.photo-iterations", "-5"], 2),
         (["--max-minutes", "nan"], 2),
         (["--pipeline.datamanager.pose-sampler.focal-range", "2", "1"], 1),
         (["--pipeline.datamanager.cache-dir", __file__], 1),
