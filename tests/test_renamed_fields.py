@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tyro
 import yaml
 
 from r2l_nerfstudio.models.mobile_r2l import MobileR2LModelConfig
@@ -37,3 +38,15 @@ def test_a_run_under_former_names_opens(load, method: str, capsys: pytest.Captur
 def test_copies_keep_every_field() -> None:
     config = MobileR2LModelConfig(upsampling_factor=8, ray_encoding="plucker")
     assert copy.deepcopy(config) == config
+
+
+def test_former_flags_still_work() -> None:
+    from nerfstudio.configs.method_configs import all_methods
+
+    default = all_methods["mobile-r2l-lite"]
+    former = {"model.ray-code": "plucker", "model.factor": "8"}
+    former |= {"datamanager.real-iterations": "7", "datamanager.real-fraction": "0.25"}
+    args = [word for name, value in former.items() for word in (f"--pipeline.{name}", value)]
+    pipeline = tyro.cli(type(default), default=copy.deepcopy(default), args=args).pipeline
+    assert (pipeline.model.ray_encoding, pipeline.model.upsampling_factor) == ("plucker", 8)
+    assert (pipeline.datamanager.photo_iterations, pipeline.datamanager.photo_fraction) == (7, 0.25)

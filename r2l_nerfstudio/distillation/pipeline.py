@@ -422,10 +422,10 @@ class DistillationPipeline(VanillaPipeline):
         if step == 0:
             return
         with self.averaged():
-            pseudo = self.holdout_psnr(self.datamanager.held_views)
-            writer.put_scalar(name="Held-out PSNR (teacher views)", scalar=pseudo, step=step)
+            against_teacher = self.holdout_psnr(self.datamanager.held_views)
+            writer.put_scalar(name="Held-out PSNR (teacher views)", scalar=against_teacher, step=step)
             writer.put_scalar(name="Training done", scalar=float(self.done), step=step)
-            line = f"Step {step}: {pseudo:.2f} dB against the teacher on held-out views"
+            line = f"Step {step}: {against_teacher:.2f} dB against the teacher on held-out views"
             if self.datamanager.held_photographs is not None:
                 real = self.holdout_psnr(self.datamanager.held_photographs)
                 if not math.isnan(real):

@@ -148,11 +148,11 @@ def calibration_codes(student: Student, cameras: CaptureCameras) -> list[Float[n
     """Return the codes of sampled cameras, each as one input of the network."""
     return [
         student.model.encoding_for_camera(pose, intrinsics, spec.height, spec.width).code.contiguous().numpy()
-        for pose, intrinsics, spec in pseudo_views(student, cameras, CALIBRATION_VIEWS, seed=0)
+        for pose, intrinsics, spec in sampled_views(student, cameras, CALIBRATION_VIEWS, seed=0)
     ]
 
 
-def pseudo_views(
+def sampled_views(
     student: Student, cameras: CaptureCameras, number: int, seed: int
 ) -> Iterator[tuple[Float[Tensor, "3 4"], Float[Tensor, "4"], GraphSpec]]:
     """Yield pose, intrinsics and size of sampled cameras, at a size that the student renders without resampling."""
@@ -267,7 +267,7 @@ def judge(
         with model.drawn_by(run), features:
             other += [psnr(model.render_camera(camera)["rgb"], truth) for camera, truth in photographs]
     else:
-        seen = list(pseudo_views(student, cameras, JUDGED_VIEWS, seed=1))
+        seen = list(sampled_views(student, cameras, JUDGED_VIEWS, seed=1))
         views = [(pose.numpy(), intrinsics.numpy(), size.width, size.height) for pose, intrinsics, size in seen]
         truths = [torch.from_numpy(student.render(*view)) for view in views]
         with model.drawn_by(run), features:

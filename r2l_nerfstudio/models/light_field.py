@@ -62,7 +62,7 @@ class LightFieldModelConfig(RenamedFields, ModelConfig):
     """Features of the hidden layers."""
     zero_init: bool = True
     """Start every residual block as the identity."""
-    ray_encoding: RayCodeKind = "points"
+    ray_encoding: Annotated[RayCodeKind, tyro.conf.arg(aliases=["--pipeline.model.ray-code"])] = "points"
     """Ray encoding: points along the ray, Plücker coordinates, intersections with two planes, or composited: features
     gathered along the ray where the scene is."""
     num_points: Annotated[int, IntRange(1, 4096)] = 16

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Annotated, ClassVar
 
 import torch
+import tyro
 from jaxtyping import Float
 from nerfstudio.cameras.rays import RayBundle
 from torch import Tensor
@@ -52,7 +53,7 @@ class MobileR2LModelConfig(LightFieldModelConfig):
     """Octaves of the frequency encoding."""
     blocks: Annotated[int, IntRange(1, 1024)] = 29
     """Residual blocks of the body."""
-    upsampling_factor: Annotated[int, IntRange(0, 64)] = 0
+    upsampling_factor: Annotated[int, IntRange(0, 64), tyro.conf.arg(aliases=["--pipeline.model.factor"])] = 0
     """Upsampling factor: pixels along each side of a cell; 0: 4, 8 or 12, whichever gives about 100 cells across."""
     up_width: Annotated[int, IntRange(1, 8192)] = 64
     """Channels of all upsampling steps but the last."""
