@@ -54,7 +54,7 @@ def sample_crops(
         num_crops: how many.
         cells: cells along each side of a square crop, or rows and columns.
         factor: pixels along each side of a cell.
-        generator: on the views' device, for a repeatable draw.
+        generator: for a repeatable draw.
         foreground_fraction: of them, drawn where the teacher sees something in the middle of the crop.
         margin: cells around a crop.
         conventions: how the student's ray encoding reads rays.
@@ -68,10 +68,11 @@ def sample_crops(
     rows_of_cells, columns_of_cells = (cells, cells) if isinstance(cells, int) else cells
     down, across = rows_of_cells * factor, columns_of_cells * factor
     height, width = views.pixels.shape[1:3]
+    drawn_on = device if generator is None else generator.device
 
     def draw(*shape: int) -> tuple[Tensor, Tensor, Tensor]:
         def below(end: int) -> Tensor:
-            return torch.randint(end, shape, generator=generator, device=device)
+            return torch.randint(end, shape, generator=generator, device=drawn_on).to(device)
 
         return below(len(views)), below(height - down + 1), below(width - across + 1)
 

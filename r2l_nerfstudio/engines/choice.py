@@ -47,7 +47,8 @@ def candidates(device: torch.device, is_exact: bool) -> list[Candidate]:
         is_exact: for figures and files rather than for the eye: fp32 on CPUs; fp16 on GPUs, where it is as good.
     """
     if device.type == "cuda":
-        return [Candidate("torch", "fp16"), Candidate("tensorrt", "fp16"), Candidate("inductor", "fp16")]
+        names: tuple[EngineName, ...] = ("torch", "tensorrt", "triton", "inductor")
+        return [Candidate(name, "fp16") for name in names]
     openvino: frozenset[EngineName] = frozenset({"openvino"})
     either: frozenset[EngineName] = frozenset({"openvino", "onnxruntime"})
     if is_exact:

@@ -12,8 +12,10 @@ import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 from torch.nn.functional import normalize, pad
+from torch.utils.checkpoint import checkpoint
 
 from r2l_nerfstudio.engines.weights import weights_state
+from r2l_nerfstudio.rays.constants import constant
 from r2l_nerfstudio.rays.encoding import encoded_dim, frequency_encode
 from r2l_nerfstudio.rays.occupancy import OccupancyGrid, grid_point_index
 from r2l_nerfstudio.rays.placement import place_samples
@@ -23,6 +25,8 @@ from r2l_nerfstudio.rays.scene_grid import NEAREST, WARPS
 from r2l_nerfstudio.students.cpu_march import MarchSpace, march
 from r2l_nerfstudio.students.sparse_volume import Composited, SparseVolume, composite, read_rows
 
+RAYS_AT_ONCE = 1 << 17
+"""On a GPU: the points of more rays would take gigabytes, for drawing as for training."""
 LEAST = 1e-4
 """Accumulation below which a ray's expected point moves to the middle of its span."""
 
@@ -174,15 +178,43 @@ class CompositedEncoding(nn.Module):
             return self.in_torch(span, jitter, samples)
 
     def in_torch(self, span: RaySpan, jitter: bool, samples: int) -> tuple[Composited, Bool[Tensor, "rays"]]:
-        """`composited` in operators of torch: on a GPU, and in exported graphs."""
+        """`composited` in operators of torch: on a GPU, and in exported graphs.
+
+        Of many rays at once, what the points hold is computed again for gradients instead of kept.
+        """
+        if self._is_graph or len(span.start) <= RAYS_AT_ONCE:
+            return self._in_one_go(span, jitter, samples)
+        missed = [None] * len(span.start) if span.is_missed is None else span.is_missed.split(RAYS_AT_ONCE)
+        spans = map(RaySpan, span.start.split(RAYS_AT_ONCE), span.step.split(RAYS_AT_ONCE), missed)
+        parts = [self._in_one_go(part, jitter, samples, is_kept=not torch.is_grad_enabled()) for part in spans]
+        found = (torch.cat(values) for values in zip(*(found for found, _ in parts), strict=True))
+        return Composited(*found), torch.cat([is_empty for _, is_empty in parts])
+
+    def _in_one_go(
+        self, span: RaySpan, jitter: bool, samples: int, is_kept: bool = True
+    ) -> tuple[Composited, Bool[Tensor, "rays"]]:
         probes = self.positions(self.middles(span.start.device))
-        cells = span.start.new_tensor(self.volume.cells)
+        cells = constant(span.start, self.volume.cells)
         placed = place_samples(self.occupancy, span.start, span.step, probes, samples, cells, jitter)
         is_empty = placed.is_empty if span.is_missed is None else placed.is_empty | span.is_missed
-        positions = self.positions(placed.fractions)
-        points = self.occupancy.scene(span.start[:, None] + positions[..., None] * span.step[:, None])
-        values = read_rows(self.volume.rows, self.volume.index, points) if self._is_graph else self.volume(points)
-        return composite(values, placed.lengths, placed.fractions, points, is_empty), is_empty
+        if is_kept:
+            return self._gather(self.volume.rows, span.start, span.step, *placed[:2], is_empty), is_empty
+        found = checkpoint(
+            lambda *tensors: tuple(self._gather(*tensors)),
+            *(self.volume.rows, span.start, span.step, *placed[:2], is_empty),
+            use_reentrant=True,
+            preserve_rng_state=False,  # points are placed already
+        )
+        return Composited(*found), is_empty
+
+    def _gather(
+        self, rows: Tensor, start: Tensor, step: Tensor, fractions: Tensor, lengths: Tensor, is_empty: Tensor
+    ) -> Composited:
+        """Read the volume at the points of rays and composite what it holds."""
+        points = self.occupancy.scene(start[:, None] + self.positions(fractions)[..., None] * step[:, None])
+        if not self._is_graph:
+            rows = torch.cat([rows[:1].detach(), rows[1:]])  # empty space gets no gradient
+        return composite(read_rows(rows, self.volume.index, points), lengths, fractions, points, is_empty)
 
     def code(
         self, found: Composited, directions: Float[Tensor, "rays 3"], encode: FrequencyEncode = frequency_encode

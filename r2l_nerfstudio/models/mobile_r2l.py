@@ -18,6 +18,7 @@ from r2l_nerfstudio.models.any_camera import render_by_faces
 from r2l_nerfstudio.models.composited_encoding import CompositedEncoding, EncodedRays, encode_ray_image
 from r2l_nerfstudio.models.light_field import LightFieldModel, LightFieldModelConfig
 from r2l_nerfstudio.ranges import IntRange
+from r2l_nerfstudio.rays.constants import constant
 from r2l_nerfstudio.rays.conventions import OURS, RayConventions
 from r2l_nerfstudio.rays.pinhole import pixel_centers
 from r2l_nerfstudio.rays.ray_image import MARGIN, ray_image_intrinsics
@@ -196,7 +197,7 @@ class MobileR2LModel(LightFieldModel):
         across, down = drawn_width / width, drawn_height / height
         # What one pixel of the resampled picture is read from, and one more.
         spill = math.ceil(max(1.0, across, down)) + 1
-        drawn_intrinsics = intrinsics * intrinsics.new_tensor([across, down] * 2)
+        drawn_intrinsics = intrinsics * constant(intrinsics, [across, down] * 2)
         values = self._draw(pose, drawn_intrinsics, drawn_height, drawn_width, spill)
         if (drawn_height, drawn_width) != (height, width):
             values = interpolate(values, (height, width), mode="bilinear", antialias=True)
@@ -222,7 +223,7 @@ class MobileR2LModel(LightFieldModel):
             window = sphere_window(pose, intrinsics, height, width, code.center, float(code.radius), spill)
         left, columns = self._cells(window.left, window.right, width)
         top, rows = self._cells(window.top, window.bottom, height)
-        corner = intrinsics.new_tensor([left, top])
+        corner = constant(intrinsics, [left, top])
         per_cell, margin = self.rays_per_cell, self.margin * self.factor
         in_cells = ray_image_intrinsics(intrinsics, self.factor, corner, per_cell, self.margin)
         code, geometry = self.encode_rays(

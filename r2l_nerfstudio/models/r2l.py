@@ -19,6 +19,7 @@ from r2l_nerfstudio.models.camera_rays import camera_rays
 from r2l_nerfstudio.models.composited_encoding import CompositedEncoding, EncodedRays, encode_single_rays
 from r2l_nerfstudio.models.light_field import LightFieldModel, LightFieldModelConfig
 from r2l_nerfstudio.ranges import IntRange
+from r2l_nerfstudio.rays.constants import constant
 from r2l_nerfstudio.rays.conventions import OURS, RayConventions
 from r2l_nerfstudio.rays.spacing import SceneBounds
 from r2l_nerfstudio.students.resmlp import ResMLP
@@ -111,7 +112,7 @@ class R2LModel(LightFieldModel):
         drawn_height, drawn_width = math.ceil(height * down), math.ceil(width * across)
         if (drawn_height, drawn_width) == (height, width):
             return self.render_rays(*self.ray_code.image_rays(pose, intrinsics, height, width))
-        scale = intrinsics.new_tensor([drawn_width / width, drawn_height / height] * 2)
+        scale = constant(intrinsics, [drawn_width / width, drawn_height / height] * 2)
         values = self.render_rays(*self.ray_code.image_rays(pose, intrinsics * scale, drawn_height, drawn_width))
         values = interpolate(values.permute(2, 0, 1)[None], (height, width), mode="bilinear", antialias=True)
         return values[0].permute(1, 2, 0)

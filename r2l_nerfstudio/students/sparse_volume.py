@@ -9,6 +9,7 @@ from jaxtyping import Bool, Float, Int32, Int64
 from torch import Tensor, nn
 from torch.nn.functional import embedding
 
+from r2l_nerfstudio.rays.constants import constant
 from r2l_nerfstudio.rays.occupancy import gathered
 
 EMPTY_DENSITY = -8.0
@@ -121,8 +122,8 @@ def read_rows(
         points: in the unit cube.
     """
     z, y, x = index.shape
-    where = points * points.new_tensor([x - 1, y - 1, z - 1])
-    low = torch.minimum(where.floor(), where.new_tensor([x - 2, y - 2, z - 2]))
+    where = points * constant(points, [x - 1, y - 1, z - 1])
+    low = torch.minimum(where.floor(), constant(where, [x - 2, y - 2, z - 2]))
     shares = where - low
     ix, iy, iz = low.to(torch.int32).unbind(-1)
     first = (iz * y + iy) * x + ix
