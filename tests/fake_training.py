@@ -104,6 +104,3 @@ def _view(renderer: ViewRenderer, index: int) -> TeacherView:
 def _teacher(corrections: int) -> SimpleNamespace:
     made = torch.zeros(corrections, 3, 4, device="cuda:0") if corrections else None
     return SimpleNamespace(pose_corrections=lambda: made, fingerprint=lambda: "none")
-
-
-

@@ -43,7 +43,10 @@ from r2l_nerfstudio.teacher import Teacher
 METHODS = ("r2l", "r2l-lite", "r2l-paper", "mobile-r2l", "mobile-r2l-lite", "mobile-r2l-paper")
 
 TRAINING_WAITS = {
-    ("view_ring.py:put", "copy from the host"): "a teacher view comes from a thread of its own, once in many iterations",
+    (
+        "view_ring.py:put",
+        "copy from the host",
+    ): "a teacher view comes from a thread of its own, once in many iterations",
     ("photographs.py:rays", "_unique2"): "Nerfstudio's cameras, for the rays of 32 iterations at once",
     ("photographs.py:rays", "copy from the host"): "likewise",
     ("photographs.py:rays", "item"): "likewise",
@@ -129,9 +132,7 @@ def test_a_teacher_renders_its_views_on_the_gpu() -> None:
             **fields, step=0, device=torch.device("cuda"), model=Model(), background=torch.zeros(3, device="cuda")
         )  # fmt: skip
         survey = Survey(True, True, torch.zeros(0, 3), torch.zeros(0), 0.5, 0.5)
-        sampler: Any = SimpleNamespace(
-            sample=lambda _: (torch.eye(3, 4), torch.tensor([24.0, 24.0, 12.0, 12.0]))
-        )
+        sampler: Any = SimpleNamespace(sample=lambda _: (torch.eye(3, 4), torch.tensor([24.0, 24.0, 12.0, 12.0])))
         renderer = ViewRenderer(teacher, sampler, survey, 24, 24, seed=0)
         ring = ViewRing(renderer, 2, "cuda")
         ring.refresh()

@@ -73,6 +73,7 @@ def test_bytes_are_counted_until_they_are_freed() -> None:
 
 def test_activations_are_what_a_step_holds() -> None:
     """Of a network whose activations can be counted by hand, and twice as many for twice the batch."""
+
     def peak(rows: int) -> int:
         with fake_cuda(), DeviceUse() as use:
             layers = nn.Sequential(*[nn.Sequential(nn.Linear(64, 64), nn.ReLU()) for _ in range(10)]).to("cuda")
@@ -88,9 +89,7 @@ def test_activations_are_what_a_step_holds() -> None:
 
 @pytest.mark.parametrize("method", ["r2l-lite", "mobile-r2l-lite"])
 def test_a_small_method_as_it_is_trained(method: str) -> None:
-    small, large = (
-        student_cost(config(method, train_num_rays_per_batch=rays), 96, 96) for rays in (4096, 16384)
-    )
+    small, large = (student_cost(config(method, train_num_rays_per_batch=rays), 96, 96) for rays in (4096, 16384))
     assert 0 < small.step.peak_bytes < large.step.peak_bytes < 5 * small.step.peak_bytes
     assert large.step.flops > 3 * small.step.flops
     assert small.held_bytes == pytest.approx(large.held_bytes, rel=0.3)

@@ -17,16 +17,15 @@ from jaxtyping import Float, Int
 from PIL import Image
 from torch import Tensor
 
+from r2l_nerfstudio.atomic_output import atomic_folder
 from r2l_nerfstudio.distillation.pose_sampling import CaptureCameras
-from r2l_nerfstudio.engines.parity import psnr
 from r2l_nerfstudio.errors import InputError
-from r2l_nerfstudio.export.capture_view import start_pose, view_limits
 from r2l_nerfstudio.export.graph import GraphPrecision
+from r2l_nerfstudio.export.navigation import start_pose, view_limits
 from r2l_nerfstudio.export.onnx_file import require_onnx
 from r2l_nerfstudio.export.web_graph import WebGraph, write_web_graph
 from r2l_nerfstudio.export.web_runtime import BACKENDS, describe_runtime
-from r2l_nerfstudio.export.whole_files import whole_folder
-from r2l_nerfstudio.models.mobile_r2l import MobileR2LModel
+from r2l_nerfstudio.psnr import psnr
 from r2l_nerfstudio.rays.ray_image import ray_image_intrinsics, ray_image_size
 from r2l_nerfstudio.student import Student
 
@@ -87,7 +86,7 @@ def export_web(
             left then.
     """
     require_onnx()
-    with whole_folder(output, overwrite, SCENE, "web export") as folder:
+    with atomic_folder(output, overwrite, SCENE, "web export") as folder:
         found = _fill(student, cameras, runtime, folder, title)
     return WebExport(Path(output), found)
 
@@ -136,8 +135,8 @@ def _fill(student: Student, cameras: CaptureCameras, runtime: Path, folder: Path
 def _picture(student: Student, cameras: CaptureCameras) -> dict[str, Any]:
     """Width, height and focal length in pixels of what the student draws by itself."""
     focal = float(cameras.intrinsics[:, :2].mean())
-    if isinstance(student.model, MobileR2LModel):
-        scale = float(student.model.focal) / focal
+    if student.model.reads_ray_image:
+        scale = student.model.native_focal(focal) / focal
     else:
         scale = min(1.0, LARGEST / max(cameras.width, cameras.height))
     return {
@@ -153,7 +152,7 @@ def page_rays(
     """Origin and directions as the page makes them for a picture."""
     width, height, focal = picture["width"], picture["height"], picture["focal"]
     intrinsics = torch.tensor([focal, focal, width / 2, height / 2])
-    if graph.is_image:
+    if graph.reads_ray_image:
         size = ray_image_size(height, width, graph.factor, graph.margin)
         height, width = (count * graph.rays_per_cell for count in size)
         intrinsics = ray_image_intrinsics(intrinsics, graph.factor, None, graph.rays_per_cell, graph.margin)
@@ -172,9 +171,7 @@ def _check_model(
     import onnxruntime
 
     # R2L's graph goes through a picture in parts on the page; here a smaller one tells as much.
-    share = (
-        1.0 if isinstance(student.model, MobileR2LModel) else min(1.0, 200 / max(picture["width"], picture["height"]))
-    )
+    share = 1.0 if student.model.reads_ray_image else min(1.0, 200 / max(picture["width"], picture["height"]))
     width, height, focal = round(picture["width"] * share), round(picture["height"] * share), picture["focal"] * share
     origin, directions = page_rays(WebGraph(student, "fp32"), pose, {"width": width, "height": height, "focal": focal})
     session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
@@ -202,9 +199,9 @@ def to_rgb(pixels: Int[np.ndarray, "height width"]) -> Int[np.ndarray, "height w
 @torch.no_grad()
 def _probe(graph: WebGraph, pose: Float[Tensor, "3 4"], picture: dict[str, Any]) -> dict[str, Any]:
     """A few rays across the picture and their pixels: a browser that gives others does not draw this student."""
-    step = graph.factor if graph.is_image else max(1, picture["width"] // (2 * PROBE_CELLS))
+    step = graph.factor if graph.reads_ray_image else max(1, picture["width"] // (2 * PROBE_CELLS))
     side = step * PROBE_CELLS
-    if graph.is_image:
+    if graph.reads_ray_image:
         small = {"width": side, "height": side, "focal": picture["focal"]}
     else:
         small = {"width": PROBE_CELLS, "height": PROBE_CELLS, "focal": picture["focal"] / step}
