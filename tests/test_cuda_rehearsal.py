@@ -17,6 +17,7 @@ import torch
 from fake_cuda import Rehearsal, rehearsed
 from fake_training import fake_training
 from nerfstudio.cameras.cameras import Cameras, CameraType
+from nerfstudio.cameras.rays import RayBundle
 from nerfstudio.data.scene_box import OrientedBox
 from student_runs import (
     fill,
@@ -182,6 +183,13 @@ def graphs_at_once() -> Iterator[None]:
         yield
 
 
+def generate_rays(self: Cameras, *_: Any, **__: Any) -> RayBundle:
+    """In place of Nerfstudio's own, in which values decide about everything."""
+    directions = torch.nn.functional.normalize(torch.rand(18, 18, 3, device=self.device), dim=-1)
+    origins = self.camera_to_worlds[0, :, 3].expand(18, 18, 3)
+    return RayBundle(origins, directions, pixel_area=torch.ones(18, 18, 1, device=self.device))
+
+
 @pytest.mark.parametrize("kind", CAMERAS)
 @pytest.mark.parametrize("student", STUDENTS)
 @pytest.mark.parametrize("spacing", ["sphere", "disparity"])
@@ -190,18 +198,28 @@ def test_frames(student: str, kind: str, spacing: str) -> None:
     pose = torch.tensor([[1.0, 0, 0, 0.1], [0, 1, 0, -0.2], [0, 0, 1, 2.0]])
     camera = Cameras(pose[None], 30.0, 31.0, 12.0, 9.0, width=18, height=18, **CAMERAS[kind])
     is_pinhole = kind == "pinhole"
-    with rehearsed(number=20.0, integer=18) as watch, graphs_at_once():
+    with (
+        rehearsed(number=20.0, integer=18) as watch,
+        graphs_at_once(),
+        mock.patch.object(Cameras, "generate_rays", generate_rays),
+    ):
         made.to("cuda")
         engine = TorchEngine(made.network, "fp16")
         assert engine._graphs is not None
+        # Rays of one origin, in a lens that one picture serves; of a panorama six.
+        watch.answers["models/any_camera.py:render_by_faces"] = 0.0
         # Of a camera's kind a value decides.
-        with mock.patch("r2l_nerfstudio.models.light_field.is_pinhole", lambda _: is_pinhole), made.drawn_by(engine):
+        with (
+            mock.patch("r2l_nerfstudio.models.camera_rays.is_pinhole", lambda _: is_pinhole),
+            mock.patch("r2l_nerfstudio.models.any_camera.WIDEST", -1.0 if kind == "panorama" else 1.0),
+            made.drawn_by(engine),
+        ):
             watch.waits.clear()
             outputs = made.get_outputs_for_camera(camera)
         assert all(value.device.type == "cuda" and value.dtype == torch.float32 for value in outputs.values())
         assert not engine._graphs.has_failed
         if is_pinhole:
-            graphs = {("cuda_graph.py:_capture", op) for op in ("item",)}
+            graphs = {("cuda_graph.py:_capture", op) for op in ("item", "allclose")}
             assert unexpected(watch, {**FRAME_WAITS, **dict.fromkeys(graphs, "once for each shape")}) == []
 
 

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from r2l_nerfstudio.engines.protocol import DTYPES, BrokenEngine, EngineName, Order, Precision
+from r2l_nerfstudio.engines.protocol import DTYPES, BrokenEngine, BuildSpec, EngineName, Precision
 from r2l_nerfstudio.engines.sizes import chunk_rows
 from r2l_nerfstudio.students.resmlp import ResMLP
 
@@ -29,8 +29,8 @@ def is_interpreted() -> bool:
 def why_not(device: torch.device, precision: Precision) -> str | None:
     if device.type != "cuda" and not is_interpreted():
         return "its kernel needs an NVIDIA GPU: choose torch or openvino."
-    if precision == "fp32":
-        return "its kernel multiplies in fp16 or bf16: choose one of them, or torch."
+    if precision != "fp16":  # Triton's interpreter, which the tests need, multiplies no bf16
+        return "its kernel multiplies in fp16: choose that, or torch."
     if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
         return "its kernel needs compute capability 8.0 or newer: choose torch or tensorrt."
     try:
@@ -40,19 +40,19 @@ def why_not(device: torch.device, precision: Precision) -> str | None:
     return None
 
 
-def build(order: Order) -> TritonEngine:
+def build(spec: BuildSpec) -> TritonEngine:
     """Lay the weights out; the kernel is compiled at the first call.
 
     Raises:
-        BrokenEngine: the network is not one that the kernel evaluates.
+        BrokenEngine: the kernel does not evaluate this network.
     """
-    network = order.network
+    network = spec.network
     if not isinstance(network, ResMLP):
         raise BrokenEngine("its kernel is for r2l students: choose torch, inductor or tensorrt")
     width = network.head.out_features
     if width not in WIDTHS or network.tail.out_features > 16:
         raise BrokenEngine(f"its kernel is for hidden layers of {', '.join(map(str, WIDTHS))} features, not {width}")
-    return TritonEngine(network, order.precision)
+    return TritonEngine(network, spec.precision)
 
 
 class TritonEngine:

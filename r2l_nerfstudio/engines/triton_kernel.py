@@ -1,8 +1,8 @@
 """R2L's residual MLP in one launch: a Triton kernel that keeps a tile of rays in registers through all hidden layers.
 
-After the fully-fused MLP of tiny-cuda-nn (Müller et al. 2021, sec. 4), for a residual network and in Triton. A program takes a
-tile of rays; their activations never leave the chip between the first and the last layer, and each hidden layer's weights
-are read once per tile, from the L2 cache after the first tile.
+After the fully-fused MLP of tiny-cuda-nn (Müller et al. 2021, sec. 4), for a residual network and in Triton. A program takes
+a tile of rays; their activations never leave the chip between the first and the last layer, and each hidden layer's
+weights are read once per tile, from the L2 cache after the first tile.
 
 NOT VERIFIED on a GPU: run by Triton's interpreter on a CPU only (`TRITON_INTERPRET=1`).
 """

@@ -223,10 +223,11 @@ def _call(node: Any, inputs: list[Tensor | None], accumulates: bool) -> tuple[Te
 
 
 def _accumulate(variable: Tensor, gradient: Tensor) -> None:
-    if (gradient.device, gradient.shape) != (variable.device, variable.shape):
+    if gradient.shape != variable.shape:
+        gradient = gradient.sum_to_size(variable.shape)
+    if gradient.device != variable.device:
         raise RuntimeError(
-            f"a gradient {tuple(gradient.shape)} on {gradient.device} for a parameter {tuple(variable.shape)} on"
-            f" {variable.device}"
+            f"a gradient on {gradient.device} for a parameter {tuple(variable.shape)} on {variable.device}"
         )
     gradient = gradient.to(variable.dtype)
     variable.grad = gradient.detach() if variable.grad is None else variable.grad + gradient
