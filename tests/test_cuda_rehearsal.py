@@ -40,6 +40,7 @@ from r2l_nerfstudio.models.light_field import LightFieldModel
 from r2l_nerfstudio.rays.spacing import SceneBounds
 from r2l_nerfstudio.student import Student
 from r2l_nerfstudio.teacher import Teacher
+from r2l_nerfstudio.viewer.panel import FrameTime
 
 METHODS = ("r2l", "r2l-lite", "r2l-paper", "mobile-r2l", "mobile-r2l-lite", "mobile-r2l-paper")
 
@@ -232,6 +233,34 @@ def test_a_crop_box_on_the_gpu() -> None:
         with made.drawn_by(lambda code: made.network(code)):
             outputs = made.get_outputs_for_camera(camera, box)
     assert all(value.device.type == "cuda" for value in outputs.values())
+
+
+def test_the_panel_waits_once_for_a_frame() -> None:
+    """The network's share is taken from events, however often the network is called."""
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self) -> None:
+            pass
+
+        def elapsed_time(self, end: object) -> float:
+            return 4.0
+
+    made = FrameTime()
+    with (
+        rehearsed() as watch,
+        mock.patch("torch.cuda.is_initialized", lambda: True),
+        mock.patch("torch.cuda.Event", Event),
+        made.measure(10, 20),
+    ):
+        for _ in range(5):
+            with made.network():
+                pass
+        assert watch.waits == []
+    assert made.describe_network("torch").startswith("Network: 20 ms")
+    assert [wait.operator for wait in watch.waits] == ["synchronize"]
 
 
 # Planted bugs: what a rehearsal has to find.
