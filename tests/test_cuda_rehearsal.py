@@ -84,11 +84,11 @@ def test_a_training_from_the_first_view_to_the_checkpoint(method: str, tiny_capt
         pipeline = trainer.pipeline
         assert pipeline.datamanager.ring.pixels.device.type == "cuda"
         watch.waits.clear()
-        for step in (0, 11):  # the last one with photos, where the method has them
+        for step in (0, 10, 11):  # the last one with photos
             _, losses, _ = trainer.train_iteration(step)
             pipeline._update_average(step)
             assert all(loss.device.type == "cuda" for loss in losses.values())
-        assert pipeline.datamanager.photographs_now == (method != "mobile-r2l-paper")
+        assert pipeline.datamanager.photographs_now
         assert unexpected(watch, TRAINING_WAITS) == []
         for name, parameter in pipeline.model.network.named_parameters():
             assert parameter.grad is not None and parameter.grad.device.type == "cuda", name
@@ -102,7 +102,8 @@ def check_checkpoint(trainer: Any) -> None:
     """What a checkpoint holds is on the GPU, or plain; and goes back there from a file, which is read on the host."""
     pipeline, optimizers = trainer.pipeline, trainer.optimizers
     state = {key: value.cpu() if isinstance(value, Tensor) else value for key, value in pipeline.state_dict().items()}
-    assert all(v.device.type == "cuda" for v in pipeline.state_dict().values() if isinstance(v, Tensor))
+    for name, value in pipeline.state_dict().items():  # counters of the host are no dimension large
+        assert not isinstance(value, Tensor) or value.device.type == "cuda" or value.ndim == 0, name
     for optimizer in optimizers.optimizers.values():
         saved = optimizer.state_dict()
         for entry in saved["state"].values():
