@@ -9,6 +9,7 @@ import pytest
 
 from benchmarks import gpu_day
 from benchmarks.gpu_day import STAGES, GpuDay, as_table
+from r2l_nerfstudio.distillation import pipeline
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +46,9 @@ def test_all_stages_but_training(day: GpuDay, capsys: pytest.CaptureFixture[str]
     assert "| engines | r2l-lite 16x16 torch" in capsys.readouterr().out
 
 
-def test_learning_curves(day: GpuDay) -> None:
+def test_learning_curves(day: GpuDay, monkeypatch: pytest.MonkeyPatch) -> None:
+    # A teacher of 30 iterations is too blurred to be told from one in another frame.
+    monkeypatch.setattr(pipeline, "check_frame", lambda *_: None)
     found = gpu_day.quality(day, "cpu")["r2l-lite"]
     assert found["student_psnr"] > 5 and found["teacher_psnr"] > 5
     # Figures that are there are not trained again.

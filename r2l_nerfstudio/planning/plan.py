@@ -131,7 +131,7 @@ def make_plan(
     student = student or student_cost(config, width, height)
     is_crops = isinstance(data, CropDataManagerConfig)
     photo_bytes = 0
-    if data.real_iterations:
+    if data.photo_iterations:
         photo_bytes = capture.photos * (4 * width * height if is_crops else 3 * capture.width * capture.height)
     view_bytes = width * height * BYTES_PER_PIXEL
     fixed = CONTEXT_BYTES + teacher_bytes + student.held_bytes + photo_bytes + working_bytes(student)
