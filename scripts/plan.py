@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
 import torch
 import tyro
+from nerfstudio.models.base_model import ModelConfig
 from nerfstudio.utils.rich_utils import CONSOLE
 
 from r2l_nerfstudio.errors import InputError, command_line
@@ -48,7 +49,7 @@ class Plan:
     """As --pipeline.datamanager.num-views of ns-train."""
     view_downscale: Annotated[float, FloatRange(0.01, 1024)] | None = None
     """As --pipeline.datamanager.view-downscale of ns-train."""
-    whole_images: Annotated[int, IntRange(1, 10**4)] | None = field(default=None)
+    whole_images: Annotated[int, IntRange(1, 10**4)] | None = None
     """As --pipeline.datamanager.whole-images of ns-train."""
 
     def main(self) -> None:
@@ -75,19 +76,20 @@ class Plan:
         found = make_plan(config, capture, gpu, self.minutes, teacher_bytes(teacher, capture.photos))
         CONSOLE.print(describe(self.method, found), markup=False, highlight=False, soft_wrap=True)
 
-    def _capture(self) -> tuple[Capture, object]:
+    def _capture(self) -> tuple[Capture, ModelConfig]:
         if self.teacher is None:
             from nerfstudio.models.nerfacto import NerfactoModelConfig
 
             return Capture(self.width, self.height, self.photos), NerfactoModelConfig()
-        from r2l_nerfstudio.capture import dataparser_at, parse_capture
+        from r2l_nerfstudio.capture import parse_capture
+        from r2l_nerfstudio.dataparsers import dataparser_at
         from r2l_nerfstudio.run_config import capture_path, load_run_config, resolve_run
 
         path = resolve_run(self.teacher).absolute()
         run = load_run_config(path)
         outputs = parse_capture(dataparser_at(run, capture_path(run, path)))
-        sizes = (int(side.float().median()) for side in (outputs.cameras.width, outputs.cameras.height))
-        return Capture(*sizes, len(outputs.image_filenames)), run.pipeline.model
+        width, height = (int(side.float().median()) for side in (outputs.cameras.width, outputs.cameras.height))
+        return Capture(width, height, len(outputs.image_filenames)), run.pipeline.model
 
 
 def find_gpu(gigabytes: float | None) -> Gpu:

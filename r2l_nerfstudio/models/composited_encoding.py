@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import repeat
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -240,7 +240,7 @@ class CompositedEncoding(nn.Module):
             use_reentrant=True,
             preserve_rng_state=False,  # points are placed already
         )
-        return Composited(*found), is_empty
+        return Composited(*cast(tuple[Tensor, ...], found)), is_empty
 
     def _gathered(self, rows: Float[Tensor, "rows values"], span: RaySpan, placed: Placement) -> Composited:
         """Read rows of the volume at the sample points of rays, and composite them."""
