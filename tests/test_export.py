@@ -299,7 +299,7 @@ def test_int8_that_costs_too_much_is_refused(
     # Without photos the student's own pictures judge.
     monkeypatch.setattr(int8, "held_out", lambda *_: [])
     monkeypatch.setattr(int8, "NEEDED_DB", 99.0)
-    with pytest.raises(InputError, match="all layers but the first and the last.*own pictures.*not kept.*fp16"):
+    with pytest.raises(InputError, match="all layers but the first and the last.*own images.*not kept.*fp16"):
         export_int8(student, CAMERA, output, captured)
     with pytest.raises(InputError, match="--width 300 --height 300: .*at most 65536 pixels"):
         export_int8(of_rays, replace(CAMERA, width=300, height=300), output, captured)

@@ -279,7 +279,7 @@ def test_no_file_a_folder_and_files_of_other_kinds(refused, tmp_path: Path) -> N
     assert "no checkpoint at" in refused(tmp_path / "nowhere.onnx")
     assert "is a folder" in refused(tmp_path)
     text = tmp_path / "text.tar"
-    text.write_text("no archive")
+    text.write_text("not an archive")
     assert "not an archive of torch" in refused(text)
     empty = tmp_path / "empty.tar"
     empty.touch()
