@@ -13,7 +13,6 @@ import torch
 from distil import own_writers, student_config
 from fake_cuda import Rehearsal, on_host, rehearsed
 from nerfstudio.engine.callbacks import TrainingCallbackAttributes
-from torch import Tensor
 
 from r2l_nerfstudio.distillation import photograph_views, photographs, pipeline, scene_occupancy
 from r2l_nerfstudio.distillation.datamanager import DistillationDataManager
@@ -82,15 +81,6 @@ def fake_training(
         )
         trainer.callbacks = trainer.pipeline.get_training_callbacks(attributes)
         yield trainer, watch
-
-
-def iterate(trainer: DistillationTrainer, steps: int) -> dict[str, Tensor]:
-    """Run training iterations, and after each the average of the weights; returns the last losses."""
-    losses: dict[str, Tensor] = {}
-    for step in range(steps):
-        _, losses, _ = trainer.train_iteration(step)
-        trainer.pipeline._update_average(step)
-    return losses
 
 
 def _view(renderer: ViewRenderer, index: int) -> TeacherView:

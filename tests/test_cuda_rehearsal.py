@@ -86,7 +86,7 @@ def test_a_training_from_the_first_view_to_the_checkpoint(method: str, tiny_capt
         watch.waits.clear()
         for step in (0, 10, 11):  # the last one with photos
             _, losses, _ = trainer.train_iteration(step)
-            pipeline._update_average(step)
+            pipeline.update_average(step)
             assert all(loss.device.type == "cuda" for loss in losses.values())
         assert pipeline.datamanager.photographs_now
         assert unexpected(watch, TRAINING_WAITS) == []
@@ -295,7 +295,7 @@ def test_an_average_on_the_host_is_found(tiny_capture: Path, tmp_path: Path) -> 
         assert average is not None
         average.register_buffer("weight_0", average.get_buffer("weight_0").cpu())
         with pytest.raises(RuntimeError, match="device"):
-            trainer.pipeline._update_average(0)
+            trainer.pipeline.update_average(0)
 
 
 def test_a_wait_for_every_batch_is_found(tiny_capture: Path, tmp_path: Path) -> None:
