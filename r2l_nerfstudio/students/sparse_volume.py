@@ -107,11 +107,6 @@ class SparseVolume(nn.Module):
             self.rows.data = self.rows.new_empty(saved.shape)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
-    def forward(self, points: Float[Tensor, "*batch 3"]) -> Float[Tensor, "*batch values"]:
-        """Return raw density, then features, at points of the unit cube. Empty space gets no gradient."""
-        rows = torch.cat([self.rows[:1].detach(), self.rows[1:]])
-        return read_rows(rows, self.index, points)
-
 
 def int8_rows(rows: Float[Tensor, "rows values"]) -> tuple[Int8[Tensor, "rows values"], Float[Tensor, "values"]]:
     """Rows rounded to 255 levels, and the width of a level of each column."""
