@@ -1,4 +1,5 @@
-"""Measure students: quality, learning curves, recipes, frame times, training steps, the web page."""
+"""Prepare captures and measure students: quality, learning curves, recipes, the papers' tables, frame times, training
+steps, the web page."""
 
 from __future__ import annotations
 
@@ -6,13 +7,24 @@ import tyro
 
 from benchmarks.curve import Curve
 from benchmarks.distil import Distil
+from benchmarks.prepare_captures import PrepareCaptures
 from benchmarks.recipes import Recipes
 from benchmarks.render import Render
+from benchmarks.tables import Tables
 from benchmarks.train import Train
 from benchmarks.web import Web
 from r2l_nerfstudio.errors import command_line
 
-COMMANDS = {"distil": Distil, "curve": Curve, "recipes": Recipes, "render": Render, "train": Train, "web": Web}
+COMMANDS = {
+    "prepare-captures": PrepareCaptures,
+    "distil": Distil,
+    "curve": Curve,
+    "recipes": Recipes,
+    "render": Render,
+    "tables": Tables,
+    "train": Train,
+    "web": Web,
+}
 
 
 def main() -> None:

@@ -17,12 +17,15 @@ from nerfstudio.engine.trainer import TrainerConfig
 from nerfstudio.utils.rich_utils import CONSOLE
 
 from benchmarks.distil import CAPTURES, measure
+from benchmarks.figures import RESULTS
+from r2l_nerfstudio.checkpoints import read_checkpoint
+from r2l_nerfstudio.distillation.learning_curve import HELD_OUT
 from r2l_nerfstudio.engines.cache import device_name
 from r2l_nerfstudio.errors import InputError
 
 PUBLISHED = {"r2l": {"lego": 32.53}}
 """PSNR in dB on test views as the papers' own code reports it for single captures; R2L's teacher of lego has 31.42."""
-MARK = "Holdout PSNR"
+MARK = HELD_OUT
 LOOKS = {"cuda": 100, "cpu": 20}
 """Iterations between looks at the held-out views."""
 
@@ -52,7 +55,7 @@ class Curve:
     """Folder to keep the teacher's views in, so that a later slice need not render them again."""
     output_dir: Path = Path("outputs/curve")
     """Where runs go."""
-    results_dir: Path = Path("benchmarks/results")
+    results_dir: Path = RESULTS
     """Where figures go."""
 
     def main(self) -> None:
@@ -86,7 +89,7 @@ class Curve:
         finally:
             end.cancel()
         newest = max((folder / "nerfstudio_models").glob("*.ckpt"))
-        done = float(torch.load(newest, map_location="cpu", weights_only=True)["pipeline"]["done"])
+        done = float(read_checkpoint(newest, "student").pipeline["done"])
         figures: dict[str, Any] = {
             "capture": self.capture,
             "method": self.method,

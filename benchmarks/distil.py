@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from nerfstudio.data.dataparsers.nerfstudio_dataparser import NerfstudioDataPars
 from nerfstudio.utils.rich_utils import CONSOLE
 from torch import Tensor
 
+from benchmarks.figures import RESULTS, write_figures
 from r2l_nerfstudio.engines.cache import device_name
 from r2l_nerfstudio.errors import InputError
 from r2l_nerfstudio.report import measure as measurements
@@ -84,7 +84,7 @@ class Distil:
     """Folder to keep the teacher's views in, for the next run with this teacher."""
     output_dir: Path = Path("outputs/benchmark")
     """Where runs go."""
-    results_dir: Path = Path("benchmarks/results")
+    results_dir: Path = RESULTS
     """Where figures go."""
 
     def main(self) -> None:
@@ -106,8 +106,7 @@ class Distil:
         }
         self.results_dir.mkdir(parents=True, exist_ok=True)
         stem = self.results_dir / f"distil_{self.capture}_{self.method}"
-        stem.with_suffix(".json").write_text(json.dumps(figures, indent=2) + "\n")
-        stem.with_suffix(".md").write_text(as_table(figures))
+        write_figures(stem, figures, as_table(figures))
         contact_sheet(rows, ["teacher", "student", "difference x4"]).save(stem.with_suffix(".png"))
         CONSOLE.print(as_table(figures), markup=False)
         CONSOLE.print(f"Written: {stem}.json, .md, .png")
@@ -218,11 +217,13 @@ def measure(
         **{
             f"{who}_{metric}": rounded(found.mean(who, metric))
             for who in ("teacher", "student")
-            for metric in ("psnr", "ssim")
+            for metric in ("psnr", "ssim", "gmsd")
         },
+        "student_share_of_teacher_detail": rounded(found.detail),
         "student_psnr_against_teacher_unseen": rounded(found.unseen.mean),
         **{f"student_psnr_against_teacher_zoom_{zoom}": rounded(psnr) for zoom, psnr in found.unseen.zoom.items()},
         "student_lowest_psnr_between_sizes": rounded(found.between_sizes),
+        "teacher_lowest_psnr_between_sizes": rounded(found.teacher_between_sizes),
         **{f"{who}_seconds_per_frame": rounded(ms / 1e3) for who, ms in found.frame_milliseconds.items()},
         "student_train_rays_per_second": train_rays_per_second(config_path.parent),
         "network_parameters": found.sizes["network_parameters"],

@@ -27,6 +27,7 @@ import tyro
 from PIL import Image
 from rich.console import Console
 
+from benchmarks.figures import RESULTS, write_figures
 from r2l_nerfstudio.fleet.cluster import open_cluster
 from r2l_nerfstudio.fleet.config import (
     CaptureConfig,
@@ -41,7 +42,6 @@ from r2l_nerfstudio.fleet.plan import make_plan, read_state
 from r2l_nerfstudio.fleet.scheduler import Scheduler
 from r2l_nerfstudio.fleet.storage import Storage
 
-RESULTS = Path(__file__).parent / "results"
 _RUN = 'mkdir -p "$0/nerfstudio_models" && : > "$0/nerfstudio_models/step-1.ckpt" && : > "$0/config.yml"'
 TRAIN = f"sh -c 'sleep {{seconds}} && {_RUN}' {{run}}"
 WRITE = 'sh -c \'sleep {seconds} && mkdir -p "$0" && echo page > "$0/index.html"\' {output}'
@@ -66,8 +66,7 @@ class Scale:
         """Measure, print, write."""
         with tempfile.TemporaryDirectory() as scratch:
             figures = self.measure(Path(scratch))
-        self.output.with_suffix(".json").write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
-        self.output.with_suffix(".md").write_text(markdown(figures), encoding="utf-8")
+        write_figures(self.output, figures, markdown(figures))
         print(markdown(figures))
 
     def measure(self, root: Path) -> dict[str, Any]:

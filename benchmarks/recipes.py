@@ -17,6 +17,7 @@ from nerfstudio.cameras.cameras import Cameras
 from nerfstudio.engine.optimizers import AdamOptimizerConfig, Optimizers
 from nerfstudio.utils.rich_utils import CONSOLE
 
+from benchmarks.figures import RESULTS
 from r2l_nerfstudio.distillation.optimization import ScheduledRate, WarmupCosineSchedulerConfig
 from r2l_nerfstudio.distillation.pipeline import DistillationPipeline
 from r2l_nerfstudio.distillation.progress import TrainingProgress
@@ -313,13 +314,9 @@ class Laboratory:
         step, learnt = 0, 0
         pipeline.train()
         while True:
-            optimizers.zero_grad_all()
-            _, losses, _ = pipeline.get_train_loss_dict(step)
-            sum(losses.values()).backward()
-            optimizers.optimizer_step_all()
+            pipeline.train_step(optimizers, step)
             for scheduler in optimizers.schedulers.values():
                 scheduler.step()
-            pipeline._update_average(step)
             step += 1
             learnt += pipeline.datamanager.get_train_rays_per_batch()
             progress.update(step)
@@ -345,7 +342,7 @@ class Laboratory:
         height, width = view.depth.shape
         fx, fy, cx, cy = view.intrinsics.tolist()
         camera = Cameras(view.camera_to_world[None], fx, fy, cx, cy, width=width, height=height).to(self.device)
-        return self.pipeline.model.get_outputs_for_camera(camera)["rgb"].cpu()
+        return self.pipeline.model.render_camera(camera)["rgb"].cpu()
 
 
 class _Stopwatch:
@@ -388,7 +385,7 @@ class Recipes:
     """Teacher views that all learn from."""
     cache_dir: Path | None = None
     """Folder to keep the teacher's views in."""
-    results_dir: Path = Path("benchmarks/results")
+    results_dir: Path = RESULTS
     """Where figures go; rows already measured there for as long are kept."""
     data: Path | None = None
     """The capture, if it is no longer where the teacher learnt from it."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import re
 import time
 from collections.abc import Callable
@@ -17,15 +16,16 @@ from nerfstudio.data.scene_box import SceneBox
 from nerfstudio.utils.rich_utils import CONSOLE
 from torch import nn
 
+from benchmarks.figures import RESULTS, results_stem, write_figures
 from r2l_nerfstudio.engines.cache import EngineCache, device_name
 from r2l_nerfstudio.engines.parity import parity
-from r2l_nerfstudio.engines.probe import probe_code
 from r2l_nerfstudio.engines.protocol import ENGINE_NAMES, Engine, EngineName, Precision
 from r2l_nerfstudio.engines.registry import build_engine, engine_module
 from r2l_nerfstudio.engines.weights import weights_hash
 from r2l_nerfstudio.errors import InputError
 from r2l_nerfstudio.lpips import without_lpips
 from r2l_nerfstudio.models.light_field import LightFieldModel
+from r2l_nerfstudio.models.probe_cameras import probe_code
 from r2l_nerfstudio.rays.occupancy import grid_point_index
 from r2l_nerfstudio.rays.ray_image import ray_image_size
 from r2l_nerfstudio.rays.spacing import SceneBounds
@@ -55,7 +55,7 @@ class Render:
     """Seconds of measuring networks for each student, and again for frames; the fastest call of all rounds counts."""
     teacher: bool = True
     """Time a nerfacto of default size beside each student."""
-    results_dir: Path = Path("benchmarks/results")
+    results_dir: Path = RESULTS
     """Where figures go."""
     cache_dir: Path = Path("outputs/benchmark/engines")
     """Where compiled networks are kept for the next run."""
@@ -73,12 +73,10 @@ class Render:
             "weights": "random",
             "students": [],
         }
-        self.results_dir.mkdir(parents=True, exist_ok=True)
         stem = results_stem(self.results_dir, "render", name)
         for method in self.methods:
             figures["students"].append(self._student(method, device))
-            stem.with_suffix(".json").write_text(json.dumps(figures, indent=2) + "\n")
-            stem.with_suffix(".md").write_text(as_markdown(figures))
+            write_figures(stem, figures, as_markdown(figures))
         CONSOLE.print(as_markdown(figures), markup=False, highlight=False, soft_wrap=True)
         CONSOLE.print(f"Written: {stem}.json, .md")
 
@@ -106,13 +104,13 @@ class Render:
 
         def draw(run: Callable[[torch.Tensor], torch.Tensor]) -> None:
             with model.drawn_by(run):
-                model.get_outputs_for_camera(camera)
+                model.render_camera(camera)
 
         frames = {label: lambda run=run: draw(run) for label, run in runs.items()}
         taken |= fastest(frames, self.seconds, device)
         limit = {label: min(ms for call, ms in taken.items() if re.fullmatch(rf"{label} \d", call)) for label in bare}
         rows = []
-        probe = probe_code(model.ray_code, model.encode, model.network, model.rays_per_cell)
+        probe = probe_code(model)
         for label, engine in engines.items():
             network, frame_ms = taken[f"network {label}"], taken.get(f"frame {label}")
             rows.append(
@@ -167,11 +165,6 @@ class Render:
         return engines, absent
 
 
-def results_stem(results_dir: Path, kind: str, device: str) -> Path:
-    """Where figures of one kind and device go, without a suffix."""
-    return results_dir / f"{kind}_{re.sub(r'[^a-z0-9]+', '-', device.lower()).strip('-')}"
-
-
 def student(method: str, side: int, device: torch.device) -> tuple[LightFieldModel, Cameras]:
     """A student of a method's size with random weights, and a camera whose frame it draws without resampling."""
     from nerfstudio.configs.method_configs import all_methods
@@ -222,7 +215,7 @@ def frame_code(model: LightFieldModel, camera: Cameras) -> torch.Tensor:
         return model.engines(code)
 
     with model.drawn_by(record):
-        model.get_outputs_for_camera(camera)
+        model.render_camera(camera)
     # A single one is kept as it lies in memory.
     return torch.cat(codes) if len(codes) > 1 else codes[0]
 
@@ -311,7 +304,7 @@ def teacher_milliseconds(device: torch.device) -> float:
     pose[:, 2, 3] = 1.0
     focal = TEACHER_SIDE / _FIELD_OF_VIEW
     camera = Cameras(pose, focal, focal, TEACHER_SIDE / 2, TEACHER_SIDE / 2, TEACHER_SIDE, TEACHER_SIDE).to(device)
-    return fastest({"teacher": lambda: model.get_outputs_for_camera(camera)}, 3.0, device)["teacher"]
+    return fastest({"teacher": lambda: model.render_camera(camera)}, 3.0, device)["teacher"]
 
 
 def as_markdown(figures: dict[str, Any]) -> str:

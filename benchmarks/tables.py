@@ -6,8 +6,6 @@ import copy
 import dataclasses
 import json
 import math
-import os
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -22,10 +20,12 @@ from nerfstudio.data.dataparsers.blender_dataparser import BlenderDataParserConf
 from nerfstudio.data.dataparsers.nerfstudio_dataparser import NerfstudioDataParserConfig
 from nerfstudio.utils.rich_utils import CONSOLE
 
+from benchmarks.figures import RESULTS
 from benchmarks.published_figures import FOOTNOTES, LATENCY, QUALITY, STORAGE, TRADE_OFF
+from r2l_nerfstudio.disk import write_atomically
 from r2l_nerfstudio.engines.cache import device_name
-from r2l_nerfstudio.engines.switch import EngineChoice
-from r2l_nerfstudio.errors import InputError, exit_on_input_error
+from r2l_nerfstudio.engines.switch import EngineOption
+from r2l_nerfstudio.errors import InputError
 
 Group = Literal["NeRF-Synthetic", "LLFF", "other captures"]
 
@@ -145,11 +145,11 @@ class Tables:
     """Resolution, as a share of the captures'; by default 1 on a GPU and 0.25 on a CPU."""
     test_views: int = 25
     """At most this many test views a scene, evenly spaced; they are used for nothing but the final figures."""
-    engine: EngineChoice = "torch"
+    engine: EngineOption = "torch"
     """What runs the network while frames are timed."""
     output_dir: Path = Path("outputs/tables")
     """Where runs and each scene's figures go."""
-    results_dir: Path = Path("benchmarks/results")
+    results_dir: Path = RESULTS
     """Where tables.json and tables.md go."""
     changes: tyro.conf.Suppress[dict[str, Any]] = field(default_factory=dict)
     """Of the students' configurations, by dotted name."""
@@ -232,7 +232,7 @@ class Tables:
             "student_minutes": round(minutes, 2),
             **measure(run, teacher, self.test_views, self.engine),
         }
-        _replace(file, json.dumps(figures, indent=2) + "\n")
+        write_atomically(file, json.dumps(figures, indent=2) + "\n")
         return figures
 
     def _teacher(self, scene: Scene) -> Path:
@@ -280,11 +280,11 @@ class Tables:
         return config.get_base_dir() / "config.yml"
 
     def _write(self, figures: list[dict[str, Any]]) -> None:
-        _replace(self.results_dir / "tables.json", json.dumps(figures, indent=2) + "\n")
-        _replace(self.results_dir / "tables.md", as_tables(figures))
+        write_atomically(self.results_dir / "tables.json", json.dumps(figures, indent=2) + "\n")
+        write_atomically(self.results_dir / "tables.md", as_tables(figures))
 
 
-def measure(run: Path, teacher_run: Path, test_views: int, engine: EngineChoice) -> dict[str, Any]:
+def measure(run: Path, teacher_run: Path, test_views: int, engine: EngineOption) -> dict[str, Any]:
     """Figures of a trained student and its teacher on the capture's test views.
 
     Args:
@@ -306,7 +306,7 @@ def measure(run: Path, teacher_run: Path, test_views: int, engine: EngineChoice)
     model, dataset = pipeline.model, pipeline.datamanager.eval_dataset
     teacher = Teacher.load(teacher_run, device=model.device, data=config.pipeline.datamanager.data)
     views: dict[str, Callable] = {
-        "student": lambda camera: model.get_outputs_for_camera(camera)["rgb"],
+        "student": lambda camera: model.render_camera(camera)["rgb"],
         "teacher": lambda camera: teacher.view(camera).rgb,
     }
     chosen = torch.linspace(0, len(dataset) - 1, min(test_views, len(dataset))).round().long().tolist()
@@ -545,14 +545,6 @@ def _read(file: Path) -> dict[str, Any] | None:
     return content if isinstance(content, dict) else None
 
 
-def _replace(file: Path, text: str) -> None:
-    """Write a file at once: a killed call leaves the old one or the new one."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_name(f".{file.name}.partial")
-    partial.write_text(text, encoding="utf8")
-    os.replace(partial, file)
-
-
 def _change(config: Any, changes: dict[str, Any]) -> None:
     for name, value in changes.items():
         *parents, last = name.split(".")
@@ -575,13 +567,3 @@ def _train(config: Any) -> None:
         writer.EVENT_WRITERS.clear()
         writer.EVENT_STORAGE.clear()
         writer.GLOBAL_BUFFER.clear()
-
-
-def main(arguments: list[str] | None = None) -> None:
-    """Run `python -m benchmarks.tables`."""
-    with exit_on_input_error():
-        tyro.cli(Tables, args=arguments, description=__doc__, prog="python -m benchmarks tables").main()
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,8 +14,9 @@ from nerfstudio.engine.optimizers import Optimizers
 from nerfstudio.utils.rich_utils import CONSOLE
 from torch import Tensor
 
+from benchmarks.figures import RESULTS, results_stem, write_figures
 from benchmarks.recipes import configured
-from benchmarks.render import fastest, products, results_stem
+from benchmarks.render import fastest, products
 from r2l_nerfstudio.distillation.pipeline import DistillationPipeline
 from r2l_nerfstudio.engines.cache import device_name
 
@@ -43,7 +43,7 @@ class Train:
     """Pixels per iteration; by default the method's own on a GPU, fewer on a CPU."""
     seconds: float = 20.0
     """Seconds of measuring for each student; the fastest call of all rounds counts."""
-    results_dir: Path = Path("benchmarks/results")
+    results_dir: Path = RESULTS
     """Where figures go."""
     cache_dir: Path | None = None
     """Folder to keep the teacher's views in."""
@@ -53,12 +53,10 @@ class Train:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         name = device_name(device)
         figures: dict[str, Any] = {"device": name, "torch": torch.__version__, "students": []}
-        self.results_dir.mkdir(parents=True, exist_ok=True)
         stem = results_stem(self.results_dir, "train", name)
         for method in self.methods:
             figures["students"].append(self._student(method, device))
-            stem.with_suffix(".json").write_text(json.dumps(figures, indent=2) + "\n")
-            stem.with_suffix(".md").write_text(as_markdown(figures))
+            write_figures(stem, figures, as_markdown(figures))
         CONSOLE.print(as_markdown(figures), markup=False, highlight=False, soft_wrap=True)
         CONSOLE.print(f"Written: {stem}.json, .md")
 
@@ -122,15 +120,11 @@ class Step:
         self.optimizers = Optimizers(optimizers, self.pipeline.get_param_groups())
 
     def __call__(self) -> None:
-        self.optimizers.zero_grad_all()
-        _, losses, _ = self.pipeline.get_train_loss_dict(0)
-        sum(losses.values()).backward()
-        self.optimize()
+        self.pipeline.train_step(self.optimizers, 0)
 
     def optimize(self) -> None:
         """The optimizers' part of it."""
-        self.optimizers.optimizer_step_all()
-        self.pipeline._update_average(0)
+        self.pipeline.update_weights(self.optimizers, 0)
 
 
 class BareStep:

@@ -7,7 +7,6 @@ import io
 import json
 import math
 import os
-import re
 import shutil
 import statistics
 import tempfile
@@ -26,17 +25,18 @@ from nerfstudio.utils.rich_utils import CONSOLE
 from PIL import Image
 from torch import Tensor
 
+from benchmarks.figures import RESULTS, results_stem, write_figures
 from benchmarks.render import fill_ball
 from benchmarks.render import student as random_student
 from r2l_nerfstudio.distillation.pose_sampling import CaptureCameras, look_along
 from r2l_nerfstudio.engines.cache import device_name
-from r2l_nerfstudio.engines.parity import psnr
 from r2l_nerfstudio.errors import InputError
-from r2l_nerfstudio.export.capture_view import read_capture, start_pose
+from r2l_nerfstudio.export.navigation import start_pose
+from r2l_nerfstudio.export.training_cameras import training_cameras
 from r2l_nerfstudio.export.web_folder import RUNTIME, SCENE, export_web
 from r2l_nerfstudio.export.web_runtime import BACKENDS, VERSION, fetch_runtime
 from r2l_nerfstudio.export.web_server import WebServer
-from r2l_nerfstudio.models.mobile_r2l import MobileR2LModel
+from r2l_nerfstudio.psnr import psnr
 from r2l_nerfstudio.rays.spacing import SceneBounds
 from r2l_nerfstudio.student import Student, load_student
 
@@ -79,7 +79,7 @@ class Web:
     """Of the comparison, evenly spread over where a visitor may go."""
     runtime: Path | None = None
     """The npm package onnxruntime-web as a .tgz file; fetched by npm once, by default."""
-    results_dir: Path = Path("benchmarks/results")
+    results_dir: Path = RESULTS
     """Where figures go."""
 
     def main(self) -> None:
@@ -92,8 +92,7 @@ class Web:
             raise InputError(f"--threads {max(self.threads)}: this machine has {cores} cores; choose no more.")
         runtime = fetch_runtime(self.runtime)
         name = device_name(torch.device("cpu"))
-        stem = self.results_dir / f"web_{re.sub(r'[^a-z0-9]+', '-', name.lower()).strip('-')}"
-        self.results_dir.mkdir(parents=True, exist_ok=True)
+        stem = results_stem(self.results_dir, "web", name)
         with browser() as chromium, tempfile.TemporaryDirectory() as scratch:
             figures: dict[str, Any] = {
                 "device": name,
@@ -108,8 +107,7 @@ class Web:
                 for side in self.sizes:
                     folder = Path(scratch) / f"{method}-{side}"
                     figures["frames"].append(self._frame(chromium, runtime, folder, method, side))
-                    stem.with_suffix(".json").write_text(json.dumps(figures, indent=2) + "\n")
-                    stem.with_suffix(".md").write_text(as_markdown(figures))
+                    write_figures(stem, figures, as_markdown(figures))
         CONSOLE.print(as_markdown(figures), markup=False, highlight=False, soft_wrap=True)
         CONSOLE.print(f"Written: {stem}.json, .md")
 
@@ -157,7 +155,7 @@ class Web:
 
     def _compare(self, chromium: Browser, runtime: Path, folder: Path) -> dict[str, Any]:
         student = load_student(self.load_config, device="cpu", engine="torch")
-        made = export_web(student, read_capture(self.load_config, self.data), runtime, folder, student.method_name)
+        made = export_web(student, training_cameras(self.load_config, self.data), runtime, folder, student.method_name)
         scene = json.loads((folder / SCENE).read_text())
         picture = scene["picture"]
         across, down, focal = picture["width"], picture["height"], picture["focal"]
@@ -168,7 +166,7 @@ class Web:
                 move(page, wanted_view(scene["view"], number))
                 canvas = canvas_picture(page)
                 height, width = canvas.shape[:2]
-                share = height / down if not isinstance(student.model, MobileR2LModel) else 1.0
+                share = height / down if not student.model.reads_ray_image else 1.0
                 pose = start_pose(shown_view(scene["view"], state(page)["view"]))
                 intrinsics = [focal * share, focal * share, width / 2, height / 2]
                 truth = torch.from_numpy(student.render(pose.numpy(), intrinsics, width, height))

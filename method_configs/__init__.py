@@ -1,6 +1,6 @@
 """One file per method that `ns-train` lists.
 
-Nerfstudio loads this for every `ns-*` command: import nothing heavy here.
+Nerfstudio loads this for every `ns-*` command: import only what is light.
 """
 
 from .mobile_r2l import mobile_r2l, mobile_r2l_lite, mobile_r2l_paper

@@ -1,4 +1,4 @@
-"""What every student's method has in common."""
+"""Settings that all methods share."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def student_config(
     bf16: bool = True,
     sync_batch_norm: bool = False,
 ) -> DistillationTrainerConfig:
-    """A method's configuration for `ns-train`."""
+    """Return a method's configuration for `ns-train`."""
     return DistillationTrainerConfig(
         method_name=method_name,
         max_num_iterations=max_num_iterations,
@@ -37,7 +37,7 @@ def student_config(
         steps_per_eval_batch=0,
         steps_per_eval_image=0,
         steps_per_eval_all_images=0,
-        mixed_precision=False,  # the pipeline's own bf16 instead
+        mixed_precision=False,  # The pipeline's bf16 is used instead.
         pipeline=DistillationPipelineConfig(
             datamanager=datamanager, model=model, ema_decay=ema_decay, bf16=bf16, sync_batch_norm=sync_batch_norm
         ),
@@ -50,12 +50,12 @@ def student_config(
 def our_optimizers(
     hidden: float = 2e-3, ends: float = 1e-3, volume: float = 1e-2, warmup_steps: int = 200
 ) -> dict[str, Any]:
-    """Muon for the hidden matrices, Adam for the rest, half a cosine.
+    """Return Muon for the hidden matrices, Adam for the rest, with half a cosine.
 
     Args:
         hidden: learning rate of the matrices between hidden layers.
-        ends: of the network's other weights.
-        volume: of the features in space.
+        ends: learning rate of the network's other weights.
+        volume: learning rate of the features in space.
         warmup_steps: iterations of warm-up.
     """
     optimizers: dict[str, OptimizerConfig] = {
@@ -70,16 +70,17 @@ def our_optimizers(
 
 
 def small_optimizers() -> dict[str, Any]:
-    """For networks that a CPU trains in minutes: the rates that taught most there; large ones were not measured."""
+    """Return the rates that learned most per minute for networks that a CPU trains in minutes; they were not tried on
+    large ones."""
     return our_optimizers(hidden=8e-3, ends=4e-3, volume=1e-1, warmup_steps=50)
 
 
 def published_optimizers(weight_decay: float = 0.0, decay_steps: int = 0) -> dict[str, Any]:
-    """One Adam, with R2L's rate and schedule.
+    """Return one Adam with R2L's rate and schedule.
 
     Args:
-        weight_decay: decoupled from the gradient, as AdamW has it; 0 for plain Adam.
-        decay_steps: iterations to a tenth of the rate; 0: as R2L has it, by the kind of capture.
+        weight_decay: decoupled from the gradient, as in AdamW; 0 for plain Adam.
+        decay_steps: iterations to a tenth of the rate; 0 for R2L's, by the kind of capture.
     """
     target = AdamW if weight_decay > 0 else Adam
     return {

@@ -1,4 +1,4 @@
-"""MobileR2L: a trained Nerfstudio model as a small ray image with super-resolution."""
+"""MobileR2L: distil a trained Nerfstudio model into a network on a low-resolution ray image, with upsampling."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ mobile_r2l = MethodSpecification(
     config=student_config(
         "mobile-r2l",
         CropDataManagerConfig(train_num_rays_per_batch=1 << 20, crop_cells=16),
-        # 9 blocks of the paper's make room for features in its 8.7 MB.
+        # 9 fewer blocks than the paper leave room for features in its 8.7 MB.
         MobileR2LModelConfig(ray_code="composited", blocks=20, max_grid_points=240_000),
         max_num_iterations=30000,
         optimizers=our_optimizers(ends=2e-3),
         ema_decay=0.995,
     ),
-    description="MobileR2L: distil --teacher into an 8 MB convolutional student that phones draw in real time.",
+    description="MobileR2L: distil --teacher into an 8 MB convolutional student, fast enough for phones.",
 )
 
 mobile_r2l_lite = MethodSpecification(
@@ -32,7 +32,7 @@ mobile_r2l_lite = MethodSpecification(
         optimizers=small_optimizers(),
         ema_decay=0.99,
     ),
-    description="MobileR2L, a tenth of the size, with a small learned feature volume: interactive on a CPU.",
+    description="MobileR2L, a fifth of the size, with composited features: interactive on a CPU.",
 )
 
 mobile_r2l_paper = MethodSpecification(
@@ -57,5 +57,5 @@ mobile_r2l_paper = MethodSpecification(
         optimizers=published_optimizers(weight_decay=0.01, decay_steps=500_000),
         sync_batch_norm=True,
     ),
-    description="MobileR2L as published (CVPR 2023), to compare with: days of training on several GPUs.",
+    description="MobileR2L as published (CVPR 2023), for comparison: days of training on several GPUs.",
 )

@@ -1,4 +1,4 @@
-"""R2L: a trained Nerfstudio model as one network evaluation per pixel."""
+"""R2L: distil a trained Nerfstudio model into one network evaluation per pixel."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ r2l = MethodSpecification(
     config=student_config(
         "r2l",
         RayDataManagerConfig(train_num_rays_per_batch=32768),
-        # 24 layers of the paper's make room for features in its 12 MB.
+        # 24 fewer layers than the paper leave room for features in its 12 MB.
         R2LModelConfig(ray_code="composited", depth=64, max_grid_points=370_000),
         max_num_iterations=30000,
         optimizers=our_optimizers(),
@@ -30,7 +30,7 @@ r2l_lite = MethodSpecification(
         max_num_iterations=30000,
         optimizers=small_optimizers(),
     ),
-    description="R2L, a tenth of the size, with a small learned feature volume: minutes on a CPU, interactive there.",
+    description="R2L, a fifth of the size, with composited features: trains on a CPU in minutes, interactive there.",
 )
 
 r2l_paper = MethodSpecification(
@@ -58,5 +58,5 @@ r2l_paper = MethodSpecification(
         optimizers=published_optimizers(),
         bf16=False,
     ),
-    description="R2L as published (ECCV 2022), to compare with: days of training.",
+    description="R2L as published (ECCV 2022), for comparison: days of training.",
 )

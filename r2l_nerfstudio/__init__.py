@@ -1,4 +1,4 @@
-"""R2L and MobileR2L for Nerfstudio: any trained model, distilled into a neural light field."""
+"""R2L and MobileR2L for Nerfstudio: distil any trained model into a neural light field."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ __all__ = ["Student", "load_student"]
 
 
 def __getattr__(name: str) -> Any:
-    # Late: every `ns-*` command imports this package, and most need no student.
+    # Late, since every `ns-*` command imports this package, and most need no student.
     if name in __all__:
         from r2l_nerfstudio import student
 

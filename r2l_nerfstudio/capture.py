@@ -1,4 +1,4 @@
-"""Read a capture by its dataparser, without a question and without a shell, and check what it says of its cameras."""
+"""Read captures with their dataparsers, without prompts and shell commands, and check their cameras."""
 
 from __future__ import annotations
 
@@ -25,18 +25,18 @@ _ONE_PLACE = (
 
 
 class CaptureError(Exception):
-    """Why a capture cannot be read; the message goes into a sentence about it."""
+    """A capture cannot be read; the message is part of a sentence about it."""
 
 
 def parse_capture(config: DataParserConfig, split: str = "train") -> DataparserOutputs:
-    """What a dataparser reads of a capture.
+    """Return what a dataparser reads of a capture.
 
     Args:
-        config: with the path of the capture; it is left as it was.
+        config: dataparser configuration with the path of the capture; it is not changed.
         split: "train", "val" or "test".
 
     Raises:
-        CaptureError: the capture is damaged or of another format, or its cameras cannot be.
+        CaptureError: the capture is damaged or of another format, or its cameras are invalid.
     """
     reason = unsafe_dataparser(type(config)) or unsafe_dataparser(getattr(config, "_target", object))
     if reason is not None:
@@ -48,19 +48,19 @@ def parse_capture(config: DataParserConfig, split: str = "train") -> DataparserO
         outputs = parser.get_dataparser_outputs(split=split)
     except (CaptureError, InputError):
         raise
-    except ZeroDivisionError as error:  # Nerfstudio divides by the spread of the positions
+    except ZeroDivisionError as error:  # Nerfstudio divides by the spread of the positions.
         raise CaptureError(_ONE_PLACE) from error
-    except (Exception, SystemExit) as error:  # every dataparser has failures of its own
+    except (Exception, SystemExit) as error:  # Every dataparser raises its own exceptions.
         raise CaptureError(f"{type(error).__name__}: {error}") from error
     _check_cameras(outputs)
     return outputs
 
 
 class _Downscaled:
-    """Looks for the downscaled images of a COLMAP capture.
+    """Find the downscaled images of a COLMAP capture.
 
-    Nerfstudio's dataparser asks at the keyboard whether to make missing ones, and makes them by a shell command that holds
-    the images' names.
+    Nerfstudio's dataparser prompts whether to make missing ones, and makes them with a shell command that contains the
+    images' names.
 
     Args:
         parser: the dataparser.
@@ -107,12 +107,12 @@ def _check_cameras(outputs: DataparserOutputs) -> None:
         if bad.any():
             index = int(bad.nonzero()[0, 0])
             raise CaptureError(
-                f"the {name} of {int(bad.sum())} of its {cameras.size} cameras cannot be,"
-                f" {Path(outputs.image_filenames[index]).name} the first"
+                f"the {name} of {int(bad.sum())} of its {cameras.size} cameras is invalid,"
+                f" {Path(outputs.image_filenames[index]).name} being the first"
             )
     sizes = _joined(cameras.width, cameras.height)
     if sizes.numel() and (int(sizes.min()) < 1 or int(sizes.max()) > 10**5):
-        raise CaptureError(f"a camera's picture has a side of {int(sizes.min())} to {int(sizes.max())} pixels")
+        raise CaptureError(f"a camera's image has a side of {int(sizes.min())} to {int(sizes.max())} pixels")
     if not math.isfinite(float(outputs.dataparser_scale)):
         raise CaptureError(_ONE_PLACE)
 

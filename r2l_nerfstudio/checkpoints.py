@@ -1,4 +1,4 @@
-"""Read a checkpoint whole and checked, or not at all."""
+"""Checkpoints are read completely and checked, or not at all."""
 
 from __future__ import annotations
 
@@ -11,17 +11,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import psutil
 import torch
 from torch import Tensor, nn
 
-from r2l_nerfstudio.errors import InputError
+from r2l_nerfstudio.errors import InputError, one_line
 from r2l_nerfstudio.torch_compat import load_tensors
 
 MOST_STEPS = 10**12
 _SPARE_BYTES = 1 << 28
-"""What a model may allocate beyond its weights before its size is doubted."""
+"""Bytes that a model may allocate beyond its weights before its size is doubted."""
 
 
 @dataclass
@@ -33,11 +32,15 @@ class Checkpoint:
     """The pipeline's state dict; every tensor in it is dense, real, on the CPU and no larger than its part of the file."""
 
     def model_weights(self) -> dict[str, Any]:
-        """The part of the pipeline's model, without prefix."""
+        """Return the weights of the pipeline's model, without prefix."""
         weights = {k.removeprefix("_model."): v for k, v in self.pipeline.items() if k.startswith("_model.")}
-        if weights and all(key.startswith("module.") for key in weights):  # trained by several ranks
-            weights = {key.removeprefix("module."): value for key, value in weights.items()}
-        return weights
+        return without_module_prefix(weights)
+
+
+def without_module_prefix(state: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a state dict without the prefix `module.` that data-parallel training puts before every key."""
+    is_wrapped = all(key.startswith("module.") for key in state)
+    return {key.removeprefix("module.") if is_wrapped else key: value for key, value in state.items()}
 
 
 def read_checkpoint(path: Path, whose: str) -> Checkpoint:
@@ -45,27 +48,24 @@ def read_checkpoint(path: Path, whose: str) -> Checkpoint:
 
     Args:
         path: the file.
-        whose: "teacher" or "student", for messages; a student's numbers must all be finite, and of a teacher's tensors
-            each must hold at least one that is (some methods are robust to a few that are not).
+        whose: "teacher" or "student", for messages; a student's numbers must all be finite; each of a teacher's tensors
+            must have at least one finite number, since some methods tolerate a few others.
 
     Raises:
-        InputError: it is no ordinary file, damaged, no checkpoint of `ns-train`, or holds what no weights can be.
+        InputError: it is not an ordinary file, is damaged, is not a checkpoint of `ns-train`, or has values that no
+            weights can have.
     """
     _check_file(path, whose)
-    # Schedulers that work in numpy leave its scalars beside the tensors.
-    scalar = np.float64(0).__reduce__()[0]
-    allowed = [scalar, (scalar, "numpy.core.multiarray.scalar"), np.dtype]
-    allowed += [type(np.dtype(kind)) for kind in (np.float64, np.float32, np.int64)]
     try:
-        loaded = load_tensors(path, allowed)
+        loaded = load_tensors(path)
     except pickle.UnpicklingError as error:
         reason = next((line for line in str(error).splitlines() if "GLOBAL" in line), str(error))
         raise InputError(
-            f"The {whose}'s checkpoint {path} was not loaded, for it is damaged or holds more than tensors "
-            f"({reason.strip()[:300]}). Use a checkpoint that ns-train wrote, or train the {whose} again."
+            f"The {whose}'s checkpoint {path} was not loaded: it is damaged or holds more than tensors"
+            f" ({reason.strip()[:300]}). Use a checkpoint that ns-train wrote, or train the {whose} again."
         ) from error
-    except Exception as error:  # a damaged file may raise anything
-        raise _damaged(path, whose, f"{type(error).__name__}: {_one_line(error)}") from error
+    except Exception as error:  # A damaged file may raise anything.
+        raise _damaged(path, whose, f"{type(error).__name__}: {one_line(error)}") from error
     if not isinstance(loaded, dict) or not isinstance(loaded.get("pipeline"), Mapping):
         raise _damaged(path, whose, f"it holds a {type(loaded).__name__} without a pipeline")
     step = _step(loaded.get("step"), path, whose)
@@ -75,21 +75,20 @@ def read_checkpoint(path: Path, whose: str) -> Checkpoint:
             raise _damaged(path, whose, f"a weight is named {key!r}"[:300])
         if isinstance(value, Tensor):
             _check_tensor(key, value, path, whose)
-        # Data-parallel training wraps the pipeline or the model in a `module`.
-        state[key.removeprefix("module.")] = value
-    checkpoint = Checkpoint(step, state)
+        state[key] = value
+    checkpoint = Checkpoint(step, without_module_prefix(state))
     if not checkpoint.model_weights():
         raise _damaged(path, whose, "it holds no model")
     return checkpoint
 
 
 def check_fit(model: nn.Module, weights: Mapping[str, Any], path: Path, whose: str) -> None:
-    """Compare the kinds of a checkpoint's tensors with those of the model that is to take them.
+    """Compare the types of a checkpoint's tensors with those of the model that is to load them.
 
-    torch itself would round real numbers to integers, drop imaginary parts and cast text to state without a word.
+    PyTorch itself would silently round real numbers to integers, drop imaginary parts and accept text as state.
 
     Raises:
-        InputError: a kind differs.
+        InputError: a type differs.
     """
     for key, mine in model.state_dict().items():
         theirs = weights.get(key)
@@ -108,12 +107,12 @@ def check_fit(model: nn.Module, weights: Mapping[str, Any], path: Path, whose: s
 
 
 def check_size(build: Callable[[], nn.Module], path: Path, most: int | None = None) -> None:
-    """Build a model without memory and see whether there is room for it.
+    """Build a model without allocating memory and check that its weights fit.
 
     Args:
-        build: makes the model; what it cannot do without memory is passed over.
+        build: builds the model; a model that cannot be built without memory is skipped.
         path: the configuration it is built from, for messages.
-        most: bytes that its weights may take; by default what is free on this machine.
+        most: bytes that its weights may take; free memory by default.
 
     Raises:
         InputError: its weights would take more.
@@ -131,7 +130,8 @@ def check_size(build: Callable[[], nn.Module], path: Path, most: int | None = No
 
 
 def weight_bytes(build: Callable[[], nn.Module]) -> int | None:
-    """Bytes of a model's state, found without allocating it; None for a method that needs real tensors while it is built.
+    """Return the bytes of a model's state without allocating it; None for a method that needs real tensors while it is
+    built.
 
     Raises:
         InputError: as `build`.
@@ -162,15 +162,15 @@ def _check_file(path: Path, whose: str) -> None:
         with zipfile.ZipFile(path) as archive:
             entries = archive.infolist()
             if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
-                raise _damaged(path, whose, "it is compressed, and torch's are not")
+                raise _damaged(path, whose, "it is compressed, and PyTorch's checkpoints are not")
             if sum(entry.file_size for entry in entries) > status.st_size:
                 raise _damaged(path, whose, "its parts are larger than the file")
-            broken = archive.testzip()  # torch itself does not compare the checksums that it writes
+            broken = archive.testzip()  # PyTorch does not check the checksums that it writes.
     except OSError as error:
-        raise _damaged(path, whose, _one_line(error)) from error
-    # NotImplementedError: zipfile's word for a compression or version that it does not know.
+        raise _damaged(path, whose, one_line(error)) from error
+    # zipfile raises NotImplementedError for an unknown compression or version.
     except (zipfile.BadZipFile, ValueError, EOFError, NotImplementedError, RuntimeError) as error:
-        raise _damaged(path, whose, _one_line(error)) from error
+        raise _damaged(path, whose, one_line(error)) from error
     if broken is not None:
         raise _damaged(path, whose, f"the checksum of its part {broken} is wrong")
 
@@ -188,7 +188,7 @@ def _step(value: Any, path: Path, whose: str) -> int:
 def _check_tensor(key: str, value: Tensor, path: Path, whose: str) -> None:
     kind = value.dtype
     if value.layout != torch.strided or value.is_quantized or value.device.type != "cpu" or kind.is_complex:
-        raise _damaged(path, whose, f"{key} is no ordinary tensor but {kind}, {value.layout}, on {value.device}")
+        raise _damaged(path, whose, f"{key} is not an ordinary tensor but {kind}, {value.layout}, on {value.device}")
     if value.numel() * value.element_size() > value.untyped_storage().nbytes():
         raise _damaged(path, whose, f"{key} of shape {list(value.shape)} is larger than its part of the file")
     if not kind.is_floating_point or value.numel() == 0:
@@ -204,8 +204,8 @@ def _check_tensor(key: str, value: Tensor, path: Path, whose: str) -> None:
 
 def _damaged(path: Path, whose: str, why: str) -> InputError:
     return InputError(
-        f"The {whose}'s checkpoint {path} is truncated, damaged or no checkpoint of ns-train ({why}). Restore it from a"
-        f" copy; or delete it, if an older one is beside it; or train the {whose} again."
+        f"The {whose}'s checkpoint {path} is truncated, damaged or not a checkpoint of ns-train ({why}). Restore it"
+        f" from a copy; or delete it, if an older one is beside it; or train the {whose} again."
     )
 
 
@@ -214,7 +214,3 @@ def _unfit(path: Path, whose: str, why: str) -> InputError:
         f"The {whose}'s checkpoint {path} does not fit the model that its config.yml describes ({why}): a run's config.yml"
         " goes with its own checkpoints; restore both from one copy."
     )
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300]

@@ -32,11 +32,13 @@ from typing import Any, cast
 
 import yaml
 
+from r2l_nerfstudio.errors import one_line
+
 _GROUPS = ("nerfstudio.method_configs", "nerfstudio.dataparser_configs")
 _VARIABLES = ("NERFSTUDIO_METHOD_CONFIGS", "NERFSTUDIO_DATAPARSER_CONFIGS")
-# Nerfstudio's own command lines: they start programs, and no configuration needs them.
+# Nerfstudio's command lines start programs, and no configuration needs them.
 _CLOSED_MODULES = ("nerfstudio.scripts", "nerfstudio.process_data", "nerfstudio.utils.scripts")
-# Optimizer configurations name torch's classes.
+# Optimizer configurations refer to PyTorch's classes.
 _OPEN_TORCH_MODULES = ("torch.optim",)
 _PATH_CLASSES = {
     f"{module}.{name}"
@@ -56,7 +58,7 @@ TRUST = (
 
 
 class Refused(Exception):
-    """Something a configuration may not hold; the message finishes a sentence about the file."""
+    """A value that a configuration may not hold; the message finishes a sentence about the file."""
 
 
 @dataclass(eq=False)
@@ -83,7 +85,7 @@ class _Call:
 
 
 class MarkerLoader(yaml.SafeLoader):
-    """PyYAML's safe loader; the Python tags of Nerfstudio's configurations become markers, all others are refused."""
+    """PyYAML's safe loader; Python tags of Nerfstudio's configurations become markers, all others are refused."""
 
     def construct_tuple(self, node: yaml.SequenceNode) -> tuple:
         return tuple(self.construct_sequence(node, deep=True))
@@ -106,11 +108,11 @@ MarkerLoader.add_constructor(f"{_PYTHON}tuple", MarkerLoader.construct_tuple)
 MarkerLoader.add_multi_constructor(f"{_PYTHON}name:", MarkerLoader.construct_name)
 MarkerLoader.add_multi_constructor(f"{_PYTHON}object:", MarkerLoader.construct_object_marker)
 MarkerLoader.add_multi_constructor(f"{_PYTHON}object/apply:", MarkerLoader.construct_call)
-MarkerLoader.add_constructor(cast(str, None), MarkerLoader.refuse)  # None: any other tag
+MarkerLoader.add_constructor(cast(str, None), MarkerLoader.refuse)  # None stands for any other tag.
 
 
 def marked_fields(value: Any) -> dict[Any, Any] | None:
-    """The fields that the file sets in an object it describes; None where it describes something else."""
+    """Return the fields that the file sets in an object it describes; None if it describes something else."""
     return value.values if isinstance(value, _Object) else None
 
 
@@ -128,7 +130,7 @@ class ConfigBuilder:
         """Resolve a value and everything in it.
 
         Args:
-            value: as `MarkerLoader` gives it.
+            value: value from `MarkerLoader`.
             where: dotted name of the field, for messages.
             hint: the field's declared type.
             default: the field's default, which is accepted whatever the declared type.
@@ -144,7 +146,7 @@ class ConfigBuilder:
         if key in self._built:
             return self._built[key]
         if key in self._open:
-            raise Refused(f"its field {where or 'at the top'} holds itself, which no configuration does.{TRUST}")
+            raise Refused(f"its field {where or 'at the top'} contains itself, which no configuration does.{TRUST}")
         self._open.add(key)
         try:
             built = self._build(value, where, hint)
@@ -176,7 +178,7 @@ class ConfigBuilder:
             if key not in declared:
                 if not isinstance(key, str) or key.startswith("_") or hasattr(cls, key):
                     raise Refused(f"it sets {key!r} of a {marker.name}, which is not a configuration field.{TRUST}")
-                self.build(value, inside)  # which refuses what no version may hold
+                self.build(value, inside)  # Values that no version may hold are refused here.
                 self.ignored.append(inside)
                 continue
             default = _default(declared[key])
@@ -194,14 +196,14 @@ class ConfigBuilder:
         for name, missing in declared.items():
             factory = missing.default_factory
             is_left_out = name not in marker.values
-            # What a run was made of is never guessed.
+            # Missing values are not guessed.
             is_made = name in ("pipeline", "datamanager", "dataparser", "model")
             if is_left_out and not is_made and factory is not dataclasses.MISSING:
                 object.__setattr__(instance, name, factory())
         return instance
 
     def _target(self, cls: type, value: Any, default: Any) -> Any:
-        """The class that a configuration sets up: one of the role that its kind of configuration has."""
+        """Return the class that a configuration sets up, if it has the role of its kind of configuration."""
         if value is None and default is None:
             return None
         if isinstance(value, _Name):
@@ -232,7 +234,7 @@ class ConfigBuilder:
 
             manager, dataset = args
             if issubclass(manager, DataManager) and issubclass(dataset, InputDataset):
-                return cast(Any, manager).__class_getitem__(dataset)  # those that take one
+                return cast(Any, manager).__class_getitem__(dataset)  # Those with one argument.
         cls = self._find(marker.name)
         if not (isinstance(cls, type) and issubclass(cls, enum.Enum) and len(args) == 1):
             raise Refused(f"it calls {marker.name}, and a configuration may call nothing.{TRUST}")
@@ -240,7 +242,7 @@ class ConfigBuilder:
             return cls(args[0])
         except (ValueError, TypeError) as error:
             raise Refused(
-                f"{_one_line(error)}: the run was made with another version of the package {_package(cls)}."
+                f"{one_line(error)}: the run was made with another version of the package {_package(cls)}."
             ) from error
 
     def _class_or_function(self, name: str, where: str, hint: Any, default: Any) -> Any:
@@ -253,10 +255,10 @@ class ConfigBuilder:
         if isinstance(found, type) and _takes_class(hint):
             self._check_safe(found)
             return found
-        raise Refused(f"its field {where} names {name}, which is not what belongs there.{TRUST}")
+        raise Refused(f"its field {where} names {name}, which does not belong there.{TRUST}")
 
     def _find(self, name: str) -> Any:
-        """The class or function of that dotted name, out of Nerfstudio's and the plugins' packages."""
+        """Return the class or function with that dotted name, from the packages of Nerfstudio and the plugins."""
         module, _, attribute = name.rpartition(".")
         package = module.partition(".")[0]
         if package not in self._packages and not _installed(package):
@@ -267,18 +269,18 @@ class ConfigBuilder:
         if package not in self._packages or _inside(module, _CLOSED_MODULES):
             raise Refused(f"it names {name}, which belongs neither to Nerfstudio's models nor to a plugin.{TRUST}")
         if not re.fullmatch(r"[\w.]+", name):
-            raise Refused(f"it names {name[:200]!r}, which is no class.{TRUST}")
+            raise Refused(f"it names {name[:200]!r}, which is not a class.{TRUST}")
         try:
             found = getattr(importlib.import_module(module), attribute)
-        except Exception as error:  # a module may raise anything while it is imported
+        except Exception as error:  # A module may raise anything while it is imported.
             raise Refused(
-                f"its class {name} cannot be imported here ({_one_line(error)}): install the version of '{package}' "
+                f"its class {name} cannot be imported here ({one_line(error)}): install the version of '{package}' "
                 "that the run was trained with, and what it depends on."
             ) from error
         # A package's modules also hold what they import: `os.system` by another name is still `os.system`.
         is_own = isinstance(found, type | FunctionType) and _package(found) in self._packages
         if not is_own or _inside(found.__module__, _CLOSED_MODULES):
-            raise Refused(f"it names {name}, which is no class or function of the package '{package}'.{TRUST}")
+            raise Refused(f"it names {name}, which is not a class or function of the package '{package}'.{TRUST}")
         return found
 
     def _check_safe(self, cls: type) -> None:
@@ -288,9 +290,9 @@ class ConfigBuilder:
 
 
 def unsafe_dataparser(cls: type) -> str | None:
-    """Why a dataparser, or its configuration, may not read a capture; None if it may.
+    """Return why a dataparser, or its configuration, may not read a capture; None if it may.
 
-    Of the dataparsers of Nerfstudio 1.1.5 only one unpickles what it reads.
+    Of the dataparsers of Nerfstudio 1.1.5 only one unpickles its input.
     """
     from nerfstudio.data.dataparsers.minimal_dataparser import MinimalDataParser, MinimalDataParserConfig
 
@@ -317,7 +319,7 @@ def _is_plugins(cls: type) -> bool:
 
 @functools.cache
 def _roles() -> dict[type, type]:
-    """What kind of class each kind of configuration sets up."""
+    """Return what kind of class each kind of configuration sets up."""
     from nerfstudio.cameras.camera_optimizers import CameraOptimizer, CameraOptimizerConfig
     from nerfstudio.data.datamanagers.base_datamanager import DataManager, DataManagerConfig
     from nerfstudio.data.dataparsers.base_dataparser import DataParser, DataParserConfig
@@ -350,14 +352,14 @@ def _role(cls: type) -> type | None:
 
 
 def _kind(cls: type) -> type | None:
-    """Which kind of configuration a class is."""
+    """Return which kind of configuration a class is."""
     return next((base for base in cls.__mro__ if base in _roles()), None)
 
 
 def _hints(cls: type) -> dict[str, Any]:
     try:
         return typing.get_type_hints(cls, include_extras=True)
-    except Exception:  # a name that exists only for type checkers
+    except Exception:  # A name that exists only for type checkers.
         return {}
 
 
@@ -373,19 +375,19 @@ def _default(declared: dataclasses.Field) -> Any:
 def _same(value: Any, default: Any) -> bool:
     try:
         return type(value) is type(default) and bool(value == default)
-    except Exception:  # arrays
+    except Exception:  # Arrays.
         return False
 
 
 def _plain(hint: Any) -> Any:
-    """Without `Annotated` and its kin."""
+    """Remove `Annotated` and similar wrappers from a type."""
     while typing.get_origin(hint) in (typing.Annotated, typing.ClassVar, typing.Final):
         hint = typing.get_args(hint)[0]
     return hint
 
 
 def _choices(hint: Any) -> tuple[Any, ...]:
-    """The members of a union, unions in it included."""
+    """Return the members of a union, nested unions included."""
     hint = _plain(hint)
     if typing.get_origin(hint) in (typing.Union, types.UnionType):
         return tuple(choice for arg in typing.get_args(hint) for choice in _choices(arg))
@@ -409,13 +411,13 @@ def _takes_call(hint: Any) -> bool:
 
 
 def _as_declared(value: Any, hint: Any) -> Any:
-    """A path written as a string by hand becomes one."""
+    """Convert a path that was written as a string by hand."""
     choices = _choices(hint)
     return Path(value) if isinstance(value, str) and Path in choices and str not in choices else value
 
 
 def _conforms(value: Any, hint: Any, is_lenient: bool = False) -> bool:
-    """Whether a value fits a declared type.
+    """Return whether a value fits a declared type.
 
     Args:
         value: resolved.
@@ -481,17 +483,17 @@ def _registered_packages() -> frozenset[str]:
 
 def _torch_class(name: str) -> type:
     module, _, attribute = name.rpartition(".")
-    # Nothing is imported for it: torch has imported all of these by now.
+    # Nothing is imported for it: PyTorch has imported all of these by now.
     found = getattr(sys.modules.get(module), attribute, None) if _inside(module, _OPEN_TORCH_MODULES) else None
     if not isinstance(found, type) or not _inside(found.__module__, _OPEN_TORCH_MODULES):
-        raise Refused(f"it names {name}, which is no optimizer or layer of torch.{TRUST}")
+        raise Refused(f"it names {name}, which is not an optimizer or layer of PyTorch.{TRUST}")
     return found
 
 
 def _installed(package: str) -> bool:
     try:
         return importlib.util.find_spec(package) is not None
-    except (ValueError, ImportError):  # "", or __main__
+    except (ValueError, ImportError):  # "" or __main__.
         return True
 
 
@@ -506,14 +508,14 @@ def _package(found: Any) -> str:
 def _short(value: Any) -> str:
     try:
         text = repr(value)
-    except Exception:  # recursion, or a number of too many digits
+    except Exception:  # Recursion, or a number with too many digits.
         text = type(value).__name__
-    text = " ".join(text.split())
+    text = one_line(text, 81)
     return f"{text[:80]}..." if len(text) > 80 else text
 
 
 def _describe(hint: Any) -> str:
-    """A declared type in words."""
+    """Return a declared type in words."""
     names = []
     for choice in _choices(hint):
         if choice is type(None):
@@ -525,7 +527,3 @@ def _describe(hint: Any) -> str:
             kind = _kind(cls) if isinstance(cls, type) else None
             names.append((kind or cls).__name__ if isinstance(cls, type) else str(cls))
     return " or ".join(dict.fromkeys(names))
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300]

@@ -11,7 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 @contextmanager
 def progress_bar() -> Iterator[Progress]:
-    """A bar on Nerfstudio's console, so that its messages appear above it."""
+    """Return a progress bar on Nerfstudio's console, so that its messages appear above it."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(compact=True))
     with Progress(*columns, console=CONSOLE) as bar:
         yield bar

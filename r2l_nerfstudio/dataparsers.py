@@ -1,4 +1,4 @@
-"""The dataparser of a run, pointed at its capture."""
+"""Dataparsers of runs, pointed at their captures."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from nerfstudio.engine.trainer import TrainerConfig
 
 
 def dataparser_of(config: TrainerConfig) -> DataParserConfig | None:
-    """Return the dataparser that a run's data manager reads its capture with; None for a data manager without one."""
+    """Return the dataparser of a run's data manager; None for a data manager without one."""
     return getattr(config.pipeline.datamanager, "dataparser", None)
 
 
@@ -18,7 +18,7 @@ def dataparser_at(config: TrainerConfig, data: Path) -> DataParserConfig:
     """Return a copy of a run's dataparser that reads the capture at `data`, without the points that only seed splats.
 
     Args:
-        config: of a run whose data manager has a dataparser.
+        config: configuration of a run whose data manager has a dataparser.
         data: the capture's folder or file.
     """
     dataparser = copy.deepcopy(dataparser_of(config))
@@ -26,6 +26,6 @@ def dataparser_at(config: TrainerConfig, data: Path) -> DataParserConfig:
         raise TypeError(f"{type(config.pipeline.datamanager).__name__} has no dataparser")
     dataparser.data = data.absolute()
     if hasattr(dataparser, "load_3D_points"):
-        # Reading points is slow, and may stop to ask a question.
+        # Reading points is slow and may prompt.
         setattr(dataparser, "load_3D_points", False)  # noqa: B010 - a field of some dataparsers only
     return dataparser

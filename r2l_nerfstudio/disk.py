@@ -1,10 +1,11 @@
-"""Room on disks, and whether a folder can be written to."""
+"""Free space on disks, writable folders, and files that are written whole or not at all."""
 
 from __future__ import annotations
 
 import os
 import shutil
 import stat
+import uuid
 from pathlib import Path
 
 from r2l_nerfstudio.errors import InputError
@@ -46,6 +47,33 @@ def check_writable(flag: str, folder: Path) -> None:
         raise InputError(
             f"{flag} {_short(folder)} cannot be used: this user may not write in {_short(place)}. Name another folder."
         )
+
+
+def write_atomically(file: Path, content: bytes | str, is_private: bool = False) -> None:
+    """Write a file whole or not at all: readers and a killed process see the old content or the new one.
+
+    Args:
+        file: to write; its folder is made.
+        content: bytes, or text to write as UTF-8.
+        is_private: allow only this user to read and write the file, whatever the process's umask.
+
+    Raises:
+        OSError: the file cannot be written; nothing is left beside it.
+    """
+    file.parent.mkdir(parents=True, exist_ok=True)
+    # Two threads may write one file; the process's number tells a later one whether the writer still runs.
+    partial = file.with_name(f".{file.name}.{uuid.uuid4().hex[:8]}.{os.getpid()}.partial")
+    try:
+        with open(
+            os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600 if is_private else 0o666), "wb"
+        ) as opened:
+            opened.write(content.encode() if isinstance(content, str) else content)
+            opened.flush()
+            os.fsync(opened.fileno())
+        partial.replace(file)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
 
 
 def _short(path: Path) -> str:

@@ -1,4 +1,4 @@
-"""Errors a user can mend: one paragraph that says what is wrong, where, and what to do."""
+"""Errors that a user can fix: one paragraph that says what is wrong, where, and what to do."""
 
 from __future__ import annotations
 
@@ -7,12 +7,23 @@ from contextlib import contextmanager
 
 
 class InputError(Exception):
-    """Input that cannot be used. The message is one paragraph: what is wrong, which file or flag, the remedy."""
+    """Input that cannot be used. The message is one paragraph: what is wrong, which file or flag, what to do."""
+
+
+def one_line(error: object, most: int = 300) -> str:
+    """Return the text of an error, or other text, on one line of at most `most` characters."""
+    return " ".join(str(error).split())[:most]
+
+
+def first_line(error: Exception) -> str:
+    """Return the first line of an error's text, or the name of its type if it has no text."""
+    lines = str(error).strip().splitlines()
+    return lines[0][:200] if lines else type(error).__name__
 
 
 @contextmanager
 def exit_on_input_error() -> Iterator[None]:
-    """Boundary for command lines: print an `InputError` as a paragraph, without a traceback, and exit with code 1.
+    """Print an `InputError` as a paragraph, without a traceback, and exit with code 1: for command lines.
 
     Raises:
         SystemExit: with code 1, in place of an `InputError`.
@@ -20,10 +31,10 @@ def exit_on_input_error() -> Iterator[None]:
     try:
         yield
     except InputError as error:
-        # Imported late: the module that declares our methods to Nerfstudio must stay light.
+        # Imported late: the module that declares our methods to Nerfstudio must import little.
         from nerfstudio.utils.rich_utils import CONSOLE
 
-        # A path may hold bytes that are no text.
+        # A path may have bytes that are not text.
         said = str(error).encode("utf8", "replace").decode()
         CONSOLE.print(f"Error: {said}", style="bold red", markup=False, highlight=False, soft_wrap=True)
         raise SystemExit(1) from error
@@ -31,7 +42,7 @@ def exit_on_input_error() -> Iterator[None]:
 
 @contextmanager
 def command_line() -> Iterator[None]:
-    """As `exit_on_input_error`, and for files that cannot be read or written too: what a whole command runs in.
+    """Do the same for files that cannot be read or written: for whole commands.
 
     Raises:
         SystemExit: with code 1, in place of an `InputError` or `OSError`.
@@ -43,6 +54,6 @@ def command_line() -> Iterator[None]:
             name = str(error.filename or "")
             shown = name if len(name) <= 200 else f"{name[:100]}...{name[-60:]}"
             raise InputError(
-                f"{f'The path {shown}' if name else 'A file'} cannot be used ({error.strerror or error}): check it, its"
-                " permissions and the room on its disk, or name another one."
+                f"{f'The path {shown}' if name else 'A file'} cannot be used ({error.strerror or error}): check it,"
+                " its permissions and the free space on its disk, or give another one."
             ) from error

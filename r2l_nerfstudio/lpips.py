@@ -1,4 +1,5 @@
-"""Nerfstudio's models without the LPIPS network they build: a teacher has no use for it, and it costs a download."""
+"""Nerfstudio's models without the LPIPS network they build: a teacher does not need it, and its weights are a
+download."""
 
 from __future__ import annotations
 
@@ -17,10 +18,10 @@ if TYPE_CHECKING:
 
 
 class AbsentLpips(nn.Module):
-    """Stands where a model keeps its LPIPS metric. It has no parameters and puts nothing in a state dict."""
+    """Replaces a model's LPIPS metric. It has no parameters and adds nothing to a state dict."""
 
     def forward(self, *images: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, ""]:
-        """NaN on the images' device: no figure, rather than one from untrained weights."""
+        """Return NaN on the images' device, rather than a figure from untrained weights."""
         return torch.full((), float("nan"), device=images[0].device if images else None)
 
 
@@ -31,9 +32,9 @@ _open_contexts = 0
 
 @contextmanager
 def without_lpips() -> Iterator[None]:
-    """Within it, a torchmetrics LPIPS metric comes into being as an `AbsentLpips`, wherever it was imported from.
+    """Within it, torchmetrics' LPIPS metric is created as an `AbsentLpips`, wherever it was imported from.
 
-    Only for the thread that entered: others get the real metric. Nests, and restores the library on every way out.
+    It affects only the thread that entered it; it nests, and restores the library on every exit.
     """
     from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity as Lpips
 
@@ -58,6 +59,6 @@ def _init(self: LearnedPerceptualImagePatchSimilarity, *args: Any, **kwargs: Any
     if not _absent.get():
         _real_init(self, *args, **kwargs)
         return
-    # The class changes, not the name in the library's module: plugins import the name at their own top level.
+    # The class changes, not the name in the library's module, since plugins import the name at their top level.
     object.__setattr__(self, "__class__", AbsentLpips)
     nn.Module.__init__(self)

@@ -1,7 +1,7 @@
 """Ranges of configuration fields, declared beside each field as `Annotated[int, IntRange(1, 4096)]`.
 
-tyro refuses other values while it parses a command line and shows the range in `--help`; `check_ranges` refuses those that
-come from a file or from Python.
+tyro refuses other values when it parses a command line and shows the range in `--help`; `check_ranges` refuses values
+from a file or from Python.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from r2l_nerfstudio.errors import InputError
 
 
 class _Range(tyro.constructors.PrimitiveConstructorSpec):
-    """A number between two others; what tyro needs to parse one."""
+    """A range of numbers, with what tyro needs to parse one."""
 
     low: float
     high: float
@@ -34,7 +34,7 @@ class _Range(tyro.constructors.PrimitiveConstructorSpec):
             str_from_instance=lambda value: [str(value)],
         )
         for name, value in {"low": low, "high": high, "above": above}.items():
-            object.__setattr__(self, name, value)  # the base class is frozen
+            object.__setattr__(self, name, value)  # The base class is frozen.
 
     def _parse(self, kind: type, text: str) -> Any:
         try:
@@ -49,11 +49,11 @@ class _Range(tyro.constructors.PrimitiveConstructorSpec):
         return self.metavar
 
     def holds(self, value: float) -> bool:
-        """Whether a number lies in the range; NaN never does."""
+        """Return whether a number is in the range; NaN never is."""
         return (self.low < value if self.above else self.low <= value) and value <= self.high
 
     def describe(self) -> str:
-        """The range in words, to follow the name of a field."""
+        """Return the range in words, to follow the name of a field."""
         if self.high >= sys.float_info.max:
             return f"must be {'above' if self.above else 'at least'} {self.low}"
         if self.above:
@@ -93,7 +93,7 @@ def _stock_ranges() -> dict[type, dict[str, _Range]]:
 
     return {
         MachineConfig: {
-            "seed": IntRange(0, 2**32 - 1025),  # NumPy's limit, and the rank is added to it
+            "seed": IntRange(0, 2**32 - 1025),  # NumPy's limit; the rank is added to it.
             "num_devices": IntRange(1, 1024),
             "num_machines": IntRange(1, 1024),
             "machine_rank": IntRange(0, 1023),
@@ -133,10 +133,10 @@ def _stock_ranges() -> dict[type, dict[str, _Range]]:
 
 
 def check_ranges(config: Any, source: str | None = None) -> None:
-    """Check every declared range of a configuration and of those in it.
+    """Check every declared range of a configuration and of configurations in it.
 
     Args:
-        config: a configuration dataclass; other values are passed over.
+        config: a configuration dataclass; other values are skipped.
         source: the file it was read from, in words; None for a command line.
 
     Raises:
@@ -180,12 +180,12 @@ def _complaint(place: str, wanted: _Range, value: float, source: str | None) -> 
 def _hints(cls: type) -> dict[str, Any]:
     try:
         return typing.get_type_hints(cls, include_extras=True)
-    except Exception:  # a name that exists only for type checkers
+    except Exception:  # A name that exists only for type checkers.
         return {}
 
 
 def _ranges(hint: Any) -> list[_Range]:
-    """Those declared anywhere in a type."""
+    """Return the ranges declared anywhere in a type."""
     found = [extra for extra in getattr(hint, "__metadata__", ()) if isinstance(extra, _Range)]
     for arg in typing.get_args(hint):
         found += _ranges(arg)

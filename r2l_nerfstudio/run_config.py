@@ -1,4 +1,4 @@
-"""Find a Nerfstudio run's files and read its config.yml without letting it run code (see `config_builder`)."""
+"""Find the files of a Nerfstudio run and read its config.yml without running code from it (see `config_builder`)."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from r2l_nerfstudio.config_builder import ConfigBuilder, MarkerLoader, Refused, marked_fields
-from r2l_nerfstudio.errors import InputError
+from r2l_nerfstudio.errors import InputError, one_line
 from r2l_nerfstudio.ranges import check_ranges
 
 if TYPE_CHECKING:
     from nerfstudio.engine.trainer import TrainerConfig
 
 LARGEST_CONFIG = 4_000_000
-"""Bytes; Nerfstudio's own are below a hundredth of that."""
+"""Maximum bytes; Nerfstudio's own files are below a hundredth of that."""
 
 
 SEARCH_DEPTH = 4
@@ -24,21 +24,21 @@ SEARCH_FOLDERS = 5000
 
 
 def resolve_run(path: Path) -> Path:
-    """The config.yml of a run.
+    """Return the config.yml of a run.
 
     Args:
         path: a run's config.yml, or the folder that holds it.
 
     Returns:
-        Path of the existing config file.
+        Path of the existing file.
 
     Raises:
-        InputError: when there is none; runs found deeper in the folder are listed.
+        InputError: if there is none; runs found deeper in the folder are listed.
     """
     path = Path(path)
     try:
         is_file, is_folder = path.is_file(), path.is_dir()
-    except OSError as error:  # a name that is too long, a folder that is closed
+    except OSError as error:  # A name that is too long, or a folder without permission.
         raise InputError(
             f"There is no trained run at {str(path)[:200]} ({error.strerror}): pass another path."
         ) from error
@@ -52,11 +52,11 @@ def resolve_run(path: Path) -> Path:
         return path / "config.yml"
     runs = sorted(_runs_in(path), key=lambda run: run.stat().st_mtime, reverse=True)
     found = f" It holds these runs, newest first: {', '.join(map(str, runs[:5]))}." if runs else ""
-    raise InputError(f"The folder {path} holds no config.yml, so it is not one Nerfstudio run.{found} Pass one run.")
+    raise InputError(f"The folder {path} has no config.yml, so it is not a Nerfstudio run.{found} Pass one run.")
 
 
 def _runs_in(folder: Path) -> list[Path]:
-    """Runs as deep as `ns-train` puts them below an output folder, without searching a whole disk."""
+    """Return runs at the depth at which `ns-train` puts them below an output folder, without searching a whole disk."""
     found, seen = [], 0
     for root, folders, files in os.walk(folder):
         seen += 1
@@ -77,11 +77,11 @@ def load_run_config(path: Path) -> TrainerConfig:
         The configuration as it was saved; nothing in it is resolved or checked against the disk.
 
     Raises:
-        InputError: the file is missing, damaged, names a class outside the allowed set, or is the run of a method
-            whose package is not installed.
+        InputError: the file is missing or damaged, names a class that is not allowed, or belongs to a method whose
+            package is not installed.
     """
     path = resolve_run(path)
-    # Plugins first: what they register is what a file may name.
+    # Plugins first, since they register which names a file may use.
     import nerfstudio.configs.method_configs  # noqa: F401
 
     text = _read_text(path)
@@ -114,15 +114,15 @@ def _read_text(path: Path) -> str:
             )
         return path.read_text("utf8")
     except (OSError, ValueError) as error:
-        raise InputError(f"The run's configuration {path} cannot be read: {_one_line(error)}.") from error
+        raise InputError(f"The run's configuration {path} cannot be read: {one_line(error)}.") from error
 
 
 def _build(text: str, path: Path) -> tuple[TrainerConfig, list[str]]:
-    """The configuration, and which of the file's fields were dropped.
+    """Return the configuration, and which of the file's fields were dropped.
 
     Raises:
         InputError: the file is damaged.
-        Refused: it holds what is not configuration.
+        Refused: it has values that do not belong into a configuration.
     """
     from nerfstudio.engine.trainer import TrainerConfig
 
@@ -134,12 +134,12 @@ def _build(text: str, path: Path) -> tuple[TrainerConfig, list[str]]:
             loader.dispose()
     except Refused:
         raise
-    except Exception as error:  # PyYAML lets numbers, dates, keys and nesting raise as they like
-        raise InputError(_damaged(path, f"{type(error).__name__}: {_one_line(error)}")) from error
+    except Exception as error:  # PyYAML raises many exceptions for numbers, dates, keys and nesting.
+        raise InputError(_damaged(path, f"{type(error).__name__}: {one_line(error)}")) from error
     top = marked_fields(data)
     pipeline = None if top is None else marked_fields(top.get("pipeline"))
     if top is not None:
-        # ns-train sorts the keys: a file cut between two lines is still YAML, but has lost `vis`, the last.
+        # ns-train sorts the keys: a file truncated between two lines is still YAML, but lacks `vis`, the last key.
         missing = [key for key in ("method_name", "pipeline", "relative_model_dir", "vis") if key not in top]
         if not missing:
             missing = [f"pipeline.{key}" for key in ("datamanager", "model") if key not in (pipeline or {})]
@@ -152,8 +152,8 @@ def _build(text: str, path: Path) -> tuple[TrainerConfig, list[str]]:
         raise InputError(_damaged(path, "its values are nested too deeply")) from error
     if not isinstance(config, TrainerConfig):
         raise InputError(
-            f"The file {path} holds no Nerfstudio training configuration but a {type(config).__name__}: pass the "
-            "config.yml that ns-train wrote."
+            f"The file {path} holds a {type(config).__name__} instead of a Nerfstudio training configuration: pass"
+            " the config.yml that ns-train wrote."
         )
     _check_optimizers(config)
     return config, builder.ignored
@@ -175,18 +175,18 @@ def _check_optimizers(config: TrainerConfig) -> None:
 
 
 def checkpoint_path(config: TrainerConfig, config_path: Path, step: int | None = None) -> Path:
-    """A run's checkpoint, looked for beside its config.yml so that a run may be moved.
+    """Return a run's checkpoint, which is searched beside its config.yml so that a run may be moved.
 
     Args:
         config: the run's configuration.
-        config_path: where it was read from.
-        step: training step of the checkpoint; when None, the configuration's `load_step`, else the newest.
+        config_path: file it was read from.
+        step: training step of the checkpoint; if None, the configuration's `load_step`, else the newest.
 
     Returns:
         Path of the existing checkpoint file.
 
     Raises:
-        InputError: no checkpoint folder, none in it, or none of that step.
+        InputError: there is no checkpoint folder, no checkpoint in it, or none of that step.
     """
     folder = Path(config_path).parent / config.relative_model_dir
     steps = {}
@@ -215,15 +215,15 @@ def checkpoint_path(config: TrainerConfig, config_path: Path, step: int | None =
 
 
 def capture_path(config: TrainerConfig, config_path: Path) -> Path:
-    """Where a run's capture is.
+    """Return the path of a run's capture.
 
     Args:
         config: the run's configuration.
-        config_path: where it was read from.
+        config_path: file it was read from.
 
     Returns:
-        The path that the run was trained with. A relative one is looked for in the current folder, then in each folder
-        above the run; where none has it, it is returned as it is.
+        The path that the run was trained with. A relative one is searched in the current folder, then in each folder
+        above the run; if it is in none, it is returned unchanged.
 
     Raises:
         InputError: the run was not trained on a capture.
@@ -232,10 +232,10 @@ def capture_path(config: TrainerConfig, config_path: Path) -> Path:
     dataparser = getattr(datamanager, "dataparser", None)
     if dataparser is None:
         raise InputError(
-            f"The run {config_path} was not trained on a capture (its data manager is a {type(datamanager).__name__}): "
-            "choose one trained on photographs."
+            f"The run {config_path} was not trained on a capture (its data manager is a"
+            f" {type(datamanager).__name__}): choose one trained on photos."
         )
-    # Data managers let a path of their own win over their dataparser's.
+    # A data manager's own path takes precedence over its dataparser's.
     data = Path(getattr(datamanager, "data", None) or dataparser.data)
     folders = [Path(), *Path(config_path).absolute().parents]
     return next((folder / data for folder in folders if (folder / data).exists()), data)
@@ -243,7 +243,3 @@ def capture_path(config: TrainerConfig, config_path: Path) -> Path:
 
 def _damaged(path: Path, why: str) -> str:
     return f"The configuration {path} is truncated or damaged ({why}): restore it from a copy, or train the run again."
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300]

@@ -1,4 +1,4 @@
-"""A trained student from its run's folder alone: no capture, no teacher, no data manager."""
+"""Trained students, loaded from their run's folder only: no capture, no teacher, no data manager."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from torch import Tensor
 
 from r2l_nerfstudio.checkpoints import check_fit, check_size, read_checkpoint
 from r2l_nerfstudio.distillation.averaging import put_average, saved_average
-from r2l_nerfstudio.engines.switch import EngineChoice
-from r2l_nerfstudio.errors import InputError
+from r2l_nerfstudio.engines.switch import EngineOption
+from r2l_nerfstudio.errors import InputError, one_line
 from r2l_nerfstudio.models.light_field import LightFieldModel, LightFieldModelConfig
 from r2l_nerfstudio.run_config import checkpoint_path, load_run_config, resolve_run
 from r2l_nerfstudio.user_cache import engine_cache_folder
@@ -29,24 +29,24 @@ Array = np.ndarray | Tensor
 class Student:
     """A trained student.
 
-    Cameras are in the frame of the run: the teacher's, which its dataparser made of the capture's (the run's
-    `dataparser_transforms.json` leads there), with OpenGL axes: x right, y up, looking along -z.
+    Cameras are in the run's frame with OpenGL axes: x right, y up, looking along -z. The frame is the teacher's, to
+        which its dataparser transformed the capture; the run's `dataparser_transforms.json` has that transform.
 
     Args:
-        model: with its trained weights, on its device, in evaluation mode.
-        method_name: as `ns-train` lists it.
+        model: model with its trained weights, on its device, in evaluation mode.
+        method_name: name of the method in `ns-train`.
     """
 
     def __init__(self, model: LightFieldModel, method_name: str) -> None:
         self.model = model
         self.method_name = method_name
-        self._source: tuple[str, str, int, EngineChoice] | None = None
+        self._source: tuple[str, str, int, EngineOption] | None = None
         self._process = os.getpid()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """A copy, in this process or another, is loaded from the run again, and takes over the weights as they are now."""
+        """A copy, in this process or another, is loaded from the run again and takes over the current weights."""
         if self._source is None:
-            raise TypeError("only a student of load_student can be copied or pickled: load it in each process")
+            raise TypeError("only students from load_student can be copied or pickled: load it in each process")
         weights = {k: v.cpu() if isinstance(v, Tensor) else v for k, v in self.model.state_dict().items()}
         return load_student, self._source, weights
 
@@ -56,49 +56,51 @@ class Student:
 
     @property
     def outputs(self) -> tuple[str, ...]:
-        """What it can render: `rgb`, and what its teacher could teach of `accumulation` and `depth`."""
+        """Names of its outputs: `rgb`, and of `accumulation` and `depth` those that its teacher has."""
         known = {"rgb": True, "accumulation": self.model.has_accumulation, "depth": self.model.has_depth}
         return tuple(name for name, is_known in known.items() if is_known)
 
     def render(
         self, camera_to_world: Any, intrinsics: Any, width: int, height: int, output: str = "rgb"
     ) -> Float[Array, "height width channels"]:
-        """One picture of an undistorted perspective camera.
+        """Render an undistorted perspective camera.
 
         Args:
             camera_to_world: [3, 4] or [4, 4], in the run's frame.
-            intrinsics: [4], fx, fy, cx, cy in pixels, or the matrix [3, 3]; the first pixel's centre is at (0.5, 0.5).
+            intrinsics: [4], fx, fy, cx, cy in pixels, or the matrix [3, 3]; the centre of the first pixel is at (0.5,
+                0.5).
             width: in pixels.
             height: in pixels.
             output: one of `outputs`.
 
         Returns:
-            fp32; a tensor on the student's device where the camera came as a tensor, else a NumPy array. `rgb` has three
-            channels in [0, 1], on the student's background; `accumulation` one in [0, 1]; `depth` one, the distance along
-            the pixel's ray in the run's unit.
+            fp32; a tensor on the student's device if the camera is a tensor, else a NumPy array. `rgb` has three
+            channels in [0, 1], on the student's background; `accumulation` has one in [0, 1]; `depth` has one, the
+            distance along the pixel's ray in the run's unit.
 
         Raises:
-            InputError: for an unknown output, a camera that is none, or an engine asked for by name that fails.
+            InputError: for an unknown output, an invalid camera, or an engine chosen by name that fails.
         """
         if output not in self.outputs:
             raise InputError(
-                f"This student renders {', '.join(self.outputs)}, not {output!r}: its teacher has to have an output for it"
-                " to learn it."
+                f"This student renders {', '.join(self.outputs)}, not {output!r}: it has only the outputs of its"
+                " teacher."
             )
         return self.render_all(camera_to_world, intrinsics, width, height)[output]
 
     def render_all(
         self, camera_to_world: Any, intrinsics: Any, width: int, height: int
     ) -> dict[str, Float[Array, "height width channels"]]:
-        """All `outputs` of one camera by name; as `render`.
+        """Render all `outputs` of one camera, by name; see `render`.
 
         Raises:
-            InputError: for a camera that is none, or in a process forked from the one that loaded the student.
+            InputError: for an invalid camera, or in a process forked from the one that loaded the student.
         """
         if os.getpid() != self._process:
             raise InputError(
-                "This student was loaded before its process was forked, and the libraries that draw it stop in the child:"
-                ' call load_student in the child, or start processes by multiprocessing.get_context("spawn").'
+                "This student was loaded before its process was forked, and the libraries that render it stop in the"
+                " child: call load_student in the child, or start processes with"
+                ' multiprocessing.get_context("spawn").'
             )
         with plain_torch():
             return self._render_all(camera_to_world, intrinsics, width, height)
@@ -110,20 +112,14 @@ class Student:
         lens = _numbers(intrinsics, "intrinsics", {(4,), (3, 3)})
         fx, fy, cx, cy = lens if lens.ndim == 1 else (lens[0, 0], lens[1, 1], lens[0, 2], lens[1, 2])
         if min(fx, fy) <= 0:
-            raise InputError(f"intrinsics: focal lengths of {fx:g} and {fy:g} pixels; both must be above 0.")
+            raise InputError(f"intrinsics: both focal lengths must be above 0 (got {fx:g} and {fy:g} pixels).")
         for name, size in (("width", width), ("height", height)):
             if int(size) != size or size < 1:
-                raise InputError(f"{name}: {size} is not a number of pixels; pass a whole number from 1 on.")
+                raise InputError(f"{name} must be a positive integer (got {size}).")
         camera = Cameras(
             pose[None], float(fx), float(fy), float(cx), float(cy), width=int(width), height=int(height)
         ).to(self.model.device)
-        try:
-            outputs = self.model.get_outputs_for_camera(camera)
-        except SystemExit as error:
-            # Made for Nerfstudio's commands; in Python it is the error itself that is wanted.
-            if isinstance(error.__cause__, InputError):
-                raise error.__cause__ from None
-            raise
+        outputs = self.model.render_camera(camera)
         found: dict[str, Array] = {name: outputs[name] for name in self.outputs}
         if isinstance(camera_to_world, Tensor):
             return found
@@ -134,19 +130,20 @@ def load_student(
     path: Path | str,
     device: torch.device | str | None = None,
     step: int | None = None,
-    engine: EngineChoice = "auto",
+    engine: EngineOption = "auto",
 ) -> Student:
-    """Load a trained student from its run's folder; nothing else needs to be on the disk.
+    """Load a trained student from its run's folder; nothing else has to be on the disk.
 
     Args:
-        path: the run's config.yml, or the folder that holds it.
-        device: where to run; the GPU if there is one, by default.
+        path: the run's config.yml or folder.
+        device: device to run on; by default the GPU if there is one.
         step: training step of the checkpoint; the newest by default.
-        engine: what the network runs on: one by name, or `auto`: torch at once, and a faster one once rendering has taken
-            long enough to be worth it. All in fp32, or on GPUs in fp16 where it agrees.
+        engine: engine that runs the network: a name, or `auto`: PyTorch at first, and a faster engine once rendering
+            has taken long enough to justify building one. All run in fp32, or on GPUs in fp16 if that agrees.
 
     Raises:
-        InputError: there is no such run or checkpoint, it is damaged, not a student's, or the engine cannot run here.
+        InputError: there is no such run or checkpoint, it is damaged, it is not a student's, or the engine cannot run
+            here.
     """
     with plain_torch():
         student = _load(Path(path), device, step, engine)
@@ -155,7 +152,7 @@ def load_student(
 
 @contextmanager
 def plain_torch() -> Iterator[None]:
-    """Torch as it starts, whatever the program around has set: no inference mode, no gradients, fp32."""
+    """PyTorch's default state, whatever the surrounding program has set: no inference mode, no gradients, fp32."""
     kept = torch.get_default_dtype()
     torch.set_default_dtype(torch.float32)
     try:
@@ -165,13 +162,13 @@ def plain_torch() -> Iterator[None]:
         torch.set_default_dtype(kept)
 
 
-def _load(path: Path, device: torch.device | str | None, step: int | None, engine: EngineChoice) -> Student:
+def _load(path: Path, device: torch.device | str | None, step: int | None, engine: EngineOption) -> Student:
     config_path = resolve_run(path)
     config = load_run_config(config_path)
     target = getattr(config.pipeline.model, "_target", None)
     if not (isinstance(target, type) and issubclass(target, LightFieldModel)):
         raise InputError(
-            f"The run {config_path} is one of '{config.method_name}', not of a student: pass the config.yml of a run of"
+            f"The run {config_path} is a '{config.method_name}' run, not a student: pass the config.yml of a run of"
             " r2l, mobile-r2l or a variant of theirs."
         )
     checkpoint = checkpoint_path(config, config_path, step)
@@ -180,7 +177,7 @@ def _load(path: Path, device: torch.device | str | None, step: int | None, engin
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     model_config = cast(LightFieldModelConfig, config.pipeline.model)
     model_config.engine = engine
-    # A student keeps its bounds itself: neither the box nor the number of images shapes it.
+    # The student's checkpoint has its bounds: it depends on neither the box nor the number of images.
     scene_box = SceneBox(torch.tensor([[-1.0, -1.0, -1.0], [1.0, 1.0, 1.0]]))
 
     def build() -> LightFieldModel:
@@ -198,7 +195,7 @@ def _load(path: Path, device: torch.device | str | None, step: int | None, engin
     except (RuntimeError, KeyError, TypeError, AttributeError) as error:
         raise InputError(
             f"The checkpoint {checkpoint} does not fit the student that {config_path} describes"
-            f" ({_one_line(error)}): a run's config.yml goes with its own checkpoints; restore both from one copy."
+            f" ({one_line(error)}): a run's config.yml goes with its own checkpoints; restore both from one copy."
         ) from error
     _check_scene(model, checkpoint)
     model = model.to(device).eval().requires_grad_(False)
@@ -213,7 +210,7 @@ def _load(path: Path, device: torch.device | str | None, step: int | None, engin
 
 
 def _check_scene(model: LightFieldModel, checkpoint: Path) -> None:
-    """Refuse a scene that cannot be: what the numbers of a network mean hangs on it."""
+    """Refuse an invalid scene, on which the meaning of the network's values depends."""
     background = model.background
     if not bool(((background >= 0) & (background <= 1)).all()):
         raise InputError(
@@ -230,18 +227,14 @@ def _check_scene(model: LightFieldModel, checkpoint: Path) -> None:
 
 
 def _numbers(values: Any, name: str, shapes: set[tuple[int, ...]]) -> Float[Tensor, "..."]:
-    """Finite fp32 numbers of one of some shapes, on the CPU."""
+    """Return finite fp32 numbers of one of some shapes, on the CPU."""
     try:
         numbers = torch.as_tensor(values, dtype=torch.float32).detach().cpu()
     except (TypeError, ValueError, RuntimeError) as error:
-        raise InputError(f"{name} is not made of numbers ({_one_line(error)}): pass an array or a tensor.") from error
+        raise InputError(f"{name} is not numeric ({one_line(error)}): pass an array or a tensor.") from error
     if tuple(numbers.shape) not in shapes:
         wanted = " or ".join(str(list(shape)) for shape in sorted(shapes))
         raise InputError(f"{name} has the shape {list(numbers.shape)}: pass {wanted}.")
     if not bool(numbers.isfinite().all()):
-        raise InputError(f"{name} holds numbers that are not finite: pass a camera's own.")
+        raise InputError(f"{name} has non-finite numbers: pass a valid camera.")
     return numbers
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300]

@@ -1,7 +1,7 @@
-"""A frozen trained Nerfstudio model: load it from its run, ask it for rays or for whole views.
+"""Teachers: frozen trained Nerfstudio models, loaded from their runs, which render rays or whole views.
 
-Only the model is loaded, without data manager, images, optimizers or LPIPS network. The frame of everything here is
-the teacher's own: the capture's world after the run's dataparser has turned, centred and scaled it.
+Only the model is loaded, without data manager, images, optimizers or LPIPS network. Everything here is in the teacher's
+frame: the capture's world after the run's dataparser has rotated, centred and scaled it.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from torch.nn import ParameterDict
 from r2l_nerfstudio.capture import CaptureError, parse_capture
 from r2l_nerfstudio.checkpoints import check_fit, check_size, read_checkpoint
 from r2l_nerfstudio.dataparsers import dataparser_at
-from r2l_nerfstudio.errors import InputError
+from r2l_nerfstudio.errors import InputError, one_line
 from r2l_nerfstudio.lpips import AbsentLpips, without_lpips
 from r2l_nerfstudio.run_config import capture_path, checkpoint_path, load_run_config, resolve_run
 
@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 
 CPU_RAYS_PER_CHUNK = 1024
 OVERSHOOT = 0.5
-"""By how much a colour may leave [0, 1] before it is clamped: spherical harmonics overshoot a little."""
+"""How far a colour may exceed [0, 1] before it is clamped: spherical harmonics overshoot a little."""
 
 # Weights with one row per training image, by the end of their name.
 _PER_IMAGE_WEIGHTS = ("camera_optimizer.pose_adjustment", "embedding_appearance.embedding.weight")
@@ -51,20 +51,21 @@ _PER_IMAGE_WEIGHTS = ("camera_optimizer.pose_adjustment", "embedding_appearance.
 
 @dataclass
 class TeacherOutputs:
-    """What a teacher sees along rays, or at the pixels of a view; float32, on the teacher's device."""
+    """Outputs of a teacher along rays or at the pixels of a view; float32, on the teacher's device."""
 
     rgb: Float[Tensor, "*batch 3"]
-    """Colour in [0, 1], composited as the teacher's `background` says."""
+    """Colour in [0, 1], composited on the teacher's `background`."""
     accumulation: Float[Tensor, "*batch 1"] | None
-    """Opacity in [0, 1]; None where the method has none."""
+    """Opacity in [0, 1]; None if the method has none."""
     depth: Float[Tensor, "*batch 1"] | None
-    """Distance from the ray's origin along its unit direction, in units of the teacher's frame; None where the method
-    has none. Which depth (median or expected) is the method's choice."""
+    """Distance from the ray's origin along its unit direction, in units of the teacher's frame; None if the method has
+    none. The method decides which depth it is (median or expected)."""
 
 
 @dataclass(eq=False, repr=False)
 class Teacher:
-    """A trained model that answers questions and never changes. Not a module, so no module holding it registers it."""
+    """A trained model that renders and never changes. It is not a module, so a module that holds it does not register
+    it."""
 
     config: TrainerConfig
     """The run's configuration, as saved."""
@@ -75,18 +76,19 @@ class Teacher:
     step: int
     """Training step of the checkpoint."""
     device: torch.device
-    """Where the model is and where answers come."""
+    """Device of the model and its outputs."""
     model: Model
     """The model: evaluation mode, no gradients."""
     dataparser_config: DataParserConfig
-    """The run's dataparser with the capture's present, absolute path. A student that uses it shares the frame."""
+    """The run's dataparser with the capture's current, absolute path. A student that uses it shares the frame."""
     dataparser_outputs: DataparserOutputs
     """The capture's training split: image files and cameras in the teacher's frame, before any
     `camera_res_scale_factor` of the run's data manager."""
     background: Float[Tensor, "3"] | None
-    """The colour composited behind the scene, or None where the model paints its own (fixed colour or last sample)."""
+    """The colour composited behind the scene, or None if the model has its own background (fixed colour or last
+    sample)."""
     time: float | None = None
-    """The instant at which a time-dependent model is frozen, as its capture counts time; None for a model without time."""
+    """The instant at which a time-dependent model is frozen, in its capture's time; None for a model without time."""
 
     @classmethod
     def load(
@@ -96,19 +98,19 @@ class Teacher:
         data: Path | None = None,
         time: float | None = None,
     ) -> Teacher:
-        """Load the checkpoint of a run: the one its configuration names (`load_step`), else the newest.
+        """Load a run's checkpoint: the one that its configuration names (`load_step`), else the newest.
 
         Args:
-            path: the run's config.yml, or the folder that holds it; a moved run loads from where it is now.
-            device: where to put the model.
-            data: where the capture is now, if not where the run was trained on it. A relative path in the run is
-                looked for in the current folder, then in each folder above the run.
+            path: the run's config.yml or folder, which may have moved.
+            device: device of the model.
+            data: the capture's location, if it has moved since training. A relative path in the run is searched in the
+                current folder, then in each folder above the run.
             time: the instant to freeze a time-dependent model at, in [0, 1] for Nerfstudio's captures.
 
         Raises:
-            InputError: run, configuration, checkpoint or capture missing, damaged or not matching one another, a
-                method that is not installed, one that renders only with CUDA when `device` is not, or one that depends on
-                time without a `time`.
+            InputError: run, configuration, checkpoint or capture are missing, damaged or do not match, the method is
+                not installed, it renders only with CUDA and `device` is not CUDA, or it depends on time and `time` is
+                missing.
         """
         device = torch.device(device)
         config_path = resolve_run(path)
@@ -124,7 +126,7 @@ class Teacher:
         model.to(device).eval().requires_grad_(False)
         if device.type == "cpu":
             chunk = model.config.eval_num_rays_per_chunk
-            # A chunk of a GPU's size spills every cache of a CPU: nerfacto takes 1.6 times as long with 32768.
+            # A chunk sized for a GPU exceeds every cache of a CPU: nerfacto takes 1.6 times as long with 32768.
             model.config.eval_num_rays_per_chunk = min(chunk, CPU_RAYS_PER_CHUNK)
         if device.type != "cuda" and _needs_cuda(model):
             raise InputError(
@@ -152,16 +154,16 @@ class Teacher:
 
     @property
     def views_only(self) -> bool:
-        """Whether the teacher is a splat: it answers `view` but not `rays`, and for undistorted cameras only."""
+        """Whether the teacher is a splat: it renders views but not rays, and only undistorted cameras."""
         return hasattr(self.model, "set_background")
 
     @torch.no_grad()
     def rays(self, ray_bundle: RayBundle) -> TeacherOutputs:
-        """What the teacher sees along rays, in chunks of the run's `eval_num_rays_per_chunk`.
+        """Render rays, in chunks of the run's `eval_num_rays_per_chunk`.
 
         Args:
-            ray_bundle: rays of any batch shape in the teacher's frame, with unit directions, as
-                `Cameras.generate_rays` gives them. It is left as it was. Near and far are the model's own.
+            ray_bundle: rays of any batch shape in the teacher's frame, with unit directions, as `Cameras.generate_rays`
+                gives them. It is not changed. Near and far are the model's own.
 
         Returns:
             Outputs of the bundle's batch shape. The appearance is the average one, whatever the camera indices.
@@ -171,12 +173,12 @@ class Teacher:
         """
         if self.views_only:
             raise InputError(
-                f"The teacher {self.config_path} is a '{self.config.method_name}', which renders whole views and "
-                "cannot be asked for single rays: ask it for views."
+                f"The teacher {self.config_path} is a '{self.config.method_name}', which renders whole views and no"
+                " single rays: render views."
             )
         rays = ray_bundle.flatten()
         if rays.camera_indices is None:
-            # Some fields insist on an index, though at evaluation they do not use it.
+            # Some fields require an index, which they do not use at evaluation.
             rays.camera_indices = torch.zeros_like(rays.origins[:, :1], dtype=torch.long)
         if self.time is not None:
             rays.times = torch.full_like(rays.origins[:, :1], self.time)
@@ -184,7 +186,7 @@ class Teacher:
         chunks = []
         with self._background():
             for start in range(0, len(rays), chunk_size):
-                # Indexing by a tensor copies, so the model may edit its bundle.
+                # Indexing with a tensor copies, so the model may edit its bundle.
                 indices = torch.arange(start, min(start + chunk_size, len(rays)), device=rays.origins.device)
                 chunks.append(self._outputs(self.model(rays[indices].to(self.device)), (len(indices),)))
         joined = {}
@@ -195,19 +197,19 @@ class Teacher:
 
     @torch.no_grad()
     def view(self, camera: Cameras) -> TeacherOutputs:
-        """What the teacher sees from one camera.
+        """Render one camera.
 
-        A crop of a view is the view of a cropped camera (cx and cy moved, width and height smaller).
+        A crop of a view is the view of a cropped camera (cx and cy shifted, width and height smaller).
 
         Args:
-            camera: one camera in the teacher's frame, batch shape () or (1,). It is left as it was.
+            camera: one camera in the teacher's frame, batch shape () or (1,). It is not changed.
 
         Returns:
             Outputs of batch shape (height, width).
 
         Raises:
             InputError: the teacher has no colour output.
-            ValueError: more than one camera; for a splat, one with lens distortion or another projection than
+            ValueError: more than one camera; for a splat, one with lens distortion or a projection other than
                 perspective, which it would ignore.
         """
         if camera.size != 1:
@@ -226,10 +228,10 @@ class Teacher:
 
     @torch.no_grad()
     def pose_corrections(self) -> Float[Tensor, "num_train 3 4"] | None:
-        """The pose corrections learnt with the model, one for each training camera, in the teacher's frame.
+        """Return the pose corrections learned with the model, one for each training camera, in the teacher's frame.
 
-        To be applied as `CameraOptimizer.apply_to_raybundle` does: the rotation turns a ray's direction about its
-        origin, the translation is added to the origin. None where the run learnt none.
+        They are applied as `CameraOptimizer.apply_to_raybundle` does: the rotation turns a ray's direction, the
+        translation is added to its origin. None if the run learned none.
         """
         optimizer = getattr(self.model, "camera_optimizer", None)
         if not isinstance(optimizer, CameraOptimizer) or optimizer.config.mode == "off":
@@ -237,7 +239,8 @@ class Teacher:
         return optimizer(torch.arange(optimizer.num_cameras, device=self.device))
 
     def fingerprint(self) -> str:
-        """Hash of the run's configuration and weights: the same wherever the run is moved, another after training."""
+        """Return a hash of the run's configuration and weights, which does not change when the run is moved, and
+        changes with training."""
         return self._fingerprint
 
     @functools.cached_property
@@ -267,16 +270,15 @@ class Teacher:
         rgb = _first(outputs, "rgb", "rgb_fine")
         if rgb is None:
             raise InputError(
-                f"The teacher {self.config_path} ('{self.config.method_name}') has no colour output: it gives "
-                f"{', '.join(outputs) or 'nothing'}, and neither rgb nor rgb_fine is among them. Choose a teacher that "
-                "renders colour."
+                f"The teacher {self.config_path} ('{self.config.method_name}') has no colour output: its outputs are"
+                f" {', '.join(outputs) or 'none'}, without rgb and rgb_fine. Choose a teacher that renders colour."
             )
         rgb = self._shaped("colour", rgb, shape, 3)
         low, high = (float(value) for value in rgb.nan_to_num(0.5, 0.5, 0.5).aminmax()) if rgb.numel() else (0.0, 1.0)
         if low < -OVERSHOOT or high > 1 + OVERSHOOT:
             raise InputError(
-                f"The teacher {self.config_path} ('{self.config.method_name}') gives colours between {low:.3g} and"
-                f" {high:.3g}, and a student learns colours between 0 and 1: choose a teacher that renders those."
+                f"The teacher {self.config_path} ('{self.config.method_name}') renders colours between {low:.3g} and"
+                f" {high:.3g}, and a student learns colours between 0 and 1: choose another teacher."
             )
         accumulation = _first(outputs, "accumulation", "accumulation_fine")
         depth = _first(outputs, "depth", "depth_fine")
@@ -287,7 +289,7 @@ class Teacher:
         )
 
     def _shaped(self, name: str, value: Tensor, shape: tuple[int, ...], channels: int) -> Tensor:
-        """An output of the shape (*shape channels).
+        """Return an output in the shape (*shape channels).
 
         Raises:
             InputError: it has another number of pixels or channels.
@@ -296,9 +298,9 @@ class Teacher:
             value = value[..., None]
         if value.ndim == 0 or value.shape[-1] != channels or value.numel() != math.prod(shape) * channels:
             raise InputError(
-                f"The teacher {self.config_path} ('{self.config.method_name}') gives a {name} of shape"
-                f" {list(value.shape)}, and {[*shape, channels]} is needed: its method does not render as Nerfstudio's"
-                " models do. Choose another teacher."
+                f"The teacher {self.config_path} ('{self.config.method_name}') returns {name} of shape"
+                f" {list(value.shape)}, and {[*shape, channels]} is needed: its method does not render like"
+                " Nerfstudio's models. Choose another teacher."
             )
         return value.reshape(*shape, channels)
 
@@ -313,17 +315,17 @@ def _read_capture(
 ) -> tuple[DataParserConfig, DataparserOutputs]:
     data = capture_path(config, config_path) if data is None else Path(data)
     dataparser_config = dataparser_at(config, data)
-    remedy = "Say with --data where the capture that the teacher was trained on is now."
+    remedy = "Give the location of the teacher's capture with --data."
     try:
         outputs = parse_capture(dataparser_config)
     except CaptureError as error:
         raise InputError(
-            f"The capture {data} of the teacher {config_path} cannot be read ({_one_line(error)}). {remedy}"
+            f"The capture {data} of the teacher {config_path} cannot be read ({one_line(error)}). {remedy}"
         ) from error
     missing = [file for file in outputs.image_filenames if not Path(file).is_file()]
     if missing or not outputs.image_filenames:
         what = (
-            f"lacks {len(missing)} of its {len(outputs.image_filenames)} training images, {missing[0]} the first"
+            f"lacks {len(missing)} of its {len(outputs.image_filenames)} training images, {missing[0]} being the first"
             if missing
             else "has no training images"
         )
@@ -332,7 +334,7 @@ def _read_capture(
 
 
 def _check_frame(config_path: Path, data: Path, outputs: DataparserOutputs) -> None:
-    """Compare with what training saved of its frame; runs of other trainers may have saved nothing."""
+    """Compare with the frame that training saved; runs of other trainers may have saved nothing."""
     file = config_path.parent / "dataparser_transforms.json"
     if not file.is_file():
         return
@@ -343,7 +345,7 @@ def _check_frame(config_path: Path, data: Path, outputs: DataparserOutputs) -> N
             raise ValueError("its numbers are not finite")
     except (OSError, ValueError, KeyError, TypeError, RecursionError, OverflowError) as error:
         raise InputError(
-            f"The teacher's file {file} is damaged ({_one_line(error)}): restore it, or delete it if you are sure that "
+            f"The teacher's file {file} is damaged ({one_line(error)}): restore it, or delete it if you are sure that "
             f"{data} is the capture it was trained on."
         ) from error
     close = functools.partial(np.allclose, rtol=1e-4, atol=1e-4)
@@ -386,14 +388,14 @@ def _build_model(
                 seed_points=None,
             )
 
-    if device.type == "cpu":  # a GPU's libraries refuse what is too large by themselves
+    if device.type == "cpu":  # A GPU's libraries report themselves what is too large.
         check_size(build, config_path)
     try:
         return build()
-    except Exception as error:  # a method's constructor may raise anything
+    except Exception as error:  # A method's constructor may raise anything.
         if config.pipeline._target in (VanillaPipeline, DynamicBatchPipeline):
             raise InputError(_not_built(config, config_path, error)) from error
-    # The method's pipeline hands its model more than that: build it all and keep the model.
+    # The method's pipeline passes more to its model: build all of it and keep the model.
     pipeline_config = copy.deepcopy(config.pipeline)
     datamanager = cast("VanillaDataManagerConfig", pipeline_config.datamanager)
     datamanager.dataparser = copy.deepcopy(dataparser_config)
@@ -407,7 +409,7 @@ def _build_model(
 
 def _not_built(config: TrainerConfig, config_path: Path, error: Exception) -> str:
     return (
-        f"The model of the teacher {config_path} cannot be built ({type(error).__name__}: {_one_line(error)}). It was "
+        f"The model of the teacher {config_path} cannot be built ({type(error).__name__}: {one_line(error)}). It was "
         f"probably trained with another version of Nerfstudio or of '{config.method_name}': install that version, or "
         "train the teacher again."
     )
@@ -422,7 +424,7 @@ def _load_weights(model: Model, weights: dict[str, Tensor], step: int, checkpoin
         # Older splats kept these one level higher.
         weights = {f"gauss_params.{key}" if key in gauss_params else key: value for key, value in weights.items()}
     try:
-        model.update_to_step(step)  # first: grids that grow in training take their size from it
+        model.update_to_step(step)  # Before loading: grids that grow in training take their size from it.
         model.load_state_dict(weights, strict=True)
     except (RuntimeError, KeyError) as error:
         why = "another version of the method or of Nerfstudio, or the config.yml of another run"
@@ -437,8 +439,8 @@ def _load_weights(model: Model, weights: dict[str, Tensor], step: int, checkpoin
         elif flat_in_model and not flat_in_weights:
             why = "training had no tiny-cuda-nn, which is installed here: set `implementation: torch` in config.yml"
         raise InputError(
-            f"The teacher's checkpoint {checkpoint} does not fit the model that its config.yml describes. Probable "
-            f"cause: {why}. The first differences: {_one_line(error)}"
+            f"The teacher's checkpoint {checkpoint} does not fit the model that its config.yml describes. Probable"
+            f" cause: {why}. First differences: {one_line(error)}"
         ) from error
 
 
@@ -450,23 +452,24 @@ def _needs_cuda(model: Model) -> bool:
 
 
 def _check_time(model: Model, cameras: Cameras, time: float | None, config_path: Path, method_name: str | None) -> None:
-    """Refuse a model that depends on time without a time, and a time for one that does not."""
+    """Refuse a model that depends on time without a time, and a time for a model that does not."""
     is_dependent = _depends_on_time(model, cameras)
     if is_dependent and time is None:
         raise InputError(
-            f"The teacher {config_path} is a '{method_name}' whose scene changes over time, and a student holds one instant:"
-            " choose it with --teacher-time, a number from 0 to 1."
+            f"The teacher {config_path} is a '{method_name}', whose scene changes over time, and a student shows one"
+            " instant: choose it with --teacher-time, a number from 0 to 1."
         )
     if time is not None and not is_dependent:
         raise InputError(
-            f"The teacher {config_path} is a '{method_name}' whose scene does not change over time: leave --teacher-time"
-            " out."
+            f"The teacher {config_path} is a '{method_name}', whose scene does not change over time: leave"
+            " --teacher-time out."
         )
 
 
 @torch.no_grad()
 def _depends_on_time(model: Model, cameras: Cameras) -> bool:
-    """Whether a model's views depend on the camera's time, by what it is made of, else by two small views."""
+    """Return whether a model's views depend on the camera's time, by its parts, or else by comparing two small
+    views."""
     if getattr(model, "temporal_distortion", None) is not None:
         return True
     if cameras.times is None:
@@ -480,14 +483,14 @@ def _depends_on_time(model: Model, cameras: Cameras) -> bool:
         ).to(model.device)
         try:
             views.append(_first(model.get_outputs_for_camera(camera), "rgb", "rgb_fine"))
-        except Exception:  # it says so again when it is asked for its first view
+        except Exception:  # It fails again, with a message, when its first view is rendered.
             return False
     first, last = views
     return first is not None and last is not None and not torch.allclose(first, last, atol=1e-6, equal_nan=True)
 
 
 def _paints_random(model: Model) -> bool:
-    """Whether training composited on random colours, which leaves black, or the viewer's grey, at evaluation."""
+    """Return whether training composited on random colours, which become black, or the viewer's grey, at evaluation."""
     renderer = getattr(model, "renderer_rgb", None)
     color = getattr(renderer, "background_color", None)
     if color is None:
@@ -496,7 +499,7 @@ def _paints_random(model: Model) -> bool:
 
 
 def _splat_ray_lengths(camera: Cameras) -> Float[Tensor, "height width 1"]:
-    """Length of each pixel's ray per unit of depth along the camera's axis, which is what splats report."""
+    """Return the length of each pixel's ray per unit of depth along the camera's axis, which is what splats report."""
     distorted = camera.distortion_params is not None and bool((camera.distortion_params != 0).any())
     if distorted or camera.camera_type.item() != CameraType.PERSPECTIVE.value:
         raise ValueError("a splat renders undistorted perspective cameras only: clear the camera's distortion_params")
@@ -504,7 +507,3 @@ def _splat_ray_lengths(camera: Cameras) -> Float[Tensor, "height width 1"]:
     x = (x - camera.cx.squeeze()) / camera.fx.squeeze()
     y = (y - camera.cy.squeeze()) / camera.fy.squeeze()
     return (x**2 + y**2 + 1).sqrt()[..., None]
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300]

@@ -1,4 +1,4 @@
-"""The user's own cache folder, and whether what is in it can be trusted to be the user's."""
+"""The user's cache folder, and whether its content can be trusted to be the user's."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from platformdirs import user_cache_path
 
 
 def cache_folder() -> Path:
-    """Folder of this package for what can be made or fetched again; it may not exist."""
+    """Return this package's folder for what can be made or downloaded again; it may not exist."""
     return user_cache_path("r2l-nerfstudio", appauthor=False)
 
 
 def engine_cache_folder() -> Path | None:
-    """Folder for compiled engines, which are machine code: only this user may write to it.
+    """Return the folder for compiled engines, which are machine code: only this user may write to it.
 
     Returns:
-        The existing folder; None where there is none that only this user can write to.
+        The existing folder; None if only this user must be able to write to it and that cannot be ensured.
     """
     folder = cache_folder() / "engines"
     try:
@@ -29,20 +29,21 @@ def engine_cache_folder() -> Path | None:
 
 
 def make_private(folder: Path) -> None:
-    """Make a folder that only this user may enter, and those above it.
+    """Make a folder that only this user may enter, and the folders above it.
 
     Raises:
-        OSError: as `Path.mkdir`.
+        OSError: from `Path.mkdir`.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     folder.mkdir(mode=0o700, exist_ok=True)
 
 
 def is_private(path: Path, deep: bool = True) -> bool:
-    """Whether a file or folder belongs to this user, and nobody else may write to it; with `deep`, all in it too.
+    """Return whether a file or folder belongs to this user and nobody else may write to it; with `deep`, also
+    everything in it.
 
-    Symbolic links are not followed and never count as private. On Windows, where the folder's own access list says who may
-    write, everything counts.
+    Symbolic links are not followed and never count as private. On Windows, where the folder's access list decides who
+    may write, everything counts.
     """
     if not hasattr(os, "getuid"):
         return True

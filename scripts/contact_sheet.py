@@ -1,4 +1,4 @@
-"""Pictures side by side on one sheet, with titles and labels."""
+"""Contact sheets: rows of images with titles and labels."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from torch import Tensor
 
 
 def contact_sheet(rows: list[tuple[str, list[Tensor]]], titles: list[str], tile: int = 192) -> Image.Image:
-    """One picture: a labelled row per pose, a titled column per kind.
+    """Return one image: a labelled row per camera, a titled column per kind.
 
     Args:
-        rows: label and (height width 3) images in [0, 1] of each row; all images of one size.
-        titles: of the columns.
-        tile: height of each image on the sheet, pixels.
+        rows: label and (height width 3) images in [0, 1] of each row; all images have one size.
+        titles: column titles.
+        tile: height of each image on the sheet, in pixels.
     """
     gap, head = 6, 24
     margin = 64 if any(label for label, _ in rows) else 0

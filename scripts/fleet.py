@@ -27,22 +27,22 @@ from r2l_nerfstudio.fleet.storage import Storage
 from r2l_nerfstudio.fleet.table import failures, fleet_table, hours, totals
 
 GALLERY_SECONDS = 10.0
-"""Between two writings of the gallery while stages run."""
+"""Seconds between two writes of the gallery while stages run."""
 CONSOLE = Console()
 
 
 @dataclass
 class Run:
-    """Run all stages of a fleet that are not done. Start it again after an interruption to continue.
+    """Run all unfinished stages of a fleet. Start it again after an interruption to continue.
 
-    Exit code 0: every stage is done; 1: some failed; 130: interrupted.
+    Exit codes: 0, every stage is done; 1, some failed; 130, interrupted.
     """
 
     file: tyro.conf.Positional[Path]
     """The fleet's YAML file. Options after it override its settings; --help after it shows them all."""
     fleet: Annotated[FleetConfig, tyro.conf.arg(name="")] = field(default_factory=FleetConfig)
     dry_run: bool = False
-    """Print the stages, the hours and the disk space they need, and run nothing."""
+    """Print the stages and the hours and disk space they need, without running anything."""
 
     def main(self) -> None:
         """Run the fleet.
@@ -73,7 +73,7 @@ class Run:
                         try:
                             scheduler.run()
                         finally:
-                            # Whatever ended it, the page no longer says that stages run.
+                            # The page must not say that stages run, whatever ended them.
                             with contextlib.suppress(OSError):
                                 write_gallery(storage, state, is_running=False)
             except KeyboardInterrupt:
@@ -121,7 +121,7 @@ class Status:
 
 
 def describe(plan: Plan, state: FleetState, storage: Storage) -> None:
-    """Print what a run would do."""
+    """Print what `run` would do."""
     table = Table(
         "stage", "to do", "done", "minutes each", "GPU hours", "core hours", "GB", title="Plan", title_justify="left"
     )
@@ -131,7 +131,7 @@ def describe(plan: Plan, state: FleetState, storage: Storage) -> None:
         stages = [stage for stage in all_stages if stage.id == name]
         done = [stage for stage in stages if stage.status == "done"]
         left = [stage for stage in stages if stage.status != "done"]
-        # What this fleet has measured is worth more than a default.
+        # Measured times of this fleet are better than defaults.
         size = sum(stage.details["bytes"] for stage in done) / len(done) / 1e9 if done else stages[0].disk_gb
         gpu, cpu = (sum(stage.minutes * getattr(stage, kind) for stage in left) for kind in ("gpus", "cpus"))
         gpu_minutes, cpu_minutes, disk = gpu_minutes + gpu, cpu_minutes + cpu, disk + size * len(left)
@@ -150,14 +150,15 @@ def describe(plan: Plan, state: FleetState, storage: Storage) -> None:
     for capture in unreadable:
         say(f"Unreadable: {capture.name}: {capture.error}")
     say(
-        f"At most {gpu_minutes / 60:.1f} GPU hours and {cpu_minutes / 60:.1f} core hours, if every stage takes its minutes."
+        f"At most {gpu_minutes / 60:.1f} GPU hours and {cpu_minutes / 60:.1f} core hours, if every stage takes as"
+        " long as configured."
     )
     if not plan.config.address:
         capacity = this_machine(plan.config)
         left = state.minutes_left(capacity)
         say(
             f"On this machine ({capacity.gpus:g} GPUs, {capacity.cpus:g} cores): "
-            + (f"at most about {hours(left)}." if left < 1e9 else "stages that claim a GPU cannot run.")
+            + (f"at most about {hours(left)}." if left < 1e9 else "stages that need a GPU cannot run.")
         )
     free = free_disk(storage)
     say(
@@ -169,7 +170,7 @@ def describe(plan: Plan, state: FleetState, storage: Storage) -> None:
 
 
 def this_machine(config: FleetConfig) -> Capacity:
-    """What Ray will find here."""
+    """Return the resources that Ray will find."""
     import os
 
     import torch
@@ -179,7 +180,7 @@ def this_machine(config: FleetConfig) -> Capacity:
 
 
 def free_disk(storage: Storage) -> float | None:
-    """Free space of a local output in GB; None for a remote one."""
+    """Return the free space of a local output in GB; None for a remote one."""
     if not storage.is_local:
         return None
     import shutil
@@ -195,14 +196,14 @@ def warn_about_shared_output(config: FleetConfig) -> None:
     local = [config.output, *(capture.path or capture.teacher for capture in config.captures)]
     if config.address and any(not is_url(path) for path in local):
         say(
-            "Captures or output are local paths: every machine of the cluster must see them at the same place.",
+            "Captures or output are local paths: every machine of the cluster must have them at the same path.",
             "yellow",
         )
 
 
 @contextlib.contextmanager
 def watch(storage: Storage) -> Iterator[tuple[Callable[[str], None], Callable[[FleetState, Capacity], None]]]:
-    """A live table in a terminal, a line for each event elsewhere; and the gallery.
+    """Show a live table in a terminal, or a line for each event elsewhere, and keep the gallery up to date.
 
     Yields:
         a function for events and one for states, as `Scheduler` calls them.
@@ -222,7 +223,7 @@ def watch(storage: Storage) -> Iterator[tuple[Callable[[str], None], Callable[[F
     if not CONSOLE.is_terminal:
         yield say, lambda state, capacity: gallery(state)
         return
-    # Lines that are printed meanwhile appear above the table.
+    # Lines printed meanwhile appear above the table.
     with Live(console=CONSOLE, get_renderable=lambda: _live(latest), refresh_per_second=2):
 
         def look(state: FleetState, capacity: Capacity) -> None:
@@ -230,7 +231,7 @@ def watch(storage: Storage) -> Iterator[tuple[Callable[[str], None], Callable[[F
             gallery(state)
 
         def event(line: str) -> None:
-            # The table shows what is done.
+            # The table already shows finished stages.
             if ": done in" not in line:
                 say(line)
 
@@ -238,7 +239,7 @@ def watch(storage: Storage) -> Iterator[tuple[Callable[[str], None], Callable[[F
 
 
 def say(line: str, style: str = "") -> None:
-    """Print a line that is not wrapped, so that paths can be copied."""
+    """Print a line without wrapping it, so that paths can be copied."""
     CONSOLE.print(line, style=style, soft_wrap=True, markup=False, highlight=False)
 
 
@@ -251,7 +252,7 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
 
 
 def main() -> None:
-    """Console entry point `r2l-fleet`."""
+    """Run `r2l-fleet`."""
     arguments = sys.argv[1:]
     with exit_on_input_error():
         default = Run(Path(), FleetConfig())

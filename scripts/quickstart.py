@@ -1,4 +1,4 @@
-"""From nothing to distilled students: a procedural scene, a nerfacto teacher, r2l, mobile-r2l, one picture, one table."""
+"""Quickstart: a procedural scene, a nerfacto teacher, r2l and mobile-r2l students, one picture and one table."""
 
 from __future__ import annotations
 
@@ -28,6 +28,7 @@ from rich.table import Table
 from torch import Tensor
 
 from r2l_nerfstudio.console import progress_bar
+from r2l_nerfstudio.disk import write_atomically
 from r2l_nerfstudio.distillation.pose_sampling import PoseSamplerConfig
 from r2l_nerfstudio.errors import command_line
 from r2l_nerfstudio.lpips import without_lpips
@@ -52,19 +53,19 @@ STUDENTS = {"R2L student": "r2l-lite", "MobileR2L student": "mobile-r2l-lite"}
 
 @dataclass(frozen=True)
 class Sizes:
-    """How much of everything."""
+    """Sizes of everything that the quickstart makes."""
 
     image: int = 160
-    """Width and height of the photographs, pixels."""
+    """Width and height of the photos in pixels."""
     train_views: int = 60
     test_views: int = 6
     teacher_iterations: int = 2800
     teacher_rays: int = 256
-    """Per iteration: many small steps learn more per second on two cores than few large ones."""
+    """Rays per iteration: on two cores many small steps learn more per second than few large ones."""
     width: int = 128
-    """Of both students."""
+    """Width of both students' networks."""
     grid_points: int = 200_000
-    """With features, at most."""
+    """Grid points with features, at most."""
     r2l_iterations: int = 3000
     r2l_rays: int = 2048
     r2l_depth: int = 6
@@ -74,9 +75,9 @@ class Sizes:
     ring_views: int = 70
     """Teacher views to learn from."""
     real_iterations: int = 150
-    """The last iterations, with photographs."""
+    """Length of the photo stage in iterations."""
     unseen_views: int = 12
-    """Poses for the figures, drawn anew from the band; no training saw them."""
+    """Cameras for the figures, sampled anew from the band; no training used them."""
     picture_rows: int = 4
 
 
@@ -104,19 +105,20 @@ FAST = Sizes(
 
 @dataclass
 class Quickstart:
-    """Write a capture of a small scene, train a teacher on it, distil two students, and compare all with the truth.
+    """Write a capture of a small scene, train a teacher on it, distil two students, and compare all with the ground
+    truth.
 
-    Finished stages are found again and kept. Runs on CUDA if there is any, else on the CPU.
+    Finished stages are kept. Runs on CUDA if available, else on the CPU.
     """
 
     folder: Path = Path("quickstart")
-    """Where everything goes."""
+    """Folder to write to."""
     force: bool = False
-    """Do every stage again. Earlier runs stay where they are; picture and table are replaced."""
+    """Repeat every stage. Earlier runs are kept; picture and table are replaced."""
     fast: bool = False
-    """A miniature of it all, in FOLDER/fast: shows in a minute that everything works, and nothing about quality."""
+    """Run a miniature in FOLDER/fast: it shows in a minute that everything works, and says nothing about quality."""
     seed: int = 0
-    """Of cameras and weights."""
+    """Seed of cameras and weights."""
 
     def main(self) -> None:
         """Run all stages.
@@ -161,7 +163,7 @@ class Quickstart:
 
 
 class Stages:
-    """What is finished in a folder, kept in its `stages.json`: a stage of the same settings is not done twice."""
+    """Finished stages of a folder, recorded in its `stages.json`: a stage is not repeated with the same settings."""
 
     def __init__(self, root: Path, force: bool) -> None:
         self.path = root / "stages.json"
@@ -172,14 +174,14 @@ class Stages:
             try:
                 self.done = json.loads(self.path.read_text(encoding="utf-8"))
             except ValueError:
-                CONSOLE.print(f"[yellow]{self.path} cannot be read: every stage is done again.")
+                CONSOLE.print(f"[yellow]{self.path} cannot be read: repeating every stage.")
 
     def run(self, name: str, key: str, work: Callable[[], Path]) -> Path:
-        """Do a stage, or find it done.
+        """Run a stage unless it is finished.
 
         Args:
             name: heading.
-            key: of its settings and of those of the stages before it.
+            key: of its settings and those of the stages before it.
             work: does it and returns the file that shows it is finished.
         """
         CONSOLE.rule(f"[bold]{name}", align="left")
@@ -193,15 +195,12 @@ class Stages:
         self.seconds[name] = round(time.perf_counter() - start, 1)
         CONSOLE.print(f"{name}: {self.seconds[name]:.0f} s.")
         self.done[name] = {"key": key, "result": str(result), "seconds": self.seconds[name]}
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        partial = self.path.with_suffix(".json.partial")
-        partial.write_text(json.dumps(self.done, indent=2) + "\n", encoding="utf-8")
-        os.replace(partial, self.path)
+        write_atomically(self.path, json.dumps(self.done, indent=2) + "\n")
         return result
 
 
 def photograph(folder: Path, sizes: Sizes, seed: int, overwrite: bool) -> Path:
-    """The capture's transforms.json; see `write_capture`."""
+    """Write the capture and return its transforms.json; see `write_capture`."""
     with progress_bar() as bar:
         task = bar.add_task("Ray tracing", total=sizes.train_views + sizes.test_views)
         write_capture(
@@ -217,7 +216,8 @@ def photograph(folder: Path, sizes: Sizes, seed: int, overwrite: bool) -> Path:
 
 
 def teacher_config(capture: Path, output_dir: Path, sizes: Sizes, device: Device, seed: int) -> TrainerConfig:
-    """Nerfacto for this scene. All cameras lie on the unit sphere of its frame, the object in the middle third."""
+    """Return the configuration of a nerfacto for this scene. All cameras are on the unit sphere of its frame, the
+    object in the middle third."""
     scale = 1 / RADIUS
     config = small_nerfacto(
         NerfstudioDataParserConfig(
@@ -238,7 +238,7 @@ def teacher_config(capture: Path, output_dir: Path, sizes: Sizes, device: Device
     model = cast("NerfactoModelConfig", config.pipeline.model)
     datamanager.train_num_rays_per_batch = datamanager.eval_num_rays_per_batch = sizes.teacher_rays
     model.num_levels, model.log2_hashmap_size, model.base_res, model.max_res = 3, 15, 16, 128
-    # Few samples: the object fills the range, and each view the student learns from costs this much.
+    # Few samples suffice for an object that fills the range, and they decide the time per teacher view.
     model.num_proposal_samples_per_ray, model.num_nerf_samples_per_ray = (32,), 12
     model.proposal_net_args_list = [
         {"hidden_dim": 16, "log2_hashmap_size": 14, "num_levels": 2, "max_res": 48, "use_linear": False}
@@ -250,7 +250,7 @@ def teacher_config(capture: Path, output_dir: Path, sizes: Sizes, device: Device
 
 
 def student_config(method: str, teacher: Path, root: Path, sizes: Sizes, device: Device, seed: int) -> TrainerConfig:
-    """What `ns-train METHOD --teacher …` builds, sized for two cores."""
+    """Return what `ns-train METHOD --teacher …` builds, sized for two cores."""
     from r2l_nerfstudio import method_configs
 
     config = copy.deepcopy(getattr(method_configs, method.replace("-", "_")).config)
@@ -270,14 +270,14 @@ def student_config(method: str, teacher: Path, root: Path, sizes: Sizes, device:
     quieten(config, device, seed)
     datamanager.num_views = sizes.ring_views
     datamanager.real_iterations = sizes.real_iterations
-    # Both learn from the same views: what the teacher has rendered for the one, the other finds.
+    # Both students learn from the same views: the second one finds those rendered for the first.
     datamanager.pose_sampler = PoseSamplerConfig(focal_range=(1.0, 1.0))
     datamanager.cache_dir = root / "teacher_views"
     return config
 
 
 def train_in_one_thread(config: TrainerConfig) -> Path:
-    """As `train`. The teacher's tensors are so small that a second thread waits more than it works."""
+    """Train as `train`, on one thread: the teacher's tensors are too small for a second one to help."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -287,7 +287,8 @@ def train_in_one_thread(config: TrainerConfig) -> Path:
 
 
 def quieten(config: TrainerConfig, device: Device, seed: int) -> None:
-    """No viewer, no table of iterations: the progress bar says it all. Checkpoints at the end alone."""
+    """Remove the viewer and the table of iterations, which the progress bar replaces; save a checkpoint at the end
+    only."""
     config.machine.device_type = device
     config.machine.seed = seed
     config.vis = "tensorboard"
@@ -298,7 +299,7 @@ def quieten(config: TrainerConfig, device: Device, seed: int) -> None:
 
 
 def train(config: TrainerConfig) -> Path:
-    """Train as `ns-train` does, with a progress bar.
+    """Train as `ns-train` does, with a progress bar, and return the run's config.yml.
 
     Returns:
         The run's config.yml.
@@ -326,24 +327,25 @@ def train(config: TrainerConfig) -> Path:
             )
             trainer.train()
         if getattr(getattr(trainer, "progress", None), "stopped", False):
-            raise KeyboardInterrupt  # the student is saved, but its stage is not done
+            raise KeyboardInterrupt  # The student is saved, but its stage is not done.
     finally:
-        writer.EVENT_WRITERS.clear()  # else the next run of this process would be logged into this one's folder as well
+        # Without this the next run of this process would also be logged into this run's folder.
+        writer.EVENT_WRITERS.clear()
     return config.get_base_dir() / "config.yml"
 
 
 @torch.no_grad()
 def evaluate(root: Path, teacher_path: Path, students: dict[str, Path], sizes: Sizes) -> Path:
-    """Figures and picture of students, teacher and truth at poses that no training saw.
+    """Measure students and teacher against the ground truth at cameras that no training used, and draw the picture.
 
     Returns:
-        The figures' file, result.json; result.png lies beside it.
+        The figures' file, result.json; result.png is beside it.
     """
     from nerfstudio.utils.eval_utils import eval_setup
 
     from r2l_nerfstudio.teacher import Teacher
 
-    # Through Nerfstudio's own door: what is judged is the saved runs, not what happens to be in memory.
+    # Through Nerfstudio's own loader: the saved runs are measured, not the models in memory.
     models = {name: eval_setup(path, test_mode="inference")[1].model for name, path in students.items()}
     device = next(iter(models.values())).device
     teacher = Teacher.load(teacher_path, device=device)
@@ -360,7 +362,7 @@ def evaluate(root: Path, teacher_path: Path, students: dict[str, Path], sizes: S
     scores: dict[str, dict[str, list[float]]] = {name: defaultdict(list) for name in render}
     rows: list[tuple[str, list[Tensor]]] = []
     with progress_bar() as bar:
-        for index in bar.track(range(sizes.unseen_views), description="Unseen poses"):
+        for index in bar.track(range(sizes.unseen_views), description="Unseen cameras"):
             truth = scene.render(world[index]).rgb
             images = {}
             for name, view in render.items():
@@ -381,7 +383,7 @@ def evaluate(root: Path, teacher_path: Path, students: dict[str, Path], sizes: S
         "image_size": sizes.image,
         "methods": {
             name: {
-                # The first frame pays for warming up, so the middle one speaks for the speed.
+                # The first frame includes warm-up; the median is representative.
                 **{
                     key: round(sorted(v)[len(v) // 2] if key == "seconds" else sum(v) / len(v), 4)
                     for key, v in score.items()
@@ -399,9 +401,16 @@ def evaluate(root: Path, teacher_path: Path, students: dict[str, Path], sizes: S
 
 
 def report(root: Path, seconds: dict[str, float]) -> None:
-    """Print the table, and write it to result.md."""
+    """Print the table and write it to result.md."""
     figures = json.loads((root / "result.json").read_text(encoding="utf-8"))
-    titles = ["", "PSNR against truth", "SSIM against truth", "PSNR against teacher", "seconds a frame", "parameters"]
+    titles = [
+        "",
+        "PSNR against ground truth",
+        "SSIM against ground truth",
+        "PSNR against teacher",
+        "seconds per frame",
+        "parameters",
+    ]
     lines = []
     for name, score in figures["methods"].items():
         against = score.get("psnr_against_teacher")
@@ -416,7 +425,7 @@ def report(root: Path, seconds: dict[str, float]) -> None:
             ]
         )
     size = figures["image_size"]
-    caption = f"{figures['unseen_poses']} poses that no training saw, {size} x {size} pixels"
+    caption = f"{figures['unseen_poses']} cameras that no training used, {size} x {size} pixels"
     times = ", ".join(f"{name.lower()} {value:.0f} s" for name, value in seconds.items())
     times += f"; {sum(seconds.values()) / 60:.1f} minutes in all"
     table = Table(*titles, title=caption)
@@ -430,30 +439,31 @@ def report(root: Path, seconds: dict[str, float]) -> None:
 
 
 def digest(*settings: Any) -> str:
-    """A short key for a stage's settings."""
+    """Return a short key for a stage's settings."""
     return hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:16]
 
 
 def show(line: str) -> None:
-    """Print a line as it is: a path or a command that wraps cannot be copied."""
+    """Print a line without wrapping it, so that paths and commands can be copied."""
     CONSOLE.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 def shown(path: Path) -> Path:
-    """The path from the current folder, if it lies below it."""
+    """Return the path relative to the current folder if it is inside it."""
     path = path.absolute()
     return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
 
 
 def command(name: str) -> str:
-    """How a command of this environment is called from the current shell, whether or not the environment is active."""
+    """Return how to call a command of this environment from the current shell, whether or not the environment is
+    active."""
     here = Path(sys.executable).parent / name
     found = shutil.which(name)
     return name if found is not None and Path(found).absolute() == here.absolute() else str(shown(here))
 
 
 def main() -> None:
-    """Console entry point `r2l-quickstart`."""
+    """Run `r2l-quickstart`."""
     with command_line():
         tyro.cli(Quickstart, prog="r2l-quickstart", description=__doc__).main()
 

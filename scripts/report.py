@@ -21,13 +21,13 @@ class Report:
     """Quality against photos and against the teacher, worst views, stability, frame times by engine, and sizes."""
 
     run: tyro.conf.Positional[Path]
-    """The student's run: its config.yml, or its folder."""
+    """The student's run: its config.yml or folder."""
     output: Path | None = None
     """Folder for report.json, report.md and report.html; `report` in the run's folder by default."""
     data: Path | None = None
-    """Where the student's capture is now; where it was in training, by default."""
+    """The capture's location, if it has moved since training."""
     teacher: Path | None = None
-    """The teacher's run; the one that the student was distilled from, by default."""
+    """The teacher's run, if it has moved since training."""
     test_views: int = 25
     """Photos of the test split to measure at most, evenly spaced."""
     unseen_cameras: int = 8
@@ -36,7 +36,7 @@ class Report:
     """Engines whose frame times are measured; those that cannot run here are listed with the reason."""
 
     def main(self) -> None:
-        """Measure, and write the report.
+        """Measure the student and write the report.
 
         Raises:
             InputError: a number is out of range, or the run, its capture or its teacher cannot be read.
@@ -57,7 +57,7 @@ class Report:
 
 
 def main() -> None:
-    """Console entry point `r2l-report`."""
+    """Run `r2l-report`."""
     with exit_on_input_error():
         tyro.cli(Report, prog="r2l-report", description=__doc__).main()
 

@@ -1,4 +1,4 @@
-"""Nerfacto shrunk until two CPU cores train it in minutes: the teacher of the benchmark."""
+"""A nerfacto small enough to train on two CPU cores in minutes: the teacher of the benchmarks."""
 
 from __future__ import annotations
 
@@ -22,15 +22,16 @@ def small_nerfacto(
     camera_res_scale_factor: float = 1.0,
     optimize_cameras: bool = False,
 ) -> TrainerConfig:
-    """Nerfstudio's own nerfacto with smaller grids, fewer samples and its plain torch implementation.
+    """Return the configuration of Nerfstudio's nerfacto with smaller grids, fewer samples and its PyTorch
+    implementation.
 
     Args:
         dataparser: the capture; its `data` is set.
-        output_dir: where runs go.
-        iterations: of 1024 rays.
+        output_dir: folder of all runs.
+        iterations: number of iterations, of 1024 rays each.
         object_range: nearest and farthest distance of an object before white, in the dataparser's unit; None for a
             capture with surroundings, which nerfacto contracts.
-        camera_res_scale_factor: resolution of the photographs to learn from, as a share of theirs.
+        camera_res_scale_factor: resolution of the photos, as a share of the original.
         optimize_cameras: correct the training poses, as nerfacto does by default.
 
     Returns:

@@ -1,4 +1,5 @@
-"""Nerfstudio's viewer on a trained student, from its run's folder only: no capture, no teacher, no code of the run's."""
+"""Nerfstudio's viewer on a trained student: needs only its run's folder, not the capture or the teacher, and runs no
+code from it."""
 
 from __future__ import annotations
 
@@ -19,7 +20,7 @@ from nerfstudio.utils.rich_utils import CONSOLE
 from nerfstudio.viewer.viewer import VISER_NERFSTUDIO_SCALE_RATIO, Viewer
 from viser import CameraHandle
 
-from r2l_nerfstudio.engines.switch import EngineChoice
+from r2l_nerfstudio.engines.switch import EngineOption
 from r2l_nerfstudio.errors import InputError, command_line
 from r2l_nerfstudio.ranges import IntRange
 from r2l_nerfstudio.run_config import resolve_run
@@ -31,15 +32,15 @@ class View:
     """Show a trained student in Nerfstudio's viewer, without the capture that it was trained on."""
 
     run: tyro.conf.Positional[Path]
-    """The student's run: its config.yml, or its folder."""
+    """The student's run: its config.yml or folder."""
     host: str = "127.0.0.1"
-    """Address to listen on. The default is this machine only; 0.0.0.0 lets everyone on its networks connect."""
+    """Address to listen on; the default is this machine only, 0.0.0.0 lets everyone on its networks connect."""
     port: Annotated[int, IntRange(1, 65535)] | None = None
-    """Port to listen on; the first free one from 7007 on by default."""
+    """Port to listen on; by default the first free one from 7007."""
     step: Annotated[int, IntRange(0)] | None = None
-    """Training step of the checkpoint; the run's own choice, or the newest, by default."""
-    engine: EngineChoice = "auto"
-    """What runs the network."""
+    """Training step of the checkpoint; by default the run's `load_step`, or the newest."""
+    engine: EngineOption = "auto"
+    """Engine that runs the network."""
 
     def main(self) -> None:
         """Load the student and show it until interrupted."""
@@ -56,10 +57,10 @@ class View:
 
 
 class StudentPipeline(torch.nn.Module):
-    """What Nerfstudio's viewer reads of a pipeline.
+    """The part of a pipeline that Nerfstudio's viewer reads.
 
     Args:
-        student: to show.
+        student: the student to show.
     """
 
     def __init__(self, student: Student) -> None:
@@ -72,16 +73,16 @@ def start_viewer(student: Student, run: Path, host: str = "127.0.0.1", port: int
     """Start Nerfstudio's viewer on a student.
 
     Args:
-        student: to show.
+        student: the student to show.
         run: its run, which the viewer's panels name in the commands they suggest.
         host: address to listen on.
-        port: to listen on; a free one when None.
+        port: port to listen on; None for a free one.
 
     Raises:
-        InputError: the host is empty or none of this machine's.
+        InputError: the host is empty or not an address of this machine.
     """
     if not host.strip():
-        raise InputError('--host "" would listen on every network: name an address, 127.0.0.1 for this machine only.')
+        raise InputError('--host "" would listen on every network: give an address; 127.0.0.1 is this machine only.')
     folder = resolve_run(run).parent
     config = ViewerConfig(websocket_host=host, websocket_port=port, default_composite_depth=False)
     try:
@@ -94,8 +95,8 @@ def start_viewer(student: Student, run: Path, host: str = "127.0.0.1", port: int
         )
     except OSError as error:
         raise InputError(
-            f"The viewer cannot listen on --host {host} --port {port} ({error}): choose another port, or 127.0.0.1 for this"
-            " machine only."
+            f"The viewer cannot listen on --host {host} --port {port} ({error}): choose another port, or 127.0.0.1"
+            " for this machine only."
         ) from error
     logging = LoggingConfig()
     logging.local_writer.enable = False
@@ -107,7 +108,7 @@ def start_viewer(student: Student, run: Path, host: str = "127.0.0.1", port: int
 
 
 def _place(camera: CameraHandle, student: Student) -> None:
-    """Begin outside a bounded object, or in the middle of any other scene."""
+    """Start outside a bounded object, or in the middle of any other scene."""
     code = student.model.ray_code
     center, radius = code.center.cpu().double(), float(code.radius)
     direction = torch.tensor([1.0, 0.0, 0.4], dtype=torch.float64)
@@ -118,7 +119,7 @@ def _place(camera: CameraHandle, student: Student) -> None:
 
 
 def main() -> None:
-    """Console entry point `r2l-view`."""
+    """Run `r2l-view`."""
     with command_line():
         tyro.cli(View, description=__doc__, prog="r2l-view").main()
 

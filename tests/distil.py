@@ -52,8 +52,13 @@ def student_config(
     from nerfstudio.configs.method_configs import all_methods
 
     config = copy.deepcopy(all_methods[method])
+    return shrunk(config, method, **{"teacher": teacher, "output_dir": output, **overrides})
+
+
+def shrunk(config: DistillationTrainerConfig, method: str, **overrides: Any) -> DistillationTrainerConfig:
+    """A method's configuration, made tiny in place."""
     tiny = {**TINY_STUDENT, **TINY_NETWORK[method.partition("-")[0]]}
-    for name, value in {"teacher": teacher, "output_dir": output, **tiny, **overrides}.items():
+    for name, value in {**tiny, **overrides}.items():
         *parents, field = name.split(".")
         holder = config
         for parent in parents:

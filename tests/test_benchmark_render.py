@@ -36,7 +36,7 @@ def test_a_student_draws_the_frame_it_is_asked_for_without_resampling(method: st
     if method == "r2l-lite":
         # Those that meet the scene's ball.
         origins, directions = (rays.reshape(-1, 3) for rays in camera_rays(camera, torch.device("cpu")))
-        _, is_empty = model.composited.composited(origins, directions)
+        _, is_empty = model.composited.composited(model.composited.span(origins[:, None], directions[:, None]))
         assert len(read) == int((~is_empty).sum()) > SIDE**2 / 4
     else:
         assert read.shape[-2:] == (SIDE // model.factor + 2 * MARGIN,) * 2

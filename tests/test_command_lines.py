@@ -16,9 +16,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from nerfstudio.configs.method_configs import all_methods
 
+from r2l_nerfstudio.atomic_output import atomic_files
 from r2l_nerfstudio.errors import InputError, command_line
 from r2l_nerfstudio.export import onnx_file
-from r2l_nerfstudio.export.whole_files import whole_files
 from r2l_nerfstudio.scripts import export, view
 
 EXAMPLES = int(os.environ.get("R2L_PROPERTY_EXAMPLES", "25"))
@@ -179,7 +179,7 @@ def test_export(student: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.chdir(tmp_path)
 
     def written(student, spec, output, overwrite):
-        with whole_files(output, overwrite):
+        with atomic_files(output, overwrite):
             raise InputError("as far as this test goes")
 
     monkeypatch.setattr(onnx_file, "export_onnx", written)

@@ -18,7 +18,7 @@ from r2l_nerfstudio.distillation.pose_sampling import CaptureCameras, look_along
 from r2l_nerfstudio.distillation.scene_occupancy import SceneOccupancy
 from r2l_nerfstudio.export.graph import GraphSpec
 from r2l_nerfstudio.export.onnx_file import export_onnx
-from r2l_nerfstudio.models.composited_encoding import CompositedEncoding, CompositedSettings
+from r2l_nerfstudio.models.composited_encoding import CompositedEncoding, CompositedSettings, RaySpan
 from r2l_nerfstudio.rays.occupancy import OccupancyGrid, grid_point_index
 from r2l_nerfstudio.rays.pinhole import image_rays
 from r2l_nerfstudio.rays.placement import place_samples
@@ -57,11 +57,21 @@ def rays(number: int = 1500) -> tuple[Tensor, Tensor]:
     return origins, torch.nn.functional.normalize(directions, dim=-1)
 
 
+def span_of(made: CompositedEncoding, origins: torch.Tensor, directions: torch.Tensor, group: int = 1) -> RaySpan:
+    """Rays in groups: of more than one, each with its own small turn of the group's first ray."""
+    origins, directions = origins[:, None], directions[:, None]
+    turns = 0.01 * torch.randn(len(origins), group, 3, generator=torch.Generator().manual_seed(1))
+    turns[:, 0] = 0.0
+    directions = torch.nn.functional.normalize(directions + turns, dim=-1)
+    return made.span(origins, directions)
+
+
+@pytest.mark.parametrize("group", [1, 4])
 @pytest.mark.parametrize(("spacing", "warp"), KINDS)
-def test_kernels_of_the_cpu_are_what_torch_computes(spacing: str, warp: str) -> None:
+def test_kernels_of_the_cpu_are_what_torch_computes(spacing: str, warp: str, group: int) -> None:
     made = encoding(spacing, warp)
-    span = made.span(*rays())
-    found, is_empty = made.composited(*rays())
+    span = span_of(made, *rays(), group)
+    found, is_empty = made.composited(span)
     reference, reference_empty = made.in_torch(span, False, made.settings.samples)
     assert torch.equal(is_empty, reference_empty)
     if warp != "contracted":  # there something is always in sight
@@ -73,14 +83,17 @@ def test_kernels_of_the_cpu_are_what_torch_computes(spacing: str, warp: str) -> 
         assert float(((ours - theirs).abs().amax(-1) > 1e-4).float().mean()) < 0.01
 
 
+@pytest.mark.parametrize("group", [1, 4])
 @pytest.mark.parametrize(("spacing", "warp"), KINDS)
-def test_gradients_of_the_kernels_are_those_of_torch(spacing: str, warp: str) -> None:
+def test_gradients_of_the_kernels_are_those_of_torch(spacing: str, warp: str, group: int) -> None:
     made = encoding(spacing, warp)
-    weights = torch.randn(len(rays()[0]), made.settings.channels + 5, generator=torch.Generator().manual_seed(2))
+    weights = torch.randn(
+        group * len(rays()[0]), made.settings.channels + 5, generator=torch.Generator().manual_seed(2)
+    )
     gradients = []
-    for compute in (lambda: made.composited(*rays())[0], lambda: made.in_torch(made.span(*rays()), False, 24)[0]):
+    for compute in (made.composited, lambda span: made.in_torch(span, False, 24)):
         made.volume.rows.grad = None
-        (torch.cat(compute(), dim=-1) * weights).sum().backward()
+        (torch.cat(compute(span_of(made, *rays(), group))[0], dim=-1) * weights).sum().backward()
         gradients.append(made.volume.rows.grad.clone())
     ours, theirs = gradients
     assert theirs.abs().sum() > 0 and not ours[0].any() and not theirs[0].any()
@@ -89,27 +102,35 @@ def test_gradients_of_the_kernels_are_those_of_torch(spacing: str, warp: str) ->
 
 def test_sample_points_lie_in_occupied_cells_only() -> None:
     made = encoding("sphere", "ball")
-    span = made.span(*rays())
+    span = span_of(made, *rays())
     placed = place_samples(
-        made.occupancy, span.start, span.step, made.middles(), 24, torch.tensor([40.0, 40.0, 40.0]), jitter=True
+        made.occupancy,
+        span.lead_start,
+        span.lead_step,
+        made.middles(),
+        24,
+        torch.tensor([40.0, 40.0, 40.0]),
+        jitter=True,
     )
     met = ~placed.is_empty
-    points = made.occupancy.scene(span.start[met, None] + placed.fractions[met, :, None] * span.step[met, None])
+    points = made.occupancy.scene(
+        span.lead_start[met, None] + placed.fractions[met, :, None] * span.lead_step[met, None]
+    )
     # Bins are as wide as cells: a point may lie just beyond the cell at its bin's middle.
     assert float(made.occupancy(points).mean()) > 0.9
     assert bool((placed.fractions[met].diff(dim=-1) >= -1e-6).all())
-    again = place_samples(made.occupancy, span.start, span.step, made.middles(), 24, torch.ones(3))
-    twice = place_samples(made.occupancy, span.start, span.step, made.middles(), 24, torch.ones(3))
+    again = place_samples(made.occupancy, span.lead_start, span.lead_step, made.middles(), 24, torch.ones(3))
+    twice = place_samples(made.occupancy, span.lead_start, span.lead_step, made.middles(), 24, torch.ones(3))
     assert torch.equal(again.fractions, twice.fractions)
 
 
 def test_rays_from_inside_the_scene_and_poses_that_are_not_numbers() -> None:
     made = encoding("sphere", "ball")
     origins, directions = rays(64)
-    found, is_empty = made.composited(torch.zeros_like(origins), directions)
+    found, is_empty = made.composited(span_of(made, torch.zeros_like(origins), directions))
     assert not is_empty.all() and all(part.isfinite().all() for part in found)
     origins[:8] = torch.nan
-    found, _ = made.composited(origins, directions)
+    found, _ = made.composited(span_of(made, origins, directions))
     assert all(part[8:].isfinite().all() for part in found)
 
 
@@ -205,7 +226,7 @@ def test_depth_that_is_wrong_costs_no_picture() -> None:
     for view in range(len(ring)):
         origins, directions = image_rays(ring.camera_to_worlds[view], ring.intrinsics[view], ring.height, ring.width)
         seen = ring.pixels[view, ..., 3] > 128
-        _, is_empty = made.composited(origins[seen], directions[seen])
+        _, is_empty = made.composited(span_of(made, origins[seen], directions[seen]))
         assert not is_empty.any()
 
 
@@ -303,3 +324,20 @@ def test_students_trained_before_still_open_draw_and_export(name: str, tmp_path:
         for output, value in kept.items():
             np.testing.assert_allclose(found[output], value, atol=2e-3)
     assert export_onnx(student, GraphSpec("camera", "fp32", 27, 18), tmp_path / "student.onnx") > 100
+
+
+def test_features_in_int8_are_the_same_in_graphs_and_in_judging() -> None:
+    made = encoding("sphere", "ball")
+    span = span_of(made, *rays())
+    graph = made.for_graph(torch.int8)
+    assert graph.volume.rows.dtype == torch.int8
+    before = made.volume.rows.detach().clone()
+    with torch.no_grad(), made.in_int8():
+        ours, _ = made.composited(span)
+    theirs, _ = graph.composited(span)
+    assert torch.equal(made.volume.rows, before)
+    for one, other in zip(ours, theirs, strict=True):
+        assert float((one - other).detach().abs().mean()) < 1e-5
+    full, _ = made.composited(span)
+    apart = (full.features - theirs.features).detach().abs()
+    assert 0 < float(apart.mean()) < 0.05, "int8 is near fp32, and not the same"

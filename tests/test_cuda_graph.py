@@ -16,8 +16,8 @@ from versions import needs_half_on_cpu
 
 from r2l_nerfstudio.engines import torch_engine
 from r2l_nerfstudio.engines.cuda_graph import KEPT, CudaGraphs
-from r2l_nerfstudio.engines.parity import psnr
 from r2l_nerfstudio.engines.torch_engine import TorchEngine
+from r2l_nerfstudio.psnr import psnr
 
 CPU = torch.device("cpu")
 

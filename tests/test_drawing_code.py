@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from r2l_nerfstudio.engines.parity import psnr
 from r2l_nerfstudio.models import drawing_code as drawing_code_module
 from r2l_nerfstudio.models.drawing_code import DrawingCode
+from r2l_nerfstudio.psnr import psnr
 from r2l_nerfstudio.rays.pinhole import image_rays
 from r2l_nerfstudio.rays.ray_code import RayCode
 from r2l_nerfstudio.rays.spacing import SceneBounds

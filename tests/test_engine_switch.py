@@ -17,12 +17,12 @@ import torch
 from networks import code, network
 from torch import Tensor, nn
 
+from r2l_nerfstudio.disk import write_atomically
 from r2l_nerfstudio.engines import cache as cache_module
-from r2l_nerfstudio.engines import choice as choice_module
+from r2l_nerfstudio.engines import selection as selection_module
 from r2l_nerfstudio.engines import switch as switch_module
-from r2l_nerfstudio.engines.cache import write_atomically
-from r2l_nerfstudio.engines.choice import Candidate, Choice, Task, candidates, choose
-from r2l_nerfstudio.engines.protocol import Order
+from r2l_nerfstudio.engines.protocol import BuildSpec
+from r2l_nerfstudio.engines.selection import Candidate, Selection, SelectionJob, candidates, select_engine
 from r2l_nerfstudio.engines.switch import EngineSwitch
 from r2l_nerfstudio.errors import InputError
 
@@ -56,7 +56,7 @@ class Fake:
     def why_not(self, device: torch.device, precision: str) -> str | None:
         return self.reason
 
-    def build(self, order: Order) -> Fake:
+    def build(self, order: BuildSpec) -> Fake:
         self.builds += 1
         if self.may_build is not None:
             assert self.may_build.wait(60)
@@ -83,11 +83,11 @@ def engines(monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict[str, Fake]]:
     monkeypatch.setattr(switch_module, "SECONDS_AT_REST", 0.02)
     monkeypatch.setattr(switch_module, "SECONDS_AT_REST_AFTER_TRAINING", 0.2)
     monkeypatch.setattr(switch_module, "_SECONDS_BETWEEN_LOOKS", 0.01)
-    monkeypatch.setattr(choice_module, "SECONDS_PER_TIMING", 0.01)
+    monkeypatch.setattr(selection_module, "SECONDS_PER_TIMING", 0.01)
 
     def put(*fakes: Fake) -> dict[str, Fake]:
         by_name = {fake.name: fake for fake in fakes}
-        monkeypatch.setattr(choice_module, "engine_module", by_name.__getitem__)
+        monkeypatch.setattr(selection_module, "engine_module", by_name.__getitem__)
         monkeypatch.setattr(switch_module, "engine_module", by_name.__getitem__)
         wanted = [Candidate(fake.name, fake.precision) for fake in fakes]
         monkeypatch.setattr(switch_module, "candidates", lambda device, is_exact: wanted)
@@ -96,8 +96,8 @@ def engines(monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict[str, Fake]]:
     return put
 
 
-def task(folder: Path | None = None, net: nn.Module | None = None) -> Task:
-    return Task(net or network("r2l"), CPU, code("r2l", 50), (50, 40), folder)
+def job(folder: Path | None = None, net: nn.Module | None = None) -> SelectionJob:
+    return SelectionJob(net or network("r2l"), CPU, code("r2l", 50), (50, 40), folder)
 
 
 def wanted(fakes: dict[str, Fake]) -> list[Candidate]:
@@ -111,8 +111,8 @@ def wait_for(condition: Callable[[], bool], seconds: float = 30.0) -> None:
         time.sleep(0.01)
 
 
-def viewing(switch: EngineSwitch) -> switch_module._Lane:
-    return switch._lanes[False]
+def viewing(switch: EngineSwitch) -> switch_module._EngineSlot:
+    return switch._slots[False]
 
 
 def test_the_fastest_that_agrees_is_chosen_and_the_others_are_told(engines: Callable[..., dict[str, Fake]]):
@@ -126,13 +126,13 @@ def test_the_fastest_that_agrees_is_chosen_and_the_others_are_told(engines: Call
         Fake("fast", error=1e-6, seconds=0.001),
         Fake("late", seconds=0.15),
     )
-    chosen = choose(task(), wanted(fakes))
+    chosen = select_engine(job(), wanted(fakes))
     assert chosen.engine is fakes["fast"] and chosen.psnr == pytest.approx(120, abs=1)
     line = chosen.describe()
     assert "\n" not in line and line.startswith("Engine: fast fp32, ") and " ms, 120 dB (" in line
     for part in (
         "wrong fp32: only 60 dB",
-        "nan fp32: values that are not finite",
+        "nan fp32: non-finite values",
         "absent fp32: it needs a GPU",
         "broken fp32: OSError: libfoo.so is missing",
     ):
@@ -143,16 +143,16 @@ def test_the_fastest_that_agrees_is_chosen_and_the_others_are_told(engines: Call
 
 def test_nothing_that_runs_is_no_failure(engines: Callable[..., dict[str, Fake]]):
     fakes = engines(Fake("broken", build_error=RuntimeError("no")))
-    chosen = choose(task(), wanted(fakes))
+    chosen = select_engine(job(), wanted(fakes))
     assert chosen.engine is None and "torch fp32" in chosen.describe() and "RuntimeError: no" in chosen.describe()
 
 
 def test_what_takes_long_to_build_is_tried_only_without_the_others(engines: Callable[..., dict[str, Fake]]):
     fakes = engines(Fake("quick"), Fake("long"))
     order = [Candidate("quick", "fp32"), Candidate("long", "fp32", frozenset({"quick"}))]
-    assert "long fp32: not tried beside quick" in choose(task(), order).describe()
+    assert "long fp32: not tried beside quick" in select_engine(job(), order).describe()
     fakes["quick"].reason = "absent"
-    assert choose(task(), order).engine is fakes["long"]
+    assert select_engine(job(), order).engine is fakes["long"]
 
 
 @pytest.mark.parametrize("is_exact", [True, False])
@@ -165,9 +165,9 @@ def test_precisions_are_those_that_suit(is_exact: bool, monkeypatch: pytest.Monk
 
 def test_the_choice_is_remembered(engines: Callable[..., dict[str, Fake]], tmp_path: Path):
     fakes = engines(Fake("slow", seconds=0.05), Fake("fast", artefact=b"code"))
-    first = choose(task(tmp_path), wanted(fakes))
+    first = select_engine(job(tmp_path), wanted(fakes))
     assert (fakes["slow"].builds, fakes["fast"].builds) == (1, 1)
-    again = choose(task(tmp_path), wanted(fakes))
+    again = select_engine(job(tmp_path), wanted(fakes))
     assert (fakes["slow"].builds, fakes["fast"].builds) == (1, 2)
     assert again.engine is first.engine and "remembered" in again.describe() and "slow fp32: " in again.describe()
 
@@ -177,38 +177,38 @@ def _record(folder: Path) -> Path:
     return file
 
 
-def _other_weights(folder: Path, fakes: dict[str, Fake]) -> Task:
-    return task(folder, network("r2l", seed=9))
+def _other_weights(folder: Path, fakes: dict[str, Fake]) -> SelectionJob:
+    return job(folder, network("r2l", seed=9))
 
 
-def _new_version(folder: Path, fakes: dict[str, Fake]) -> Task:
+def _new_version(folder: Path, fakes: dict[str, Fake]) -> SelectionJob:
     fakes["slow"].release = "2"
-    return task(folder)
+    return job(folder)
 
 
-def _other_device(folder: Path, fakes: dict[str, Fake]) -> Task:
-    return task(folder)
+def _other_device(folder: Path, fakes: dict[str, Fake]) -> SelectionJob:
+    return job(folder)
 
 
-def _torn_record(folder: Path, fakes: dict[str, Fake]) -> Task:
+def _torn_record(folder: Path, fakes: dict[str, Fake]) -> SelectionJob:
     text = _record(folder).read_text()
     _record(folder).write_text(text[: len(text) // 2])
-    return task(folder)
+    return job(folder)
 
 
-def _foreign_record(folder: Path, fakes: dict[str, Fake]) -> Task:
+def _foreign_record(folder: Path, fakes: dict[str, Fake]) -> SelectionJob:
     _record(folder).write_text(json.dumps({"engine": "fast", "precision": 7}))
-    return task(folder)
+    return job(folder)
 
 
-def _list_record(folder: Path, fakes: dict[str, Fake]) -> Task:
+def _list_record(folder: Path, fakes: dict[str, Fake]) -> SelectionJob:
     _record(folder).write_text("[1, 2]")
-    return task(folder)
+    return job(folder)
 
 
-def _now_wrong(folder: Path, fakes: dict[str, Fake]) -> Task:
+def _now_wrong(folder: Path, fakes: dict[str, Fake]) -> SelectionJob:
     fakes["fast"].error = 0.1
-    return task(folder)
+    return job(folder)
 
 
 @pytest.mark.parametrize(
@@ -219,34 +219,21 @@ def test_what_is_remembered_of_something_else_is_chosen_anew(
     spoil: Callable, engines: Callable[..., dict[str, Fake]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     fakes = engines(Fake("slow", seconds=0.05), Fake("fast"))
-    choose(task(tmp_path), wanted(fakes))
+    select_engine(job(tmp_path), wanted(fakes))
     if spoil is _other_device:
         monkeypatch.setattr(cache_module, "device_name", lambda device: "another machine")
-    chosen = choose(spoil(tmp_path, fakes), wanted(fakes))
+    chosen = select_engine(spoil(tmp_path, fakes), wanted(fakes))
     assert fakes["slow"].builds == 2 and "remembered" not in chosen.describe()
     assert chosen.engine is fakes["slow" if spoil is _now_wrong else "fast"]
 
 
 def test_a_broken_artefact_is_built_anew(engines: Callable[..., dict[str, Fake]], tmp_path: Path):
     fakes = engines(Fake("fast", artefact=b"the whole artefact"))
-    choose(task(tmp_path), wanted(fakes))
+    select_engine(job(tmp_path), wanted(fakes))
     (file,) = tmp_path.rglob("artefact")
     file.write_bytes(b"the who")
-    chosen = choose(task(tmp_path), wanted(fakes))
+    chosen = select_engine(job(tmp_path), wanted(fakes))
     assert chosen.engine is fakes["fast"] and file.read_bytes() == b"the whole artefact"
-
-
-def test_a_write_that_fails_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    file = tmp_path / "record"
-    write_atomically(file, b"before")
-
-    def fail(*_):
-        raise OSError("disk full")
-
-    monkeypatch.setattr(cache_module.os, "replace", fail)
-    with pytest.raises(OSError, match="disk full"):
-        write_atomically(file, b"after")
-    assert file.read_bytes() == b"before" and list(tmp_path.iterdir()) == [file]
 
 
 def test_a_folder_that_cannot_be_written_to_costs_the_memory_alone(
@@ -254,7 +241,7 @@ def test_a_folder_that_cannot_be_written_to_costs_the_memory_alone(
 ):
     fakes = engines(Fake("fast"))
     (tmp_path / "file").write_text("in the way")
-    assert choose(task(tmp_path / "file"), wanted(fakes)).engine is fakes["fast"]
+    assert select_engine(job(tmp_path / "file"), wanted(fakes)).engine is fakes["fast"]
 
 
 def test_auto_draws_at_once_and_changes_when_it_is_ready(engines: Callable[..., dict[str, Fake]]):
@@ -273,7 +260,7 @@ def test_auto_draws_at_once_and_changes_when_it_is_ready(engines: Callable[..., 
     wait_for(lambda: viewing(switch).ready is not None and not viewing(switch).lock.locked())
     torch.testing.assert_close(switch(read, is_exact=False), net(read))
     assert switch.newest is fakes["fast"] and switch.describe() == "fast fp32"
-    assert said == [viewing(switch).choice.describe()]
+    assert said == [viewing(switch).selection.describe()]
 
 
 def test_figures_come_from_torch_until_it_has_taken_long(
@@ -288,7 +275,7 @@ def test_figures_come_from_torch_until_it_has_taken_long(
     assert not fakes["fast"].builds
     monkeypatch.setattr(switch_module, "SECONDS_BEFORE_EXACT", 0.0)
     switch(read)
-    wait_for(lambda: switch._lanes[True].ready is not None)
+    wait_for(lambda: switch._slots[True].ready is not None)
     switch(read)
     assert switch.newest is fakes["fast"]
 
@@ -405,7 +392,7 @@ class Interrupter:
 def test_an_interrupt_at_any_line_leaves_no_broken_engine(kind: str, engine: str, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(switch_module, "SECONDS_AT_REST", 0.02)
     monkeypatch.setattr(switch_module, "_SECONDS_BETWEEN_LOOKS", 0.01)
-    monkeypatch.setattr(choice_module, "SECONDS_PER_TIMING", 0.01)
+    monkeypatch.setattr(selection_module, "SECONDS_PER_TIMING", 0.01)
     net = network(kind)
     said: list[str] = []
     switch = EngineSwitch(lambda: net, engine, interrupts=(Interrupt,), say=said.append)
@@ -453,4 +440,4 @@ def test_an_interrupt_at_any_line_leaves_no_broken_engine(kind: str, engine: str
 
 
 def test_describe_without_an_engine():
-    assert "torch fp32" in Choice(others=["openvino bf16: absent"]).describe()
+    assert "torch fp32" in Selection(others=["openvino bf16: absent"]).describe()

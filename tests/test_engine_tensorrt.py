@@ -15,7 +15,7 @@ from student_runs import fill, tiny_mobile_r2l, tiny_r2l
 
 from r2l_nerfstudio.engines import tensorrt, torch_tensorrt
 from r2l_nerfstudio.engines.onnx_graph import INPUT, OUTPUT, network_onnx
-from r2l_nerfstudio.engines.protocol import BrokenEngine, Order
+from r2l_nerfstudio.engines.protocol import BrokenEngine, BuildSpec
 from r2l_nerfstudio.engines.registry import build_engine
 from r2l_nerfstudio.engines.sizes import in_dim
 from r2l_nerfstudio.engines.tensorrt import Shapes, build_plan, find_flavour, usual_shapes
@@ -76,7 +76,7 @@ def test_a_gpu_that_the_installed_flavour_does_not_serve(monkeypatch: pytest.Mon
     monkeypatch.setitem(sys.modules, PROPER, None)
     module, reason = find_flavour((9, 0))
     assert module is None
-    assert "does not serve compute capability 9.0" in reason and "r2l-nerfstudio[tensorrt]" in reason
+    assert "does not support compute capability 9.0" in reason and "r2l-nerfstudio[tensorrt]" in reason
 
 
 def test_a_gpu_that_is_too_old(gpu, monkeypatch: pytest.MonkeyPatch):
@@ -261,8 +261,8 @@ def test_a_plan_that_the_library_does_not_take_is_an_error_and_the_cached_one_go
     monkeypatch.setattr(tensorrt, "usual_shapes", lambda net, device: PLANS["r2l", "static"])
     cached = tmp_path / "tensorrt_rtx-fp16.plan"
     cached.write_bytes(b"of another version")
-    order = Order(wide("r2l"), "fp16", torch.device("cpu"), tmp_path)
-    with pytest.raises(BrokenEngine, match="does not take the plan"):
+    order = BuildSpec(wide("r2l"), "fp16", torch.device("cpu"), tmp_path)
+    with pytest.raises(BrokenEngine, match="rejects the plan"):
         tensorrt.build(order)
     assert cached.stat().st_size > 1000 and [*tmp_path.iterdir()] == [cached]
 

@@ -15,16 +15,13 @@ from versions import needs_ahead_of_time_compiler
 from r2l_nerfstudio.distillation.averaging import WeightAverage
 from r2l_nerfstudio.distillation.optimization import MatrixMuon
 from r2l_nerfstudio.engines import inductor, registry
-from r2l_nerfstudio.engines.parity import psnr
-from r2l_nerfstudio.engines.probe import probe_code
 from r2l_nerfstudio.engines.protocol import ENGINE_NAMES, PARITY_DB, Engine
 from r2l_nerfstudio.engines.registry import build_engine, engine_module
 from r2l_nerfstudio.engines.sizes import from_bucket, in_chunks, to_bucket
 from r2l_nerfstudio.engines.torch_engine import TorchEngine
 from r2l_nerfstudio.engines.weights import FixedNetwork, weights_hash, weights_of, weights_state
 from r2l_nerfstudio.errors import InputError
-from r2l_nerfstudio.rays.ray_code import RayCode
-from r2l_nerfstudio.rays.spacing import SceneBounds
+from r2l_nerfstudio.psnr import psnr
 
 CPU = torch.device("cpu")
 SIZES = {"r2l": [(1,), (700,), (2048,), (4097,)], "mobile-r2l": [(3, 3), (5, 17), (33, 4), (40, 40)]}
@@ -224,26 +221,6 @@ def test_buckets_change_no_pixel_that_is_kept(rows: int, columns: int):
     torch.testing.assert_close(values[..., inner, inner], net(read)[..., inner, inner], atol=1e-6, rtol=0)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("spacing", ["sphere", "disparity"])
-def test_probe_rays_look_at_the_scene(kind: str, spacing: str):
-    ray_code = RayCode("points", 4, 2)
-    ray_code.set_bounds(SceneBounds(spacing, (1.0, 2.0, 3.0), 0.5, 1.0, 3.0), torch.eye(3))
-    seen = {}
-
-    def encode(origins: Tensor, directions: Tensor) -> Tensor:
-        seen.update(origins=origins, directions=directions)
-        return ray_code(origins, directions)
-
-    probe = probe_code(ray_code, encode, network(kind))
-    assert probe.shape[1] == ray_code.dim and probe.isfinite().all()
-    toward = torch.tensor([1.0, 2.0, 3.0]) - seen["origins"]
-    middle = seen["directions"][:, 9, 9]
-    if spacing == "sphere":
-        assert (torch.cosine_similarity(toward[:, 9, 9], middle, dim=-1) > 0.9).all()
-    torch.testing.assert_close(seen["directions"].norm(dim=-1), torch.ones(4, 19, 19))
-
-
 def test_unknown_engine_is_an_error_that_lists_them():
     with pytest.raises(InputError) as caught:
         build_engine("onyx", network("r2l"))
@@ -295,7 +272,7 @@ class _Lying:
         return self.net(read) + self.error
 
 
-@pytest.mark.parametrize(("error", "message"), [(1e-3, "only 60 dB"), (float("nan"), "not finite")])
+@pytest.mark.parametrize(("error", "message"), [(1e-3, "only 60 dB"), (float("nan"), "non-finite")])
 def test_an_engine_that_disagrees_is_not_handed_out(error: float, message: str, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(registry.engine_module("torch"), "build", lambda order: _Lying(error))
     with pytest.raises(InputError, match=message):

@@ -27,10 +27,9 @@ from student_runs import (
 from versions import needs_graph_export
 
 from r2l_nerfstudio import load_student
-from r2l_nerfstudio.engines.parity import psnr
 from r2l_nerfstudio.engines.protocol import BrokenEngine
 from r2l_nerfstudio.errors import InputError
-from r2l_nerfstudio.export import coreml_file, graph, int8, onnx_file, openvino_file, phone, tensorrt_plan
+from r2l_nerfstudio.export import coreml_file, graph, int8, mobile_onnx, onnx_file, openvino_file, tensorrt_plan
 from r2l_nerfstudio.export.comparison import check_export, probe_inputs
 from r2l_nerfstudio.export.coreml_file import export_coreml
 from r2l_nerfstudio.export.gathered_volume import GatheredVolume
@@ -41,6 +40,7 @@ from r2l_nerfstudio.export.onnx_file import export_onnx, run_onnx
 from r2l_nerfstudio.export.openvino_file import export_openvino
 from r2l_nerfstudio.export.plain_network import SigmoidGelu, SubpixelConv
 from r2l_nerfstudio.export.tensorrt_plan import export_plan, export_torch_tensorrt
+from r2l_nerfstudio.psnr import psnr
 from r2l_nerfstudio.run_config import load_run_config
 from r2l_nerfstudio.scripts import export as script
 from r2l_nerfstudio.student import Student
@@ -209,7 +209,7 @@ def test_a_phone_takes_the_network_whole(
     modes = {attribute.s for node in model.graph.node for attribute in node.attribute if attribute.name == "mode"}
     assert modes <= {b"DCR"}
     sizes = [dim.dim_value for value in model.graph.input for dim in value.type.tensor_type.shape.dim]
-    assert min(sizes) > 0 and model.opset_import[0].version == phone.OPSET
+    assert min(sizes) > 0 and model.opset_import[0].version == mobile_onnx.OPSET
 
 
 def test_an_operator_that_phones_lack_is_named(
@@ -265,7 +265,7 @@ def test_int8_is_kept_where_it_costs_little(
     output, size = tmp_path / "student.onnx", ("--width", 27, "--height", 18)
     call(monkeypatch, "onnx", "--load-config", captured, "--output", output, "--precision", "int8", *flags, *size)
     said = " ".join(capsys.readouterr().out.split())
-    assert re.search(r"int8 \(all layers.*\): [\d.]+ dB on 1 held-out training photographs, the student itself", said)
+    assert re.search(r"int8 \(all layers.*\): [\d.]+ dB on 1 held-out training photos, the student itself", said)
     lost = float(re.search(r"(-?[\d.]+) dB lost", said)[1])
     assert lost <= int8.MOST_LOSS
     assert [path.name for path in tmp_path.iterdir()] == [output.name]
@@ -274,6 +274,11 @@ def test_int8_is_kept_where_it_costs_little(
     weights = [tensor for tensor in model.graph.initializer if len(tensor.dims) == 4]
     assert weights and {tensor.data_type for tensor in weights} == {onnx.TensorProto.INT8}
     assert {prop.key: prop.value for prop in model.metadata_props}["precision"] == "int8"
+    if not flags:
+        tables = {
+            tensor.data_type for tensor in model.graph.initializer if len(tensor.dims) == 2 and tensor.dims[1] == 5
+        }
+        assert tables == {onnx.TensorProto.INT8}, "density and features of the grid points"
     student = load_student(captured, device="cpu", engine="torch")
     part = "network" if flags else "whole"
     given, truth = probe_inputs(student, GraphSpec("camera", "fp32", 27, 18, part), 0)
@@ -301,7 +306,7 @@ def test_int8_that_costs_too_much_is_refused(
     with pytest.raises(InputError, match="--part values has no network"):
         export_int8(student, replace(CAMERA, part="values"), output, captured)
     monkeypatch.setattr(int8, "NEEDED_DB", 20.0)
-    with pytest.raises(InputError, match="does not render what torch renders"):
+    with pytest.raises(InputError, match="does not render what PyTorch renders"):
         monkeypatch.setattr(int8, "SANE_DB", 99.0)
         export_int8(student, CAMERA, output, captured)
     with pytest.raises(InputError, match="capture .* cannot be read"):
@@ -335,7 +340,7 @@ def test_core_ml_packages_are_what_was_asked_for(
     monkeypatch.setattr(coreml_file, "RAYS_AT_ONCE", 4 * CAMERA.width)
     monkeypatch.setattr(coreml_file.platform, "system", lambda: "Linux")
     call(monkeypatch, "coreml", output, "--load-config", run(name), "--width", 27, "--height", 18, *arguments)
-    assert "not compared with torch: Core ML runs on a Mac alone" in " ".join(capsys.readouterr().out.split())
+    assert "not compared with PyTorch: Core ML runs on a Mac only" in " ".join(capsys.readouterr().out.split())
     assert [path.name for path in tmp_path.iterdir()] == [output.name]
     found = coremltools.utils.load_spec(str(output))
     assert found.description.metadata.userDefined["factor"] == ("4" if "mobile" in name else "1")
@@ -362,20 +367,20 @@ def test_tells_what_is_wrong_with_a_core_ml_package(
         export_coreml(student("mobile-r2l"), spec, tmp_path / "student.mlmodel")
     (tmp_path / "mine.mlpackage").mkdir()
     (tmp_path / "mine.mlpackage" / "letter.txt").write_text("dear")
-    with pytest.raises(InputError, match="not empty, and holds no Core ML package"):
+    with pytest.raises(InputError, match="not empty and is not a Core ML package"):
         export_coreml(student("mobile-r2l"), spec, tmp_path / "mine.mlpackage", overwrite=True)
     # As on a Mac, where a package gives something else than torch.
     monkeypatch.setattr(coreml_file.platform, "system", lambda: "Darwin")
     _, truth = probe_inputs(student("mobile-r2l"), spec, 0)
     monkeypatch.setattr(coreml_file, "run_coreml", lambda *_: {key: value + 0.1 for key, value in truth.items()})
-    with pytest.raises(InputError, match="does not render what torch renders"):
+    with pytest.raises(InputError, match="does not render what PyTorch renders"):
         export_coreml(student("mobile-r2l"), spec, output)
     # An fp32 network where fp16 was asked for.
     really_build = GraphSpec.build
     monkeypatch.setattr(
         GraphSpec, "build", lambda spec, student: really_build(replace(spec, precision="fp32"), student)
     )
-    with pytest.raises(InputError, match="is not what was asked for: its conv is not in fp16"):
+    with pytest.raises(InputError, match="has the wrong structure: its conv is not in fp16"):
         export_coreml(student("mobile-r2l"), spec, output)
     # An operator of ours that this coremltools does not know.
     registry = pytest.importorskip("coremltools.converters.mil.frontend.torch.torch_op_registry")
@@ -420,7 +425,7 @@ def test_an_export_that_differs_is_not_kept(
     monkeypatch.setattr(module, name, run_badly)
     output = tmp_path / ("student.onnx" if kind == "onnx" else "student.xml")
     output.write_text("an older one")
-    with pytest.raises(InputError, match="does not render what torch renders.*not kept"):
+    with pytest.raises(InputError, match="does not render what PyTorch renders.*not kept"):
         write(student("r2l"), RAYS, output, overwrite=True)
     assert [path.name for path in tmp_path.iterdir()] == [output.name]
     assert output.read_text() == "an older one"
@@ -429,7 +434,7 @@ def test_an_export_that_differs_is_not_kept(
 def test_what_is_there_is_replaced_only_on_request(student: Callable[..., Student], tmp_path: Path) -> None:
     output = tmp_path / "student.onnx"
     output.write_text("mine")
-    with pytest.raises(InputError, match="is there already.*--overwrite"):
+    with pytest.raises(InputError, match="already exists.*--overwrite"):
         export_onnx(student("r2l"), RAYS, output)
     assert output.read_text() == "mine"
     (tmp_path / f".{output.name}.partial").mkdir()  # as a killed export leaves it
@@ -442,11 +447,11 @@ def test_what_is_there_is_replaced_only_on_request(student: Callable[..., Studen
 
 
 def test_tells_what_a_student_cannot_take(student: Callable[..., Student], tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="answers no single rays"):
+    with pytest.raises(InputError, match="no single rays"):
         export_onnx(student("mobile-r2l"), RAYS, tmp_path / "a.onnx")
     with pytest.raises(InputError, match="--width 0"):
         export_onnx(student("r2l"), GraphSpec("camera", "fp32", 0, 4), tmp_path / "a.onnx")
-    with pytest.raises(InputError, match="name the .xml"):
+    with pytest.raises(InputError, match="give the .xml"):
         export_openvino(student("r2l"), RAYS, tmp_path / "a.bin")
     assert not any(tmp_path.iterdir())
 
@@ -481,7 +486,7 @@ def test_tells_what_needs_a_gpu_or_a_library(
     student: Callable[..., Student], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(InputError, match="TensorRT plan is built for the GPU that is there"):
+    with pytest.raises(InputError, match="TensorRT plan is built for the GPU of the machine"):
         export_plan(student("r2l"), RAYS, tmp_path / "student.plan", "tensorrt")
     with pytest.raises(InputError, match="Torch-TensorRT program cannot be built here: it needs an NVIDIA GPU"):
         export_torch_tensorrt(student("r2l"), CAMERA, tmp_path / "student.ep")
@@ -535,7 +540,7 @@ def test_defaults_of_onnx_are_the_documented_ones(
 
     monkeypatch.setattr(onnx_file, "export_onnx", record)
     monkeypatch.setattr(int8, "export_int8", record)
-    monkeypatch.setattr(phone, "phone_verdict", lambda path: "")
+    monkeypatch.setattr(mobile_onnx, "mobile_verdict", lambda path: "")
     monkeypatch.setattr(script, "report", lambda *arguments: None)
     call(monkeypatch, "onnx", "--load-config", run(name), "--output", "student.onnx", *flags)
     (spec,) = asked
@@ -564,7 +569,7 @@ def test_command_line(
     assert (accumulation.name, depth.name) == ("accumulation", "depth")
     with pytest.raises(SystemExit) as caught:
         call(monkeypatch, "onnx", "--load-config", run("mobile-r2l"), "--output", output)
-    assert caught.value.code == 1 and "is there already" in capsys.readouterr().out
+    assert caught.value.code == 1 and "already exists" in capsys.readouterr().out
     with pytest.raises(SystemExit) as caught:
         call(monkeypatch, "onnx", "--load-config", tmp_path / "nowhere", "--output", tmp_path / "a.onnx")
     assert caught.value.code == 1 and "no trained run" in capsys.readouterr().out.replace("\n", " ")

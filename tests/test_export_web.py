@@ -25,8 +25,8 @@ import torch
 from r2l_nerfstudio.distillation.pose_sampling import CaptureCameras, look_along
 from r2l_nerfstudio.errors import InputError
 from r2l_nerfstudio.export import web_runtime, web_server
-from r2l_nerfstudio.export.capture_view import start_pose, view_limits
 from r2l_nerfstudio.export.graph import reduced_frequency_encode
+from r2l_nerfstudio.export.navigation import start_pose, view_limits
 from r2l_nerfstudio.export.web_folder import to_rgb
 from r2l_nerfstudio.export.web_runtime import BACKENDS, fetch_runtime
 from r2l_nerfstudio.export.web_server import WebServer
@@ -120,7 +120,9 @@ def test_the_runtime_is_what_the_page_was_made_for(tmp_path: Path, monkeypatch: 
     assert fetch_runtime() == folder
 
 
-@pytest.mark.parametrize(("has_npm", "said"), [(False, "there is no npm here"), (True, r"npm could not fetch .*E404")])
+@pytest.mark.parametrize(
+    ("has_npm", "said"), [(False, "npm is not installed"), (True, r"npm could not download .*E404")]
+)
 def test_tells_when_npm_cannot(has_npm: bool, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(web_runtime.shutil, "which", lambda name: "npm" if has_npm else None)

@@ -76,7 +76,7 @@ def test_a_fleet_file_gives_typed_settings_and_paths_from_its_own_folder(tmp_pat
     [
         (
             "captures: [a]\nstudents: {m: {minuts: 3}}",
-            "`students.m.minuts` is no setting here. Did you mean `minutes`?",
+            "`students.m.minuts` is not a setting. Did you mean `minutes`?",
         ),
         ("captures: [a]\nteacher: {gpus: many}", r"`teacher.gpus`: .*valid number.*'many'"),
         ("captures: [a]\nteacher: {gpus: -1}", r"`teacher.gpus` must be 0 or more \(got -1"),
@@ -87,8 +87,8 @@ def test_a_fleet_file_gives_typed_settings_and_paths_from_its_own_folder(tmp_pat
         ("captures: [a]\nstudents: {teacher: {}}", "'teacher' cannot name a stage"),
         ("captures: [a]\nteacher: {options: '--load-config evil.yml'}", "--load-config, which r2l-fleet sets itself"),
         ("captures: [a]\nteacher: {options: '--output_dir=/x'}", "--output_dir=/x, which r2l-fleet sets itself"),
-        ('captures: [a]\nteacher: {options: "\'"}', "is no command line"),
-        ("captures: [{path: a, options: {mobil: --x}}]", "'mobil', which is no stage: use one of"),
+        ('captures: [a]\nteacher: {options: "\'"}', "is not a command line"),
+        ("captures: [{path: a, options: {mobil: --x}}]", "'mobil', which is not a stage: use one of"),
         ("captures: []", "has no captures"),
         ("captures: [{name: a}]", "neither `path` nor `teacher`"),
         ("- a", "holds no settings"),
@@ -120,7 +120,7 @@ def test_the_command_line_overrides_the_file_and_a_dry_run_runs_nothing(
     # Two captures of 60 minutes x 1 core, 6 x 4 and 10 x 1.
     assert "At most 0.0 GPU hours and 3.1 core hours" in said
     assert "3 captures, 1 of them unreadable; 6 stages." in said
-    assert "Unreadable: broken:" in said and "is no JSON file" in said
+    assert "Unreadable: broken:" in said and "is not valid JSON" in said
     assert "Disk space: about 1.5 GB" in said
     assert not (tmp_path / "out").exists()
 
@@ -288,7 +288,7 @@ def test_a_fleet_runs_on_remote_captures_and_a_remote_output(tmp_path: Path) -> 
     state = run_fleet(fleet, ThreadCluster())
     assert statuses(state) == {"barn": ["done"] * 4, "broken": [], "church": ["done"] * 4, "empty": []}
     errors = {capture.name: capture.error for capture in state.captures if capture.error}
-    assert "is no JSON file" in errors["broken"] and "lists no frames" in errors["empty"]
+    assert "is not valid JSON" in errors["broken"] and "lists no frames" in errors["empty"]
     found = set(memory.find("/fleet"))
     assert {
         "/fleet/captures/barn/mobile-web/index.html",
@@ -325,7 +325,7 @@ def test_a_fleet_runs_on_remote_captures_and_a_remote_output(tmp_path: Path) -> 
             "out-of-memory",
             "CUDA out of memory",
         ),
-        (1, ["Error: No room on cuda:0 for a training batch: lower --x."], "out-of-memory", "No room on cuda:0"),
+        (1, ["Error: No memory on cuda:0 for a training batch: lower --x."], "out-of-memory", "No memory on cuda:0"),
         (1, ["Error: There is no capture at /x: name it."], "input", "There is no capture at /x: name it"),
         (2, ["Unrecognized options: --max-iterations", "For full helptext, run ns-train"], "input", "--max-iterations"),
         (1, ["Traceback", "FileNotFoundError: images/000.png", ""], "crash", "FileNotFoundError: images/000.png"),

@@ -119,3 +119,12 @@ def test_lpips_of_both_networks_where_their_weights_can_be_loaded(
         assert set(found) == {"psnr", "ssim", "lpips"} and found["lpips"] == pytest.approx(0.1, abs=1e-5)
     assert networks == ["alex", "vgg"]  # tried once each
     assert "Skipping LPIPS (vgg)" in " ".join(capsys.readouterr().out.split())
+
+
+def test_blur_loses_detail_and_edges() -> None:
+    sharp = (torch.rand(40, 48, 1, generator=torch.Generator().manual_seed(0)) > 0.5).float().expand(-1, -1, 3)
+    blurred = torch.nn.functional.avg_pool2d(sharp.permute(2, 0, 1), 3, 1, 1).permute(1, 2, 0)
+    assert metrics.gmsd(sharp, sharp) == pytest.approx(0.0, abs=1e-6)
+    assert metrics.gmsd(blurred, sharp) > 0.05
+    assert metrics.detail_energy(blurred) < 0.3 * metrics.detail_energy(sharp)
+    assert metrics.detail_energy(torch.full((8, 8, 3), 0.4)) == pytest.approx(0.0, abs=1e-9)

@@ -14,6 +14,7 @@ from r2l_nerfstudio.distillation.crops import joined, sample_crops
 from r2l_nerfstudio.distillation.photograph_views import PhotographViews
 from r2l_nerfstudio.errors import InputError
 from r2l_nerfstudio.models.any_camera import render_by_faces
+from r2l_nerfstudio.models.camera_rays import CameraRays
 from r2l_nerfstudio.models.composited_encoding import EncodedRays
 from r2l_nerfstudio.models.mobile_r2l import MAX_CELLS, MobileR2LModel, MobileR2LModelConfig
 from r2l_nerfstudio.rays.pinhole import image_rays
@@ -141,10 +142,10 @@ def of_direction(pose: Tensor, intrinsics: Tensor, height: int, width: int) -> T
 def test_other_lenses_see_every_direction_where_it_is(of: Cameras) -> None:
     rays = of.generate_rays(camera_indices=0, keep_shape=True)
     expected = rays.directions
-    picture = render_by_faces(of, 60.0, of_direction, torch.device("cpu"))
+    picture = render_by_faces(CameraRays(of, torch.device("cpu")), 60.0, of_direction)
     assert picture.shape == expected.shape
     torch.testing.assert_close(torch.nn.functional.normalize(picture, dim=-1), expected, atol=2e-3, rtol=0)
-    where = render_by_faces(of, 60.0, lambda pose, *_: pose[:, 3].expand(*_[1:], 3), torch.device("cpu"))
+    where = render_by_faces(CameraRays(of, torch.device("cpu")), 60.0, lambda pose, *_: pose[:, 3].expand(*_[1:], 3))
     torch.testing.assert_close(where, rays.origins)
     outputs = model().get_outputs_for_camera(of)
     assert outputs["rgb"].shape == expected.shape and outputs["depth"].isfinite().all()
@@ -153,7 +154,7 @@ def test_other_lenses_see_every_direction_where_it_is(of: Cameras) -> None:
 @pytest.mark.parametrize("kind", [CameraType.OMNIDIRECTIONALSTEREO_R, CameraType.ORTHOPHOTO])
 def test_rays_of_many_origins_are_refused(kind: CameraType, capsys: pytest.CaptureFixture) -> None:
     with pytest.raises(InputError, match="r2l student"):
-        render_by_faces(camera(16, 16, kind=kind), 30.0, of_direction, torch.device("cpu"))
+        render_by_faces(CameraRays(camera(16, 16, kind=kind), torch.device("cpu")), 30.0, of_direction)
     with pytest.raises(SystemExit):
         model().get_outputs_for_camera(camera(16, 16, kind=kind))
     assert "Error: " in capsys.readouterr().out

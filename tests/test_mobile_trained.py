@@ -14,9 +14,8 @@ from torch.nn.functional import interpolate
 from versions import needs_half_on_cpu
 
 from r2l_nerfstudio.distillation.crops import sample_crops
-from r2l_nerfstudio.distillation.datamanager import capture_cameras
 from r2l_nerfstudio.distillation.optimization import MuonOptimizerConfig
-from r2l_nerfstudio.distillation.pose_sampling import PoseSampler, PoseSamplerConfig
+from r2l_nerfstudio.distillation.pose_sampling import PoseSampler, PoseSamplerConfig, capture_cameras
 from r2l_nerfstudio.distillation.survey import Survey
 from r2l_nerfstudio.distillation.view_ring import ViewRenderer, ViewRing
 from r2l_nerfstudio.models.metrics import psnr

@@ -141,7 +141,7 @@ def test_photos_that_masks_cover_are_left_out(capture: Path, capsys: pytest.Capt
     photographs = Photographs(dataset, [0, 1, 2], None, WHITE, "cpu")
     assert len(photographs) == 1 and len(photographs.pixels) == 24 * 24
     assert torch.equal(photographs.rays(torch.tensor([0])).origins, dataset.cameras.camera_to_worlds[2:3, :, 3])
-    assert "Leaving out 2 photos" in capsys.readouterr().out
+    assert "Skipping 2 photos" in capsys.readouterr().out
     assert len(Photographs(dataset, [0, 1], None, WHITE, "cpu")) == 0
     views = photograph_views(dataset, [0, 1, 2], INTRINSICS.expand(6, 4), (24, 24), None, WHITE, "cpu")
     assert len(views) == 1 and torch.equal(views.camera_to_worlds[0], dataset.cameras.camera_to_worlds[2])

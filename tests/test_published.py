@@ -18,7 +18,6 @@ from r2l_nerfstudio.distillation.hard_rays import HardRayPool
 from r2l_nerfstudio.distillation.optimization import PublishedSchedulerConfig
 from r2l_nerfstudio.distillation.pose_sampling import CaptureCameras
 from r2l_nerfstudio.distillation.published_scene import scene_of_capture
-from r2l_nerfstudio.engines.parity import psnr
 from r2l_nerfstudio.errors import InputError
 from r2l_nerfstudio.export.comparison import check_export
 from r2l_nerfstudio.export.graph import GraphSpec
@@ -27,6 +26,7 @@ from r2l_nerfstudio.export.openvino_file import export_openvino
 from r2l_nerfstudio.export.web_folder import page_rays, to_rgb
 from r2l_nerfstudio.export.web_graph import WebGraph
 from r2l_nerfstudio.importing.capture_frame import read_frame
+from r2l_nerfstudio.psnr import psnr
 from r2l_nerfstudio.rays.conventions import OURS, RayConventions, ndc_rays
 from r2l_nerfstudio.rays.published import (
     Similarity,
@@ -332,7 +332,7 @@ def test_training_conventions_by_kind_of_capture() -> None:
     bounds = SceneBounds("near-far", (0.0, 0.0, 0.0), 1.0, 0.9, 4.4)
     identity = Outputs(torch.eye(3, 4), 1.0)
     inward = CaptureCameras(around(9), lens.expand(9, 4), 40, 30)
-    scene = scene_of_capture(inward, identity, bounds, is_image=False)
+    scene = scene_of_capture(inward, identity, bounds, reads_ray_image=False)
     assert (scene.near, scene.far) == (2.0, 6.0) and scene.conventions.pixel_offset == 0.0
     assert torch.allclose(torch.tensor(scene.conventions.frame), torch.eye(3, 4), atol=1e-6)
     # The same capture as a dataparser scales it: back to its own coordinates.
@@ -347,10 +347,10 @@ def test_training_conventions_by_kind_of_capture() -> None:
     assert scene.conventions.scale == pytest.approx(4.0, rel=1e-3)
     ahead = torch.from_numpy(mirrored(np.concatenate([np.eye(3), [[0.2], [-0.1], [0.0]]], axis=1))).float()
     forward = CaptureCameras(ahead, lens.expand(5, 4), 40, 30)
-    scene = scene_of_capture(forward, identity, bounds, is_image=True)
+    scene = scene_of_capture(forward, identity, bounds, reads_ray_image=True)
     assert (scene.near, scene.far) == (0.0, 1.0) and scene.conventions.ndc == pytest.approx((2.5, 10 / 3))
     assert scene.conventions.scale == pytest.approx(4 / 3)
-    scene = scene_of_capture(forward, identity, bounds, is_image=False)
+    scene = scene_of_capture(forward, identity, bounds, reads_ray_image=False)
     assert (scene.near, scene.far) == pytest.approx((0.9 * 4 / 3, 4 * 4 / 3)) and scene.conventions.ndc is None
 
 

@@ -25,7 +25,7 @@ def measurements(has_teacher: bool = True) -> Measurements:
     """Three test views, the second one the worst."""
     teacher = {"psnr": 28.0, "ssim": 0.95} if has_teacher else None
     views = [
-        ViewScore(f"photo_{index}.png", {"psnr": psnr, "ssim": 0.9}, teacher, 30.0 if has_teacher else None)
+        ViewScore(f"photo_{index}.png", {"psnr": psnr, "ssim": 0.9}, teacher, 30.0 if has_teacher else None, 0.8)
         for index, psnr in enumerate((25.0, 22.0, 26.5))
     ]
     image = torch.rand(30, 40, 3, generator=torch.Generator().manual_seed(0))
@@ -39,6 +39,7 @@ def measurements(has_teacher: bool = True) -> Measurements:
         teacher={"method": "nerfacto", "iterations": 100, "checkpoint_megabytes": 5.0} if has_teacher else None,
         unseen=UnseenScores(8, 28.0, 25.0, {"0.5": 27.0, "2": 24.0}) if has_teacher else None,
         between_sizes=41.0,
+        teacher_between_sizes=33.0 if has_teacher else None,
         engines=[
             EngineTime("torch", "fp32", 12.5, math.inf),
             EngineTime("openvino", "bf16", 8.0, 57.0),
@@ -52,7 +53,7 @@ def measurements(has_teacher: bool = True) -> Measurements:
             "flop_per_pixel": 2000.0,
         },
         learning_curve=[
-            CurvePoint("Holdout PSNR (teacher views)", step, step / 100, 20 + step / 100) for step in (1, 500)
+            CurvePoint("Held-out PSNR (teacher views)", step, step / 100, 20 + step / 100) for step in (1, 500)
         ],
         shown=[ComparedView(view.name, image, image if has_teacher else None, image) for view in views],
     )
@@ -61,7 +62,8 @@ def measurements(has_teacher: bool = True) -> Measurements:
 def test_figures_are_plain_json_and_name_the_worst_views_first() -> None:
     figures = json.loads(json.dumps(measurements().as_dict(), allow_nan=False))
     assert figures["worst_views"] == ["photo_1.png", "photo_0.png", "photo_2.png"]
-    assert figures["mean"]["student"] == {"psnr": 24.5, "ssim": 0.9, "lpips": None}
+    assert figures["mean"]["student"] == {"psnr": 24.5, "ssim": 0.9, "lpips": None, "gmsd": None}
+    assert figures["detail"] == 0.8
     assert figures["engines"][0]["parity"] is None  # infinite: equal values
     assert "shown" not in figures
 
@@ -105,11 +107,11 @@ def test_a_renderer_that_ignores_the_size_is_found_unstable() -> None:
 
 def test_the_learning_curve_is_kept_and_goes_on_after_a_resume(tmp_path: Path) -> None:
     first = LearningCurveWriter(tmp_path)
-    first.write_scalar("Holdout PSNR (teacher views)", torch.tensor(21.5), 10)
+    first.write_scalar("Held-out PSNR (teacher views)", torch.tensor(21.5), 10)
     first.write_scalar("Train Loss", 0.1, 10)
     with (tmp_path / FILE).open("a") as file:
         file.write('{"name": "cut sho\n')
-    LearningCurveWriter(tmp_path, resumed=5.0).write_scalar("Holdout PSNR (teacher views)", 23.0, 20)
+    LearningCurveWriter(tmp_path, resumed=5.0).write_scalar("Held-out PSNR (teacher views)", 23.0, 20)
     points = read_learning_curve(tmp_path)
     assert [(point.step, point.psnr) for point in points] == [(10, 21.5), (20, 23.0)]
     assert points[1].minutes >= 5.0

@@ -341,7 +341,7 @@ def test_runs_are_found(config_file: Path) -> None:
 def test_runs_are_not_found(tmp_path: Path, config_text: str) -> None:
     with pytest.raises(InputError, match="no trained run at .*nowhere"):
         resolve_run(tmp_path / "nowhere")
-    with pytest.raises(InputError, match="holds no config.yml"):
+    with pytest.raises(InputError, match="has no config.yml"):
         resolve_run(tmp_path)
     run = tmp_path / "nerfacto" / "today"
     run.mkdir(parents=True)

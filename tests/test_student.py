@@ -15,7 +15,7 @@ from student_runs import STEP, tiny_mobile_r2l, tiny_r2l, write_run
 import r2l_nerfstudio
 from r2l_nerfstudio import load_student
 from r2l_nerfstudio.errors import InputError
-from r2l_nerfstudio.export.probes import probe_poses
+from r2l_nerfstudio.models.probe_cameras import probe_poses
 
 LENS = np.array([50.0, 50.0, 12.0, 9.0])
 
@@ -62,12 +62,12 @@ def test_outputs_are_those_its_teacher_had(tmp_path: Path) -> None:
     ("camera", "said"),
     [
         ({"camera_to_world": np.eye(3)}, r"camera_to_world has the shape \[3, 3\]: pass \[3, 4\] or \[4, 4\]"),
-        ({"camera_to_world": "here"}, "camera_to_world is not made of numbers"),
-        ({"camera_to_world": np.full((3, 4), np.nan)}, "not finite"),
+        ({"camera_to_world": "here"}, "camera_to_world is not numeric"),
+        ({"camera_to_world": np.full((3, 4), np.nan)}, "non-finite"),
         ({"intrinsics": [50.0, 50.0]}, "intrinsics has the shape"),
-        ({"intrinsics": [0.0, 50.0, 1.0, 1.0]}, "focal lengths of 0 and 50"),
-        ({"width": 0}, "width: 0 is not a number of pixels"),
-        ({"height": 2.5}, "height: 2.5 is not"),
+        ({"intrinsics": [0.0, 50.0, 1.0, 1.0]}, r"both focal lengths must be above 0 \(got 0 and 50"),
+        ({"width": 0}, r"width must be a positive integer \(got 0\)"),
+        ({"height": 2.5}, r"height must be a positive integer \(got 2.5\)"),
     ],
 )
 def test_tells_a_camera_that_is_none(run: Path, camera: dict, said: str) -> None:
@@ -82,7 +82,7 @@ def test_tells_a_run_that_is_missing(tmp_path: Path) -> None:
 
 
 def test_tells_a_run_that_is_no_students(tiny_teacher: Path) -> None:
-    with pytest.raises(InputError, match="one of 'nerfacto', not of a student"):
+    with pytest.raises(InputError, match="a 'nerfacto' run, not a student"):
         load_student(tiny_teacher)
 
 

@@ -448,7 +448,7 @@ def test_teacher_without_colour(tiny_teacher: Path) -> None:
     teacher = replace(Teacher.load(tiny_teacher), model=Colourless())
     camera = teacher.dataparser_outputs.cameras[:1]
     for ask in (lambda: teacher.view(camera), lambda: teacher.rays(camera.generate_rays(0))):
-        with pytest.raises(InputError, match="no colour output: it gives depth, normals"):
+        with pytest.raises(InputError, match="no colour output: its outputs are depth, normals"):
             ask()
 
 

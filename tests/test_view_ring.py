@@ -12,10 +12,9 @@ import torch
 from scene_teacher import SceneTeacher, scene_cameras
 
 from r2l_nerfstudio.distillation import view_ring
-from r2l_nerfstudio.distillation.datamanager import capture_cameras
 from r2l_nerfstudio.distillation.foreground import TRIES
 from r2l_nerfstudio.distillation.hard_rays import HardRayPool
-from r2l_nerfstudio.distillation.pose_sampling import PoseSampler
+from r2l_nerfstudio.distillation.pose_sampling import PoseSampler, capture_cameras
 from r2l_nerfstudio.distillation.ray_sample import RECORD_WIDTH, RaySample
 from r2l_nerfstudio.distillation.survey import Survey
 from r2l_nerfstudio.distillation.view_ring import ViewRenderer, ViewRing
@@ -85,7 +84,7 @@ def test_colours_that_are_not_finite_are_dropped_and_counted(capsys) -> None:
     dropped = sample.weight[:, 0] == 0
     assert 0 < dropped.float().mean() < 0.01
     assert ring.renderer.invalid_pixels == 2
-    assert "not finite: 1 pixels" in capsys.readouterr().out
+    assert "dropped 1 pixels" in capsys.readouterr().out
 
 
 def test_a_cache_is_resumed_and_its_broken_files_rendered_again(tmp_path) -> None:
@@ -227,11 +226,10 @@ def test_cached_views_that_cannot_be_are_rendered_again(damage, tmp_path: Path) 
 def test_a_full_disk_ends_the_cache_and_nothing_else(tmp_path: Path, monkeypatch, capsys) -> None:
     made = renderer(cache_dir=tmp_path / "views")
 
-    def fail(path: Path, data: bytes) -> None:
-        path.open("wb").write(data[:100])
+    def fail(descriptor: int) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(Path, "write_bytes", fail)
+    monkeypatch.setattr(os, "fsync", fail)
     ring = ViewRing(made, 3, "cpu")
     ring.fill()
     assert len(ring) == 3 and made.cache_dir is None

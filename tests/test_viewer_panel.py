@@ -266,7 +266,7 @@ def test_split_shows_what_the_teacher_sees(tiny_teacher: Path):
 
 
 @pytest.mark.parametrize(
-    ("path", "reason"), [(None, "does not say which teacher"), (Path("gone") / "config.yml", "no trained run")]
+    ("path", "reason"), [(None, "does not name its teacher"), (Path("gone") / "config.yml", "no trained run")]
 )
 def test_split_without_its_teacher_says_why_and_shows_the_student(path: Path | None, reason: str):
     split = TeacherSplit()

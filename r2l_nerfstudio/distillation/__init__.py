@@ -1,1 +1,1 @@
-"""Where supervision comes from: pseudo cameras, a ring of teacher views, hard rays, real photographs."""
+"""Supervision of students: sampled cameras, a ring of teacher views, hard rays, photos."""

@@ -1,4 +1,4 @@
-"""An exponential moving average of a student's weights, which does better than the weights themselves."""
+"""An exponential moving average (EMA) of a student's weights, which renders better than the weights themselves."""
 
 from __future__ import annotations
 
@@ -10,12 +10,13 @@ from torch import nn
 
 
 class WeightAverage(nn.Module):
-    """Follows the parameters and normalization statistics of a module; saved with the pipeline, so that a resumed run goes
-    on with it, and a viewer can show it of a run that was killed.
+    """EMA of a module's parameters and normalization statistics. It is saved with the pipeline, so that a resumed run
+    continues with it, and an interrupted run can be loaded with it.
 
     Args:
-        module: whose parameters.
-        decay: share of the average that is kept at each update; fewer at first, so that the beginning is forgotten.
+        module: module whose parameters are averaged.
+        decay: share of the average that is kept at each update; smaller at first, so that the initial weights are
+            forgotten.
     """
 
     updates: torch.Tensor
@@ -26,7 +27,8 @@ class WeightAverage(nn.Module):
         statistics = [tensor for tensor in normalization_statistics(module) if tensor.is_floating_point()]
         self._followed = [*module.parameters(), *statistics]
         self.register_buffer("updates", torch.zeros((), dtype=torch.long))
-        self._count: int | None = 0  # `updates`, which a GPU would have to be asked for; None: not known
+        # Host copy of `updates`, for which a GPU would have to be synchronized; None if unknown.
+        self._count: int | None = 0
         for index, parameter in enumerate(self._followed):
             self.register_buffer(f"weight_{index}", parameter.detach().clone())
 
@@ -36,14 +38,14 @@ class WeightAverage(nn.Module):
 
     @torch.no_grad()
     def reset(self) -> None:
-        """Begin anew at the weights as they are."""
+        """Restart the average from the current weights."""
         self.updates.zero_()
         self._count = 0
         torch._foreach_copy_(self._averages, [p.detach() for p in self._followed])
 
     @torch.no_grad()
     def update(self) -> None:
-        """Move the average towards the weights."""
+        """Update the average with the current weights."""
         if self._count is None:
             self._count = int(self.updates)
         keep = min(self.decay, (1 + self._count) / (10 + self._count))
@@ -52,11 +54,11 @@ class WeightAverage(nn.Module):
         self._count += 1
 
     def follow_rows(self, parameter: nn.Parameter, former: torch.Tensor) -> None:
-        """After a parameter got other rows: those it had keep their average, new ones start at their weights.
+        """Follow a parameter that got other rows: its former rows keep their average, new ones start at their weights.
 
         Args:
-            parameter: one of the module's.
-            former: for each row the one it was, 0 for a new one.
+            parameter: one of the module's parameters.
+            former: for each row its former row, 0 for a new one.
         """
         (index,) = [i for i, followed in enumerate(self._followed) if followed is parameter]
         name = f"weight_{index}"
@@ -77,15 +79,16 @@ class WeightAverage(nn.Module):
 
 
 def saved_average(pipeline_state: dict[str, Any]) -> dict[str, torch.Tensor]:
-    """The state of a `WeightAverage` in a pipeline's checkpoint; empty where none was kept, or training was finished."""
+    """Return the state of a `WeightAverage` from a pipeline's checkpoint; empty if none was kept, or training was
+    finished."""
     return {k.removeprefix("average."): value for k, value in pipeline_state.items() if k.startswith("average.")}
 
 
 def put_average(module: nn.Module, average: dict[str, torch.Tensor]) -> None:
-    """Replace the weights of a run that was killed by their average, which draws better.
+    """Replace the weights of an interrupted run by their average, which renders better.
 
     Args:
-        module: with the run's weights.
+        module: module with the run's weights.
         average: from `saved_average`; nothing changes if it is empty.
     """
     if average:
@@ -95,6 +98,6 @@ def put_average(module: nn.Module, average: dict[str, torch.Tensor]) -> None:
 
 
 def normalization_statistics(module: nn.Module) -> list[torch.Tensor]:
-    """The running means, variances and counts of all BatchNorm layers, by reference."""
+    """Return the running means, variances and counts of all BatchNorm layers, by reference."""
     norms: Iterable[nn.Module] = (m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm))
     return [buffer for norm in norms for buffer in norm.buffers()]

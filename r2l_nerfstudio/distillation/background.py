@@ -1,4 +1,4 @@
-"""The colour behind the scene: one decision for teacher, photos, frame check and student."""
+"""The background colour: one rule for teacher, photos, frame check and student."""
 
 from __future__ import annotations
 
@@ -14,11 +14,12 @@ from r2l_nerfstudio.teacher import Teacher
 _PHOTOS_LOOKED_AT = 3
 _VIEWS_LOOKED_AT = 4
 _EMPTY = 0.1
-"""Accumulation below which a pixel shows what is behind the scene."""
+"""Accumulation below which a pixel shows the background."""
 
 
 def background_of(teacher: Teacher) -> Float[Tensor, "3"]:
-    """The colour that a student has where its teacher sees nothing, and that photos with an alpha channel are put on.
+    """Return the colour that a student has where its teacher has nothing, and on which photos with an alpha channel are
+    blended.
 
     It is the colour the teacher was trained with, by how Nerfstudio's renderers composite photos in training
     (`RGBRenderer.blend_background_for_loss_computation`):
@@ -26,10 +27,10 @@ def background_of(teacher: Teacher) -> Float[Tensor, "3"]:
     * fixed (`white`, `black`, a colour): that colour;
     * `random`: the one that `Teacher.background` composites on, since any was as good in training;
     * `last_sample`: black, if photos have an alpha channel; else what the teacher shows where its accumulation is near
-      zero, or white where it is nowhere.
+      zero, or white if it is zero nowhere.
 
     Args:
-        teacher: trained.
+        teacher: a trained teacher.
 
     Returns:
         RGB in [0, 1], on the CPU.
@@ -40,7 +41,7 @@ def background_of(teacher: Teacher) -> Float[Tensor, "3"]:
     if fixed is not None:
         return fixed
     alpha_color = teacher.dataparser_outputs.alpha_color
-    if alpha_color is not None:  # the dataset puts the photos on it before any model sees them
+    if alpha_color is not None:  # The dataset blends photos with it before any model reads them.
         return alpha_color.detach().cpu().float()
     if has_alpha(teacher):
         return torch.zeros(3)
@@ -48,13 +49,13 @@ def background_of(teacher: Teacher) -> Float[Tensor, "3"]:
 
 
 def has_alpha(teacher: Teacher) -> bool:
-    """Whether the capture's photos have an alpha channel, by the first few."""
+    """Return whether the capture's photos have an alpha channel, judging by the first few."""
     for file in teacher.dataparser_outputs.image_filenames[:_PHOTOS_LOOKED_AT]:
         try:
             with Image.open(file) as photo:
                 if "A" in photo.getbands():
                     return True
-        except OSError:  # whoever reads the photo says so
+        except OSError:  # The code that reads the photo reports it.
             continue
     return False
 

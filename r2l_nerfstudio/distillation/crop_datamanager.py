@@ -1,11 +1,11 @@
-"""Crops of teacher views, and in the end of photographs: the data of students of whole images."""
+"""Crops of teacher views, and in the photo stage of photos: the data of students of ray images."""
 
 from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Annotated, cast
+from typing import Annotated
 
 import torch
 from jaxtyping import Float
@@ -15,31 +15,28 @@ from r2l_nerfstudio.distillation.crops import Views, joined, sample_crops
 from r2l_nerfstudio.distillation.datamanager import Batch, DistillationDataManager, DistillationDataManagerConfig
 from r2l_nerfstudio.distillation.photograph_views import PhotographViews, photograph_views
 from r2l_nerfstudio.distillation.pose_sampling import CaptureCameras, PoseSamplerConfig
-from r2l_nerfstudio.distillation.survey import Survey
 from r2l_nerfstudio.errors import InputError
 from r2l_nerfstudio.ranges import IntRange
-from r2l_nerfstudio.rays.conventions import OURS, RayConventions
-from r2l_nerfstudio.rays.ray_image import MARGIN
-from r2l_nerfstudio.teacher import Teacher
+from r2l_nerfstudio.rays.ray_image import MARGIN, StudentRays
 
 HOLDOUT_PIXELS = 32768
 
 
 @dataclass
 class CropDataManagerConfig(DistillationDataManagerConfig):
-    """Supervision by crops: teacher views, then undistorted photographs."""
+    """Supervision by crops: teacher views, then undistorted photos."""
 
     _target: type = field(default_factory=lambda: CropDataManager)
     pose_sampler: PoseSamplerConfig = field(
         default_factory=lambda: PoseSamplerConfig(focal_range=(1.0, 1.0), overscan=0.25)
     )
-    """Where teacher views are taken from. One focal length: the student draws at the pitch it was trained at, and zooming
-    out shows more of what it knows, not the same coarser."""
+    """How cameras are sampled. They have one focal length: the student renders at the pitch it was trained at, and
+    zooming out shows more of the scene, not the same at a coarser resolution."""
     crop_cells: Annotated[int, IntRange(1, 4096)] = 8
-    """Cells along each side of a crop; fewer where a view has fewer."""
+    """Cells along each side of a crop; fewer if a view has fewer."""
     whole_images: int = 0
-    """Whole views per iteration instead of square crops, as published: then neither --train-num-rays-per-batch nor
-    --crop-cells counts. 0: square crops."""
+    """Whole views per iteration instead of square crops, as published; then neither --train-num-rays-per-batch nor
+    --crop-cells is used. 0: square crops."""
 
 
 class CropDataManager(DistillationDataManager):
@@ -47,35 +44,17 @@ class CropDataManager(DistillationDataManager):
 
     config: CropDataManagerConfig
 
-    def attach_teacher(
-        self,
-        teacher: Teacher,
-        survey: Survey,
-        background: Float[Tensor, "3"],
-        factor: int,
-        rays_per_cell: int = 1,
-        conventions: RayConventions = OURS,
-        margin: int = MARGIN,
-    ) -> None:
-        super().attach_teacher(
-            teacher, survey, background, factor, rays_per_cell, conventions, self._crop_margin(margin)
-        )
-
-    def restart(
-        self, config: DistillationDataManagerConfig, rays_per_cell: int, conventions: RayConventions, margin: int
-    ) -> None:
-        self.config = cast(CropDataManagerConfig, config)  # of the same method
-        super().restart(config, rays_per_cell, conventions, self._crop_margin(margin))
-
-    def _crop_margin(self, margin: int) -> int:
-        """Cells around a crop: a crop from inside a view has neighbours, whatever a whole picture's border sees."""
-        return margin if self.config.whole_images else max(margin, MARGIN)
+    def read_by(self, rays: StudentRays) -> StudentRays:
+        # A crop from inside a view has neighbors, whatever the border of a whole image sees.
+        return rays if self.config.whole_images else dataclasses.replace(rays, margin=max(rays.margin, MARGIN))
 
     def view_cameras(self) -> CaptureCameras:
-        """As pinholes of one focal length, the capture's median."""
+        """Return them as pinholes of one focal length, the capture's median."""
         cameras = super().view_cameras()
         intrinsics = cameras.intrinsics.clone()
-        intrinsics[:, :2] = intrinsics[:, :2].median()  # of equal ones exactly their value: views are kept by it
+        intrinsics[:, :2] = intrinsics[
+            :, :2
+        ].median()  # If all are equal, exactly their value: cached views depend on it.
         return dataclasses.replace(cameras, intrinsics=intrinsics)
 
     @cached_property
@@ -86,13 +65,14 @@ class CropDataManager(DistillationDataManager):
             InputError: if a view is smaller than one cell.
         """
         cameras = self.view_cameras()
-        rows, columns = cameras.height // self.factor, cameras.width // self.factor
+        factor = self.rays.factor
+        rows, columns = cameras.height // factor, cameras.width // factor
         if not self.config.whole_images:
             rows = columns = min(self.config.crop_cells, rows, columns)
         if min(rows, columns) < 1:
             raise InputError(
-                f"Views of {cameras.width}x{cameras.height} pixels are smaller than one cell of {self.factor}x{self.factor}:"
-                " lower --pipeline.datamanager.view-downscale or --pipeline.model.factor."
+                f"Views of {cameras.width}x{cameras.height} pixels are smaller than one cell of {factor}x{factor}"
+                " pixels: lower --pipeline.datamanager.view-downscale or --pipeline.model.factor."
             )
         return rows, columns
 
@@ -109,7 +89,7 @@ class CropDataManager(DistillationDataManager):
         return self._crops(source, HOLDOUT_PIXELS, generator)
 
     def draw(self, num_real: int) -> Batch:
-        """Crops of teacher views, then crops of photographs."""
+        """Draw crops of teacher views, then crops of photos."""
         num_fresh = self.get_train_rays_per_batch() - num_real
         fresh = self._crops(self.ring, num_fresh, foreground_fraction=self.config.foreground_fraction)
         return joined(fresh, self._crops(self.photographs, num_real)) if num_real else fresh
@@ -122,17 +102,17 @@ class CropDataManager(DistillationDataManager):
         foreground_fraction: float = 0.0,
     ) -> Batch:
         rows, columns = self.cells
-        num_crops = max(1, round(num_pixels / (rows * columns * self.factor**2)))
+        num_crops = max(1, round(num_pixels / (rows * columns * self.rays.factor**2)))
         return sample_crops(
             source,
             num_crops,
             self.cells,
-            self.factor,
+            self.rays.factor,
             generator,
             foreground_fraction,
-            margin=self.margin,
-            rays_per_cell=self.rays_per_cell,
-            conventions=self.conventions,
+            margin=self.rays.margin,
+            rays_per_cell=self.rays.rays_per_cell,
+            conventions=self.rays.conventions,
         )
 
     def get_train_rays_per_batch(self) -> int:
@@ -140,4 +120,4 @@ class CropDataManager(DistillationDataManager):
         if not self.config.whole_images:
             return self.config.train_num_rays_per_batch
         rows, columns = self.cells
-        return self.config.whole_images * rows * columns * self.factor**2
+        return self.config.whole_images * rows * columns * self.rays.factor**2

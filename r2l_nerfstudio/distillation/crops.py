@@ -1,4 +1,4 @@
-"""Crops of views, with the rays of the cells that explain them."""
+"""Crops of views, with the rays of their cells."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from r2l_nerfstudio.rays.ray_image import MARGIN, ray_image_intrinsics
 
 
 class Views(Protocol):
-    """Pinhole views of one size: a ring of teacher views, or undistorted photographs."""
+    """Pinhole views of one size: a ring of teacher views, or undistorted photos."""
 
     pixels: UInt8[Tensor, "capacity height width channels"]
-    """rgb, accumulation where it is known, and 1 where the colour is to be learnt."""
+    """rgb, accumulation if known, and 1 where the colour is learned."""
     depth: Float[Tensor, "capacity height width"]
     camera_to_worlds: Float[Tensor, "capacity 3 4"]
     intrinsics: Float[Tensor, "capacity 4"]
@@ -29,7 +29,7 @@ class Views(Protocol):
     """Whether accumulation and depth are known."""
 
     def __len__(self) -> int:
-        """The first so many views can be drawn from."""
+        """Number of views, from the first, that can be drawn from."""
         ...
 
 
@@ -44,25 +44,25 @@ def sample_crops(
     conventions: RayConventions = OURS,
     rays_per_cell: int = 1,
 ) -> Batch:
-    """Crops at random places of random views.
+    """Draw crops at random places of random views.
 
-    A crop may begin at any pixel: the student then learns every alignment of its grid of cells, and a camera that moves by
-    a pixel sees no grid.
+    A crop may begin at any pixel, so the student learns every alignment of its grid of cells, and the grid does not
+        show when a camera moves by a pixel.
 
     Args:
-        views: where from.
-        num_crops: how many.
+        views: views to draw from.
+        num_crops: number of crops.
         cells: cells along each side of a square crop, or rows and columns.
-        factor: pixels along each side of a cell.
+        factor: upsampling factor, pixels along each side of a cell.
         generator: on the views' device, for a repeatable draw.
-        foreground_fraction: of them, drawn where the teacher sees something in the middle of the crop.
+        foreground_fraction: share of the crops with foreground in their middle.
         margin: cells around a crop.
         conventions: how the student's ray encoding reads rays.
-        rays_per_cell: along each side of a cell.
+        rays_per_cell: rays along each side of a cell.
 
     Returns:
-        rays of the cells with their margin (crops rows+2*margin columns+2*margin, times `rays_per_cell`), and the pixels
-        inside it (crops rows*factor columns*factor).
+        Rays of the cells with their margin (crops rows+2*margin columns+2*margin, times `rays_per_cell`), and the
+        pixels inside it (crops rows*factor columns*factor).
     """
     device = views.pixels.device
     rows_of_cells, columns_of_cells = (cells, cells) if isinstance(cells, int) else cells
@@ -114,7 +114,7 @@ def sample_crops(
 
 
 def joined(first: Batch, second: Batch) -> Batch:
-    """Crops of both batches, of the same size."""
+    """Concatenate the crops of two batches, which have the same size."""
     bundles = [first.ray_bundle, second.ray_bundle]
     origins, directions, areas = (
         torch.cat([getattr(bundle, name) for bundle in bundles]) for name in ("origins", "directions", "pixel_area")

@@ -1,4 +1,4 @@
-"""Teacher views, then photographs, behind Nerfstudio's DataManager contract: what all students' data have in common."""
+"""The data of all students behind Nerfstudio's DataManager interface: teacher views, then photos."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ from typing import Annotated, Any
 import torch
 import tyro
 from jaxtyping import Float
-from nerfstudio.cameras.cameras import Cameras, CameraType
 from nerfstudio.cameras.rays import RayBundle
 from nerfstudio.data.datamanagers.base_datamanager import VanillaDataManager, VanillaDataManagerConfig
 from nerfstudio.data.dataparsers.base_dataparser import DataParserConfig
@@ -27,55 +26,55 @@ from nerfstudio.utils.rich_utils import CONSOLE
 from torch import Tensor
 
 from r2l_nerfstudio.distillation.photographs import split_holdout
-from r2l_nerfstudio.distillation.pose_sampling import CaptureCameras, PoseSampler, PoseSamplerConfig
+from r2l_nerfstudio.distillation.pose_sampling import CaptureCameras, PoseSampler, PoseSamplerConfig, capture_cameras
 from r2l_nerfstudio.distillation.ray_sample import RaySample
 from r2l_nerfstudio.distillation.survey import Survey
 from r2l_nerfstudio.distillation.view_ring import TeacherView, ViewRenderer, ViewRing
-from r2l_nerfstudio.errors import InputError
+from r2l_nerfstudio.errors import InputError, one_line
 from r2l_nerfstudio.ranges import FloatRange, IntRange
-from r2l_nerfstudio.rays.conventions import OURS, RayConventions
-from r2l_nerfstudio.rays.ray_image import MARGIN
+from r2l_nerfstudio.rays.ray_image import StudentRays
 from r2l_nerfstudio.teacher import Teacher
 
 HOLDOUT_VIEWS = 4
 HOLDOUT_SEED_OFFSET = 7_654_321
 MOST_FAILURES = 3
-"""Teacher views in a row that may fail while training before no more are rendered."""
+"""Consecutive teacher views that may fail during training before rendering stops."""
 
 
 @dataclass
 class DistillationDataManagerConfig(VanillaDataManagerConfig):
-    """Supervision for a student: a ring of teacher views, then the photographs themselves."""
+    """Supervision for a student: a ring of teacher views, then photos."""
 
     _target: type = field(default_factory=lambda: DistillationDataManager)
     dataparser: tyro.conf.Suppress[DataParserConfig] = field(default_factory=NerfstudioDataParserConfig)
-    """Inherited from the teacher, so that both live in one frame."""
+    """Inherited from the teacher, so that both share one frame."""
     train_num_rays_per_batch: Annotated[int, IntRange(1, 10**8)] = 65536
     """Pixels per training iteration."""
     num_views: Annotated[int, IntRange(1, 10**7)] = 300
     """Teacher views held on the device."""
     view_downscale: Annotated[float, FloatRange(0.01, 1024)] = 1.0
-    """Teacher views are this much smaller than the training photographs."""
+    """Downscaling factor of teacher views relative to the training photos."""
     pose_sampler: PoseSamplerConfig = field(default_factory=PoseSamplerConfig)
-    """Where teacher views are taken from."""
+    """How cameras for teacher views are sampled."""
     foreground_fraction: Annotated[float, FloatRange(0, 1)] = 0.75
-    """Share of what is drawn from teacher views where the teacher sees something: a white background is soon learnt."""
+    """Share of the rays of teacher views that are drawn from foreground pixels: a white background is soon learned."""
     refresh_share: Annotated[float, FloatRange(0, 1)] = 0.15
-    """Share of the training time that may go into replacing teacher views by new ones; 0 keeps the first ones."""
+    """Share of the training time that may be used to replace teacher views by new ones; 0 keeps the first ones."""
     real_iterations: Annotated[int, IntRange(0, 10**9)] = 2000
-    """The last iterations mix in rays of the photographs; 0 learns from the teacher alone."""
+    """Iterations of the photo stage: the last iterations, which mix in rays of photos; 0 learns from the teacher
+    only."""
     real_fraction: Annotated[float, FloatRange(0, 1)] = 0.5
-    """Share of photographs in those iterations."""
+    """Share of photos in each batch of the photo stage."""
     holdout_fraction: Annotated[float, FloatRange(0, 1)] = 0.1
-    """Share of the training photographs that is only watched, never learnt."""
+    """Share of the training photos that is held out, to measure on and never train on."""
     cache_dir: Path | None = None
-    """Folder to keep rendered teacher views in, so that another run with this teacher starts at once."""
+    """Folder to keep rendered teacher views in, so that the next run with this teacher starts at once."""
     seed: Annotated[int, IntRange(0, 2**31 - 1)] = 42
-    """Of the pseudo cameras."""
+    """Seed of the sampled cameras."""
     fill_minutes: tyro.conf.Suppress[float | None] = None
-    """Training begins after so long, however few views there are; set from --max-minutes."""
+    """Seconds after which training starts, however few views there are; set from --max-minutes."""
 
-    # What a photograph-driven data manager reads and this one does not.
+    # Settings of Nerfstudio's data managers that this one does not use.
     masks_on_gpu: tyro.conf.Suppress[bool] = False
     images_on_gpu: tyro.conf.Suppress[bool] = False
     train_num_images_to_sample_from: tyro.conf.Suppress[int] = -1
@@ -89,52 +88,52 @@ class DistillationDataManagerConfig(VanillaDataManagerConfig):
 
 @dataclass
 class Batch:
-    """Rays for a student, and what is to be learnt of the pixels that they explain."""
+    """Rays for a student, and the values to learn for their pixels."""
 
     ray_bundle: RayBundle
     target: RaySample
     fresh: int = 0
-    """The first so many rays were drawn from teacher views just now."""
+    """Number of rays, from the first, that were newly drawn from teacher views."""
 
     def as_nerfstudio(self) -> tuple[RayBundle, dict[str, Tensor]]:
-        """As Nerfstudio's data managers give it: rays, and a dictionary in which colours are called `image`."""
+        """Return what Nerfstudio's data managers return: rays, and a dictionary in which colours are called `image`."""
         fields = {name: value for name, value in vars(self.target).items() if name != "rgb"}
         return self.ray_bundle, {"image": self.target.rgb, **fields}
 
 
 class DistillationDataManager(VanillaDataManager[InputDataset]):
-    """A ring of teacher views, and in the end photographs; what a batch is made of them is for subclasses to say.
+    """A ring of teacher views, and photos in the photo stage; subclasses decide what a batch is made of.
 
-    Evaluation is Nerfstudio's own. Training needs `attach_teacher` first; without it, as in `ns-viewer`, `ns-render` and
-    `ns-eval`, no teacher is read.
+    Evaluation is Nerfstudio's. Training needs `attach_teacher` first; without it, as in `ns-viewer`, `ns-render` and
+    `ns-eval`, no teacher is loaded.
     """
 
     config: DistillationDataManagerConfig
 
     def __init__(self, config: DistillationDataManagerConfig, *args: Any, **kwargs: Any) -> None:
-        """As `VanillaDataManager`.
+        """Args: as `VanillaDataManager`.
 
         Raises:
             InputError: if the capture cannot be read.
         """
         try:
             super().__init__(config, *args, **kwargs)
-        except (Exception, SystemExit) as error:  # every dataparser has failures of its own
+        except (Exception, SystemExit) as error:  # Every dataparser raises its own exceptions.
             raise InputError(
-                f"The capture {config.data or config.dataparser.data} cannot be read ({' '.join(str(error).split())}):"
-                " put it back, or name its new place with --data (ns-train) or in the run's config.yml"
+                f"The capture {config.data or config.dataparser.data} cannot be read ({one_line(error)}): restore it,"
+                " or give its location with --data (ns-train) or in the run's config.yml"
                 " (pipeline.datamanager.data)."
             ) from error
 
     def setup_train(self) -> None:
-        """Nothing is loaded here: the teacher is attached by the pipeline."""
+        """Load nothing yet: the pipeline attaches the teacher."""
         self.photographs_now = False
-        """Whether batches take photographs in."""
+        """Whether batches include photos."""
         self.background = torch.ones(3)
 
     def _get_pixel_sampler(self, dataset: InputDataset, num_rays_per_batch: int) -> PixelSampler:
-        """As Nerfstudio's, but for evaluation alone, and without a trace in the configuration."""
-        # A sampler writes a tensor into its configuration, and ours is saved again: config.yml would then hold pickles.
+        """Set up Nerfstudio's evaluation, without a trace in the configuration."""
+        # A sampler writes a tensor into its configuration. Ours is saved again, and config.yml would then hold pickles.
         kept, self.config.pixel_sampler = self.config.pixel_sampler, copy.deepcopy(self.config.pixel_sampler)
         try:
             return super()._get_pixel_sampler(dataset, num_rays_per_batch)
@@ -142,7 +141,7 @@ class DistillationDataManager(VanillaDataManager[InputDataset]):
             self.config.pixel_sampler = kept
 
     def view_cameras(self) -> CaptureCameras:
-        """The training cameras as pinholes of the size and focal lengths that teacher views have."""
+        """Return the training cameras as pinholes with the size and focal lengths of teacher views."""
         return capture_cameras(self.train_dataset.cameras, self.config.view_downscale)
 
     def attach_teacher(
@@ -150,35 +149,25 @@ class DistillationDataManager(VanillaDataManager[InputDataset]):
         teacher: Teacher,
         survey: Survey,
         background: Float[Tensor, "3"],
-        factor: int,
-        rays_per_cell: int = 1,
-        conventions: RayConventions = OURS,
-        margin: int = MARGIN,
+        rays: StudentRays,
     ) -> None:
-        """Fill the ring of teacher views and read the photographs.
+        """Fill the ring of teacher views and read the photos.
 
         Args:
-            teacher: who renders.
-            survey: what it shows from its training cameras.
-            background: colour behind photographs that have an alpha channel.
-            factor: pixels along each side of the student's cells.
-            rays_per_cell: rays along each side of a cell that the student reads.
-            conventions: how the student's ray encoding reads rays.
-            margin: cells around a crop, for students of whole images.
+            teacher: teacher to render views with.
+            survey: what the teacher shows from its training cameras.
+            background: colour behind photos with an alpha channel.
+            rays: which rays the student reads.
 
         Raises:
             InputError: if no plausible view is found, no view fits the device, or no training view is left.
         """
         config = self.config
         self.background = background
-        self.factor = factor
-        self.rays_per_cell = rays_per_cell
-        self.conventions = conventions
-        self.margin = margin
-        """Cells around a crop that the student drops."""
+        self.rays = self.read_by(rays)
         sampler = PoseSampler(self.view_cameras(), config.pose_sampler)
         config.pose_sampler.kind = sampler.kind
-        CONSOLE.print(f"Pseudo cameras: {sampler.kind} sampler.")
+        CONSOLE.print(f"Sampling cameras with the {sampler.kind} sampler.")
 
         def renderer(seed: int, cache_dir: Path | None) -> ViewRenderer:
             return ViewRenderer(
@@ -186,7 +175,7 @@ class DistillationDataManager(VanillaDataManager[InputDataset]):
             )
 
         seed = config.seed + self.local_rank
-        # Photographs first: a capture that cannot be used must fail before the teacher has rendered for minutes.
+        # Photos first: a capture that cannot be used must fail before the teacher has rendered for minutes.
         self.photographs: Any = None
         self.held_photographs: Batch | None = None
         if config.real_iterations > 0:
@@ -202,7 +191,7 @@ class DistillationDataManager(VanillaDataManager[InputDataset]):
                 if len(watched):
                     self.held_photographs = self.hold_out(watched, generator)
                 else:
-                    CONSOLE.print("[yellow]No held-out photo has a pixel outside its mask: no figure against photos.")
+                    CONSOLE.print("[yellow]No held-out photo has a pixel outside its mask: no PSNR against photos.")
         self._held_ring = ViewRing(renderer(seed + HOLDOUT_SEED_OFFSET, None), HOLDOUT_VIEWS, self.device)
         self._held_ring.fill()
         self.held_views = self.hold_out(self._held_ring, None)
@@ -218,19 +207,19 @@ class DistillationDataManager(VanillaDataManager[InputDataset]):
 
     @abstractmethod
     def read_photographs(self, indices: list[int], corrections: Float[Tensor, "num_train 3 4"] | None) -> Any:
-        """Some training photographs, as this data manager draws from them.
+        """Return some training photos in the form in which this data manager draws from them.
 
         Args:
-            indices: which.
+            indices: indices of the photos.
             corrections: the teacher's pose corrections for all training views.
 
         Raises:
-            InputError: if one cannot be used.
+            InputError: if a photo cannot be used.
         """
 
     @abstractmethod
     def hold_out(self, source: Any, generator: torch.Generator | None) -> Batch:
-        """A batch to watch, never to learn from.
+        """Return a batch to measure on and never train on.
 
         Args:
             source: a ring, or what `read_photographs` gave.
@@ -239,32 +228,30 @@ class DistillationDataManager(VanillaDataManager[InputDataset]):
 
     @abstractmethod
     def draw(self, num_real: int) -> Batch:
-        """A batch to learn from, `num_real` of its `train_num_rays_per_batch` pixels from photographs."""
+        """Return a batch to learn from, `num_real` of its `train_num_rays_per_batch` pixels from photos."""
 
-    def restart(
-        self, config: DistillationDataManagerConfig, rays_per_cell: int, conventions: RayConventions, margin: int
-    ) -> None:
-        """Begin anew with the teacher views at hand, for another student.
+    def read_by(self, rays: StudentRays) -> StudentRays:
+        """Return the rays that batches hold for a student that reads these."""
+        return rays
+
+    def restart(self, config: DistillationDataManagerConfig, rays: StudentRays) -> None:
+        """Restart with the existing teacher views, for another student.
 
         Args:
-            config: what differs of it from the former one must not concern views and photographs.
-            rays_per_cell: as for `attach_teacher`.
-            conventions: as for `attach_teacher`; held-out photos keep those that they were drawn for.
-            margin: as for `attach_teacher`.
+            config: new configuration; views and photos must be configured as before.
+            rays: which rays it reads; held-out photos keep the conventions that they were drawn for.
         """
         self.config = config
         self.photographs_now = False
-        self.rays_per_cell = rays_per_cell
-        self.conventions = conventions
-        self.margin = margin
+        self.rays = self.read_by(rays)
         self.__dict__.pop("cells", None)
         self.held_views = self.hold_out(self._held_ring, None)
 
     def learn_from(self, batch: Batch, errors: Float[Tensor, "*batch"]) -> None:  # noqa: B027
-        """Told after each iteration how wrong the student was, per pixel."""
+        """Receive the student's error per pixel after each iteration."""
 
     def _cache_dir(self, teacher: Teacher, sampler: PoseSampler) -> Path | None:
-        """A folder per teacher, sampler and resolution: views of another kind are never mistaken for these."""
+        """Return a folder per teacher, sampler and resolution, so that views of another kind are never read."""
         if self.config.cache_dir is None:
             return None
         cameras = sampler.cameras
@@ -274,7 +261,7 @@ class DistillationDataManager(VanillaDataManager[InputDataset]):
         return self.config.cache_dir / digest.hexdigest()[:16]
 
     def next_batch(self, step: int) -> Batch:
-        """A batch of rays with what is to be learnt of them.
+        """Return a batch of rays with the values to learn for them.
 
         Args:
             step: training step.
@@ -285,13 +272,13 @@ class DistillationDataManager(VanillaDataManager[InputDataset]):
         return self.draw(int(self.config.real_fraction * self.get_train_rays_per_batch()) if real else 0)
 
     def next_train(self, step: int) -> tuple[RayBundle, dict[str, Tensor]]:
-        """As `next_batch`, in Nerfstudio's form."""
+        """Return `next_batch` in Nerfstudio's form."""
         return self.next_batch(step).as_nerfstudio()
 
     def _refresh(self) -> None:
-        """Add a teacher view, in a full ring in place of the oldest, whenever the teacher's share of the time allows it.
+        """Add a teacher view, or replace the oldest in a full ring, if the teacher's share of the time allows it.
 
-        It is rendered in a thread of its own: no iteration waits for it.
+        Another thread renders it: no iteration waits for it.
         """
         now = time.perf_counter()
         if self._last_call is not None:
@@ -307,16 +294,16 @@ class DistillationDataManager(VanillaDataManager[InputDataset]):
             self._next_view = self._renderer_thread.submit(self._render_next)
 
     def _take(self, rendered: Future[TeacherView]) -> None:
-        """Put a view into the ring; one that failed ends no training that has others to learn from."""
+        """Put a view into the ring; a failed one does not end a training that has others to learn from."""
         try:
             self.ring.put(rendered.result())
             self._failures = 0
-        except Exception as error:  # a method may raise anything, and a GPU's memory may be full for a moment
+        except Exception as error:  # A method may raise anything, and a GPU's memory may be full for a moment.
             self._failures += 1
             if self._failures == MOST_FAILURES:
                 CONSOLE.print(
-                    f"[bold yellow]No more teacher views, after {MOST_FAILURES} failures ({type(error).__name__}:"
-                    f" {' '.join(str(error).split())[:300]}): training goes on with the {len(self.ring)} there are.",
+                    f"[bold yellow]No more teacher views after {MOST_FAILURES} failures ({type(error).__name__}:"
+                    f" {one_line(error)}): training continues with the existing {len(self.ring)}.",
                     soft_wrap=True,
                 )
 
@@ -331,29 +318,5 @@ class DistillationDataManager(VanillaDataManager[InputDataset]):
 
 
 def to_ray_bundle(sample: RaySample) -> RayBundle:
-    """Nerfstudio's container for the same rays."""
+    """Return the same rays in Nerfstudio's container."""
     return RayBundle(origins=sample.origins, directions=sample.directions, pixel_area=torch.zeros_like(sample.weight))
-
-
-def capture_cameras(cameras: Cameras, downscale: float = 1.0) -> CaptureCameras:
-    """The training cameras as undistorted pinholes of one resolution, the capture's median divided by `downscale`.
-
-    Fisheye and panoramic cameras become pinholes of 90 degrees: a student is asked through pinholes.
-    """
-    cameras = cameras.to("cpu").flatten()
-    width = max(1, round(float(cameras.width.float().median()) / downscale))
-    height = max(1, round(float(cameras.height.float().median()) / downscale))
-    intrinsics = torch.cat(
-        [
-            cameras.fx * width / cameras.width,
-            cameras.fy * height / cameras.height,
-            cameras.cx * width / cameras.width,
-            cameras.cy * height / cameras.height,
-        ],
-        dim=-1,
-    ).float()
-    wide = cameras.camera_type[:, 0] != CameraType.PERSPECTIVE.value
-    if wide.any():
-        side = min(width, height) / 2
-        intrinsics[wide] = torch.tensor([side, side, width / 2, height / 2])
-    return CaptureCameras(cameras.camera_to_worlds.float(), intrinsics, width, height)

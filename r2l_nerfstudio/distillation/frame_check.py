@@ -1,4 +1,4 @@
-"""Whether teacher and data show one scene in one frame."""
+"""Check that teacher and data show one scene in one frame."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ from r2l_nerfstudio.teacher import Teacher
 
 NUM_VIEWS = 6
 OWN_SHARE = 0.85
-"""Own photos fit at least this much better than others', by mean squared error."""
+"""Factor by which own photos must fit better than others, in mean squared error."""
 
 
 def check_cameras(teacher: Teacher, cameras: Cameras) -> None:
     """Compare the student's training cameras with the teacher's.
 
     Args:
-        teacher: whose frame it is.
-        cameras: what the student's dataparser makes of the capture.
+        teacher: teacher whose frame counts.
+        cameras: cameras that the student's dataparser returns for the capture.
 
     Raises:
         InputError: if their number or any pose differs.
@@ -39,9 +39,9 @@ def check_cameras(teacher: Teacher, cameras: Cameras) -> None:
     ours = cameras.camera_to_worlds.to(theirs)
     if ours.shape != theirs.shape or not torch.allclose(ours, theirs, atol=1e-4):
         raise InputError(
-            f"Teacher and student are in different frames: the {len(ours)} training cameras of the student's data are not"
-            f" the {len(theirs)} of the teacher {teacher.config_path}. A student lives in its teacher's frame: leave"
-            " --data and all dataparser options out."
+            f"Teacher and student are in different frames: the {len(ours)} training cameras of the student's data are"
+            f" not the {len(theirs)} of the teacher {teacher.config_path}. A student uses its teacher's frame: leave"
+            " out --data and all dataparser options."
         )
 
 
@@ -51,12 +51,12 @@ def check_frame(teacher: Teacher, dataset: InputDataset, background: Float[Tenso
     A teacher in the data's frame fits each camera's own photo clearly better than another camera's.
 
     Args:
-        teacher: who renders.
+        teacher: teacher to check.
         dataset: the training views.
-        background: what photos with an alpha channel are put on; as `background_of` the teacher.
+        background: colour on which photos with an alpha channel are blended; that of the teacher.
 
     Raises:
-        InputError: if own photos fit no better than others'.
+        InputError: if a camera's own photo fits no better than others.
     """
 
     def pair(index: int) -> tuple[Tensor, Tensor] | None:
@@ -70,28 +70,28 @@ def check_frame(teacher: Teacher, dataset: InputDataset, background: Float[Tenso
     own, other = errors
     if own > OWN_SHARE * other:
         raise InputError(
-            f"Teacher and data do not match: the teacher {teacher.config_path} renders the photographs of"
-            f" {teacher.dataparser_outputs.image_filenames[0].parent} from their own cameras no better than from others'"
-            f" (mean squared errors {own:.4f} and {other:.4f}). Either --data names another capture than"
-            " the teacher was trained on, or the teacher is barely trained. Leave --data out to use the teacher's own;"
-            " if you are sure, add --pipeline.check-frame False."
+            f"Teacher and data do not match: from a photo's own camera the teacher {teacher.config_path} renders the"
+            f" photos of {teacher.dataparser_outputs.image_filenames[0].parent} no better than from others (mean"
+            f" squared errors {own:.4f} and {other:.4f}). Either --data is another capture than the teacher was"
+            " trained on, or the teacher is barely trained. Leave out --data to use the teacher's own; to continue"
+            " anyway, add --pipeline.check-frame False."
         )
 
 
 def view_errors(pair: Callable[[int], tuple[Tensor, Tensor] | None], views: int) -> tuple[float, float] | None:
-    """Compare pictures from some training cameras with the photos, at thumbnail size.
+    """Compare images from some training cameras with the photos, at thumbnail size.
 
     Args:
-        pair: for the number of a view, its picture in [0, 1] and its photo in uint8, both (height width 3); None if they
-            cannot be compared.
+        pair: returns for the number of a view its image in [0, 1] and its photo in uint8, both (height width 3); None
+            if they cannot be compared.
         views: number of views.
 
     Returns:
-        mean squared errors against the cameras' own photos, and against other cameras'; None for fewer than three views,
-        or if one cannot be compared.
+        Mean squared errors against the cameras' own photos, and against those of other cameras; None for fewer than
+        three views, or if one cannot be compared.
     """
     count = min(NUM_VIEWS, views)
-    if count < 3:  # too few for others to compare with
+    if count < 3:  # Too few to compare with each other.
         return None
     renders, photos = [], []
     for index in torch.linspace(0, views - 1, count).round().long().tolist():
@@ -112,9 +112,9 @@ def view_errors(pair: Callable[[int], tuple[Tensor, Tensor] | None], views: int)
 def _small_photo(
     teacher: Teacher, dataset: InputDataset, index: int, camera: Cameras, background: Float[Tensor, "3"]
 ) -> UInt8[Tensor, "height width 3"] | None:
-    """What the thumbnail's camera should see; None where the photo cannot be brought into its projection."""
+    """Return what the thumbnail's camera should see; None if the photo cannot be brought into its projection."""
     if not teacher.views_only or is_pinhole(dataset.cameras[index : index + 1]):
-        # A photo at once to its thumbnail's size: many millions of pixels take gigabytes in fp32.
+        # Shrink a photo to its thumbnail's size at once: many millions of pixels would take gigabytes in fp32.
         size = (int(camera.width), int(camera.height))
         photo = read_photo(dataset, index, background).rgb
         return torch.from_numpy(cv2.resize(photo, size, interpolation=cv2.INTER_AREA))

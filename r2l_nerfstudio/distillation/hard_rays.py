@@ -1,4 +1,4 @@
-"""The worst rays, again: R2L's hard-ray pool, on the device, without a sort or a permutation on the host."""
+"""R2L's pool of hard rays, on the device, without a sort or a permutation on the host."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from torch import Tensor
 
 
 class HardRayPool:
-    """A pool of the rays a student got most wrong, from which part of every batch is drawn (R2L, sec. 3.3).
+    """A pool of the rays with the largest errors, from which part of every batch is drawn (R2L, sec. 3.3).
 
     Ours is a ring that is used from the first iteration on. The published one is used once it is full; from then on new
     hard rays replace those that were just drawn.
 
     Args:
         per_step: hard rays added, and drawn, at every step.
-        batches: how many steps' worth of rays the pool holds.
+        batches: steps whose rays the pool holds.
         width: numbers per ray record.
-        device: where the pool lives.
+        device: device of the pool.
         is_published: fill, draw and replace as the published code does.
     """
 
@@ -36,7 +36,7 @@ class HardRayPool:
 
     @property
     def available(self) -> int:
-        """How many rays `draw` may be called for."""
+        """Number of rays that `draw` may be called for."""
         if self.is_published and self._filled < len(self._records):
             return 0
         return min(self.per_step, self._filled)
@@ -58,7 +58,7 @@ class HardRayPool:
         self._filled = min(self._filled + count, len(self._records))
 
     def draw(self, count: int) -> Float[Tensor, "rays width"]:
-        """`count` rays drawn uniformly: with replacement, or as published without; none while the pool is empty."""
+        """Draw `count` rays uniformly: with replacement, or as published without; none while the pool is empty."""
         if self._filled == 0 or count == 0:
             return self._records[:0]
         if self.is_published:

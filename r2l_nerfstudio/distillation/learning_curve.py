@@ -14,8 +14,8 @@ from nerfstudio.utils.writer import Writer
 from torch import Tensor
 
 FILE = "learning_curve.jsonl"
-HELD_OUT = "Holdout PSNR"
-"""How the names of the scalars begin that the pipeline logs for held-out views."""
+HELD_OUT = "Held-out PSNR"
+"""Start of the names of the scalars that the pipeline logs for held-out views."""
 
 
 @dataclass(frozen=True)
@@ -23,21 +23,21 @@ class CurvePoint:
     """One measurement on held-out views."""
 
     name: str
-    """Which views."""
+    """Name of the scalar."""
     step: int
     """Training iteration."""
     minutes: float
-    """Of training, those of the run that it resumed included."""
+    """Minutes of training, those of the run that it resumed included."""
     psnr: float
-    """In dB."""
+    """PSNR in dB."""
 
 
 class LearningCurveWriter(Writer):
-    """Appends every PSNR on held-out views to a file; one of Nerfstudio's event writers.
+    """Event writer of Nerfstudio that appends every PSNR on held-out views to a file.
 
     Args:
         run: the run's folder.
-        resumed: minutes that an earlier run trained for, of which this one is the continuation.
+        resumed: minutes of training of the run that this one resumes.
     """
 
     def __init__(self, run: Path, resumed: float = 0.0) -> None:
@@ -45,7 +45,7 @@ class LearningCurveWriter(Writer):
         self._start = time.monotonic() - 60 * resumed
 
     def write_scalar(self, name: str, scalar: float | Tensor, step: int) -> None:
-        """Append a scalar if it is a PSNR on held-out views. A folder that cannot be written to stops no training."""
+        """Append a scalar if it is a PSNR on held-out views. Errors in writing do not stop training."""
         if not name.startswith(HELD_OUT):
             return
         minutes = round((time.monotonic() - self._start) / 60, 3)
@@ -64,7 +64,7 @@ class LearningCurveWriter(Writer):
 
 
 def read_learning_curve(run: Path) -> list[CurvePoint]:
-    """Return a run's learning curve, oldest measurement first; empty where none was kept. Damaged lines are skipped.
+    """Return a run's learning curve, oldest measurement first; empty if there is none. Damaged lines are skipped.
 
     Args:
         run: the run's folder.
@@ -76,7 +76,11 @@ def read_learning_curve(run: Path) -> list[CurvePoint]:
     points = []
     for line in lines:
         try:
-            points.append(CurvePoint(**json.loads(line)))
-        except (ValueError, TypeError):
+            point = json.loads(line)
+            # Runs of earlier versions have the scalars' former names.
+            point["name"] = point["name"].replace("Holdout PSNR (photographs)", "Holdout PSNR (photos)")
+            point["name"] = point["name"].replace("Holdout PSNR", HELD_OUT)
+            points.append(CurvePoint(**point))
+        except (ValueError, TypeError, KeyError, AttributeError):
             continue
     return points

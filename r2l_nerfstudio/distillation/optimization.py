@@ -15,7 +15,7 @@ from torch.nn import Parameter
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from r2l_nerfstudio.torch_compat import Muon
+from r2l_nerfstudio.distillation.muon import Muon
 
 DECAY_STEPS = 500_000
 """Iterations to a tenth of R2L's published learning rate."""
@@ -24,11 +24,11 @@ FORWARD_DECAY_STEPS = 250_000
 
 
 class MatrixMuon(Muon):
-    """Torch's Muon, which takes matrices alone, for 1x1 convolutions too: it works on views of their weights.
+    """Muon, which takes matrices only, for 1x1 convolutions too: it works on views of their weights.
 
     Args:
         params: weights of linear layers (out in) or of 1x1 convolutions (out in 1 1).
-        **settings: as torch's.
+        **settings: as `Muon`'s.
     """
 
     def __init__(self, params: Iterable[Parameter], **settings: Any) -> None:
@@ -71,14 +71,14 @@ class WarmupCosineSchedulerConfig(SchedulerConfig):
     """Iterations in all; set from --max-num-iterations."""
 
     def share(self, step: int, progress: float) -> float:
-        """Of the learning rate, at an iteration and a share of the whole training."""
+        """Return the factor of the learning rate at an iteration and a share of the whole training."""
         cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
         return warmup(step, self.warmup_steps) * (self.final_share + (1 - self.final_share) * cosine)
 
 
 @dataclass
 class PublishedSchedulerConfig(SchedulerConfig):
-    """R2L's: linear warm-up from a fifth of the learning rate, then a tenth of it every so many iterations."""
+    """R2L's schedule: linear warm-up from a fifth of the learning rate, then a tenth of it every so many iterations."""
 
     _target: type = field(default_factory=lambda: WarmupCosineScheduler)
     warmup_steps: int = 200
@@ -90,7 +90,7 @@ class PublishedSchedulerConfig(SchedulerConfig):
     """Iterations in all; set from --max-num-iterations."""
 
     def share(self, step: int, progress: float) -> float:
-        """Of the learning rate, at an iteration."""
+        """Return the factor of the learning rate at an iteration."""
         return warmup(step, self.warmup_steps) * 0.1 ** (step / (self.decay_steps or DECAY_STEPS))
 
     def settle(self, is_forward_facing: bool) -> None:
@@ -100,12 +100,12 @@ class PublishedSchedulerConfig(SchedulerConfig):
 
 
 def warmup(step: int, warmup_steps: int) -> float:
-    """Share of the learning rate in a linear warm-up from a fifth of it."""
+    """Return the factor of the learning rate in a linear warm-up from a fifth of it."""
     return min(1.0, 0.2 + 0.8 * step / max(1, warmup_steps))
 
 
 class WarmupCosineScheduler(Scheduler):
-    """See `WarmupCosineSchedulerConfig` and `PublishedSchedulerConfig`."""
+    """Scheduler of `WarmupCosineSchedulerConfig` and `PublishedSchedulerConfig`."""
 
     config: WarmupCosineSchedulerConfig | PublishedSchedulerConfig
 
@@ -114,27 +114,27 @@ class WarmupCosineScheduler(Scheduler):
 
 
 class ScheduledRate(LRScheduler):
-    """The learning rate by iteration and progress.
+    """Set the learning rate by iteration and progress.
 
     Args:
-        optimizer: whose.
-        config: says what share of the learning rate.
+        optimizer: optimizer whose rate is set.
+        config: returns the factor of the learning rate.
     """
 
     def __init__(self, optimizer: Optimizer, config: WarmupCosineSchedulerConfig | PublishedSchedulerConfig) -> None:
         self._config = config
         self.progress: Callable[[], float] | None = None
-        """Share of the training that is done; None: counted in iterations."""
+        """Returns the share of the training that is done; None to count iterations."""
         super().__init__(optimizer)
 
     def get_lr(self) -> list[float | Tensor]:
         step = self.last_epoch
         progress = step / max(1, self._config.max_steps) if self.progress is None else self.progress()
-        # In Python floats: checkpoints then load with `weights_only`.
+        # Python floats, so that checkpoints load with `weights_only`.
         return [float(rate) * self._config.share(step, progress) for rate in self.base_lrs]
 
     def state_dict(self) -> dict[str, Any]:
-        """The iteration alone: all else is the configuration's."""
+        """Return the iteration only: all else belongs to the configuration."""
         return {"last_epoch": self.last_epoch}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -142,12 +142,12 @@ class ScheduledRate(LRScheduler):
 
 
 def move_state(optimizer: Optimizer, parameter: Parameter, former: Tensor) -> None:
-    """After a parameter got other rows: those it had keep what the optimizer knows of them, new ones start at zero.
+    """Follow a parameter that got other rows: its former rows keep the optimizer's state, new ones start at zero.
 
     Args:
-        optimizer: may or may not have the parameter.
+        optimizer: optimizer, with or without the parameter.
         parameter: the same object as before, with other rows.
-        former: for each row the one it was, 0 for a new one.
+        former: for each row its former row, 0 for a new one.
     """
     state = optimizer.state.get(parameter, {})
     kept = former > 0

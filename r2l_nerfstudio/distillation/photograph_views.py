@@ -1,4 +1,4 @@
-"""The training photographs as undistorted views of one size and one focal length: what a student of whole images learns."""
+"""Training photos as undistorted views of one size and one focal length, for students of ray images."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from r2l_nerfstudio.errors import InputError
 
 @dataclass
 class PhotographViews:
-    """Photographs as `crops.Views`."""
+    """Photos as `crops.Views`."""
 
     pixels: UInt8[Tensor, "views height width 4"]
-    """rgb, and 1 where the colour is to be learnt."""
+    """rgb, and 1 where the colour is learned."""
     depth: Float[Tensor, "views height width"]
     camera_to_worlds: Float[Tensor, "views 3 4"]
     intrinsics: Float[Tensor, "views 4"]
@@ -42,16 +42,16 @@ def photograph_views(
     background: Float[Tensor, "3"],
     device: torch.device | str,
 ) -> PhotographViews:
-    """Resample photographs to pinhole views, as the teacher's views are.
+    """Resample photos to pinhole views like the teacher's.
 
     Args:
         dataset: the training views.
-        indices: which of them.
+        indices: indices of the photos.
         intrinsics: fx, fy, cx, cy in pixels of the views to make, for all training views.
         size: height and width in pixels of the views to make.
         corrections: the teacher's pose corrections for all training views, or None.
-        background: colour behind photographs that have an alpha channel.
-        device: where the views live.
+        background: colour behind photos with an alpha channel.
+        device: device of the views.
 
     Raises:
         InputError: for an image that cannot be read, or a lens that cannot be undistorted.
@@ -67,18 +67,18 @@ def photograph_views(
     if len(shown) < len(chosen):
         missing = next(index for index in chosen if index not in shown)
         CONSOLE.print(
-            f"[yellow]Leaving out {len(chosen) - len(shown)} photos that their masks cover entirely,"
-            f" {dataset.image_filenames[missing]} the first.",
+            f"[yellow]Skipping {len(chosen) - len(shown)} photos that their masks cover entirely, the first being"
+            f" {dataset.image_filenames[missing]}.",
             soft_wrap=True,
         )
     poses = dataset.cameras.camera_to_worlds[shown].cpu().float().clone()
     if corrections is not None:
-        # As CameraOptimizer.apply_to_raybundle: shift the origin, rotate the directions, both in the world frame.
+        # Like CameraOptimizer.apply_to_raybundle: shift the origin, rotate the directions, both in the world frame.
         moved = corrections[shown].cpu()
         poses = torch.cat([moved[:, :, :3] @ poses[:, :, :3], poses[:, :, 3:] + moved[:, :, 3:]], dim=-1)
     return PhotographViews(
         pixels=pixels[: len(shown)],
-        # Unknown: one number stands for all.
+        # Unknown: one number stands for all pixels.
         depth=torch.zeros(1, 1, 1, dtype=torch.float16, device=device).expand(len(shown), *size),
         camera_to_worlds=poses.to(device),
         intrinsics=intrinsics[shown].to(device),
@@ -86,13 +86,11 @@ def photograph_views(
 
 
 def _affordable(indices: list[int], size: tuple[int, int], device: torch.device | str) -> list[int]:
-    """As many of the photos as there is room for, evenly spaced."""
+    """Return as many photos as there is room for, evenly spaced."""
     room = int(SHARE_OF_MEMORY * free_memory(torch.device(device))) // (4 * size[0] * size[1])
     if room >= len(indices):
         return indices
-    CONSOLE.print(
-        f"[bold yellow]Room on {device} for {max(1, room)} of {len(indices)} photos: learning from that many."
-    )
+    CONSOLE.print(f"[bold yellow]{device} has room for {max(1, room)} of {len(indices)} photos: learning from these.")
     places = np.linspace(0, len(indices) - 1, max(1, room)).round().astype(int)
     return [indices[place] for place in dict.fromkeys(places.tolist())]
 
@@ -100,16 +98,17 @@ def _affordable(indices: list[int], size: tuple[int, int], device: torch.device 
 def undistorted_photo(
     dataset: InputDataset, index: int, wanted: Float[Tensor, "4"], size: tuple[int, int], background: Float[Tensor, "3"]
 ) -> UInt8[Tensor, "height width 4"]:
-    """One photo as a pinhole view: rgb, and 1 where the colour is known. Arguments and errors as of `photograph_views`."""
+    """Return one photo as a pinhole view: rgb, and 1 where the colour is known. Arguments and errors as
+    `photograph_views`."""
     photo = read_photo(dataset, index, background)
     known = np.ones(photo.rgb.shape[:2], np.uint8) if photo.mask is None else photo.mask.astype(np.uint8)
-    # One array, so that colours never come from beyond the picture or from under a mask without being known to.
-    # 16 bits, so that shrinking does not round to 8 once more; fp32 would take twice the memory.
+    # One array, so that pixels beyond the photo or under a mask are known when colours are averaged. 16 bits, so that
+    # shrinking does not round to 8 once more; fp32 would take twice the memory.
     channels = np.dstack([photo.rgb * known[..., None], 255 * known]).astype(np.uint16) * 256
     height, width = channels.shape[:2]
     camera = dataset.cameras[index : index + 1]
     fx, fy, cx, cy = (float(value) for value in (camera.fx, camera.fy, camera.cx, camera.cy))
-    # Shrink first, by areas: reading a larger picture at few points would alias.
+    # Shrink first, by area: reading a larger photo at few points would alias.
     across, down = (min(1.0, float(w) / f) for w, f in zip(wanted[:2], (fx, fy), strict=True))
     small = (max(1, round(width * across)), max(1, round(height * down)))
     if small != (width, height):
@@ -132,7 +131,7 @@ def undistorted_photo(
 def _where(
     camera: Cameras, intrinsics: tuple[float, ...], wanted: Tensor, size: tuple[int, int], path: object
 ) -> tuple[np.ndarray, np.ndarray]:
-    """For every pixel of the view to make, where to read it; OpenCV counts from the centre of the first pixel."""
+    """Return for every pixel of the view where to read it; OpenCV counts from the centre of the first pixel."""
     matrix, target = (
         np.array([[fx, 0, cx - 0.5], [0, fy, cy - 0.5], [0, 0, 1]])
         for fx, fy, cx, cy in (intrinsics, wanted.double().tolist())
@@ -148,7 +147,7 @@ def _where(
         lens_array = np.array([k1, k2, k3, k4])
         return cv2.fisheye.initUndistortRectifyMap(matrix, lens_array, np.eye(3), target, shape, cv2.CV_32FC1)
     raise InputError(
-        f"The photograph {path} cannot be undistorted (camera type {CameraType(kind).name}, lens parameters"
-        f" k1-k4 {k1:g} {k2:g} {k3:g} {k4:g}, p1 p2 {p1:g} {p2:g}): learn from the teacher alone with"
-        " --pipeline.datamanager.real-iterations 0, or distil an r2l student, which takes any lens."
+        f"The photo {path} cannot be undistorted (camera type {CameraType(kind).name}, lens parameters k1-k4 {k1:g}"
+        f" {k2:g} {k3:g} {k4:g}, p1 p2 {p1:g} {p2:g}): learn from the teacher only with"
+        " --pipeline.datamanager.real-iterations 0, or distil an r2l student, which supports any lens."
     )

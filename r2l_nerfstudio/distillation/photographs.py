@@ -1,4 +1,4 @@
-"""The training photos as rays, for the stage that follows distillation."""
+"""Training photos as rays, for the photo stage."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ from torch import Tensor
 
 from r2l_nerfstudio.distillation.ray_sample import RaySample
 from r2l_nerfstudio.distillation.view_ring import free_memory
-from r2l_nerfstudio.errors import InputError
+from r2l_nerfstudio.errors import InputError, one_line
 from r2l_nerfstudio.rays.conventions import OURS, RayConventions
 from r2l_nerfstudio.rays.pinhole import planar_directions
 
 SHARE_OF_MEMORY = 0.4
-"""Of what is free on the device, that photos may take; teacher views need room too."""
+"""Share of the device's free memory that photos may take; teacher views need memory too."""
 MOST_TRIES = 64
 _MODES = ("RGB", "RGBA", "L")
-"""Kinds of images that Nerfstudio reads as what they show."""
+"""Kinds of images that Nerfstudio reads correctly."""
 _ROWS_AT_ONCE = 256
 
 
 def split_holdout(num_views: int, fraction: float) -> tuple[list[int], list[int]]:
-    """Training views to learn from, and every n-th one held out to watch for overfitting.
+    """Return training views to learn from, and every n-th one to hold out.
 
     Args:
         num_views: training views of the capture.
@@ -56,12 +56,12 @@ def split_holdout(num_views: int, fraction: float) -> tuple[list[int], list[int]
 
 @dataclass
 class Photo:
-    """A photo as it is learnt from."""
+    """A photo with its mask."""
 
     rgb: UInt8[np.ndarray, "height width 3"]
-    """On the background, where it had an alpha channel."""
+    """The photo on the background, if it has an alpha channel."""
     mask: Bool[np.ndarray, "height width"] | None
-    """Which pixels count; None for all."""
+    """Pixels that count; None for all."""
 
 
 def read_photo(dataset: InputDataset, index: int, background: Float[Tensor, "3"]) -> Photo:
@@ -69,21 +69,21 @@ def read_photo(dataset: InputDataset, index: int, background: Float[Tensor, "3"]
 
     Args:
         dataset: the training views.
-        index: which one.
-        background: colour behind photos with an alpha channel, unless the capture has one of its own (`alpha_color`).
+        index: index of the view.
+        background: colour behind photos with an alpha channel, unless the capture has its own (`alpha_color`).
 
     Raises:
-        InputError: the photo or its mask cannot be read, is of a kind that Nerfstudio misreads, or is not of its camera's
-            size.
+        InputError: the photo or its mask cannot be read, is of a kind that Nerfstudio misreads, or does not have its
+            camera's size.
     """
     path = dataset.image_filenames[index]
     _check_mode(path)
     try:
         photo = _read(dataset, index, background)
-    except Exception as error:  # every decoder has failures of its own
+    except Exception as error:  # Every decoder raises its own exceptions.
         raise InputError(
-            f"The photo {path} cannot be used ({' '.join(str(error).split())[:300]}): restore it, or name a whole copy of"
-            " the capture with --data."
+            f"The photo {path} cannot be used ({one_line(error)}): restore it, or give a complete copy of the capture"
+            " with --data."
         ) from error
     _check_size(dataset, index, photo)
     return photo
@@ -92,7 +92,7 @@ def read_photo(dataset: InputDataset, index: int, background: Float[Tensor, "3"]
 def _read(dataset: InputDataset, index: int, background: Tensor) -> Photo:
     is_stock = getattr(type(dataset), "get_data", None) is InputDataset.get_data and dataset.mask_color is None
     if is_stock:
-        # Not `get_data`, which blends a whole photo in fp32.
+        # `get_data` would blend a whole photo in fp32.
         image: Any = dataset.get_numpy_image(index)
         outputs = dataset._dataparser_outputs
         alpha_color, mask = outputs.alpha_color, None
@@ -107,7 +107,7 @@ def _read(dataset: InputDataset, index: int, background: Tensor) -> Photo:
         mask = mask[..., 0].numpy().astype(bool)
         if mask.shape != image.shape[:2]:
             raise ValueError(
-                f"its mask has {mask.shape[1]}x{mask.shape[0]} pixels, it {image.shape[1]}x{image.shape[0]}"
+                f"its mask has {mask.shape[1]}x{mask.shape[0]} pixels, and the photo {image.shape[1]}x{image.shape[0]}"
             )
     if image.shape[-1] == 4:
         behind = background if alpha_color is None else alpha_color
@@ -116,7 +116,7 @@ def _read(dataset: InputDataset, index: int, background: Tensor) -> Photo:
 
 
 def _blended(image: np.ndarray, behind: np.ndarray) -> UInt8[np.ndarray, "height width 3"]:
-    """A few rows at a time: a photo of 12 million pixels takes 150 MB in fp32."""
+    """Blend a few rows at a time: a photo of 12 million pixels takes 150 MB in fp32."""
     out = np.empty((*image.shape[:2], 3), np.uint8)
     for top in range(0, len(image), _ROWS_AT_ONCE):
         part = image[top : top + _ROWS_AT_ONCE].astype(np.float32)
@@ -129,23 +129,23 @@ def _check_mode(path: Any) -> None:
     try:
         with Image.open(path) as photo:
             mode = photo.mode
-    except Exception:  # read by other means, or not at all: the reading itself says so
+    except Exception:  # Read by other means, or not at all, which the reading itself reports.
         return
     if mode not in _MODES:
         kind = {"CMYK": "CMYK", "P": "a palette", "LA": "grey with alpha", "1": "one bit a pixel"}.get(
             mode, f"mode {mode}"
         )
         raise InputError(
-            f"The photo {path} is an image of an unusual kind ({kind}), whose numbers Nerfstudio takes for other colours:"
-            " convert the capture's photos to 8-bit RGB, for instance with ImageMagick (mogrify -colorspace sRGB -type"
-            " TrueColor -depth 8 *.png), and train the teacher again."
+            f"The photo {path} is an image of an unusual kind ({kind}), which Nerfstudio reads with other colours:"
+            " convert the capture's photos to 8-bit RGB, for instance with ImageMagick (mogrify -colorspace sRGB"
+            " -type TrueColor -depth 8 *.png), and train the teacher again."
         )
 
 
 def _check_size(dataset: InputDataset, index: int, photo: Photo) -> None:
     height, width = photo.rgb.shape[:2]
     wanted = int(dataset.cameras.height[index]), int(dataset.cameras.width[index])
-    if abs(height - wanted[0]) <= 2 and abs(width - wanted[1]) <= 2:  # roundings of a downscaled capture
+    if abs(height - wanted[0]) <= 2 and abs(width - wanted[1]) <= 2:  # Rounding of a downscaled capture.
         return
     is_turned = abs(height - wanted[1]) <= 2 and abs(width - wanted[0]) <= 2
     remedy = (
@@ -161,18 +161,18 @@ def _check_size(dataset: InputDataset, index: int, photo: Photo) -> None:
 
 
 class Photographs:
-    """Pixels of some training photos in 8 bits on the device, 3 bytes each, 4 with masks; and the rays that saw them.
+    """Pixels of some training photos in 8 bits on the device, 3 bytes each, 4 with masks, and their rays.
 
-    Lens distortion is undone per ray, and the teacher's learnt pose corrections are applied, so that student and teacher
-    agree on where every photo was taken from. Photos that a mask covers entirely are left out. Where memory is short,
-    photos are shrunk by a whole number.
+    Lens distortion is undone per ray, and the teacher's learned pose corrections are applied, so that student and
+    teacher agree on the pose of every photo. Photos that a mask covers entirely are skipped. If memory is short, photos
+    are shrunk by a whole number.
 
     Args:
         dataset: the training views.
-        indices: which of them.
+        indices: indices of the photos.
         corrections: the teacher's pose corrections for all training views, or None.
-        background: colour behind photos that have an alpha channel.
-        device: where pixels live and rays are made.
+        background: colour behind photos with an alpha channel.
+        device: device of pixels and rays.
         conventions: how the student's ray encoding reads rays.
     """
 
@@ -213,7 +213,7 @@ class Photographs:
             starts.append(starts[-1] + height * width)
         if blank:
             CONSOLE.print(
-                f"[yellow]Leaving out {len(blank)} photos that their masks cover entirely, {blank[0]} the first.",
+                f"[yellow]Skipping {len(blank)} photos that their masks cover entirely, the first being {blank[0]}.",
                 soft_wrap=True,
             )
         self.pixels = self.pixels[: starts[-1]]
@@ -221,11 +221,11 @@ class Photographs:
         self._views = torch.tensor(views, device=self.device).reshape(-1, 3)
         self._tries = 1
         if len(self.pixels) and kept < len(self.pixels):
-            # So many that one draw in a hundred finds no pixel that counts.
+            # So many tries that one draw in a hundred finds no pixel that counts.
             self._tries = min(MOST_TRIES, math.ceil(math.log(0.01) / math.log1p(-kept / len(self.pixels))))
 
     def __len__(self) -> int:
-        """Photos that have a pixel which counts."""
+        """Number of photos that have a pixel which counts."""
         return len(self._views)
 
     def _shrink(self, needed: int) -> int:
@@ -240,10 +240,10 @@ class Photographs:
         return shrink
 
     def sample(self, num_rays: int, generator: torch.Generator | None = None) -> RaySample:
-        """Rays drawn uniformly over all pixels that count; the few found masked after some tries have no weight.
+        """Draw rays uniformly over all pixels that count; the few that are masked even after some tries have no weight.
 
         Args:
-            num_rays: how many.
+            num_rays: number of rays.
             generator: for a repeatable draw.
         """
         device = "cpu" if generator else self.device
@@ -256,7 +256,7 @@ class Photographs:
         return self.rays(flat.gather(0, first[None])[0])
 
     def rays(self, flat: Int[Tensor, "rays"]) -> RaySample:
-        """Rays of given pixels, numbered row by row through all photos."""
+        """Return the rays of given pixels, numbered row by row through all photos."""
         photo = torch.searchsorted(self._starts, flat, right=True) - 1
         views, heights, widths = self._views[photo].unbind(-1)
         inside = flat - self._starts[photo]
@@ -269,7 +269,7 @@ class Photographs:
         bundle = self.cameras.generate_rays(camera_indices=views[:, None], coords=coords)
         origins, directions = bundle.origins, bundle.directions
         if self.corrections is not None:
-            # As CameraOptimizer.apply_to_raybundle: shift the origin, rotate the direction, both in the world frame.
+            # Like CameraOptimizer.apply_to_raybundle: shift the origin, rotate the direction, both in the world frame.
             origins = origins + self.corrections[views, :, 3]
             directions = (self.corrections[views, :, :3] @ directions[..., None]).squeeze(-1)
         if self.conventions.is_planar:
@@ -285,13 +285,13 @@ class Photographs:
 
 
 def _stored_size(dataset: InputDataset, index: int) -> tuple[int, int]:
-    """Height and width of a photo, by its file's header where there is one."""
+    """Return height and width of a photo, from its file's header if possible."""
     try:
         with Image.open(dataset.image_filenames[index]) as photo:
             width, height = photo.size
         scale = getattr(dataset, "scale_factor", 1.0)
         return (height, width) if scale == 1.0 else (int(height * scale), int(width * scale))
-    except Exception:  # read by other means
+    except Exception:  # Read by other means.
         return int(dataset.cameras.height[index]), int(dataset.cameras.width[index])
 
 
@@ -301,6 +301,6 @@ def _at_size(photo: Photo, height: int, width: int) -> tuple[np.ndarray, np.ndar
     rgb = cv2.resize(photo.rgb, (width, height), interpolation=cv2.INTER_AREA)
     if photo.mask is None:
         return rgb, None
-    # Only where all that a pixel is made of counts.
+    # Only where all source pixels count.
     mask = cv2.resize(photo.mask.astype(np.uint8) * 255, (width, height), interpolation=cv2.INTER_AREA)
     return rgb, mask == 255

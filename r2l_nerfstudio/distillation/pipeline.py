@@ -1,4 +1,4 @@
-"""Teacher, data and student together, behind Nerfstudio's Pipeline contract."""
+"""Teacher, data and student together, behind Nerfstudio's Pipeline interface."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from torch.nn import Parameter
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import update_bn
 
-from r2l_nerfstudio.checkpoints import read_checkpoint
+from r2l_nerfstudio.checkpoints import read_checkpoint, without_module_prefix
 from r2l_nerfstudio.distillation.averaging import (
     WeightAverage,
     normalization_statistics,
@@ -41,9 +41,10 @@ from r2l_nerfstudio.distillation.progress import TrainingProgress
 from r2l_nerfstudio.distillation.published_scene import scene_of_capture
 from r2l_nerfstudio.distillation.scene_occupancy import SceneOccupancy
 from r2l_nerfstudio.distillation.survey import Survey
-from r2l_nerfstudio.errors import InputError, exit_on_input_error
+from r2l_nerfstudio.engines.torch_engine import is_bf16_fast
+from r2l_nerfstudio.errors import InputError, exit_on_input_error, one_line
 from r2l_nerfstudio.models.light_field import LightFieldModel, LightFieldModelConfig
-from r2l_nerfstudio.models.mobile_r2l import MobileR2LModel
+from r2l_nerfstudio.psnr import decibels
 from r2l_nerfstudio.ranges import FloatRange, IntRange
 from r2l_nerfstudio.rays.conventions import OURS
 from r2l_nerfstudio.teacher import Teacher
@@ -64,23 +65,23 @@ class DistillationPipelineConfig(VanillaPipelineConfig):
     teacher_time: tyro.conf.Suppress[float | None] = None
     """The instant at which a time-dependent teacher is frozen; set from --teacher-time."""
     resumes: tyro.conf.Suppress[Path | None] = None
-    """Checkpoint that training goes on from; set from --load-dir or --load-checkpoint."""
+    """Checkpoint to resume from; set from --load-dir or --load-checkpoint."""
     check_frame: bool = True
-    """Before training, check that the teacher's renders match the photographs they should match."""
+    """Before training, check that the teacher's renders match the photos."""
     bf16: bool = True
-    """Train the network in bfloat16 with fp32 weights: needs no loss scaling, unlike the fp16 that Nerfstudio's mixed
-    precision means on CUDA. Rays, encoding and losses stay in fp32."""
+    """Train the network in bfloat16 with fp32 weights, which needs no loss scaling, unlike the fp16 of Nerfstudio's
+    mixed precision on CUDA. Rays, encoding and losses stay in fp32. Without bf16 arithmetic everything is fp32."""
     steps_per_holdout: Annotated[int, IntRange(1, 10**9)] = 500
-    """Iterations between looks at the held-out views."""
+    """Iterations between measurements on the held-out views."""
     sync_batch_norm: bool = False
     """On several GPUs, normalize over the batches of all of them (SyncBatchNorm), as published; CPUs have no such layer
-    and keep one set of statistics per process."""
+    and keep statistics per process."""
     ema_decay: Annotated[float, FloatRange(0, 1)] = 0.0
-    """Decay of a moving average of the weights, which is what training leaves behind; 0 keeps none."""
+    """Decay of the weights' moving average, which is what training saves at the end; 0 keeps none."""
 
 
 class DistillationPipeline(VanillaPipeline):
-    """Trains a student from a teacher; without training, runs the student alone.
+    """Trains a student from a teacher; without training, runs the student only.
 
     Args: as `VanillaPipeline`. In `test_mode` "val" (training) the teacher is loaded; in "test" and "inference" it is
     neither needed nor read.
@@ -102,7 +103,7 @@ class DistillationPipeline(VanillaPipeline):
         grad_scaler: GradScaler | None = None,
     ) -> None:
         with exit_on_input_error():
-            # The teacher first: it knows best what is wrong with a capture.
+            # The teacher first: its errors describe best what is wrong with a capture.
             teacher = load_teacher(config, device) if test_mode == "val" else None
             if teacher is not None:
                 config.model.fit_to(*view_size(config.datamanager, teacher))
@@ -114,7 +115,7 @@ class DistillationPipeline(VanillaPipeline):
                 if config.resumes is not None:
                     self._check_resumed(config.resumes)
                 self._attach_teacher(teacher)
-            if world_size > 1:  # only now, since the scene says how many features there are
+            if world_size > 1:  # Only now, since the scene determines the number of features.
                 self._model = self._distributed(local_rank)
             if teacher is not None:
                 if config.ema_decay > 0:
@@ -133,8 +134,9 @@ class DistillationPipeline(VanillaPipeline):
         return cast(LightFieldModel, super().model)
 
     def _distributed(self, local_rank: int) -> DistributedDataParallel:
-        # Nerfstudio's own wrapping names a GPU, and so fails between CPUs; and it searches every batch for unused weights.
-        self.model.device_indicator_param.requires_grad_(False)  # Nerfstudio's; in no loss, so ranks would wait for it
+        # Nerfstudio's wrapper names a GPU, and so fails between CPUs; it also searches every batch for unused weights.
+        # In no loss, so ranks would wait for it.
+        self.model.device_indicator_param.requires_grad_(False)
         on_gpu = self.model.device.type == "cuda"
         if self.config.sync_batch_norm and on_gpu:
             self._model = cast(LightFieldModel, torch.nn.SyncBatchNorm.convert_sync_batchnorm(self.model))
@@ -143,7 +145,7 @@ class DistillationPipeline(VanillaPipeline):
     def _attach_teacher(self, teacher: Teacher) -> None:
         cameras = self.datamanager.train_dataset.cameras
         check_cameras(teacher, self.datamanager.train_dataparser_outputs.cameras)
-        # First of all: it tells a teacher that has diverged from one in another frame.
+        # First of all, since it distinguishes a teacher that has diverged from one in another frame.
         survey = Survey.take(teacher, cameras)
         background = background_of(teacher)
         if self.config.check_frame:
@@ -151,10 +153,8 @@ class DistillationPipeline(VanillaPipeline):
         self._set_scene(survey, background)
         CONSOLE.print(f"Scene: {self.model.describe_scene()}.")
         model = self.model
-        self.datamanager.attach_teacher(
-            teacher, survey, background, model.factor, model.rays_per_cell, model.ray_code.conventions, model.margin
-        )
-        model.crop_margin = self.datamanager.margin
+        self.datamanager.attach_teacher(teacher, survey, background, model.rays)
+        model.crop_margin = self.datamanager.rays.margin
         self._survey = survey
         self._start_occupancy()
 
@@ -181,7 +181,7 @@ class DistillationPipeline(VanillaPipeline):
         bounds, conventions = survey.bounds(capture, self.model.config.forced_spacing), OURS
         if self.model.config.published_rays:
             outputs = self.datamanager.train_dataparser_outputs
-            scene = scene_of_capture(capture, outputs, bounds, isinstance(self.model, MobileR2LModel))
+            scene = scene_of_capture(capture, outputs, bounds, self.model.reads_ray_image)
             bounds = dataclasses.replace(bounds, near=scene.near, far=scene.far)
             conventions = scene.conventions
         self.model.set_scene(
@@ -195,10 +195,10 @@ class DistillationPipeline(VanillaPipeline):
         )
 
     def restart(self, config: DistillationPipelineConfig) -> None:
-        """Begin anew with another student on the teacher views at hand.
+        """Restart with another student on the existing teacher views.
 
         Args:
-            config: of the same method, and with the same views to learn from.
+            config: configuration of the same method, with the same views to learn from.
         """
         self.config = config
         dataset = self.datamanager.train_dataset
@@ -206,10 +206,8 @@ class DistillationPipeline(VanillaPipeline):
             scene_box=dataset.scene_box, num_train_data=len(dataset), metadata=dataset.metadata
         ).to(self.datamanager.device)
         self._set_scene(self._survey, self.datamanager.background)
-        self.datamanager.restart(
-            config.datamanager, self.model.rays_per_cell, self.model.ray_code.conventions, self.model.margin
-        )
-        self.model.crop_margin = self.datamanager.margin
+        self.datamanager.restart(config.datamanager, self.model.rays)
+        self.model.crop_margin = self.datamanager.rays.margin
         self._start_occupancy()
         self.average = WeightAverage(self.model, config.ema_decay) if config.ema_decay > 0 else None
         self._best = None
@@ -221,21 +219,21 @@ class DistillationPipeline(VanillaPipeline):
         theirs = {k: v for k, v in weights.items() if isinstance(v, Tensor)}
         for key in dict.fromkeys([*mine, *theirs]):
             shapes = [list(state[key].shape) if key in state else "absent" for state in (theirs, mine)]
-            # How many features a composited encoding has is known only when the teacher has rendered.
+            # The number of features of a composited encoding is known only after the teacher has rendered.
             if shapes[0] != shapes[1] and not key.startswith("composited"):
                 raise InputError(
-                    f"The checkpoint {checkpoint} is not one of the student that the command line describes ({key} is"
-                    f" {shapes[0]} in it, and {shapes[1]} here): to go on from it with --load-dir, give the same"
-                    " --pipeline.model options."
+                    f"The checkpoint {checkpoint} does not belong to the student that the command line describes"
+                    f" ({key} is {shapes[0]} in it, and {shapes[1]} here): to resume from it with --load-dir, give"
+                    " the same --pipeline.model options."
                 )
 
     def load_pipeline(self, loaded_state: dict[str, Any], step: int) -> None:
-        """Load a student, all of it: Nerfstudio's own leaves what does not fit at random, without a word.
+        """Load a student completely: Nerfstudio would silently leave what does not fit at random.
 
         Raises:
             SystemExit: with a paragraph that says why, if it does not fit.
         """
-        state = {key.removeprefix("module."): value for key, value in loaded_state.items()}
+        state = without_module_prefix(loaded_state)
         averages = saved_average(state)
         state = {key: value for key, value in state.items() if not key.startswith("average.")}
         self.model.update_to_step(step)
@@ -244,13 +242,13 @@ class DistillationPipeline(VanillaPipeline):
                 self.load_state_dict(state, strict=True)
             except RuntimeError as error:
                 raise InputError(
-                    f"The checkpoint of step {step} is not one of the student that config.yml and the command line"
-                    f" describe ({' '.join(str(error).split())[:300]}). A run's config.yml goes with its own"
-                    " checkpoints; to go on from one with --load-dir, give the same --pipeline.model options."
+                    f"The checkpoint of step {step} does not belong to the student that config.yml and the command"
+                    f" line describe ({one_line(error)}). A run's config.yml goes with its own checkpoints; to resume"
+                    " from one with --load-dir, give the same --pipeline.model options."
                 ) from error
             self._check_conventions(step)
         if self.scene_occupancy is not None:
-            # The checkpoint's features, as many as it has; ranks and averages go by that number.
+            # The checkpoint decides the number of features, on which ranks and averages depend.
             self.scene_occupancy.resume(self.datamanager.ring)
             if self.world_size > 1:
                 self._model = self._distributed(self.datamanager.local_rank)
@@ -259,27 +257,30 @@ class DistillationPipeline(VanillaPipeline):
         if self.average is not None:
             if averages:
                 self.average.load_state_dict(averages)
-            else:  # a finished run's weights are their average
+            else:  # The weights of a finished run are their average.
                 self.average.reset()
         elif self.test_mode != "val":
             put_average(self.model, averages)
 
     def _check_conventions(self, step: int) -> None:
-        """Rays that are made one way are not read another.
+        """Check that the encoding reads rays as the data manager makes them.
 
         Raises:
             InputError: if the checkpoint's ray encoding reads other rays than the data manager makes.
         """
-        read, made = self.model.ray_code.conventions, getattr(self.datamanager, "conventions", None)
-        if made is None or (read.is_planar, read.pixel_offset) == (made.is_planar, made.pixel_offset):
+        read, rays = self.model.ray_code.conventions, getattr(self.datamanager, "rays", None)
+        if rays is None:  # No teacher: nothing is trained.
+            return
+        made = rays.conventions
+        if (read.is_planar, read.pixel_offset) == (made.is_planar, made.pixel_offset):
             return
         raise InputError(
-            f"The checkpoint of step {step} reads rays by {'the published' if read.is_planar else 'our'} conventions: add"
-            f" --pipeline.model.published-rays {read.is_planar} to go on from it."
+            f"The checkpoint of step {step} reads rays by {'the published' if read.is_planar else 'our'} conventions:"
+            f" add --pipeline.model.published-rays {read.is_planar} to resume from it."
         )
 
     def get_train_loss_dict(self, step: int) -> tuple[Any, dict[str, Tensor], dict[str, Tensor]]:
-        """One batch through the student; the data manager is told how wrong it was."""
+        """Run one batch through the student, and pass its errors to the data manager."""
         batch = self.datamanager.next_batch(step)
         outputs = self._predict(batch, self._model)
         _, truth = batch.as_nerfstudio()
@@ -290,14 +291,35 @@ class DistillationPipeline(VanillaPipeline):
         self.datamanager.learn_from(batch, errors)
         return outputs, loss_dict, metrics_dict
 
+    def train_step(self, optimizers: Optimizers, step: int) -> None:
+        """Run one training iteration: batch, loss, gradients, optimizers, average of the weights.
+
+        `ns-train` runs the same calls with its callbacks, log and checkpoints around them.
+        """
+        optimizers.zero_grad_all()
+        _, losses, _ = self.get_train_loss_dict(step)
+        torch.stack([*losses.values()]).sum().backward()
+        self.update_weights(optimizers, step)
+
+    def update_weights(self, optimizers: Optimizers, step: int) -> None:
+        """Step the optimizers and the average of the weights for the current gradients."""
+        optimizers.optimizer_step_all()
+        self.update_average(step)
+
     def _predict(self, batch: Batch, model: torch.nn.Module) -> dict[str, Tensor]:
         bundle = batch.ray_bundle
-        with torch.autocast(device_type=bundle.origins.device.type, dtype=torch.bfloat16, enabled=self.config.bf16):
+        with self._autocast():
             return model(bundle)
+
+    def _autocast(self) -> torch.autocast:
+        """bf16 where the machine multiplies it: on a CPU that does not, a step takes ten times as long as in fp32."""
+        device = self.model.device
+        is_used = self.config.bf16 and is_bf16_fast(device)
+        return torch.autocast(device_type=device.type, dtype=torch.bfloat16, enabled=is_used)
 
     @torch.no_grad()
     def holdout_psnr(self, held: Batch) -> float:
-        """PSNR in dB of the student on pixels it never learns from; NaN where none of them counts."""
+        """Return the PSNR in dB of the student on held-out pixels; NaN if none of them counts."""
         was_training = self.training
         self.eval()
         rgb = self.model(held.ray_bundle)["rgb"]
@@ -306,31 +328,31 @@ class DistillationPipeline(VanillaPipeline):
         if not bool(weight.any()):
             return math.nan
         error = ((rgb.float() - held.target.rgb).square() * weight).sum() / (3 * weight.sum().clamp_min(1))
-        return -10 * math.log10(max(float(error), 1e-12))
+        return decibels(float(error))
 
     def get_training_callbacks(
         self, training_callback_attributes: TrainingCallbackAttributes
     ) -> list[TrainingCallback]:
-        """Nerfstudio's own, and the watch over the held-out views."""
+        """Return Nerfstudio's callbacks, and those that update the average, the occupancy and the held-out PSNR."""
         attributes = training_callback_attributes
         if attributes.trainer is not None and self.datamanager.local_rank == 0:
-            # Kinds that were "auto" are known only now.
+            # Settings of "auto" are resolved only now.
             attributes.trainer.config.save_config()
         self._optimizers = attributes.optimizers
         return [
             *super().get_training_callbacks(attributes),
-            self._after_iterations(self._update_average, 1),
+            self._after_iterations(self.update_average, 1),
             self._after_iterations(self._grow_occupancy, STEPS_PER_GROWTH),
             self._after_iterations(self._watch_holdout, self.config.steps_per_holdout),
         ]
 
     def follow(self, progress: TrainingProgress) -> None:
-        """Go by this progress: when photographs come in, and what is said of the time left."""
+        """Use this progress for the photo stage and the time left."""
         self.progress = progress
         self.note_progress()
 
     def note_progress(self) -> None:
-        """After the progress has moved on: take photographs in for the last share of the training."""
+        """Start the photo stage when the progress reaches it."""
         assert self.progress is not None
         self.done.fill_(self.progress.fraction)
         share = self.datamanager.config.real_iterations / max(1, self.progress.steps)
@@ -341,9 +363,9 @@ class DistillationPipeline(VanillaPipeline):
         return TrainingCallback(where_to_run=where, update_every_num_iters=every, func=function)
 
     def _grow_occupancy(self, step: int) -> None:
-        """Take into the occupancy what new teacher views show, features and all that follows them with it."""
+        """Add what new teacher views show to the occupancy, with its features and everything that depends on them."""
         ring, encoding = self.datamanager.ring, self.model.composited
-        # Ranks would have to agree; and weights that may be restored must go on fitting.
+        # Ranks would have to agree, and weights that may be restored must still fit.
         if self.scene_occupancy is None or encoding is None or self.world_size > 1 or self.datamanager.photographs_now:
             return
         former = self.scene_occupancy.grow(ring)
@@ -359,13 +381,14 @@ class DistillationPipeline(VanillaPipeline):
         for optimizer in () if self._optimizers is None else self._optimizers.optimizers.values():
             move_state(optimizer, rows, former)
 
-    def _update_average(self, step: int) -> None:
+    def update_average(self, step: int) -> None:
+        """Update the average with the current weights, if there is one."""
         if self.average is not None:
             self.average.update()
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
-        """With the average of the weights, if there is one, and normalization statistics that belong to it."""
+        """Use the average of the weights, if there is one, and normalization statistics that fit it."""
         if self.average is None:
             yield
             return
@@ -383,11 +406,11 @@ class DistillationPipeline(VanillaPipeline):
     def _estimate_statistics(self) -> None:
         def batches() -> Iterator[RayBundle]:
             for _ in range(STATISTICS_BATCHES):
-                with torch.autocast(device_type=self.model.device.type, enabled=False):  # rays are fp32
+                with torch.autocast(device_type=self.model.device.type, enabled=False):  # Rays are fp32.
                     bundle = self.datamanager.draw(0).ray_bundle
                 yield bundle
 
-        with torch.autocast(device_type=self.model.device.type, dtype=torch.bfloat16, enabled=self.config.bf16):
+        with self._autocast():
             update_bn(batches(), self.model)
         if self.world_size > 1:
             for statistic in normalization_statistics(self.model):
@@ -400,14 +423,14 @@ class DistillationPipeline(VanillaPipeline):
             return
         with self.averaged():
             pseudo = self.holdout_psnr(self.datamanager.held_views)
-            writer.put_scalar(name="Holdout PSNR (teacher views)", scalar=pseudo, step=step)
+            writer.put_scalar(name="Held-out PSNR (teacher views)", scalar=pseudo, step=step)
             writer.put_scalar(name="Training done", scalar=float(self.done), step=step)
-            line = f"Step {step}: {pseudo:.2f} dB against the teacher on views never trained on"
+            line = f"Step {step}: {pseudo:.2f} dB against the teacher on held-out views"
             if self.datamanager.held_photographs is not None:
                 real = self.holdout_psnr(self.datamanager.held_photographs)
                 if not math.isnan(real):
-                    writer.put_scalar(name="Holdout PSNR (photographs)", scalar=real, step=step)
-                    line += f", {real:.2f} dB against held-out training photographs"
+                    writer.put_scalar(name="Held-out PSNR (photos)", scalar=real, step=step)
+                    line += f", {real:.2f} dB against held-out photos"
                 if (
                     not math.isnan(real)
                     and self.datamanager.photographs_now
@@ -428,7 +451,7 @@ class DistillationPipeline(VanillaPipeline):
         return {key: value.clone() for key, value in state.items() if isinstance(value, Tensor)}
 
     def finish(self, step: int) -> None:
-        """At the end of training: the average of the weights, or those that did best on the held-out photographs."""
+        """At the end of training, use the average of the weights, or those with the best PSNR on held-out photos."""
         if self.average is not None:
             self.average.swap()
             self._estimate_statistics()
@@ -445,24 +468,24 @@ class DistillationPipeline(VanillaPipeline):
         best, state = self._best
         if best > now + 0.02:
             CONSOLE.print(
-                f"Photographs began to be overfitted: back from {now:.2f} to {best:.2f} dB on the held-out ones."
+                f"Overfitting to photos: restored the best weights (held-out PSNR {now:.2f} → {best:.2f} dB)."
             )
             self.model.load_state_dict(state, strict=False)
 
 
 def load_teacher(config: DistillationPipelineConfig, device: str) -> Teacher:
-    """The teacher that a configuration names.
+    """Load the teacher of a configuration.
 
     Raises:
-        InputError: if it names none, or the run or its capture cannot be used.
+        InputError: if it has none, or the run or its capture cannot be used.
     """
     if config.teacher is None:
-        raise InputError("A student needs a teacher: name a trained Nerfstudio run with --teacher …/config.yml.")
+        raise InputError("A student needs a teacher: give a trained Nerfstudio run with --teacher …/config.yml.")
     return Teacher.load(config.teacher, device=device, data=config.datamanager.data, time=config.teacher_time)
 
 
 def view_size(config: DistillationDataManagerConfig, teacher: Teacher) -> tuple[int, int]:
-    """Width and height in pixels of the teacher views to come, before there is a data manager."""
+    """Return the width and height in pixels of future teacher views, before there is a data manager."""
     cameras = teacher.dataparser_outputs.cameras
     scale = config.camera_res_scale_factor / config.view_downscale
     width, height = (round(float(sizes.float().median()) * scale) for sizes in (cameras.width, cameras.height))

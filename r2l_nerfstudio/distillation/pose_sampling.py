@@ -1,4 +1,4 @@
-"""Pseudo cameras near the capture, chosen from the layout of its own cameras."""
+"""Sampled cameras near the capture, by a sampler that fits its layout."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Annotated, Literal, get_args
 
 import torch
 from jaxtyping import Float
+from nerfstudio.cameras.cameras import Cameras, CameraType
 from torch import Tensor
 
 from r2l_nerfstudio.errors import InputError
@@ -19,26 +20,26 @@ SamplerKind = Literal["auto", "neighbour", "sphere", "box"]
 
 @dataclass
 class PoseSamplerConfig:
-    """Where pseudo cameras are placed."""
+    """How cameras are sampled."""
 
     kind: SamplerKind = "auto"
-    """neighbour: between neighbouring training cameras; sphere: the band they cover around an object; box: the box of
-    positions and viewing axes of a forward-facing capture; auto: what the capture's layout asks for."""
+    """neighbour: between neighbouring training cameras; sphere: in the band they cover around an object; box: in the
+    box of positions and viewing axes of a forward-facing capture; auto: by the capture's layout."""
     num_neighbours: Annotated[int, IntRange(1, 10**6)] = 4
-    """neighbour: how many nearest cameras to interpolate to."""
+    """neighbour: number of nearest cameras to interpolate to."""
     jitter: Annotated[float, FloatRange(0, 100)] = 0.3
     """Random displacement, as a share of the distance to neighbouring cameras."""
     focal_range: tuple[Annotated[float, FloatRange(0.01, 100)], Annotated[float, FloatRange(0.01, 100)]] = (0.95, 1.25)
     """Focal lengths, as multiples of the training cameras'."""
     overscan: Annotated[float, FloatRange(0, 10)] = 0.0
-    """neighbour, box: how far teacher views look past the training cameras' field of view, as a share of it: what a
-    wider picture of the same place shows, as a viewer's window is."""
+    """neighbour, box: how far teacher views extend past the training cameras' field of view, as a share of it: what a
+    wider image from the same place shows, such as a viewer's window."""
 
     def __post_init__(self) -> None:
         self.check()
 
     def check(self) -> None:
-        """Raises: InputError: for an unknown kind, however it got here."""
+        """Raises: InputError: for an unknown kind, from a command line or a file."""
         if self.kind not in get_args(SamplerKind):
             raise InputError(
                 f"Unknown pose sampler {self.kind!r}: choose --pipeline.datamanager.pose-sampler.kind from "
@@ -46,7 +47,8 @@ class PoseSamplerConfig:
             )
 
     def check_focal_range(self) -> None:
-        """Raises: InputError: for a range of nothing. Not while a command line is parsed, where it would be a traceback."""
+        """Raises: InputError: for an empty range. It is not checked while a command line is parsed, where it would be a
+        traceback."""
         if not self.focal_range[0] <= self.focal_range[1]:
             raise InputError(
                 "--pipeline.datamanager.pose-sampler.focal-range must go from the smaller to the larger focal length (got"
@@ -76,16 +78,17 @@ class CaptureCameras:
 
     @cached_property
     def up(self) -> Float[Tensor, "3"]:
-        """Up direction of the capture, unit length: across all cameras' right axes, as they are seldom rolled."""
+        """Up direction of the capture, unit length: perpendicular to all cameras' right axes, since cameras are seldom
+        rolled."""
         right, mean_up = self.camera_to_worlds[:, :, 0], self.camera_to_worlds[:, :, 1].mean(0)
-        # The small term decides where right axes leave a choice, as in forward-facing captures.
+        # The small term decides if right axes leave a choice, as in forward-facing captures.
         spread = right.T @ right / len(right) - 0.01 * torch.outer(mean_up, mean_up)
         up = torch.linalg.eigh(spread).eigenvectors[:, 0]
         return up if up @ mean_up >= 0 else -up
 
     @cached_property
     def focus(self) -> Float[Tensor, "3"]:
-        """The point nearest to all viewing axes, in the least-squares sense."""
+        """The least-squares point nearest to all viewing axes."""
         across = torch.eye(3) - self.axes[:, :, None] * self.axes[:, None, :]
         # The small term keeps parallel axes solvable: their focus stays near the cameras.
         system = across.mean(0) + 1e-4 * torch.eye(3)
@@ -104,11 +107,36 @@ class CaptureCameras:
         return look_along(self.axes.mean(0), self.up)
 
 
+def capture_cameras(cameras: Cameras, downscale: float = 1.0) -> CaptureCameras:
+    """Return the training cameras as undistorted pinholes of one resolution, the capture's median divided by
+    `downscale`.
+
+    Fisheye and panoramic cameras become pinholes of 90 degrees, since teacher views are pinhole images.
+    """
+    cameras = cameras.to("cpu").flatten()
+    width = max(1, round(float(cameras.width.float().median()) / downscale))
+    height = max(1, round(float(cameras.height.float().median()) / downscale))
+    intrinsics = torch.cat(
+        [
+            cameras.fx * width / cameras.width,
+            cameras.fy * height / cameras.height,
+            cameras.cx * width / cameras.width,
+            cameras.cy * height / cameras.height,
+        ],
+        dim=-1,
+    ).float()
+    wide = cameras.camera_type[:, 0] != CameraType.PERSPECTIVE.value
+    if wide.any():
+        side = min(width, height) / 2
+        intrinsics[wide] = torch.tensor([side, side, width / 2, height / 2])
+    return CaptureCameras(cameras.camera_to_worlds.float(), intrinsics, width, height)
+
+
 def look_along(axis: Float[Tensor, "3"], up: Float[Tensor, "3"]) -> Float[Tensor, "3 3"]:
-    """Rotation (columns right, up, backward) of a camera that looks along `axis`."""
+    """Return the rotation (columns right, up, backward) of a camera that looks along `axis`."""
     backward = -axis / axis.norm().clamp_min(1e-8)
     right = torch.linalg.cross(up, backward)
-    if right.norm() < 1e-4:  # looking straight along the up direction: any right will do
+    if right.norm() < 1e-4:  # It looks straight along the up direction: any right will do.
         other = torch.tensor([1.0, 0.0, 0.0]) if backward[0].abs() < 0.9 else torch.tensor([0.0, 1.0, 0.0])
         right = torch.linalg.cross(other, backward)
     right = right / right.norm()
@@ -116,10 +144,10 @@ def look_along(axis: Float[Tensor, "3"], up: Float[Tensor, "3"]) -> Float[Tensor
 
 
 def choose_sampler(cameras: CaptureCameras) -> Literal["neighbour", "sphere", "box"]:
-    """The sampler that fits a capture's layout.
+    """Return the sampler that fits a capture's layout.
 
-    `box` where all cameras look the same way (within 30 degrees of their mean), `sphere` where they look inwards at one
-    point (15 degrees on average) from at least half way around it and nearly one distance, `neighbour` for all else.
+    `box` if all cameras look the same way (within 30 degrees of their mean), `sphere` if they look inwards at one point
+    (15 degrees on average) from at least half way around it and nearly one distance, `neighbour` otherwise.
     """
     if len(cameras.positions) < 3:
         return "neighbour"
@@ -135,7 +163,8 @@ def choose_sampler(cameras: CaptureCameras) -> Literal["neighbour", "sphere", "b
 
 
 def _spherical(cameras: CaptureCameras) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Azimuth, elevation (radians), radius of the cameras around the focus, and the frame (columns) they refer to."""
+    """Return azimuth, elevation (radians) and radius of the cameras around the focus, and the frame (columns) they
+    refer to."""
     frame = look_along(torch.linalg.cross(cameras.up, cameras.mean_axes[:, 0]), cameras.up)
     offset = (cameras.positions - cameras.focus) @ frame
     radius = offset.norm(dim=-1)
@@ -144,7 +173,7 @@ def _spherical(cameras: CaptureCameras) -> tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 def _azimuth_gap(cameras: CaptureCameras) -> float:
-    """The widest sector around the focus without a camera, in radians."""
+    """Return the widest sector around the focus without a camera, in radians."""
     azimuth = _spherical(cameras)[0].sort().values
     gaps = torch.cat([azimuth[1:] - azimuth[:-1], (azimuth[:1] + 2 * math.pi) - azimuth[-1:]])
     return float(gaps.max())
@@ -152,7 +181,7 @@ def _azimuth_gap(cameras: CaptureCameras) -> float:
 
 @dataclass(frozen=True)
 class PoseSampler:
-    """Draws pseudo cameras; the same generator state gives the same camera.
+    """Samples cameras; the same generator state gives the same camera.
 
     Args:
         cameras: the training cameras.
@@ -163,21 +192,21 @@ class PoseSampler:
     config: PoseSamplerConfig = field(default_factory=PoseSamplerConfig)
 
     def __post_init__(self) -> None:
-        self.config.check()  # one read from a file was never constructed
+        self.config.check()  # A configuration from a file was never constructed.
 
     @cached_property
     def kind(self) -> SamplerKind:
-        """The sampler in use, `auto` resolved."""
+        """The sampler in use, with `auto` resolved."""
         return choose_sampler(self.cameras) if self.config.kind == "auto" else self.config.kind
 
     def sample(self, generator: torch.Generator) -> tuple[Float[Tensor, "3 4"], Float[Tensor, "4"]]:
-        """One pseudo camera.
+        """Sample one camera.
 
         Args:
             generator: CPU generator.
 
         Returns:
-            camera-to-world (OpenGL axes, teacher's frame) and fx, fy, cx, cy in pixels of the capture's resolution.
+            Camera-to-world (OpenGL axes, teacher's frame) and fx, fy, cx, cy in pixels of the capture's resolution.
         """
         base = int(torch.randint(len(self.cameras.positions), (1,), generator=generator))
         low, high = (math.log(value) for value in self.config.focal_range)
@@ -186,7 +215,7 @@ class PoseSampler:
         intrinsics[:2] *= zoom
         pose = {"neighbour": self._neighbour, "sphere": self._sphere, "box": self._box}[self.kind](base, generator)
         if self.config.overscan > 0 and self.kind != "sphere":
-            # The difference of two uniform draws: more often near the middle.
+            # The difference of two uniform draws is more often near the middle.
             first, second = torch.rand(2, 2, generator=generator)
             size = torch.tensor([self.cameras.width, self.cameras.height])
             intrinsics[2:] += self.config.overscan * size * (first - second)
@@ -202,7 +231,7 @@ class PoseSampler:
         share = torch.rand((), generator=generator)
         position = torch.lerp(cameras.positions[base], cameras.positions[other], share)
         position = position + self.config.jitter * near_distances.mean() * torch.randn(3, generator=generator) / 3**0.5
-        # Rotations of neighbours are close: a normalised blend of axes stands in for the geodesic.
+        # Rotations of neighbours are close: a normalised blend of axes replaces the geodesic.
         axis = torch.lerp(cameras.axes[base], cameras.axes[other], share)
         up = torch.lerp(cameras.camera_to_worlds[base, :, 1], cameras.camera_to_worlds[other, :, 1], share)
         between = torch.arccos((cameras.axes[base] @ cameras.axes[other]).clamp(-1, 1))
@@ -214,7 +243,7 @@ class PoseSampler:
         cameras = self.cameras
         azimuths, elevations, radii, frame = _spherical(cameras)
         draw = torch.rand(3, generator=generator)
-        # Near a training azimuth, within its widest gap: an arc is filled, what lies outside it is not entered.
+        # Near a training azimuth, within its widest gap: an arc is filled, and what is outside it is not entered.
         gap = min(_azimuth_gap(cameras), math.pi / 3)
         azimuth = azimuths[base] + gap * (draw[0] - 0.5)
         elevation = torch.lerp(elevations.min(), elevations.max(), draw[1])
@@ -233,7 +262,7 @@ class PoseSampler:
 
 
 def _within_box(points: Float[Tensor, "num 3"], generator: torch.Generator) -> Float[Tensor, "3"]:
-    """A uniform draw from the points' bounding box, enlarged by 1.1 (R2L's forward-facing sampler)."""
+    """Draw uniformly from the points' bounding box, enlarged by 1.1 (R2L's forward-facing sampler)."""
     low, high = points.min(0).values, points.max(0).values
     middle, half = (low + high) / 2, 1.1 * (high - low) / 2
     return middle + half * (2 * torch.rand(3, generator=generator) - 1)

@@ -1,4 +1,4 @@
-"""How far training is: by iterations, or by the minutes that the user gave it."""
+"""Training progress: by iterations, or by the minutes that the user allowed."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ import torch
 import torch.distributed
 
 STEPS_BETWEEN_LOOKS = 8
-"""Iterations between looks at the clock where several ranks have to agree on it."""
+"""Iterations between readings of the clock if several ranks have to agree on it."""
 
 
 class TrainingProgress:
-    """From 0 to 1. Schedules, photographs and the end of training go by it.
+    """Progress from 0 to 1, on which schedules, the photo stage and the end of training depend.
 
     Args:
         steps: iterations in all, those of an earlier run included.
-        seconds: end after so many seconds from now, whatever the iterations; None: after `steps`.
-        done: share of the whole that earlier runs did; counts with `seconds` alone.
-        clock: in seconds.
+        seconds: end after so many seconds from now, whatever the iterations; None to end after `steps`.
+        done: share of the whole that earlier runs did; used with `seconds` only.
+        clock: returns the time in seconds.
     """
 
     def __init__(
@@ -41,11 +41,12 @@ class TrainingProgress:
         self._stop_asked = False
 
     def ask_to_stop(self) -> None:
-        """End training after the iteration at hand; safe to call from a signal handler."""
+        """End training after the current iteration; safe to call from a signal handler."""
         self._stop_asked = True
 
     def update(self, step: int) -> None:
-        """Look at the iteration about to be run, or at the clock. With several ranks, all go by the one furthest on."""
+        """Update from the iteration about to run, or from the clock. With several ranks, the most advanced one counts
+        for all."""
         if self._first_step is None:
             self._first_step = step
         if torch.distributed.is_initialized():
@@ -64,7 +65,8 @@ class TrainingProgress:
         return min(1.0, self._done + (1 - self._done) * elapsed)
 
     def _agree(self, step: int) -> None:
-        """One share, the largest, and one end for all ranks: they would wait for each other for ever."""
+        """Agree on one share, the largest, and one end for all ranks, which would otherwise wait for each other
+        forever."""
         on_gpu = torch.distributed.get_backend() == "nccl"
         mine = torch.tensor([self._own(step), float(self._stop_asked)], device="cuda" if on_gpu else "cpu")
         torch.distributed.all_reduce(mine, torch.distributed.ReduceOp.MAX)
@@ -77,7 +79,7 @@ class TrainingProgress:
         return self.stopped or self.fraction >= 1.0
 
     def seconds_left(self, step: int) -> float | None:
-        """Until the end, as far as one can tell before iteration `step`; None where one cannot."""
+        """Return the seconds until the end, as far as known before iteration `step`; None if unknown."""
         if self.seconds is not None:
             return self.seconds * (1 - self.fraction) / (1 - self._done)
         if self._first_step is None or step <= self._first_step:
@@ -85,7 +87,7 @@ class TrainingProgress:
         return (self._clock() - self._start) / (step - self._first_step) * (self.steps - step)
 
     def expected_steps(self, step: int) -> int:
-        """Iterations in all, as far as one can tell before iteration `step`."""
+        """Return the iterations in all, as far as known before iteration `step`."""
         if self.seconds is None:
             return self.steps
         first = step if self._first_step is None else self._first_step

@@ -1,4 +1,4 @@
-"""Single rays: of teacher views, the hardest ones again, and in the end of photographs. R2L's data."""
+"""R2L's data: single rays of teacher views, hard rays, and in the photo stage rays of photos."""
 
 from __future__ import annotations
 
@@ -21,24 +21,23 @@ from r2l_nerfstudio.distillation.ray_sample import RECORD_WIDTH, RaySample
 from r2l_nerfstudio.distillation.survey import Survey
 from r2l_nerfstudio.distillation.view_ring import ViewRing
 from r2l_nerfstudio.ranges import FloatRange, IntRange
-from r2l_nerfstudio.rays.conventions import OURS, RayConventions
-from r2l_nerfstudio.rays.ray_image import MARGIN
+from r2l_nerfstudio.rays.ray_image import StudentRays
 from r2l_nerfstudio.teacher import Teacher
 
 HOLDOUT_RAYS = 8192
 DRAWS_AT_ONCE = 32
-"""Iterations for which rays of photographs are made together: Nerfstudio's cameras wait for a GPU each time."""
+"""Iterations for which rays of photos are made at once: Nerfstudio's cameras synchronize with a GPU each time."""
 
 
 @dataclass
 class RayDataManagerConfig(DistillationDataManagerConfig):
-    """Supervision ray by ray: teacher views, hard rays, then photographs."""
+    """Supervision ray by ray: teacher views, hard rays, then photos."""
 
     _target: type = field(default_factory=lambda: RayDataManager)
     hard_fraction: Annotated[float, FloatRange(0, 1)] = 0.2
     """Share of every batch drawn from the rays with the largest errors so far."""
     hard_pool_batches: Annotated[int, IntRange(1, 10**6)] = 20
-    """How many iterations' hard rays are remembered."""
+    """Iterations whose hard rays are kept."""
     published_hard_rays: bool = False
     """Use hard rays as the published code does: none until the pool is full, then the worst of all rays of a batch, old
     hard ones included, replace those just drawn."""
@@ -50,24 +49,15 @@ class RayDataManager(DistillationDataManager):
     config: RayDataManagerConfig
 
     def attach_teacher(
-        self,
-        teacher: Teacher,
-        survey: Survey,
-        background: Float[Tensor, "3"],
-        factor: int,
-        rays_per_cell: int = 1,
-        conventions: RayConventions = OURS,
-        margin: int = MARGIN,
+        self, teacher: Teacher, survey: Survey, background: Float[Tensor, "3"], rays: StudentRays
     ) -> None:
-        super().attach_teacher(teacher, survey, background, factor, rays_per_cell, conventions, margin)
+        super().attach_teacher(teacher, survey, background, rays)
         self._begin()
 
-    def restart(
-        self, config: DistillationDataManagerConfig, rays_per_cell: int, conventions: RayConventions, margin: int
-    ) -> None:
-        super().restart(config, rays_per_cell, conventions, margin)
+    def restart(self, config: DistillationDataManagerConfig, rays: StudentRays) -> None:
+        super().restart(config, rays)
         if self.photographs is not None:
-            self.photographs.conventions = conventions
+            self.photographs.conventions = rays.conventions
         self._begin()
 
     def _begin(self) -> None:
@@ -77,26 +67,28 @@ class RayDataManager(DistillationDataManager):
         self._of_photographs = torch.empty(0, RECORD_WIDTH, device=self.device)
 
     def read_photographs(self, indices: list[int], corrections: Float[Tensor, "num_train 3 4"] | None) -> Photographs:
-        return Photographs(self.train_dataset, indices, corrections, self.background, self.device, self.conventions)
+        return Photographs(
+            self.train_dataset, indices, corrections, self.background, self.device, self.rays.conventions
+        )
 
     def hold_out(self, source: Photographs | ViewRing, generator: torch.Generator | None) -> Batch:
         if isinstance(source, ViewRing):
-            sample = source.sample(HOLDOUT_RAYS, generator, conventions=self.conventions)
+            sample = source.sample(HOLDOUT_RAYS, generator, conventions=self.rays.conventions)
         else:
             sample = source.sample(HOLDOUT_RAYS, generator)
         return Batch(to_ray_bundle(sample), sample)
 
     def draw(self, num_real: int) -> Batch:
-        """Fresh rays of teacher views first, then hard rays, then rays of photographs."""
+        """Draw new rays of teacher views first, then hard rays, then rays of photos."""
         total = self.config.train_num_rays_per_batch
         num_hard = self.hard_rays.available
         if num_real:
             num_hard = int(num_hard * (1 - self.config.real_fraction))
         fresh = total - num_hard - num_real
-        if self.config.published_hard_rays:  # until the pool is full its share of the batch is left out
+        if self.config.published_hard_rays:  # Until the pool is full its share of the batch is left out.
             fresh = min(fresh, total - self.hard_rays.per_step)
         parts = [
-            self.ring.sample(fresh, None, self.config.foreground_fraction, self.conventions).records(),
+            self.ring.sample(fresh, None, self.config.foreground_fraction, self.rays.conventions).records(),
             self.hard_rays.draw(num_hard),
         ]
         if num_real:
@@ -111,6 +103,6 @@ class RayDataManager(DistillationDataManager):
         return drawn
 
     def learn_from(self, batch: Batch, errors: Float[Tensor, "rays"]) -> None:
-        """Put the worst of a batch's fresh rays, or as published of all its rays, into the pool (R2L, sec. 3.3)."""
+        """Put the worst of a batch's new rays, or as published of all its rays, into the pool (R2L, sec. 3.3)."""
         count = len(errors) if self.config.published_hard_rays else batch.fresh
         self.hard_rays.add(batch.target.records()[:count], errors[:count])

@@ -1,4 +1,4 @@
-"""Rays with the answers a student learns, whoever gave them."""
+"""Rays with the values that a student learns."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ RECORD_WIDTH = 13
 
 @dataclass
 class RaySample:
-    """Rays in any arrangement with colours, and geometry where it is known."""
+    """Rays in any arrangement with colours, and geometry if known."""
 
     origins: Float[Tensor, "*batch 3"]
     """In the teacher's frame."""
@@ -24,19 +24,19 @@ class RaySample:
     depth: Float[Tensor, "*batch 1"]
     """Distance along the ray, in the teacher's unit; 0 where there is none."""
     weight: Float[Tensor, "*batch 1"]
-    """1, or 0 where the colour is not to be learnt."""
+    """1, or 0 where the colour is not learned."""
     geometry_weight: Float[Tensor, "*batch 1"]
-    """1, or 0 where accumulation and depth are unknown (photographs)."""
+    """1, or 0 where accumulation and depth are unknown (photos)."""
 
     def records(self) -> Float[Tensor, "*batch 13"]:
         """All fields side by side."""
         return torch.cat(self.fields(), dim=-1)
 
     def fields(self) -> list[Tensor]:
-        """All fields, in order."""
+        """Return all fields, in order."""
         return [getattr(self, field.name) for field in fields(self)]
 
     @classmethod
     def from_records(cls, records: Float[Tensor, "*batch 13"]) -> RaySample:
-        """Inverse of `records`."""
+        """Return the sample of `records`."""
         return cls(*records.split([3, 3, 3, 1, 1, 1, 1], dim=-1))

@@ -201,9 +201,9 @@ class SceneOccupancy:
             origins, directions, accumulation, _, valid = _pixels(ring, index)
             seen = valid & (accumulation >= SEEN)
             for part in seen.nonzero()[:, 0].split(_AT_ONCE):
-                span = encoding.span(origins[part], directions[part])
+                span = encoding.span(origins[part, None], directions[part, None])
                 probes = encoding.positions(encoding.middles(origins.device))
-                points = encoding.occupancy.scene(span.start[:, None] + probes[:, None] * span.step[:, None])
+                points = encoding.occupancy.scene(span.lead_start[:, None] + probes[:, None] * span.lead_step[:, None])
                 numbers = encoding.occupancy.flat_cell(points)
                 lost = encoding.occupancy.cells.flatten()[numbers].sum(-1) == 0
                 if span.is_missed is not None:

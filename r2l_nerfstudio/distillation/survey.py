@@ -1,4 +1,4 @@
-"""A quick look through the teacher at its own training cameras: the scene's bounds, and what a plausible view is."""
+"""The survey: thumbnails from the teacher's training cameras, for the scene's bounds and for plausible views."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ LONG_SIDE = 40
 
 
 def thumbnail(camera: Cameras, long_side: int = LONG_SIDE, undistorted: bool = False) -> Cameras:
-    """A copy of one camera, shrunk so that its longer side has at most `long_side` pixels.
+    """Return a copy of one camera, shrunk so that its longer side has at most `long_side` pixels.
 
     Args:
         camera: one camera, with or without a batch dimension.
         long_side: in pixels.
-        undistorted: without lens distortion, and as a pinhole of 90 degrees across the shorter side where it is of another
-            kind (rasterizers draw pinholes only).
+        undistorted: remove lens distortion, and replace a camera of another kind by a pinhole of 90 degrees across the
+            shorter side (rasterizers render pinholes only).
     """
     copy = camera.reshape((1,)).to("cpu")[0:1]
     if undistorted:
@@ -37,7 +37,7 @@ def thumbnail(camera: Cameras, long_side: int = LONG_SIDE, undistorted: bool = F
 
 
 def _mean_seen(teacher: Teacher, whole: Cameras, camera: Cameras, outputs: TeacherOutputs) -> float:
-    """Mean accumulation of a training view, as the pinhole that teacher views are would show it."""
+    """Return the mean accumulation of a training view, rendered as a pinhole like teacher views."""
     if camera.camera_type.item() != CameraType.PERSPECTIVE.value:
         outputs = teacher.view(thumbnail(whole, undistorted=True))
     if outputs.accumulation is None:
@@ -50,7 +50,7 @@ def _pinhole(camera: Cameras) -> Cameras:
     fx, fy, cx, cy = camera.fx, camera.fy, camera.cx, camera.cy
     width, height = int(camera.width), int(camera.height)
     if camera.camera_type.item() != CameraType.PERSPECTIVE.value:
-        # As `capture_cameras` has it for the teacher views.
+        # The same rule as `capture_cameras` for teacher views.
         fx = fy = min(width, height) / 2
         cx, cy = width / 2, height / 2
     return Cameras(camera.camera_to_worlds, fx=fx, fy=fy, cx=cx, cy=cy, width=width, height=height, times=camera.times)
@@ -63,20 +63,20 @@ class Survey:
     has_accumulation: bool
     has_depth: bool
     points: Float[Tensor, "num 3"]
-    """Surface points seen, in the teacher's frame; empty without depth."""
+    """Visible surface points, in the teacher's frame; empty without depth."""
     distances: Float[Tensor, "num"]
     """Their distances along the rays."""
     lowest_accumulation: float
-    """Mean accumulation of the emptiest training view; 0 where the teacher has none."""
+    """Mean accumulation of the emptiest training view; 0 if the teacher has none."""
     nearest_depth: float
-    """Tenth percentile of the depth in the training view that comes closest; 0 where the teacher has none."""
+    """Tenth percentile of the depth in the training view that comes closest; 0 if the teacher has none."""
 
     @classmethod
     def take(cls, teacher: Teacher, cameras: Cameras) -> Survey:
         """Render thumbnails of up to 32 training cameras.
 
         Args:
-            teacher: who is asked.
+            teacher: teacher to render with.
             cameras: the training cameras, lens distortion and all.
 
         Raises:
@@ -86,7 +86,7 @@ class Survey:
         points, distances, accumulations, nearest = [], [], [], []
         outputs: TeacherOutputs | None = None
         finite = 0
-        # Of outputs without a single finite number nothing can be learnt: they count as missing.
+        # Nothing can be learned from outputs without a finite number: they count as missing.
         has_accumulation = has_depth = False
         for index in chosen.tolist():
             camera = thumbnail(cameras[index], undistorted=teacher.views_only)
@@ -111,8 +111,8 @@ class Survey:
                 nearest.append(float(depth.quantile(0.1)))
         if outputs is None or finite == 0:
             raise InputError(
-                f"The teacher {teacher.config_path} returns no finite colour from any of its training cameras: its"
-                " training has diverged. Train it again, or name an earlier checkpoint's run with --teacher."
+                f"The teacher {teacher.config_path} renders no finite colour from any of its training cameras: its"
+                " training has diverged. Train it again, or give an earlier checkpoint's run with --teacher."
             )
         return cls(
             has_accumulation=has_accumulation,
@@ -124,10 +124,10 @@ class Survey:
         )
 
     def bounds(self, cameras: CaptureCameras, kind: SpacingKind | None = None) -> SceneBounds:
-        """Where the scene lies.
+        """Return where the scene lies.
 
-        A capture is bounded if nearly everything it shows lies within a sphere around its focus that holds no camera;
-        it then gets the `sphere` spacing, any other capture `disparity`.
+        A capture is bounded if nearly everything it shows lies within a sphere around its focus that contains no
+        camera; it then gets the `sphere` spacing, any other capture `disparity`.
 
         Args:
             cameras: the training cameras as pinholes.
@@ -135,7 +135,7 @@ class Survey:
         """
         focus = cameras.focus
         camera_distances = (cameras.positions - focus).norm(dim=-1)
-        if len(self.points) == 0:  # no depth: the cameras alone say how large the scene is
+        if len(self.points) == 0:  # Without depth, only the cameras indicate the scene's size.
             reach = float(camera_distances.median().clamp_min(1e-3))
             return SceneBounds(kind or "disparity", tuple(focus.tolist()), reach, 0.2 * reach, 4.0 * reach)
         spread = (self.points - focus).norm(dim=-1)
@@ -149,7 +149,7 @@ class Survey:
             bounded = spread[spread < 0.9 * camera_distances.min()]
             radius = 1.05 * float(bounded.quantile(0.998)) if len(bounded) else extent
             return SceneBounds("sphere", tuple(focus.tolist()), radius, near, far)
-        # Contraction leaves the middle half of what is seen, and the cameras, in the unit ball.
+        # Contraction leaves the middle half of the visible points, and the cameras, in the unit ball.
         everything = torch.cat([self.points, cameras.positions])
         center = everything.median(dim=0).values
         radius = max(

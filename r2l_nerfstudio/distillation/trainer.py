@@ -1,4 +1,4 @@
-"""Nerfstudio's trainer, with a teacher to inherit from and checkpoints that survive."""
+"""Nerfstudio's trainer with a teacher to inherit from, and checkpoints that survive interruptions."""
 
 from __future__ import annotations
 
@@ -31,16 +31,16 @@ from r2l_nerfstudio.distillation.learning_curve import LearningCurveWriter, read
 from r2l_nerfstudio.distillation.optimization import PublishedSchedulerConfig, ScheduledRate
 from r2l_nerfstudio.distillation.pipeline import DistillationPipeline, DistillationPipelineConfig
 from r2l_nerfstudio.distillation.progress import TrainingProgress
-from r2l_nerfstudio.errors import InputError, command_line, exit_on_input_error
+from r2l_nerfstudio.errors import InputError, command_line, exit_on_input_error, one_line
 from r2l_nerfstudio.ranges import FloatRange, IntRange, check_ranges
 from r2l_nerfstudio.torch_compat import OutOfMemoryError
 
 VIEWS_SHARE = 0.4
-"""Of --max-minutes, that the teacher's first views may take; those still missing come while training."""
+"""Share of --max-minutes for the first teacher views; missing ones are rendered during training."""
 _DISK_ERRORS = (OSError, RuntimeError)
-"""What writing a checkpoint to a full disk raises; torch's writer has errors of its own."""
+"""Exceptions of writing a checkpoint to a full disk; PyTorch's writer has its own."""
 MIN_TRAINING_SHARE = 0.1
-"""Of --max-minutes, that training gets, however long the start took."""
+"""Share of --max-minutes that training gets, however long the start took."""
 
 
 @dataclass
@@ -50,18 +50,18 @@ class DistillationTrainerConfig(TrainerConfig):
     _target: type = field(default_factory=lambda: DistillationTrainer)
     pipeline: DistillationPipelineConfig = field(default_factory=DistillationPipelineConfig)
     teacher: Path | None = None
-    """Trained Nerfstudio run to learn from: its config.yml, or its folder."""
+    """Trained Nerfstudio run to distil: its config.yml or folder."""
     teacher_time: Annotated[float, FloatRange(0, 1)] | None = None
-    """The instant, from 0 to 1, at which to freeze a teacher whose scene changes over time. Photos show other instants, so
+    """Instant, from 0 to 1, at which to freeze a teacher whose scene changes over time. Photos show other instants, so
     the student learns from the teacher only."""
     max_num_iterations: Annotated[int, IntRange(1, 10**9)] = 30000
     """Training iterations, those before a resumed checkpoint included."""
     max_minutes: Annotated[float, FloatRange(0, above=True)] | None = None
-    """End after so many minutes, the teacher's first views included; schedules and photographs fit themselves to it, and
-    --max-num-iterations no longer counts. A run that goes on with --load-dir gets what is left of them."""
+    """End after so many minutes, the first teacher views included; schedules and the photo stage adapt, and
+    --max-num-iterations is ignored. A run resumed with --load-dir gets what is left of them."""
 
     def set_timestamp(self) -> None:
-        """Name the run; `ns-train` calls this before it writes anything, so the teacher is read here.
+        """Name the run. `ns-train` calls this before it writes anything, so the teacher is read here.
 
         Raises:
             SystemExit: with a paragraph that says why, if the teacher or its capture cannot be used.
@@ -72,7 +72,7 @@ class DistillationTrainerConfig(TrainerConfig):
             self._check_names()
         super().set_timestamp()
         if self.machine.device_type == "cuda" and not torch.cuda.is_available():
-            CONSOLE.print("[yellow]No CUDA device here: training on the CPU (--machine.device-type cpu).")
+            CONSOLE.print("[yellow]No CUDA device: training on the CPU (--machine.device-type cpu).")
             self.machine.device_type = "cpu"
         with command_line():
             self.inherit_from_teacher()
@@ -82,7 +82,7 @@ class DistillationTrainerConfig(TrainerConfig):
                 self.pipeline.datamanager.fill_minutes = VIEWS_SHARE * self.max_minutes
 
     def _check_names(self) -> None:
-        """Names that become folders, before they do."""
+        """Check names that become folders."""
         for name in ("experiment_name", "method_name", "timestamp", "project_name"):
             value = getattr(self, name)
             if value is not None and (not value.strip() or len(value.encode()) > 200 or "\0" in value):
@@ -92,7 +92,7 @@ class DistillationTrainerConfig(TrainerConfig):
                 )
 
     def _check_folders(self) -> None:
-        """See that there are, or can be, the folders to write to.
+        """Check that the output folders exist or can be made.
 
         Raises:
             InputError: if not.
@@ -106,7 +106,8 @@ class DistillationTrainerConfig(TrainerConfig):
                 check_writable(flag, Path(folder))
 
     def save_config(self) -> None:
-        """As Nerfstudio's, without what tells this training alone where it began: tools would look for it in the run.
+        """Save the configuration without settings that only concern the start of this training, which other tools would
+        look for in the run.
 
         Raises:
             SystemExit: with a paragraph that says why, if the file cannot be written.
@@ -119,25 +120,25 @@ class DistillationTrainerConfig(TrainerConfig):
                     super().save_config()
                 except OSError as error:
                     raise InputError(
-                        f"The run's configuration cannot be written to {self.get_base_dir()} ({error.strerror or error}):"
-                        " make room there, or choose another --output-dir."
+                        f"The run's configuration cannot be written to {self.get_base_dir()}"
+                        f" ({error.strerror or error}): free space there, or choose another --output-dir."
                     ) from error
         finally:
             self.load_step, self.pipeline.resumes = kept
 
     def inherit_from_teacher(self) -> None:
-        """Take over the teacher's capture and frame: dataparser configuration, data path, experiment name.
+        """Inherit the teacher's capture and frame: dataparser configuration, data path, experiment name.
 
         Raises:
-            InputError: if no teacher is named, or its run cannot be used.
+            InputError: if no teacher is given, or its run cannot be used.
         """
         # Imported late: reading a run's config imports every registered method, this one among them.
         from r2l_nerfstudio.run_config import capture_path, checkpoint_path, load_run_config, resolve_run
 
         if self.teacher is None:
             raise InputError(
-                f"ns-train {self.method_name} needs a teacher: name a trained Nerfstudio run with"
-                " --teacher outputs/…/config.yml."
+                f"ns-train {self.method_name} needs a teacher: give a trained Nerfstudio run with --teacher"
+                " outputs/…/config.yml."
             )
         config_path = resolve_run(self.teacher).absolute()
         teacher = load_run_config(config_path)
@@ -159,7 +160,7 @@ class DistillationTrainerConfig(TrainerConfig):
         data = self.data or datamanager.data
         datamanager.data = (Path(data) if data is not None else capture_path(teacher, config_path)).absolute()
         if not datamanager.data.exists():
-            raise InputError(f"There is no capture at {datamanager.data}: name the teacher's capture with --data.")
+            raise InputError(f"There is no capture at {datamanager.data}: give the teacher's capture with --data.")
         if self.experiment_name is None:
             self.experiment_name = teacher.experiment_name
         for group in self.optimizers.values():
@@ -167,7 +168,8 @@ class DistillationTrainerConfig(TrainerConfig):
                 group["scheduler"].max_steps = self.max_num_iterations
 
     def _check_resumed(self) -> None:
-        """Fail early on a checkpoint that training cannot go on from, not after the teacher has rendered for minutes."""
+        """Fail early on a checkpoint that training cannot resume from, not after the teacher has rendered for
+        minutes."""
         self.pipeline.resumes = None
         if self.load_dir is not None:
             folder = Path(self.load_dir)
@@ -175,7 +177,7 @@ class DistillationTrainerConfig(TrainerConfig):
             found = sorted(folder.glob(name)) if folder.is_dir() else []
             if not found:
                 raise InputError(
-                    f"There is no checkpoint to go on from: --load-dir {self.load_dir} holds no {name}. Name the"
+                    f"There is no checkpoint to resume from: --load-dir {self.load_dir} has no {name}. Give the"
                     f" {self.relative_model_dir} folder of a run of {self.method_name}."
                 )
             self._take_published_student(folder.absolute().parent)
@@ -184,18 +186,18 @@ class DistillationTrainerConfig(TrainerConfig):
             self.pipeline.resumes = Path(self.load_checkpoint)
             if not self.pipeline.resumes.is_file():
                 raise InputError(
-                    f"There is no checkpoint to go on from: --load-checkpoint {self.load_checkpoint} is no file. Name a"
-                    f" step-*.ckpt of a run of {self.method_name}."
+                    f"There is no checkpoint to resume from: --load-checkpoint {self.load_checkpoint} is not a file."
+                    f" Give a step-*.ckpt of a run of {self.method_name}."
                 )
         if self.pipeline.resumes is not None:
             try:
                 read_checkpoint(self.pipeline.resumes, "student")
             except InputError as error:
                 flag = "--load-checkpoint" if self.load_dir is None else "--load-dir"
-                raise InputError(f"Training cannot go on from {flag}: {error}") from error
+                raise InputError(f"Training cannot resume from {flag}: {error}") from error
 
     def _take_published_student(self, run: Path) -> None:
-        """Take over the network and ray encoding of an imported run, so that any method of its kind can fine-tune it.
+        """Adopt the network and ray encoding of an imported run, so that any method of its kind can fine-tune it.
 
         Raises:
             InputError: if it is of the other kind.
@@ -209,23 +211,23 @@ class DistillationTrainerConfig(TrainerConfig):
             return
         if type(model) is not type(self.pipeline.model):
             raise InputError(
-                f"--load-dir {self.load_dir} is a run of a {type(model).__name__.removesuffix('ModelConfig')} student, which"
-                f" ns-train {self.method_name} cannot go on from: choose the method of its kind."
+                f"--load-dir {self.load_dir} is a run of a {type(model).__name__.removesuffix('ModelConfig')}"
+                f" student, from which ns-train {self.method_name} cannot resume: choose a method of its kind."
             )
-        CONSOLE.print(f"Taking network and ray encoding from {run / 'config.yml'}.", soft_wrap=True)
+        CONSOLE.print(f"Adopting network and ray encoding of {run / 'config.yml'}.", soft_wrap=True)
         engine = self.pipeline.model.engine
         self.pipeline.model = model
         model.engine = engine
 
 
 class DistillationTrainer(Trainer):
-    """Nerfstudio's trainer; a killed run can always be taken up again from its newest checkpoint."""
+    """Nerfstudio's trainer; an interrupted run can always be resumed from its newest checkpoint."""
 
     config: DistillationTrainerConfig
     pipeline: DistillationPipeline
 
     def setup(self, test_mode: Literal["test", "val", "inference"] = "val") -> None:
-        """As `Trainer.setup`; a run that fails here leaves no config.yml that looks like a finished one."""
+        """Set up as `Trainer.setup`; a run that fails here leaves no config.yml that looks like a finished one."""
         self._setup_began = time.monotonic()
         try:
             with exit_on_input_error():
@@ -237,7 +239,7 @@ class DistillationTrainer(Trainer):
             raise
 
     def _check_room(self) -> None:
-        """See that the disk has room for a checkpoint, before the teacher renders for minutes.
+        """Check that the disk has space for a checkpoint, before the teacher renders for minutes.
 
         Raises:
             InputError: not even for the weights.
@@ -247,22 +249,22 @@ class DistillationTrainer(Trainer):
         free = free_bytes(self.checkpoint_dir)
         if weights is None or free is None:
             return
-        # Two moments of Adam's for each weight, and their average.
+        # Two moments of Adam for each weight, and its average.
         checkpoint = weights * (4 if self.config.pipeline.ema_decay > 0 else 3)
         if free < weights:
             raise InputError(
                 f"The disk of {self.checkpoint_dir} has {free / 1e6:.1f} MB free, and a checkpoint takes about"
-                f" {checkpoint / 1e6:.1f} MB: make room there, or choose another --output-dir."
+                f" {checkpoint / 1e6:.1f} MB: free space there, or choose another --output-dir."
             )
         if free < 2 * checkpoint:
             CONSOLE.print(
-                f"[bold yellow]The disk of {self.checkpoint_dir} has {free / 1e6:.1f} MB free, and a checkpoint takes about"
-                f" {checkpoint / 1e6:.1f} MB, for a moment beside the one before it.",
+                f"[bold yellow]The disk of {self.checkpoint_dir} has {free / 1e6:.1f} MB free, and a checkpoint takes"
+                f" about {checkpoint / 1e6:.1f} MB, briefly together with the previous one.",
                 soft_wrap=True,
             )
 
     def setup_optimizers(self) -> Optimizers:
-        """As Nerfstudio's, once schedules that depend on the kind of capture are settled."""
+        """Set up Nerfstudio's optimizers after settling schedules that depend on the kind of capture."""
         is_forward_facing = getattr(self.pipeline.datamanager.config.pose_sampler, "kind", None) == "box"
         for group in self.config.optimizers.values():
             if isinstance(group["scheduler"], PublishedSchedulerConfig):
@@ -270,27 +272,27 @@ class DistillationTrainer(Trainer):
         return super().setup_optimizers()
 
     def _load_checkpoint(self) -> None:
-        """As Nerfstudio's.
+        """Load a checkpoint as Nerfstudio does.
 
         Raises:
-            InputError: if the checkpoint to go on from is damaged, or another method's.
+            InputError: if the checkpoint to resume from is damaged, or another method's.
         """
         self._check_load_frame()
         try:
             super()._load_checkpoint()
-        except Exception as error:  # a damaged file may raise anything
+        except Exception as error:  # A damaged file may raise anything.
             raise InputError(
-                f"Training cannot go on from {self.config.load_dir or self.config.load_checkpoint}"
-                f" ({type(error).__name__}: {' '.join(str(error).split())[:300]}): name with --load-dir the"
+                f"Training cannot resume from {self.config.load_dir or self.config.load_checkpoint}"
+                f" ({type(error).__name__}: {one_line(error)}): give with --load-dir the"
                 f" {self.config.relative_model_dir} folder of a run of {self.config.method_name}, or leave it out to"
-                " begin anew."
+                " start from scratch."
             ) from error
 
     def _check_load_frame(self) -> None:
-        """A student goes on in the frame it was made in.
+        """Check that a resumed student stays in its frame.
 
         Raises:
-            InputError: if the run to go on from lived in another frame than the teacher.
+            InputError: if the run to resume from has another frame than the teacher.
         """
         if self.config.load_dir is None:
             return
@@ -301,21 +303,21 @@ class DistillationTrainer(Trainer):
             saved = json.loads(path.read_text(encoding="utf8"))
             transform, scale = torch.tensor(saved["transform"]), float(saved["scale"])
         except (OSError, ValueError, TypeError, KeyError) as error:
-            raise InputError(f"{path} is damaged ({' '.join(str(error).split())[:200]}): restore it.") from error
+            raise InputError(f"{path} is damaged ({one_line(error, 200)}): restore it.") from error
         outputs = self.pipeline.datamanager.train_dataparser_outputs
         ours = outputs.dataparser_transform
         same = transform.shape == ours.shape and torch.allclose(transform, ours.to(transform), atol=1e-4)
         if not same or abs(scale / outputs.dataparser_scale - 1) > 1e-4:
             raise InputError(
-                f"The student of --load-dir {self.config.load_dir} lives in another frame than the teacher"
-                f" {self.config.teacher}: go on with the teacher it was distilled from; an imported student, import again"
-                " with r2l-import --teacher."
+                f"The student of --load-dir {self.config.load_dir} is in another frame than the teacher"
+                f" {self.config.teacher}: resume with the teacher it was distilled from; import an imported student"
+                " again with r2l-import --teacher."
             )
 
     def train(self) -> None:
         """Train up to `max_num_iterations` in all, those before a resumed checkpoint included, or for `max_minutes`.
 
-        Ctrl-C, or a polite kill, ends training after the iteration at hand and saves the student.
+        Ctrl-C or SIGTERM finishes the iteration and saves.
 
         Raises:
             SystemExit: with the flag to change, if the device has no room for a batch.
@@ -347,10 +349,11 @@ class DistillationTrainer(Trainer):
         except OutOfMemoryError as error:
             with exit_on_input_error():
                 raise InputError(
-                    f"No room on {self.device} for a training batch: lower"
+                    f"No memory on {self.device} for a training batch: lower"
                     " --pipeline.datamanager.train-num-rays-per-batch (now"
-                    f" {self.config.pipeline.datamanager.train_num_rays_per_batch}) or --pipeline.datamanager.num-views."
-                    f" The newest checkpoint in {self.checkpoint_dir} is kept; go on from it with --load-dir."
+                    f" {self.config.pipeline.datamanager.train_num_rays_per_batch}) or"
+                    f" --pipeline.datamanager.num-views. The newest checkpoint in {self.checkpoint_dir} is kept;"
+                    " resume from it with --load-dir."
                 ) from error
         finally:
             self.config.max_num_iterations = total
@@ -358,29 +361,29 @@ class DistillationTrainer(Trainer):
                 writer.EVENT_WRITERS.remove(curve)
 
     def _resumed_minutes(self) -> float:
-        """Minutes on the learning curve of the run that this one resumes."""
+        """Return the minutes on the learning curve of the run that this one resumes."""
         former = [] if self.config.load_dir is None else read_learning_curve(Path(self.config.load_dir).parent)
         return former[-1].minutes if former else 0.0
 
     def train_iteration(self, step: int) -> TRAIN_INTERATION_OUTPUT:
-        """As Nerfstudio's; then looks whether training is over."""
+        """Run an iteration as Nerfstudio does; then check whether training is over."""
         output = super().train_iteration(step)
         self.progress.update(step + 1)
         self.pipeline.note_progress()
         if self.config.max_minutes is not None:
-            writer.GLOBAL_BUFFER["max_iter"] = self.progress.expected_steps(step + 1)  # for its percentage and ETA
+            writer.GLOBAL_BUFFER["max_iter"] = self.progress.expected_steps(step + 1)  # For its percentage and ETA.
         if self.progress.finished:
             self.stop_training = True
         return output
 
     @contextmanager
     def _stop_on_signals(self) -> Iterator[None]:
-        """Ends training after the iteration at hand on Ctrl-C or a polite kill; at once on a second one."""
+        """End training after the current iteration on Ctrl-C or SIGTERM, and at once on a second one."""
         self._former_handlers: dict[int, Any] = {}
 
         def stop(number: int, frame: FrameType | None) -> None:
             self._restore_handlers()
-            CONSOLE.print("\nStopping after this iteration, then saving the student; once more to leave at once.")
+            CONSOLE.print("\nStopping after this iteration, then saving the student; Ctrl-C again to leave at once.")
             self.progress.ask_to_stop()
             if self.training_state == "paused":
                 self.stop_training = True
@@ -407,10 +410,11 @@ class DistillationTrainer(Trainer):
 
     @check_main_thread
     def save_checkpoint(self, step: int) -> None:
-        """Write the checkpoint beside its place and move it there: a kill at any moment leaves the old or the new one.
+        """Write the checkpoint to a temporary folder and move it into place: an interruption at any moment leaves the
+        old or the new one.
 
-        A disk without room ends no training: it is said, and tried again when the next checkpoint is due. At the end of
-        training the weights are saved without what going on from them needs, else in the system's temporary folder.
+        A full disk does not end training: it is reported, and tried again at the next checkpoint. At the end of
+            training the weights are saved without what resuming needs, or else in the system's temporary folder.
 
         Raises:
             SystemExit: with a paragraph that says why, if training has ended and the student cannot be saved anywhere.
@@ -420,7 +424,10 @@ class DistillationTrainer(Trainer):
             return
         except _DISK_ERRORS as error:
             self._complain(
-                error, "training goes on, and tries again" if self.training_state != "completed" else "trying less"
+                error,
+                "saving less now"
+                if self.training_state == "completed"
+                else "training continues, and the next checkpoint is tried as usual",
             )
         if self.training_state != "completed":
             return
@@ -431,16 +438,16 @@ class DistillationTrainer(Trainer):
             except _DISK_ERRORS:
                 continue
             if not is_whole:
-                CONSOLE.print("Saved the weights only: the student is whole, but training cannot go on from it.")
+                CONSOLE.print("Saved the weights only: the student is complete, but training cannot resume from it.")
             else:
                 self._copy_run(elsewhere)
-                CONSOLE.print(f"[bold yellow]Saved the run in {elsewhere} instead: move it to where there is room.")
+                CONSOLE.print(f"[bold yellow]Saved the run in {elsewhere} instead: move it to a disk with space.")
             return
         with exit_on_input_error():
             raise InputError(f"The student of step {step} could not be saved in {self.checkpoint_dir} or {elsewhere}.")
 
     def _copy_run(self, folder: Path) -> None:
-        """The run's small files, beside a checkpoint that had to go elsewhere."""
+        """Copy the run's small files beside a checkpoint that was saved elsewhere."""
         for name in ("config.yml", "dataparser_transforms.json"):
             if (self.base_dir / name).is_file():
                 shutil.copyfile(self.base_dir / name, folder / name)
@@ -448,9 +455,9 @@ class DistillationTrainer(Trainer):
     def _complain(self, error: BaseException, then: str) -> None:
         free = free_bytes(self.checkpoint_dir)
         room = "" if free is None else f", whose disk has {free / 1e6:.1f} MB free"
-        reason = getattr(error, "strerror", None) or " ".join(str(error).split())[:200]
+        reason = getattr(error, "strerror", None) or one_line(error, 200)
         CONSOLE.print(
-            f"[bold yellow]The checkpoint could not be written to {self.checkpoint_dir}{room} ({reason}): make room"
+            f"[bold yellow]The checkpoint could not be written to {self.checkpoint_dir}{room} ({reason}): free space"
             f" there; {then}.",
             soft_wrap=True,
         )

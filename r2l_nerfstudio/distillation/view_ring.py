@@ -1,10 +1,9 @@
-"""A ring of teacher views on the device: the training data, rendered as training goes."""
+"""A ring of teacher views on the device: the training data, rendered during training."""
 
 from __future__ import annotations
 
 import hashlib
 import io
-import os
 import re
 import time
 import zipfile
@@ -20,6 +19,7 @@ from nerfstudio.cameras.cameras import Cameras
 from nerfstudio.utils.rich_utils import CONSOLE, get_progress
 from torch import Tensor
 
+from r2l_nerfstudio.disk import write_atomically
 from r2l_nerfstudio.distillation.foreground import TRIES, first_in_foreground
 from r2l_nerfstudio.distillation.pose_sampling import PoseSampler
 from r2l_nerfstudio.distillation.ray_sample import RaySample
@@ -30,13 +30,13 @@ from r2l_nerfstudio.rays.pinhole import pinhole_rays
 from r2l_nerfstudio.teacher import Teacher, TeacherOutputs
 from r2l_nerfstudio.torch_compat import OutOfMemoryError
 
-BYTES_PER_PIXEL = 7  # rgb, accumulation and validity in uint8, depth in fp16
+BYTES_PER_PIXEL = 7  # rgb, accumulation and validity in uint8, depth in fp16.
 MAX_REJECTIONS = 20
 
 
 @dataclass
 class TeacherView:
-    """One pseudo view as it is stored."""
+    """A teacher view as it is stored."""
 
     camera_to_world: Float[Tensor, "3 4"]
     intrinsics: Float[Tensor, "4"]
@@ -47,15 +47,15 @@ class TeacherView:
 
 
 class ViewRenderer:
-    """Renders numbered pseudo views: view i is the same whenever it is asked for.
+    """Renders numbered teacher views: view i is the same whenever it is rendered.
 
     Args:
-        teacher: who renders.
-        sampler: where from.
-        survey: what a plausible view is.
+        teacher: teacher to render with.
+        sampler: sampler of cameras.
+        survey: decides which views are plausible.
         height: of the views, in pixels.
         width: of the views, in pixels.
-        seed: of the numbered cameras.
+        seed: seed of the numbered cameras.
         cache_dir: folder to keep rendered views in, for a later run; None keeps none.
     """
 
@@ -88,7 +88,7 @@ class ViewRenderer:
             cache_dir.mkdir(parents=True, exist_ok=True)
             started = psutil.Process().create_time()
             for partial in cache_dir.glob("*.partial"):
-                # What a process left that was killed while it wrote.
+                # Left by a process that was killed while writing.
                 owner = re.fullmatch(r".*\.(\d+)\.partial", partial.name)
                 is_written = owner is not None and psutil.pid_exists(int(owner[1]))
                 if not is_written and partial.lstat().st_mtime < started:
@@ -105,7 +105,7 @@ class ViewRenderer:
         self.cache_dir = None
 
     def render(self, index: int) -> TeacherView:
-        """Pseudo view number `index`, from the cache if it is there.
+        """Return teacher view number `index`, from the cache if it is there.
 
         Raises:
             InputError: if no plausible camera is found.
@@ -120,8 +120,8 @@ class ViewRenderer:
             self.invalid_pixels += invalid
             if self.invalid_pixels >= self._warn_at:
                 CONSOLE.print(
-                    f"[bold yellow]The teacher returned colours that are not finite: {self.invalid_pixels} pixels so far"
-                    " were dropped."
+                    f"[bold yellow]The teacher rendered non-finite colours: dropped {self.invalid_pixels} pixels so"
+                    " far."
                 )
                 self._warn_at = 10 * self.invalid_pixels
         self.seconds += time.perf_counter() - start
@@ -136,8 +136,9 @@ class ViewRenderer:
                 return self._ask(camera, pose, intrinsics)
             self.rejected += 1
         raise InputError(
-            f"{MAX_REJECTIONS} pseudo cameras in a row were implausible (nothing in front of them, or too close): choose"
-            " another --pipeline.datamanager.pose-sampler.kind, or a smaller --pipeline.datamanager.pose-sampler.jitter."
+            f"{MAX_REJECTIONS} consecutive sampled cameras were implausible (nothing in front of them, or too close):"
+            " choose another --pipeline.datamanager.pose-sampler.kind, or a smaller"
+            " --pipeline.datamanager.pose-sampler.jitter."
         )
 
     def _camera(self, pose: Tensor, intrinsics: Tensor) -> Cameras:
@@ -145,7 +146,7 @@ class ViewRenderer:
         return Cameras(pose[None], fx=fx, fy=fy, cx=cx, cy=cy, width=self.width, height=self.height)
 
     def _plausible(self, camera: Cameras) -> bool:
-        """Whether a thumbnail shows about what the training views show: something, and not from inside it."""
+        """Return whether a thumbnail resembles the training views: it shows something, and not from inside it."""
         if not (self.survey.has_accumulation or self.survey.has_depth):
             return True
         outputs = self._view(thumbnail(camera, 24))
@@ -164,7 +165,7 @@ class ViewRenderer:
         return len(depth) == 0 or float(depth.quantile(0.1)) > 0.3 * self.survey.nearest_depth
 
     def _view(self, camera: Cameras) -> TeacherOutputs:
-        """What the teacher sees, without the outputs that the survey found to be missing."""
+        """Render the teacher, without the outputs that the survey found to be missing."""
         outputs = self.teacher.view(camera)
         return replace(
             outputs,
@@ -179,9 +180,9 @@ class ViewRenderer:
         depth = torch.zeros_like(valid) if outputs.depth is None else outputs.depth
         color = torch.cat([outputs.rgb.nan_to_num(0.0), accumulation.float().nan_to_num(1.0)], dim=-1).clamp(0, 1)
         pixels = torch.cat([(color * 255).round().to(torch.uint8), valid.to(torch.uint8)], dim=-1)
-        # fp16 ends at 65504: a distance beyond that is as good as infinite.
+        # fp16 ends at 65504; a larger distance counts as infinite.
         depth = depth[..., 0].float().nan_to_num(0.0, posinf=6e4).clamp(0, 6e4).half()
-        # On the host: a view may come from another thread, and so from another stream of a GPU.
+        # On the host, since a view may come from another thread, and so from another stream of a GPU.
         return TeacherView(pose, intrinsics, pixels.cpu(), depth.cpu())
 
     def _path(self, index: int) -> Path | None:
@@ -198,7 +199,7 @@ class ViewRenderer:
             with np.load(path, allow_pickle=False) as stored:
                 arrays = {name: stored[name] for name in ("camera_to_world", "intrinsics", "pixels", "depth")}
                 is_same = str(stored["sha256"]) == _digest(arrays)
-        except Exception:  # a broken file, whatever is broken in it, is rendered again
+        except Exception:  # A damaged file is rendered again, whatever is damaged in it.
             return None
         view = TeacherView(**{name: torch.from_numpy(array) for name, array in arrays.items()})
         return view if is_same and self._is_whole(view) else None
@@ -228,15 +229,9 @@ class ViewRenderer:
         }
         buffer = io.BytesIO()
         np.savez_compressed(buffer, sha256=np.array(_digest(arrays)), **arrays)
-        partial = path.with_suffix(f".{os.getpid()}.partial")
         try:
-            partial.write_bytes(buffer.getvalue())
-            partial.replace(path)
-        except OSError as error:  # a full disk above all
-            try:
-                partial.unlink(missing_ok=True)
-            except OSError:
-                pass
+            write_atomically(path, buffer.getvalue())
+        except OSError as error:  # A full disk above all.
             self._leave_cache(error)
 
 
@@ -249,16 +244,16 @@ def _digest(arrays: dict[str, np.ndarray]) -> str:
 
 
 class ViewRing:
-    """Teacher views in uint8 on the device, the oldest replaced by new ones as training goes.
+    """Teacher views in uint8 on the device; during training new ones replace the oldest.
 
     Args:
-        renderer: who renders the numbered views.
-        num_views: how many to hold; fewer where memory is short.
-        device: where they live.
+        renderer: renderer of the numbered views.
+        num_views: views to hold; fewer if memory is short.
+        device: device of the views.
     """
 
     has_geometry = True
-    """Whether accumulation and depth are known, as far as the teacher has them."""
+    """Whether accumulation and depth are known, if the teacher has them."""
 
     def __init__(self, renderer: ViewRenderer, num_views: int, device: torch.device | str) -> None:
         self.renderer = renderer
@@ -273,12 +268,12 @@ class ViewRing:
 
     @property
     def capacity(self) -> int:
-        """Views the ring can hold."""
+        """Views that the ring can hold."""
         return len(self.pixels)
 
     @property
     def views_put(self) -> int:
-        """Views that the ring has been given so far; number i is, or was, in slot i modulo `capacity`."""
+        """Views that were put into the ring so far; number i is, or was, in slot i modulo `capacity`."""
         return self._next_index
 
     def _allocate(self, num_views: int) -> None:
@@ -291,16 +286,16 @@ class ViewRing:
                 self.pixels = torch.empty(*size, 5, dtype=torch.uint8, device=self.device)
                 self.depth = torch.empty(*size, dtype=torch.float16, device=self.device)
                 break
-            except (OutOfMemoryError, RuntimeError):  # CPU allocators raise the latter
+            except (OutOfMemoryError, RuntimeError):  # CPU allocators raise the latter.
                 num_views //= 2
         if num_views == 0:
             raise InputError(
-                f"No room on {self.device} for a single {self.width}x{self.height} teacher view: free memory, or lower the"
-                " resolution with --pipeline.datamanager.view-downscale."
+                f"No memory on {self.device} for a single {self.width}x{self.height} teacher view: free memory, or"
+                " lower the resolution with --pipeline.datamanager.view-downscale."
             )
         if num_views < wanted:
             CONSOLE.print(
-                f"[bold yellow]Room on {self.device} for {num_views} of {wanted} teacher views: the ring shrinks to that"
+                f"[bold yellow]{self.device} has room for {num_views} of {wanted} teacher views: holding that many"
                 " (--pipeline.datamanager.num-views)."
             )
         self.camera_to_worlds = torch.empty(num_views, 3, 4, device=self.device)
@@ -310,7 +305,7 @@ class ViewRing:
         """Render until the ring is full, with a progress bar.
 
         Args:
-            seconds: stop after so long, with one view at least; `refresh` then adds the others.
+            seconds: stop after so long, with at least one view; `refresh` then adds the others.
         """
         missing = self.capacity - self._filled
         if missing == 0:
@@ -323,7 +318,7 @@ class ViewRing:
                     break
         if self._filled < self.capacity:
             CONSOLE.print(
-                f"{self._filled} of {self.capacity} teacher views for a start; the others come while training."
+                f"Starting with {self._filled} of {self.capacity} teacher views; rendering the rest during training."
             )
 
     def refresh(self) -> None:
@@ -331,11 +326,11 @@ class ViewRing:
         self.put(self.render_next())
 
     def render_next(self) -> TeacherView:
-        """The next numbered view, for `put`; the ring stays as it is, so another thread may do this."""
+        """Return the next numbered view, for `put`; the ring does not change, so another thread may do this."""
         return self.renderer.render(self._next_index)
 
     def put(self, view: TeacherView) -> None:
-        """Take a view of `render_next` in place of the oldest."""
+        """Put a view of `render_next` in place of the oldest."""
         slot = self._next_index % self.capacity
         self.pixels[slot] = view.pixels.to(self.device)
         self.depth[slot] = view.depth.to(self.device)
@@ -351,12 +346,12 @@ class ViewRing:
         foreground_fraction: float = 0.0,
         conventions: RayConventions = OURS,
     ) -> RaySample:
-        """Rays drawn uniformly over all pixels of all views in the ring.
+        """Draw rays uniformly over all pixels of all views in the ring.
 
         Args:
-            num_rays: how many.
+            num_rays: number of rays.
             generator: on the ring's device, for a repeatable draw.
-            foreground_fraction: of them, drawn where the teacher sees something.
+            foreground_fraction: share of the rays that is drawn from the foreground.
             conventions: how the student's ray encoding reads rays.
         """
         num_foreground = int(foreground_fraction * num_rays)
@@ -389,7 +384,7 @@ class ViewRing:
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that can still be allocated on a device."""
+    """Return the bytes that can still be allocated on a device."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     return psutil.virtual_memory().available

@@ -1,4 +1,4 @@
-"""How a trained student runs: one module per engine, one protocol, one rule that picks.
+"""Engines, which run a trained student: one module per engine, one protocol, one rule that selects.
 
-The compiled unit is the network alone: fp32 code in, fp32 values out. Rays and their encoding stay in fp32 torch.
+The compiled unit is the network only: fp32 code in, fp32 values out. Rays and their encoding stay in fp32 PyTorch.
 """

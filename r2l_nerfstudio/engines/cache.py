@@ -1,7 +1,7 @@
-"""What engines leave in the user's cache folder: compiled artefacts, and which engine was the fastest.
+"""The engine cache in the user's cache folder: compiled artefacts, and which engine was the fastest.
 
-Compiled artefacts are machine code that loading runs. So they are never read from a run's folder, which may come from
-anybody, and only where nobody but the user can have written them.
+Compiled artefacts are machine code that runs when it is loaded. They are therefore never read from a run's folder,
+which may come from anyone, and only from places where nobody but the user can write.
 """
 
 from __future__ import annotations
@@ -10,30 +10,17 @@ import hashlib
 import json
 import os
 import platform
-import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from r2l_nerfstudio.disk import write_atomically
 from r2l_nerfstudio.user_cache import is_private
 
 
-def write_atomically(file: Path, content: bytes) -> None:
-    """All of it or nothing: another process may read the file meanwhile, and this one may be killed."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}-")
-    try:
-        with os.fdopen(handle, "wb") as temporary:
-            temporary.write(content)
-        os.replace(name, file)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
-
-
 def device_name(device: torch.device) -> str:
-    """Of the GPU, or the CPU's model and how many threads torch uses of it."""
+    """Return the name of the GPU, or the CPU's model and the number of threads that PyTorch uses on it."""
     if device.type == "cuda":
         major, minor = torch.cuda.get_device_capability(device)
         return f"{torch.cuda.get_device_name(device)} {major}.{minor}"
@@ -47,12 +34,12 @@ def device_name(device: torch.device) -> str:
 
 
 class EngineCache:
-    """A folder for one network on one device. What does not read as it was written is as good as absent.
+    """A cache folder for one network on one device. Unreadable entries count as missing.
 
     Args:
-        folder: the user's own (`user_cache.engine_cache_folder`); made when something is written.
+        folder: the user's cache folder (`user_cache.engine_cache_folder`); created when something is written.
         weights: `weights_hash` of the network.
-        device: where it runs.
+        device: device that the network runs on.
     """
 
     def __init__(self, folder: Path, weights: str, device: torch.device) -> None:
@@ -60,17 +47,17 @@ class EngineCache:
         self.folder = folder / f"{weights}-{place}"
 
     def artefacts(self, name: str, version: str) -> Path | None:
-        """Folder for what one version of one engine compiles; None where somebody else may have written there."""
+        """Return the folder for artefacts of one version of one engine; None if another user may have written there."""
         folder = self.folder / f"{name}-{hashlib.sha256(version.encode()).hexdigest()[:12]}"
         try:
             self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        except OSError:  # a full disk, or none of this user's
+        except OSError:  # A full disk, or a folder of another user.
             return None
         is_trusted = is_private(self.folder, deep=False) and (is_private(folder) or not os.path.lexists(folder))
         return folder if is_trusted else None
 
     def read(self, key: str) -> dict[str, Any] | None:
-        """What was remembered under a key; None for nothing, or nothing that can be trusted."""
+        """Return the record of a key; None if there is none or it cannot be trusted."""
         file = self.folder / f"{key}.json"
         try:
             record = json.loads(file.read_text()) if is_private(file) else None
@@ -79,8 +66,8 @@ class EngineCache:
         return record if isinstance(record, dict) else None
 
     def write(self, key: str, record: dict[str, Any]) -> None:
-        """Remember; a folder that cannot be written to is no reason to fail."""
+        """Write a record. A folder that cannot be written to is not an error: the record is only lost."""
         try:
-            write_atomically(self.folder / f"{key}.json", (json.dumps(record, indent=2) + "\n").encode())
+            write_atomically(self.folder / f"{key}.json", json.dumps(record, indent=2) + "\n", is_private=True)
         except OSError:
             return

@@ -1,6 +1,6 @@
-"""A network's many small kernels launched as one, by a CUDA graph made by hand.
+"""CUDA graphs: many small kernels of a network launched as one.
 
-NOT VERIFIED on a GPU: written against the documentation; its logic was run around stand-ins for `torch.cuda`.
+NOT VERIFIED on a GPU: written against the documentation; its logic was tested with stand-ins for `torch.cuda`.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from jaxtyping import Float
 from torch import Tensor
 
 KEPT = 6
-"""Graphs at a time: each holds the memory of all activations of its shape."""
+"""Graphs kept at a time: each holds the memory of all activations of its shape."""
 _WARM_UP = 3
-"""Calls before a capture, in which libraries choose kernels and take their workspaces."""
+"""Calls before a capture, in which libraries choose kernels and allocate workspaces."""
 
 
 @dataclass
 class _Graph:
-    """One shape's graph with the memory that it reads and writes: to be called by one thread at a time."""
+    """The graph of one shape, with the memory that it reads and writes. One thread may call it at a time."""
 
     code: Tensor
     values: Tensor
@@ -35,22 +35,24 @@ class _Graph:
 
 
 class CudaGraphs:
-    """Calls a function eagerly until a graph of it for the shape at hand has been captured, and replays that from then on.
+    """Call a function eagerly until a graph of it has been captured for the shape of its input; replay that graph from
+    then on.
 
-    A render thread captures nothing, holds no lock and waits for nothing, since it may be interrupted at any line: it takes
-    a graph out of a list, which no other thread can then do, and puts it back. Interrupted in between, the graph is lost,
-    and another one is captured. Without one at hand the function itself is called, as it always is once a capture failed.
+    A render thread captures nothing, holds no lock and waits for nothing, since it may be interrupted at any line: it
+        takes a graph out of a list, so that no other thread can, and puts it back. If it is interrupted in between, the
+        graph is lost and another one is captured. Without a free graph, or after a failed capture, the function itself
+        is called.
 
     Args:
-        run: from code to values on the GPU: the same kernels each time, no waiting for the GPU, weights where they are; they
-            may be written to in place.
+        run: from code to values on the GPU: the same kernels at every call, without waiting for the GPU. Weights stay
+            at their addresses; they may be written to in place.
         device: the GPU.
     """
 
     def __init__(self, run: Callable[[Tensor], Tensor], device: torch.device) -> None:
         self._run = run
         self._device = device
-        # The newest last; never changed, only replaced, by the capturing thread alone.
+        # The newest is last. The tuple is replaced, never changed, and only by the capturing thread.
         self._free: dict[tuple[int, ...], list[_Graph]] = {}
         self._capturing = threading.Lock()
         self.has_failed = False
@@ -59,11 +61,11 @@ class CudaGraphs:
         free = self._free.get(tuple(code.shape), [])
         try:
             graph = free.pop()
-        except IndexError:  # none yet, or another thread has it
+        except IndexError:  # There is none yet, or another thread has it.
             graph = None
         if graph is None:
             if not self.has_failed and not self._capturing.locked():
-                # One call that cannot be interrupted half-way, as `threading.Thread.start` can.
+                # A single call that cannot be interrupted half-way, unlike `threading.Thread.start`.
                 _thread.start_new_thread(self._capture, (tuple(code.shape),))
             return self._run(code)
         values = graph(code)
@@ -76,13 +78,14 @@ class CudaGraphs:
         try:
             graph = self._captured(shape)
             probe = torch.rand(shape, device=self._device, dtype=torch.float32)
-            # The same kernels on the same numbers: what differs more than rounding was not captured whole.
+            # The same kernels on the same numbers: a difference beyond rounding means that the capture is incomplete.
             if not torch.allclose(graph(probe), self._run(probe), atol=1e-2):
                 raise RuntimeError("the graph gives other values")
-            # The shape at hand last: the oldest ones go. A graph in use goes when its thread has done with the list.
+            # The current shape last; the oldest are dropped. A graph in use is freed when its thread is done with the
+            # list.
             kept = {old: graphs for old, graphs in self._free.items() if old != shape}
             self._free = {**dict([*kept.items()][-(KEPT - 1) :]), shape: [graph]}
-        except Exception:  # of any kind, as CUDA raises it: eager calls go on
+        except Exception:  # CUDA raises many types; eager calls continue.
             self.has_failed = True
         finally:
             self._capturing.release()
@@ -96,7 +99,7 @@ class CudaGraphs:
                 self._run(code)
         stream.synchronize()
         graph = torch.cuda.CUDAGraph()
-        # Other threads go on drawing, and take memory, meanwhile.
+        # Other threads keep rendering and allocating meanwhile.
         with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
             values = self._run(code)
         return _Graph(code, values, graph)

@@ -12,12 +12,12 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from r2l_nerfstudio.engines import torch_engine
-from r2l_nerfstudio.engines.protocol import EngineName, Order, Precision
-from r2l_nerfstudio.engines.sizes import chunk_rows, in_chunks, in_dim, is_grid, out_dim
+from r2l_nerfstudio.engines.protocol import BuildSpec, EngineName, Precision
+from r2l_nerfstudio.engines.sizes import chunk_rows, in_chunks, in_dim, out_dim, reads_ray_image
 from r2l_nerfstudio.engines.weights import FixedNetwork, RowsLast
 
 _MOST_CELLS = 4096
-"""Rows or columns of a ray image."""
+"""Largest number of rows or columns of a ray image."""
 
 
 def version() -> str:
@@ -38,7 +38,7 @@ def why_not(device: torch.device, precision: Precision) -> str | None:
         except Exception as error:
             return f"Triton does not start ({type(error).__name__}: {error}): install the torch build that has it."
     if _compiler() is None:
-        return "it needs a C++ compiler: install g++, or name yours in the environment variable CXX."
+        return "it needs a C++ compiler: install g++, or name one in the environment variable CXX."
     return None
 
 
@@ -46,27 +46,28 @@ def _compiler() -> str | None:
     return shutil.which(os.environ.get("CXX") or "g++") or shutil.which("clang++")
 
 
-def build(order: Order) -> InductorEngine:
-    """Half a minute for a full-sized student; nearly nothing where the cache holds it. On CUDA: not verified yet."""
-    file = None if order.cache is None else order.cache / f"inductor-{order.precision}.pt2"
+def build(spec: BuildSpec) -> InductorEngine:
+    """Compile, or load from the cache. Compiling a full-sized student takes half a minute. On CUDA: not verified
+    yet."""
+    file = None if spec.cache is None else spec.cache / f"inductor-{spec.precision}.pt2"
     if file is None:
         with tempfile.TemporaryDirectory() as folder:
-            return InductorEngine(order, _compiled(order, Path(folder) / "network.pt2"))
+            return InductorEngine(spec, _compiled(spec, Path(folder) / "network.pt2"))
     if not file.exists():
         file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=file.parent) as folder:
-            made = _compiled(order, Path(folder) / "network.pt2")
+            made = _compiled(spec, Path(folder) / "network.pt2")
             made.chmod(0o600)
             made.replace(file)
-    return InductorEngine(order, file)
+    return InductorEngine(spec, file)
 
 
-def _compiled(order: Order, file: Path) -> Path:
-    network, device = order.network, order.device
+def _compiled(spec: BuildSpec, file: Path) -> Path:
+    network, device = spec.network, spec.device
     sizes: dict[int, torch.export.Dim] | None = None
-    fixed: nn.Module = FixedNetwork(network, order.precision)
-    if is_grid(network):
-        # As codes lie in memory: transposing them would take as long as a layer.
+    fixed: nn.Module = FixedNetwork(network, spec.precision)
+    if reads_ray_image(network):
+        # Codes are in this memory order; transposing them would take as long as a layer.
         fixed = RowsLast(fixed)
         example = torch.zeros(1, 64, 72, in_dim(network), device=device, dtype=torch.float32)
         sizes = {axis: torch.export.Dim(name, min=2, max=_MOST_CELLS) for axis, name in ((1, "rows"), (2, "columns"))}
@@ -84,22 +85,22 @@ class InductorEngine:
     """A network compiled by TorchInductor.
 
     Args:
-        order: what was built.
-        file: the package; read here and not needed afterwards.
+        spec: what was built.
+        file: the package; not needed after it has been loaded.
     """
 
     name: EngineName = "inductor"
 
-    def __init__(self, order: Order, file: Path) -> None:
-        self.precision: Precision = order.precision
-        self._is_grid = is_grid(order.network)
-        self._out_dim = out_dim(order.network)
-        self._rows = chunk_rows(order.device)
+    def __init__(self, spec: BuildSpec, file: Path) -> None:
+        self.precision: Precision = spec.precision
+        self._reads_image = reads_ray_image(spec.network)
+        self._out_dim = out_dim(spec.network)
+        self._rows = chunk_rows(spec.device)
         self._package = torch._inductor.aoti_load_package(str(file))
 
     def __call__(self, code: Float[Tensor, "*code"]) -> Float[Tensor, "*values"]:
         code = code.detach()
-        if self._is_grid:
+        if self._reads_image:
             frames = [self._package(frame.contiguous()) for frame in code.permute(0, 2, 3, 1).split(1)]
             return (torch.cat(frames) if len(frames) > 1 else frames[0]).permute(0, 3, 1, 2)
         return in_chunks(self._run, code, self._out_dim, self._rows)

@@ -1,4 +1,4 @@
-"""ONNX Runtime on CPUs, in fp32: where OpenVINO is missing."""
+"""ONNX Runtime on CPUs, in fp32: used where OpenVINO is missing."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from r2l_nerfstudio.engines.onnx_graph import INPUT, OUTPUT, network_onnx
-from r2l_nerfstudio.engines.protocol import EngineName, Order, Precision
+from r2l_nerfstudio.engines.protocol import BuildSpec, EngineName, Precision
 from r2l_nerfstudio.engines.sizes import (
     chunk_rows,
     in_chunks,
-    is_grid,
     out_dim,
+    reads_ray_image,
 )
 
 
 def version() -> str:
-    # Not the module's own: that would import it.
+    # Importing the module for its version would take seconds.
     return metadata.version("onnxruntime")
 
 
@@ -27,19 +27,19 @@ def why_not(device: torch.device, precision: Precision) -> str | None:
     if device.type != "cpu":
         return "it is used on CPUs only; on a GPU choose tensorrt or inductor."
     if precision != "fp32":
-        return "on a CPU it is fastest in fp32: choose that."
+        return "on a CPU it supports fp32 only, its fastest precision: choose that."
     try:
         import onnx  # noqa: F401 - torch writes the graph with it
         import onnxruntime  # noqa: F401
     except ImportError as error:
         return f"a package is missing ({error}): pip install 'r2l-nerfstudio[onnxruntime]'."
-    except Exception as error:  # a broken installation
+    except Exception as error:  # A broken installation.
         return f"ONNX Runtime does not start ({type(error).__name__}: {error}): install it again."
     return None
 
 
-def build(order: Order) -> OnnxRuntimeEngine:
-    return OnnxRuntimeEngine(order.network)
+def build(spec: BuildSpec) -> OnnxRuntimeEngine:
+    return OnnxRuntimeEngine(spec.network)
 
 
 class OnnxRuntimeEngine:
@@ -55,7 +55,7 @@ class OnnxRuntimeEngine:
     def __init__(self, network: nn.Module) -> None:
         import onnxruntime
 
-        self._is_grid = is_grid(network)
+        self._reads_image = reads_ray_image(network)
         self._out_dim = out_dim(network)
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
@@ -63,7 +63,7 @@ class OnnxRuntimeEngine:
 
     def __call__(self, code: Float[Tensor, "*code"]) -> Float[Tensor, "*values"]:
         code = code.detach()
-        if self._is_grid:
+        if self._reads_image:
             return torch.cat([self._values(frame.contiguous()) for frame in code.split(1)])
         return in_chunks(self._run, code, self._out_dim, chunk_rows(code.device))
 

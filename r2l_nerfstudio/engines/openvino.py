@@ -1,4 +1,4 @@
-"""OpenVINO on CPUs: the fastest and steadiest there."""
+"""OpenVINO on CPUs: the fastest engine there, with the least variation."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from r2l_nerfstudio.engines.protocol import EngineName, Order, Precision
+from r2l_nerfstudio.engines.protocol import BuildSpec, EngineName, Precision
 from r2l_nerfstudio.engines.sizes import (
     chunk_rows,
     in_chunks,
     in_dim,
-    is_grid,
     out_dim,
+    reads_ray_image,
     upsampling_factor,
 )
 from r2l_nerfstudio.engines.weights import FixedNetwork, RowsLast
@@ -31,7 +31,7 @@ _ABILITIES = {"fp32": "FP32", "bf16": "BF16", "fp16": "FP16"}
 
 
 def version() -> str:
-    # Not the module's own: that would import it.
+    # Importing the module for its version would take seconds.
     return metadata.version("openvino")
 
 
@@ -42,10 +42,10 @@ def why_not(device: torch.device, precision: Precision) -> str | None:
         abilities = _core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
     except ImportError as error:
         return f"OpenVINO cannot be imported ({error}): pip install 'r2l-nerfstudio[openvino]'."
-    except Exception as error:  # a broken installation
+    except Exception as error:  # A broken installation.
         return f"OpenVINO does not start ({type(error).__name__}: {error}): install it again."
     if _ABILITIES[precision] not in abilities:
-        return f"OpenVINO knows no {precision} arithmetic on this CPU: choose fp32."
+        return f"OpenVINO has no {precision} arithmetic on this CPU: choose fp32."
     return None
 
 
@@ -56,8 +56,8 @@ def _core() -> ov.Core:
     return ov.Core()
 
 
-def build(order: Order) -> OpenVinoEngine:
-    return OpenVinoEngine(order.network, order.precision)
+def build(spec: BuildSpec) -> OpenVinoEngine:
+    return OpenVinoEngine(spec.network, spec.precision)
 
 
 class OpenVinoEngine:
@@ -65,19 +65,19 @@ class OpenVinoEngine:
 
     Args:
         network: in fp32, evaluation mode, on the CPU.
-        precision: of the arithmetic; weights are given to OpenVINO in fp32.
+        precision: precision of the arithmetic; OpenVINO receives the weights in fp32.
     """
 
     name: EngineName = "openvino"
 
     def __init__(self, network: nn.Module, precision: Precision) -> None:
         self.precision: Precision = precision
-        self._is_grid = is_grid(network)
+        self._reads_image = reads_ray_image(network)
         self._out_dim = out_dim(network)
         self._factor = upsampling_factor(network)
         self._rows = chunk_rows(torch.device("cpu"))
         fixed = FixedNetwork(network, "fp32")
-        if self._is_grid:
+        if self._reads_image:
             example, shape = torch.zeros(1, 5, 6, in_dim(network), dtype=torch.float32), [1, -1, -1, in_dim(network)]
             fixed = RowsLast(fixed)
         else:
@@ -89,20 +89,20 @@ class OpenVinoEngine:
             model,
             "CPU",
             {
-                # Without it OpenVINO takes bf16 wherever it is faster, and tells nobody.
+                # Without it OpenVINO silently uses bf16 wherever that is faster.
                 "INFERENCE_PRECISION_HINT": _HINTS[precision],
                 "PERFORMANCE_HINT": "LATENCY",
                 "INFERENCE_NUM_THREADS": torch.get_num_threads(),
-                # Else it keeps something for every picture size, for as long as the viewer is open.
+                # Otherwise it caches something for every image size for as long as the viewer is open.
                 "CPU_RUNTIME_CACHE_CAPACITY": "0",
             },
         )
-        # One for each thread that renders: a request holds the memory of its inputs and outputs.
+        # One per render thread: a request owns the memory of its inputs and outputs.
         self._local = threading.local()
 
     def __call__(self, code: Float[Tensor, "*code"]) -> Float[Tensor, "*values"]:
         code = code.detach()
-        if not self._is_grid:
+        if not self._reads_image:
             return in_chunks(self._run, code, self._out_dim, self._rows)
         frames = []
         for rays in code.permute(0, 2, 3, 1).split(1):
@@ -113,7 +113,7 @@ class OpenVinoEngine:
         return values.permute(0, 3, 1, 2)
 
     def _run(self, code: Tensor, values: Tensor) -> None:
-        """Read and write the tensors' own memory: nothing is copied."""
+        """Run on the tensors' own memory, without copies."""
         import openvino as ov
 
         request = getattr(self._local, "request", None)
@@ -128,9 +128,9 @@ def _converted(module: nn.Module, example: Tensor) -> ov.Model:
     from openvino.frontend import FrontEndManager
     from openvino.frontend.pytorch.ts_decoder import TorchScriptPythonDecoder
 
-    # Not `openvino.convert_model`: that reports each use to its makers.
+    # `openvino.convert_model` reports each use to its vendor.
     frontend = FrontEndManager().load_by_framework("pytorch")
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch.jit, which OpenVINO reads, is deprecated
+        warnings.simplefilter("ignore")  # `torch.jit`, which OpenVINO reads, is deprecated.
         decoder = TorchScriptPythonDecoder(module, example_input=(example,))
     return frontend.convert(frontend.load(decoder))

@@ -1,44 +1,35 @@
-"""How far an engine's values are from the network's own in fp32."""
+"""Agreement of an engine with its network in fp32."""
 
 from __future__ import annotations
-
-import math
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from r2l_nerfstudio.engines.protocol import Engine
-from r2l_nerfstudio.engines.sizes import in_dim, is_grid
+from r2l_nerfstudio.engines.sizes import in_dim, reads_ray_image
+from r2l_nerfstudio.psnr import psnr
 
 PROBE_ROWS = 1000
 PROBE_CELLS = (19, 27)
-"""Neither fits what an engine compiles for: padding is probed too."""
-
-
-def psnr(values: Float[Tensor, "*any"], truth: Float[Tensor, "*any"]) -> float:
-    """PSNR in dB for a peak of 1; minus infinity where a value is not finite, infinity for equal ones."""
-    if values.shape != truth.shape or not bool(values.isfinite().all()):
-        return -math.inf
-    error = float((values.double() - truth.double()).square().mean())
-    return math.inf if error == 0 else -10 * math.log10(error)
+"""Rows and columns of a random ray image. No engine compiles for a multiple of them, so padding is compared too."""
 
 
 @torch.no_grad()
 def parity(engine: Engine, network: nn.Module, device: torch.device, probe: Tensor | None = None) -> float:
-    """PSNR in dB of an engine against its network.
+    """Return the PSNR in dB of an engine against its network.
 
     Args:
-        engine: to be judged.
+        engine: engine to compare.
         network: in fp32 and evaluation mode, with the weights that the engine was built from.
-        device: of both.
-        probe: codes to compare on, such as the engine will see; by default evenly distributed ones of order one.
+        device: device of both.
+        probe: codes to compare on, as the engine will read them; evenly distributed numbers of order one by default.
     """
     code = random_code(network, device) if probe is None else probe
     return psnr(engine(code), network(code).float())
 
 
 def random_code(network: nn.Module, device: torch.device) -> Float[Tensor, "*code"]:
-    """Numbers in [-1, 1] in the shape of a code, the same ones each time."""
-    shape = (1, in_dim(network), *PROBE_CELLS) if is_grid(network) else (PROBE_ROWS, in_dim(network))
+    """Return numbers in [-1, 1] in the shape of a code, the same at every call."""
+    shape = (1, in_dim(network), *PROBE_CELLS) if reads_ray_image(network) else (PROBE_ROWS, in_dim(network))
     return torch.rand(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float32).mul(2).sub(1).to(device)

@@ -1,4 +1,4 @@
-"""What every engine is: a network with fixed weights, made ready for one machine in one precision."""
+"""The interface of engines: a network with fixed weights, built for one machine in one precision."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ ENGINE_NAMES: tuple[EngineName, ...] = get_args(EngineName)
 Precision = Literal["fp32", "bf16", "fp16"]
 DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 PARITY_DB: dict[Precision, float] = {"fp32": 100.0, "bf16": 40.0, "fp16": 55.0}
-"""Least PSNR, in dB against fp32 torch, of an engine that may be used."""
+"""Minimum PSNR in dB against fp32 PyTorch for an engine to be used."""
 
 
 class Engine(Protocol):
-    """A network made ready to run. Calls may come from several threads at once."""
+    """A network that is ready to run. Several threads may call it at the same time."""
 
     name: EngineName
     precision: Precision
 
     def __call__(self, code: Float[Tensor, "*any"]) -> Float[Tensor, "*any"]:
-        """Values of any number of rays, or of a ray image of any size.
+        """Return the values of any number of rays, or of a ray image of any size.
 
         Args:
             code: fp32, on the engine's device: [rays, in_dim] for a ResMLP, [batch, in_dim, rows, columns] for a MobileR2L.
@@ -38,39 +38,39 @@ class Engine(Protocol):
 
 
 @dataclass(frozen=True)
-class Order:
-    """What to build."""
+class BuildSpec:
+    """What to build an engine from."""
 
     network: nn.Module
-    """In evaluation mode, its weights at rest; builders copy what they change."""
+    """In evaluation mode, its weights not being trained; builders copy what they change."""
     precision: Precision
     device: torch.device
     cache: Path | None = None
-    """Folder for compiled artefacts of exactly this network, precision, device and engine version; None to keep none."""
+    """Folder for compiled artefacts of this network, precision, device and engine version; None to keep none."""
 
 
 class EngineModule(Protocol):
-    """What a module of this package that makes an engine offers."""
+    """Functions of a module that builds an engine."""
 
     def version(self) -> str:
-        """Of everything a compiled artefact depends on; part of its name on disk."""
+        """Return the version of everything that a compiled artefact depends on; part of its name on disk."""
         ...
 
     def why_not(self, device: torch.device, precision: Precision) -> str | None:
-        """Why the engine cannot run here and what would change that, as the end of a sentence; None if it can.
+        """Return why the engine cannot run here and what would change that, as the end of a sentence; None if it can.
 
-        Never raises, whatever an import does.
+        It never raises, whatever an import raises.
         """
         ...
 
-    def build(self, order: Order) -> Engine:
-        """Make the engine; seconds to minutes.
+    def build(self, spec: BuildSpec) -> Engine:
+        """Build the engine, which takes seconds to minutes.
 
         Raises:
-            Exception: of any kind, as the library beneath raises it.
+            Exception: of any type, as the library raises it.
         """
         ...
 
 
 class BrokenEngine(Exception):
-    """A library gave back nothing, or a file of its is not what it should be."""
+    """A library returned nothing, or one of its files is not usable."""

@@ -1,4 +1,4 @@
-"""Frames of any size, from engines compiled for few."""
+"""Frames of any size, run by engines that are compiled for few sizes."""
 
 from __future__ import annotations
 
@@ -14,11 +14,12 @@ from r2l_nerfstudio.students.mobile import MobileR2L
 from r2l_nerfstudio.students.resmlp import ResMLP
 
 GRID_STEP = 8
-"""Cells; on GPUs sides of ray images are rounded up to it, so that few sizes are ever planned for or captured."""
+"""Cells; on GPUs the sides of ray images are rounded up to a multiple of it, so that few sizes are planned or
+captured."""
 
 
-def is_grid(network: nn.Module) -> bool:
-    """Whether a network reads ray images [batch, in_dim, rows, columns] rather than rays [rays, in_dim]."""
+def reads_ray_image(network: nn.Module) -> bool:
+    """Return whether a network reads ray images [batch, in_dim, rows, columns] rather than rays [rays, in_dim]."""
     return isinstance(network, MobileR2L)
 
 
@@ -43,7 +44,7 @@ def device_of(network: nn.Module) -> torch.device:
 
 
 def chunk_rows(device: torch.device) -> int:
-    """Rays per call of a ResMLP: its hidden layers stay in the nearest cache that all cores share or have."""
+    """Return the rays per call of a ResMLP, whose hidden layers then stay in cache."""
     return 65536 if device.type == "cuda" else 2048
 
 
@@ -53,11 +54,11 @@ def in_chunks(
     out_dim: int,
     chunk: int,
 ) -> Float[Tensor, "rays out_dim"]:
-    """Values of any number of rays, from calls on exactly `chunk` of them; the last call is filled up with zeros.
+    """Run any number of rays in calls on exactly `chunk` of them; the last call is filled up with zeros.
 
     Args:
         run: reads its first argument and writes its values into its second, both contiguous.
-        code: of all rays.
+        code: code of all rays.
         out_dim: values per ray.
         chunk: rays per call.
     """
@@ -79,9 +80,9 @@ def in_chunks(
 def to_bucket(
     code: Float[Tensor, "batch in_dim rows columns"], step: int
 ) -> Float[Tensor, "batch in_dim more_rows more_columns"]:
-    """A ray image with its last row and column repeated until both sides are multiples of `step`: few shapes for all.
+    """Repeat the last row and column of a ray image until both sides are multiples of `step`, so that few shapes occur.
 
-    Pixels beyond the image, and those next to them, are not the image's: see `MobileR2L`.
+    Pixels beyond the image, and those next to them, are invalid: see `MobileR2L`.
     """
     rows, columns = code.shape[-2:]
     return pad(code, (0, -columns % step, 0, -rows % step), mode="replicate")
@@ -90,5 +91,5 @@ def to_bucket(
 def from_bucket(
     values: Float[Tensor, "batch out_dim more_height more_width"], rows: int, columns: int, factor: int
 ) -> Float[Tensor, "batch out_dim height width"]:
-    """The pixels of the first `rows` x `columns` cells."""
+    """Return the pixels of the first `rows` x `columns` cells."""
     return values[..., : rows * factor, : columns * factor]

@@ -1,4 +1,4 @@
-"""What a model calls for every picture: torch at once, a faster engine as soon as one is ready and agrees."""
+"""What a model calls for every frame: PyTorch at first, a faster engine once one is ready and agrees."""
 
 from __future__ import annotations
 
@@ -16,68 +16,75 @@ from typing import Literal
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from r2l_nerfstudio.engines.choice import Candidate, Choice, Task, candidates, choose, named
 from r2l_nerfstudio.engines.parity import parity, random_code
 from r2l_nerfstudio.engines.protocol import PARITY_DB, Engine, EngineName
 from r2l_nerfstudio.engines.registry import engine_module
+from r2l_nerfstudio.engines.selection import (
+    Candidate,
+    Selection,
+    SelectionJob,
+    candidates,
+    candidates_named,
+    select_engine,
+)
 from r2l_nerfstudio.engines.sizes import device_of
 from r2l_nerfstudio.engines.torch_engine import TorchEngine, is_bf16_fast
 from r2l_nerfstudio.engines.weights import weights_of, weights_state
 from r2l_nerfstudio.errors import InputError
 
-EngineChoice = Literal["auto", EngineName]
+EngineOption = Literal["auto", EngineName]
 
 SECONDS_AT_REST = 1.0
 SECONDS_AT_REST_AFTER_TRAINING = 5.0
-"""Weights that were seen to change may do so again: a step may take seconds."""
+"""Longer than `SECONDS_AT_REST`: a training step may take seconds."""
 SECONDS_BEFORE_EXACT = 5.0
-"""Of work for figures and files before `auto` looks for something faster: that costs about as much."""
+"""Seconds of rendering for figures and files after which `auto` selects an engine, which takes about as long."""
 _SECONDS_BETWEEN_LOOKS = 0.25
 
 
 @dataclass
 class _Ready:
-    """An engine, and the weights it was built from. Never changed, only replaced: readers need no lock."""
+    """An engine and the weights it was built from. It is replaced, never changed, so that readers need no lock."""
 
     state: int
     engine: Engine
 
 
 @dataclass
-class _Lane:
-    """Pictures for the eye, or for figures and files: each has an engine of its own."""
+class _EngineSlot:
+    """Engine state for one kind of frame: for a viewer, or for figures and files."""
 
     is_exact: bool
     live: TorchEngine | None = None
-    """Follows the weights."""
+    """Follows the weights while they are trained."""
     ready: _Ready | None = None
-    choice: Choice | None = None
+    selection: Selection | None = None
     error: str = ""
-    """Why the engine that was asked for by name does not run."""
+    """Why an engine that was chosen by name does not run."""
     asked: tuple[int, str] | None = None
-    """Weights and name for which a worker was started last."""
+    """Weights and engine for which a worker was last started."""
     shape: tuple[int, ...] = ()
-    """Of the newest code."""
+    """Shape of the latest code."""
     seconds: float = 0.0
-    """Spent by `live` on weights at rest."""
+    """Seconds spent in `live` on weights that do not change."""
     stage: str = ""
-    """What the worker is at, in a word or two; empty when it is not."""
+    """What the worker is doing, in a word or two; empty if it is idle."""
     lock: threading.Lock = field(default_factory=threading.Lock)
-    """Held by the worker; a render thread looks at it and never waits for it."""
+    """Held by the worker; a render thread reads its state and never waits for it."""
 
 
 class EngineSwitch:
-    """Runs a student's network on the engine that suits the machine, the purpose and the state of its weights.
+    """Run a student's network on the engine that suits the machine, the purpose and the state of its weights.
 
-    A render thread may be interrupted at any line: here it takes no lock, waits for nothing, builds nothing, and changes
-    state by single assignments.
+    A render thread may be interrupted at any line: here it takes no lock, waits for nothing, builds nothing, and
+        changes state by single assignments.
 
     Args:
-        network: gives the student's network, in fp32; it may be trained on, moved and loaded meanwhile.
+        network: returns the student's network, in fp32; it may be trained, moved and loaded meanwhile.
         choice: `auto`, or an engine's name.
-        probe: gives the code to compare engines on; by default one of numbers of order one.
-        interrupts: exceptions that a caller's own machinery raises in the middle of a call, and that are no engine's fault.
-        say: told in one line what was chosen, and what went wrong.
+        probe: returns the code to compare engines on; numbers of order one by default.
+        interrupts: exceptions that a caller raises in the middle of a call, and that are not an engine's fault.
+        say: called with one line on what was selected and what went wrong.
 
     Raises:
         InputError: for an engine that cannot run here, with the reason and the remedy.
@@ -86,50 +93,51 @@ class EngineSwitch:
     def __init__(
         self,
         network: Callable[[], nn.Module],
-        choice: EngineChoice = "auto",
+        choice: EngineOption = "auto",
         probe: Callable[[], Tensor] | None = None,
         interrupts: tuple[type[BaseException], ...] = (),
         say: Callable[[str], None] = lambda line: None,
     ) -> None:
         if choice != "auto":
-            engine_module(choice)  # knows its name
+            engine_module(choice)  # Raises for an unknown name.
         self._network = network
         self.cache_folder: Path | None = None
-        """The user's own, never a run's (`user_cache.engine_cache_folder`); None keeps nothing."""
-        self.choice: EngineChoice = choice
+        """The user's folder, never a run's (`user_cache.engine_cache_folder`); None keeps nothing."""
+        self.choice: EngineOption = choice
         self._probe = probe
         self._interrupts = interrupts
         self._say = say
         self._listed: tuple[nn.Module, list[Tensor]] | None = None
-        self._lanes = {False: _Lane(is_exact=False), True: _Lane(is_exact=True)}
+        self._slots = {False: _EngineSlot(is_exact=False), True: _EngineSlot(is_exact=True)}
         self.newest: Engine | None = None
-        """That gave the newest values."""
+        """The engine that produced the latest values."""
 
     @property
     def network(self) -> nn.Module:
-        """The student's own."""
+        """The student's network."""
         return self._network()
 
     def _state(self) -> int:
-        """`weights_state` of the network. Its weights are listed once: the viewer traces each line of that."""
+        """Return `weights_state` of the network. Its weights are listed once, since the viewer traces every line of
+        that."""
         network, listed = self.network, self._listed
         if listed is None or listed[0] is not network:
             listed = self._listed = (network, weights_of(network))
         return weights_state(listed[1])
 
-    def choose(self, choice: EngineChoice) -> None:
-        """Change to another engine, or to `auto`; pictures go on with torch until it is ready.
+    def choose(self, choice: EngineOption) -> None:
+        """Change to another engine, or to `auto`; PyTorch renders until it is ready.
 
         Raises:
             InputError: for an engine that cannot run here, with the reason and the remedy; nothing changes then.
         """
         self.check(choice)
         self.choice = choice
-        for lane in self._lanes.values():
-            lane.ready, lane.choice, lane.asked, lane.error = None, None, None, ""
+        for slot in self._slots.values():
+            slot.ready, slot.selection, slot.asked, slot.error = None, None, None, ""
 
-    def check(self, choice: EngineChoice | None = None) -> None:
-        """See whether an engine, by default the chosen one, can run on this machine as far as can be seen without trying.
+    def check(self, choice: EngineOption | None = None) -> None:
+        """Check that an engine, by default the chosen one, can run on this machine, without building it.
 
         Raises:
             InputError: if not, with the reason and the remedy.
@@ -139,34 +147,34 @@ class EngineSwitch:
             return
         device = device_of(self.network)
         module = engine_module(name)
-        reasons = [module.why_not(device, c.precision) for c in named(name, device, is_exact=False)]
+        reasons = [module.why_not(device, c.precision) for c in candidates_named(name, device, is_exact=False)]
         if all(reason is not None for reason in reasons):
             raise InputError(f"The engine {name} cannot run on this machine: {reasons[-1]}")
 
     def __call__(self, code: Float[Tensor, "*code"], is_exact: bool = True) -> Float[Tensor, "*values"]:
-        """The network's values, by the best engine that is ready.
+        """Return the network's values from the best engine that is ready.
 
         Args:
-            code: as the network reads it, fp32.
-            is_exact: for figures and files: fp32 (on GPUs fp16, if it agrees); else as fast as agrees with it.
+            code: fp32, as the network reads it.
+            is_exact: for figures and files: fp32 (on GPUs fp16, if it agrees); otherwise the fastest that agrees.
 
         Returns:
             fp32.
 
         Raises:
-            InputError: if an engine was asked for by name and fails, and the picture is not for a viewer.
+            InputError: if an engine was chosen by name and fails, and the frame is not for a viewer.
         """
-        lane = self._lanes[is_exact]
-        lane.shape = tuple(code.shape)
+        slot = self._slots[is_exact]
+        slot.shape = tuple(code.shape)
         state = self._state()
-        if is_exact and self.choice != "auto" and lane.asked is None:
-            # Asked for by name, and nobody watches: wait for it. Should training change the weights, it is built again
-            # when they rest.
-            lane.asked = (state, self.choice)
-            self._prepare(lane, state)
-        if lane.error and is_exact:
-            raise InputError(lane.error)
-        ready = lane.ready
+        if is_exact and self.choice != "auto" and slot.asked is None:
+            # An engine chosen by name, and no viewer: wait for it. If training changes the weights later, it is built
+            # again once they stop changing.
+            slot.asked = (state, self.choice)
+            self._prepare(slot, state)
+        if slot.error and is_exact:
+            raise InputError(slot.error)
+        ready = slot.ready
         if ready is not None and ready.state == state:
             try:
                 values = ready.engine(code)
@@ -174,69 +182,69 @@ class EngineSwitch:
                 return values
             except self._interrupts:
                 raise
-            except Exception as error:  # each library raises its own, and the picture must come
-                self._give_up(lane, ready.engine, error)
-        self._call_worker(lane, state)
-        if lane.live is None and is_exact:
-            lane.live = TorchEngine(self.network, "fp32")
-        live = lane.live
+            except Exception as error:  # Each library raises its own exceptions, and the frame is needed.
+                self._give_up(slot, ready.engine, error)
+        self._call_worker(slot, state)
+        if slot.live is None and is_exact:
+            slot.live = TorchEngine(self.network, "fp32")
+        live = slot.live
         start = time.perf_counter()
-        if live is None:  # the viewer's worker is still copying the weights
+        if live is None:  # The viewer's worker is still copying the weights.
             values = self.network(code).float()
         else:
             live.refresh()
             values = live(code)
-        lane.seconds += time.perf_counter() - start
+        slot.seconds += time.perf_counter() - start
         self.newest = live
         return values
 
     def describe(self) -> str:
-        """What draws, for a viewer: engine and precision, and what is on its way or in its way."""
-        lane, engine = self._lanes[False], self.newest
+        """Return the engine and precision that render for a viewer, with pending work or errors."""
+        slot, engine = self._slots[False], self.newest
         name = "torch fp32" if engine is None else f"{engine.name} {engine.precision}"
-        if lane.error:
-            return f"{name} ({lane.error})"
-        return f"{name} ({lane.stage})" if lane.stage else name
+        if slot.error:
+            return f"{name} ({slot.error})"
+        return f"{name} ({slot.stage})" if slot.stage else name
 
-    def _give_up(self, lane: _Lane, engine: Engine, error: Exception) -> None:
-        """Torch from here on; the worker is not asked again for the same weights."""
-        lane.ready = None
-        said = f"The engine {engine.name} failed ({type(error).__name__}: {error}): pictures come from torch."
+    def _give_up(self, slot: _EngineSlot, engine: Engine, error: Exception) -> None:
+        """Fall back to PyTorch; the worker is not started again for the same weights."""
+        slot.ready = None
+        said = f"The engine {engine.name} failed ({type(error).__name__}: {error}): rendering with PyTorch."
         self._say(said)
         if self.choice != "auto":
-            lane.error = said
+            slot.error = said
 
-    def _call_worker(self, lane: _Lane, state: int) -> None:
+    def _call_worker(self, slot: _EngineSlot, state: int) -> None:
         key = (state, self.choice)
-        if lane.asked == key or lane.lock.locked():
+        if slot.asked == key or slot.lock.locked():
             return
-        if self.choice == "auto" and lane.is_exact and lane.seconds < SECONDS_BEFORE_EXACT:
+        if self.choice == "auto" and slot.is_exact and slot.seconds < SECONDS_BEFORE_EXACT:
             return
-        # One call that cannot be interrupted half-way, as `threading.Thread.start` can. Should the line below not be
-        # reached, the next picture starts another worker, which finds the first one's lock.
-        _thread.start_new_thread(self._work, (lane,))
-        lane.asked = key
+        # A single call that cannot be interrupted half-way, unlike `threading.Thread.start`. If the next line is not
+        # reached, the next frame starts another worker, which finds the first one's lock.
+        _thread.start_new_thread(self._work, (slot,))
+        slot.asked = key
 
-    def _work(self, lane: _Lane) -> None:
-        """The worker's life: wait until the weights rest, choose, hand over."""
-        if not lane.lock.acquire(blocking=False):
+    def _work(self, slot: _EngineSlot) -> None:
+        """Wait until the weights stop changing, select an engine and hand it over."""
+        if not slot.lock.acquire(blocking=False):
             return
-        _WORKING.add(lane.lock)
-        lane.stage = "choosing…"
+        _WORKING.add(slot.lock)
+        slot.stage = "choosing…"
         try:
-            if not lane.is_exact:
-                self._make_live(lane)
-            state = self._wait_for_rest(lane)
-            lane.stage = "choosing…"
+            if not slot.is_exact:
+                self._make_live(slot)
+            state = self._wait_for_rest(slot)
+            slot.stage = "choosing…"
             if state is not None:
-                self._prepare(lane, state)
-        except Exception as error:  # a thread has nobody to raise to
-            self._say(f"No engine could be chosen ({type(error).__name__}: {error}): pictures come from torch.")
+                self._prepare(slot, state)
+        except Exception as error:  # Nothing can catch an exception of a thread.
+            self._say(f"No engine could be selected ({type(error).__name__}: {error}): rendering with PyTorch.")
         finally:
-            lane.stage = ""
-            lane.lock.release()
+            slot.stage = ""
+            slot.lock.release()
 
-    def _wait_for_rest(self, lane: _Lane) -> int | None:
+    def _wait_for_rest(self, slot: _EngineSlot) -> int | None:
         state, since, is_trained = self._state(), time.monotonic(), False
         while time.monotonic() - since < (SECONDS_AT_REST_AFTER_TRAINING if is_trained else SECONDS_AT_REST):
             time.sleep(_SECONDS_BETWEEN_LOOKS)
@@ -245,15 +253,16 @@ class EngineSwitch:
             now = self._state()
             if now != state:
                 state, since, is_trained = now, time.monotonic(), True
-                lane.stage = "live weights"
+                slot.stage = "live weights"
         return state
 
-    def _make_live(self, lane: _Lane) -> None:
-        """Torch for a viewer: in bf16 where the machine is good at it and it agrees; it overflows no earlier than fp32."""
+    def _make_live(self, slot: _EngineSlot) -> None:
+        """Prepare PyTorch for a viewer: in bf16 where the machine is fast at it and it agrees; bf16 has the range of
+        fp32."""
         device = device_of(self.network)
         snapshot = None
-        while lane.live is None and snapshot is None and not _STOPPING.is_set():
-            snapshot, _ = self._snapshot()  # None in the middle of a step of training
+        while slot.live is None and snapshot is None and not _STOPPING.is_set():
+            snapshot, _ = self._snapshot()  # None in the middle of a training step.
         if snapshot is None:
             return
         live = TorchEngine(snapshot, "fp32")
@@ -262,40 +271,40 @@ class EngineSwitch:
             if parity(lower, snapshot, device, self._probe_code()) >= PARITY_DB["bf16"]:
                 live = lower
         live.follow(self.network)
-        lane.live = live
+        slot.live = live
 
-    def _prepare(self, lane: _Lane, state: int) -> None:
-        """Choose for the weights as they are, and hand over if they still are so afterwards."""
+    def _prepare(self, slot: _EngineSlot, state: int) -> None:
+        """Select an engine for the current weights, and hand it over if they have not changed since."""
         choice_wanted = self.choice
         snapshot, found = self._snapshot()
         if snapshot is None or found != state:
             return
         device = device_of(snapshot)
         if choice_wanted == "auto":
-            wanted: list[Candidate] = candidates(device, lane.is_exact)
+            wanted: list[Candidate] = candidates(device, slot.is_exact)
         else:
-            wanted = named(choice_wanted, device, lane.is_exact)
+            wanted = candidates_named(choice_wanted, device, slot.is_exact)
 
         def is_stopped() -> bool:
             return _STOPPING.is_set() or self.choice != choice_wanted or self._state() != state
 
-        task = Task(snapshot, device, self._probe_code(), lane.shape, self.cache_folder, is_stopped)
-        choice = choose(task, wanted)
+        job = SelectionJob(snapshot, device, self._probe_code(), slot.shape, self.cache_folder, is_stopped)
+        selection = select_engine(job, wanted)
         if is_stopped():
             return
-        lane.choice = choice
-        if choice.engine is None and choice_wanted != "auto":
-            lane.error = (
-                f"The engine {choice_wanted} cannot run: {'; '.join(choice.others)}. Choose another one, or auto."
+        slot.selection = selection
+        if selection.engine is None and choice_wanted != "auto":
+            slot.error = (
+                f"The engine {choice_wanted} cannot run: {'; '.join(selection.others)}. Choose another engine, or auto."
             )
-            self._say(lane.error)
+            self._say(slot.error)
             return
-        if choice.engine is not None:
-            lane.ready = _Ready(state, choice.engine)
-        self._say(choice.describe())
+        if selection.engine is not None:
+            slot.ready = _Ready(state, selection.engine)
+        self._say(selection.describe())
 
     def _snapshot(self) -> tuple[nn.Module | None, int]:
-        """A copy of the network and its state; None if the weights were written to meanwhile."""
+        """Return a copy of the network and its state; None if the weights were written to meanwhile."""
         state = self._state()
         snapshot = copy.deepcopy(self.network).eval().requires_grad_(False)
         return (snapshot if self._state() == state else None), state
@@ -311,7 +320,7 @@ _WORKING: weakref.WeakSet = weakref.WeakSet()
 
 @atexit.register
 def _let_workers_end() -> None:
-    """Libraries that are still compiling while the process ends may crash it: give them a while."""
+    """Wait for workers: a library that compiles while the process ends may crash it."""
     _STOPPING.set()
     for lock in list(_WORKING):
         lock.acquire(timeout=20.0)

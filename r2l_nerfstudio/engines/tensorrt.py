@@ -1,7 +1,7 @@
-"""TensorRT and TensorRT-RTX through their native API, which both share: ONNX, plan, data pointers of torch tensors.
+"""TensorRT and TensorRT-RTX through the native API that both share: ONNX, plan, data pointers of tensors.
 
-Building plans, choosing between the two and every refusal were run on a machine without a GPU. What needs one, reading
-a plan back and running it, is written against the documentation and NOT VERIFIED: `TensorRtEngine`.
+Building plans, choosing between the two and every refusal were run on a machine without a GPU. What needs one, loading
+a plan and running it, is written against the documentation and NOT VERIFIED: `TensorRtEngine`.
 """
 
 from __future__ import annotations
@@ -16,20 +16,21 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from r2l_nerfstudio.engines.cache import write_atomically
+from r2l_nerfstudio.disk import write_atomically
 from r2l_nerfstudio.engines.onnx_graph import INPUT, OUTPUT, network_onnx
-from r2l_nerfstudio.engines.protocol import BrokenEngine, EngineName, Order, Precision
+from r2l_nerfstudio.engines.protocol import BrokenEngine, BuildSpec, EngineName, Precision
 from r2l_nerfstudio.engines.sizes import (
     GRID_STEP,
     chunk_rows,
     from_bucket,
     in_chunks,
     in_dim,
-    is_grid,
     out_dim,
+    reads_ray_image,
     to_bucket,
     upsampling_factor,
 )
+from r2l_nerfstudio.errors import first_line
 
 _MOST_CELLS = 512
 _LEAST_CAPABILITY = (7, 5)
@@ -37,7 +38,7 @@ _LEAST_CAPABILITY = (7, 5)
 
 @dataclass(frozen=True)
 class Shapes:
-    """Smallest, usual and largest shape of an input; equal ones make a static plan."""
+    """Smallest, usual and largest shape of an input; equal shapes give a static plan."""
 
     least: tuple[int, ...]
     usual: tuple[int, ...]
@@ -45,8 +46,8 @@ class Shapes:
 
 
 def usual_shapes(network: nn.Module, device: torch.device) -> Shapes:
-    """One chunk of rays for a ResMLP, ray images of up to 512x512 cells for a MobileR2L."""
-    if is_grid(network):
+    """Return one chunk of rays for a ResMLP, or ray images of up to 512x512 cells for a MobileR2L."""
+    if reads_ray_image(network):
         sides = (GRID_STEP, 104, _MOST_CELLS)
         return Shapes(*((1, in_dim(network), side, side) for side in sides))
     return Shapes(*[(chunk_rows(device), in_dim(network))] * 3)
@@ -59,7 +60,7 @@ def version() -> str:
 
 def why_not(device: torch.device, precision: Precision) -> str | None:
     if device.type != "cuda" or not torch.cuda.is_available():
-        return "it needs an NVIDIA GPU of compute capability 7.5 or newer, and this machine shows none."
+        return "it needs an NVIDIA GPU of compute capability 7.5 or newer, and this machine has none."
     if precision == "bf16":
         return "it has no transposed convolution in bf16, and fp16 is closer to fp32: choose fp16."
     try:
@@ -70,13 +71,14 @@ def why_not(device: torch.device, precision: Precision) -> str | None:
 
 
 def find_flavour(capability: tuple[int, int] | None) -> tuple[ModuleType | None, str | None]:
-    """TensorRT-RTX where it serves the GPU, else TensorRT: RTX needs no other index to install and plans in a second.
+    """Return TensorRT-RTX if it supports the GPU, else TensorRT: RTX needs no other package index and plans in a
+    second.
 
     Args:
-        capability: compute capability of the GPU; None where a plan is built for another machine.
+        capability: compute capability of the GPU; None if the plan is built for another machine.
 
     Returns:
-        The module or None, and why there is none, with the remedy.
+        The module or None, and why there is none and what to do.
     """
     if capability is not None and capability < _LEAST_CAPABILITY:
         return None, (
@@ -87,16 +89,12 @@ def find_flavour(capability: tuple[int, int] | None) -> tuple[ModuleType | None,
         try:
             module = import_module(name)
             module.Builder  # noqa: B018 - the registry's package without libraries imports, and is empty
-        except Exception as error:  # ImportError, OSError, RuntimeError: it depends on what is missing
-            said = str(error).strip().splitlines()
-            reasons.append(
-                f"{name} does not import ({said[0] if said else type(error).__name__});"
-                f" pip install 'r2l-nerfstudio[{extra}]'"
-            )
+        except Exception as error:  # ImportError, OSError or RuntimeError, depending on what is missing.
+            reasons.append(f"{name} does not import ({first_line(error)}); pip install 'r2l-nerfstudio[{extra}]'")
             continue
         if capability is not None and not _serves(module, capability):
             reasons.append(
-                f"{name} {module.__version__} does not serve compute capability {capability[0]}.{capability[1]}"
+                f"{name} {module.__version__} does not support compute capability {capability[0]}.{capability[1]}"
             )
             continue
         return module, None
@@ -104,25 +102,25 @@ def find_flavour(capability: tuple[int, int] | None) -> tuple[ModuleType | None,
 
 
 def _serves(module: ModuleType, capability: tuple[int, int]) -> bool:
-    # TensorRT-RTX lists them; TensorRT has no such list, and serves all from 7.5 on.
+    # TensorRT-RTX lists them; TensorRT has no list, and supports all from 7.5 on.
     listed = getattr(getattr(module, "ComputeCapability", None), "__members__", None)
     return module.__name__ != "tensorrt_rtx" or listed is None or f"SM{capability[0]}{capability[1]}" in listed
 
 
 def build_plan(trt: ModuleType, graph: bytes, shapes: dict[str, Shapes]) -> bytes:
-    """A serialized engine of an ONNX model; needs no GPU with TensorRT-RTX.
+    """Return a serialized engine of an ONNX model. TensorRT-RTX needs no GPU for this.
 
     Args:
         trt: `tensorrt` or `tensorrt_rtx`.
-        graph: the model, in the types it is to be run in.
-        shapes: of each input that has an axis of open size.
+        graph: the model, in the types it is to run in.
+        shapes: shapes of each input that has an axis of open size.
 
     Raises:
-        BrokenEngine: if the graph cannot be read or planned, with the library's own reasons.
+        BrokenEngine: if the graph cannot be read or planned, with the library's reasons.
     """
     log = _Log(trt)
     builder = trt.Builder(log.logger)
-    # Absent where strong typing is the only typing left.
+    # Absent in versions that only have strong typing.
     typed = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
     definition = builder.create_network(0 if typed is None else 1 << int(typed))
     parser = trt.OnnxParser(definition, log.logger)
@@ -138,12 +136,12 @@ def build_plan(trt: ModuleType, graph: bytes, shapes: dict[str, Shapes]) -> byte
             raise BrokenEngine(f"{trt.__name__} refuses the shapes {shapes}")
     plan = builder.build_serialized_network(definition, config)
     if plan is None:
-        raise BrokenEngine(f"{trt.__name__} built nothing: {'; '.join(log.said) or 'it gave no reason'}")
+        raise BrokenEngine(f"{trt.__name__} built nothing: {'; '.join(log.said) or 'no reason given'}")
     return bytes(plan)
 
 
 class _Log:
-    """Keeps what a TensorRT says when something goes wrong, in place of printing it."""
+    """Collect the errors that TensorRT would print."""
 
     def __init__(self, trt: ModuleType) -> None:
         said = self.said = []
@@ -156,28 +154,28 @@ class _Log:
         self.logger = Logger()
 
 
-def build(order: Order) -> TensorRtEngine:
-    """A plan, from the cache if it holds one that this library and GPU read, and an engine that runs it.
+def build(spec: BuildSpec) -> TensorRtEngine:
+    """Return an engine that runs a plan, from the cache if it holds one for this library and GPU.
 
     NOT VERIFIED on a GPU.
 
     Raises:
-        BrokenEngine: if there is no library for the GPU, or it gives nothing back.
+        BrokenEngine: if there is no library for the GPU, or it returns nothing.
     """
-    trt, reason = find_flavour(torch.cuda.get_device_capability(order.device))
+    trt, reason = find_flavour(torch.cuda.get_device_capability(spec.device))
     if trt is None:
         raise BrokenEngine(reason)
-    file = None if order.cache is None else order.cache / f"{trt.__name__}-{order.precision}.plan"
+    file = None if spec.cache is None else spec.cache / f"{trt.__name__}-{spec.precision}.plan"
     if file is not None and file.exists():
         try:
-            return TensorRtEngine(trt, file.read_bytes(), order)
+            return TensorRtEngine(trt, file.read_bytes(), spec)
         except BrokenEngine:
             file.unlink()
-    graph = network_onnx(order.network, order.precision)
-    plan = build_plan(trt, graph, {INPUT: usual_shapes(order.network, order.device)})
+    graph = network_onnx(spec.network, spec.precision)
+    plan = build_plan(trt, graph, {INPUT: usual_shapes(spec.network, spec.device)})
     if file is not None:
-        write_atomically(file, plan)
-    return TensorRtEngine(trt, plan, order)
+        write_atomically(file, plan, is_private=True)
+    return TensorRtEngine(trt, plan, spec)
 
 
 class TensorRtEngine:
@@ -186,32 +184,32 @@ class TensorRtEngine:
     Args:
         trt: `tensorrt` or `tensorrt_rtx`.
         plan: as `build_plan` makes it.
-        order: what it was built from.
+        spec: what it was built from.
 
     Raises:
-        BrokenEngine: if the library does not take the plan.
+        BrokenEngine: if the library rejects the plan.
     """
 
     name: EngineName = "tensorrt"
 
-    def __init__(self, trt: ModuleType, plan: bytes, order: Order) -> None:
-        self.precision: Precision = order.precision
-        self._is_grid = is_grid(order.network)
-        self._factor = upsampling_factor(order.network)
-        self._out_dim = out_dim(order.network)
-        self._rows = chunk_rows(order.device)
-        self._device = order.device
+    def __init__(self, trt: ModuleType, plan: bytes, spec: BuildSpec) -> None:
+        self.precision: Precision = spec.precision
+        self._reads_image = reads_ray_image(spec.network)
+        self._factor = upsampling_factor(spec.network)
+        self._out_dim = out_dim(spec.network)
+        self._rows = chunk_rows(spec.device)
+        self._device = spec.device
         log = _Log(trt)
         self._runtime = trt.Runtime(log.logger)
         self._engine = self._runtime.deserialize_cuda_engine(plan)
         if self._engine is None:
-            raise BrokenEngine(f"{trt.__name__} does not take the plan: {'; '.join(log.said) or 'it gave no reason'}")
-        # A context and a stream for each thread that renders.
+            raise BrokenEngine(f"{trt.__name__} rejects the plan: {'; '.join(log.said) or 'no reason given'}")
+        # A context and a stream per render thread.
         self._local = threading.local()
 
     def __call__(self, code: Float[Tensor, "*code"]) -> Float[Tensor, "*values"]:
         code = code.detach()
-        if not self._is_grid:
+        if not self._reads_image:
             return in_chunks(self._run, code, self._out_dim, self._rows)
         _, _, rows, columns = code.shape
         padded = to_bucket(code, GRID_STEP).contiguous()
@@ -233,12 +231,12 @@ class TensorRtEngine:
         context, stream = state
         current = torch.cuda.current_stream(self._device)
         if not context.set_input_shape(INPUT, tuple(code.shape)):
-            raise BrokenEngine(f"the plan refuses an input of {tuple(code.shape)}")
+            raise BrokenEngine(f"the plan rejects an input of {tuple(code.shape)}")
         context.set_tensor_address(INPUT, code.data_ptr())
         context.set_tensor_address(OUTPUT, values.data_ptr())
         stream.wait_stream(current)
         started = context.execute_async_v3(stream.cuda_stream)
-        # Whatever interrupts this thread, their memory is not given away before the plan has run.
+        # If this thread is interrupted, their memory must not be reused before the plan has run.
         code.record_stream(stream)
         values.record_stream(stream)
         current.wait_stream(stream)

@@ -1,4 +1,4 @@
-"""Eager torch: always there, at once, and the only engine that can follow weights while they are trained."""
+"""Eager PyTorch: always available, immediately, and the only engine that can follow weights during training."""
 
 from __future__ import annotations
 
@@ -8,22 +8,22 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from r2l_nerfstudio.engines.cuda_graph import CudaGraphs
-from r2l_nerfstudio.engines.protocol import EngineName, Order, Precision
+from r2l_nerfstudio.engines.protocol import BuildSpec, EngineName, Precision
 from r2l_nerfstudio.engines.sizes import (
     GRID_STEP,
     chunk_rows,
     device_of,
     from_bucket,
-    is_grid,
+    reads_ray_image,
     to_bucket,
     upsampling_factor,
 )
 from r2l_nerfstudio.engines.weights import FixedNetwork, weights_of, weights_state
 
 CPU_ROWS = 4096
-"""Rays per call on a CPU: the hidden layers of more leave its caches."""
+"""Rays per call on a CPU: the hidden layers of more rays exceed its caches."""
 _LEAST_ROWS = 4096
-"""Of a CUDA graph: fewer rays take a GPU no less time."""
+"""Least rays of a CUDA graph: fewer rays take a GPU the same time."""
 
 
 def version() -> str:
@@ -39,25 +39,25 @@ def why_not(device: torch.device, precision: Precision) -> str | None:
 
 
 def is_bf16_fast(device: torch.device) -> bool:
-    """Whether the machine itself multiplies bf16, rather than torch in several steps of fp32."""
+    """Return whether the machine multiplies bf16 natively, rather than in several steps of fp32."""
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
-    # Private, and absent from some builds; a CPU of unknown abilities stays with fp32.
+    # Private functions, absent from some builds; a CPU of unknown abilities stays with fp32.
     asks = [getattr(torch.cpu, name, None) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported")]
     return any(ask is not None and ask() for ask in asks)
 
 
-def build(order: Order) -> TorchEngine:
-    return TorchEngine(order.network, order.precision)
+def build(spec: BuildSpec) -> TorchEngine:
+    return TorchEngine(spec.network, spec.precision)
 
 
 class TorchEngine:
-    """Eager torch on a copy of the weights: norms folded, channels last for convolutions; in fp16, which is for GPUs, its
-    kernels are launched as CUDA graphs (NOT VERIFIED on a GPU).
+    """Eager PyTorch on a copy of the weights: norms folded, channels last for convolutions; in fp16, which is for GPUs,
+    its kernels are launched as CUDA graphs (NOT VERIFIED on a GPU).
 
     Args:
         network: in fp32 and evaluation mode; its device is the engine's.
-        precision: of weights and arithmetic.
+        precision: precision of weights and arithmetic.
     """
 
     name: EngineName = "torch"
@@ -65,41 +65,42 @@ class TorchEngine:
     def __init__(self, network: nn.Module, precision: Precision) -> None:
         self.precision: Precision = precision
         self._fixed = FixedNetwork(network, precision)
-        self._is_grid = is_grid(network)
+        self._reads_image = reads_ray_image(network)
         self._seen: int | None = None
         self._weights = weights_of(network)
-        # `refresh` writes in place, so that graphs see it.
+        # `refresh` writes in place, so the graphs read the new weights.
         self._graphs = CudaGraphs(self._network, device_of(network)) if precision == "fp16" else None
 
     def follow(self, network: nn.Module) -> None:
-        """Say whose weights `refresh` takes over: a network of the same shape, by default the one it was made from."""
+        """Set the network whose weights `refresh` copies: one of the same shape; by default the one it was built
+        from."""
         self._fixed.follow(network)
         self._weights, self._seen = weights_of(network), None
 
     def refresh(self) -> None:
-        """Take over the weights, if they are others than at the last call. May be interrupted anywhere."""
+        """Copy the weights if they have changed since the last call. It may be interrupted anywhere."""
         state = weights_state(self._weights)
         if state != self._seen:
-            self._seen = None  # until all are taken over
+            self._seen = None  # Not current until all weights are copied.
             self._fixed.refresh()
             self._seen = state
 
     def __call__(self, code: Float[Tensor, "*code"]) -> Float[Tensor, "*values"]:
-        # Without a context for gradients: the viewer may interrupt inside one, and it would stay as it is.
+        # No `no_grad` context: the viewer may interrupt inside one, and gradients would stay off.
         code = code.detach()
         if self._graphs is not None:
             return self._replayed(self._graphs, code)
-        if self._is_grid or code.device.type == "cuda" or code.shape[0] <= CPU_ROWS:
+        if self._reads_image or code.device.type == "cuda" or code.shape[0] <= CPU_ROWS:
             return self._network(code)
         return torch.cat([self._fixed(part) for part in code.split(CPU_ROWS)])
 
     def _network(self, code: Tensor) -> Tensor:
-        return self._fixed(code.contiguous(memory_format=torch.channels_last) if self._is_grid else code)
+        return self._fixed(code.contiguous(memory_format=torch.channels_last) if self._reads_image else code)
 
     def _replayed(self, graphs: CudaGraphs, code: Tensor) -> Tensor:
-        """By graphs of few shapes: powers of two of rays, or ray images in steps."""
+        """Run graphs of few shapes: powers of two of rays, or ray images in steps."""
         network = self._fixed.network
-        if self._is_grid:
+        if self._reads_image:
             frames = torch.cat([graphs(frame) for frame in to_bucket(code, GRID_STEP).split(1)])
             return from_bucket(frames, code.shape[-2], code.shape[-1], upsampling_factor(network))
         values = []

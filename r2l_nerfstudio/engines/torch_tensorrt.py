@@ -1,6 +1,7 @@
-"""Torch-TensorRT: a network exported and compiled by `torch_tensorrt.dynamo`. By name only: it pins torch's version.
+"""Torch-TensorRT: a network exported and compiled by `torch_tensorrt.dynamo`. Only chosen by name, since it pins
+PyTorch's version.
 
-NOT VERIFIED: it imports nowhere without a GPU and NVIDIA's own package index. Every refusal was run.
+NOT VERIFIED: it cannot be imported without a GPU and NVIDIA's package index. Every refusal was run.
 """
 
 from __future__ import annotations
@@ -11,19 +12,20 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from r2l_nerfstudio.engines.protocol import DTYPES, EngineName, Order, Precision
+from r2l_nerfstudio.engines.protocol import DTYPES, BuildSpec, EngineName, Precision
 from r2l_nerfstudio.engines.sizes import (
     GRID_STEP,
     chunk_rows,
     from_bucket,
     in_chunks,
-    is_grid,
     out_dim,
+    reads_ray_image,
     to_bucket,
     upsampling_factor,
 )
 from r2l_nerfstudio.engines.tensorrt import usual_shapes
 from r2l_nerfstudio.engines.weights import FixedNetwork
+from r2l_nerfstudio.errors import first_line
 
 
 def version() -> str:
@@ -31,31 +33,30 @@ def version() -> str:
 
 
 def why_not(device: torch.device, precision: Precision) -> str | None:
-    # Asked first: without a GPU the import ends in any of four kinds of exception, some of them after seconds.
+    # Checked first: without a GPU the import ends in any of four exceptions, some of them after seconds.
     if device.type != "cuda" or not torch.cuda.is_available():
-        return "it needs an NVIDIA GPU of compute capability 7.5 or newer, and this machine shows none."
+        return "it needs an NVIDIA GPU of compute capability 7.5 or newer, and this machine has none."
     if precision == "bf16":
         return "TensorRT has no transposed convolution in bf16, and fp16 is closer to fp32: choose fp16."
     try:
         import_module("torch_tensorrt")
     except Exception as error:
-        said = str(error).strip().splitlines()
         return (
-            f"torch_tensorrt does not import ({said[0] if said else type(error).__name__}): pip install"
+            f"torch_tensorrt does not import ({first_line(error)}): pip install"
             " 'r2l-nerfstudio[torch-tensorrt]', in the version of your torch, or choose tensorrt."
         )
     return None
 
 
-def build(order: Order) -> TorchTensorRtEngine:
+def build(spec: BuildSpec) -> TorchTensorRtEngine:
     """Compile for one chunk of rays, or for ray images of any size in steps. NOT VERIFIED."""
     torch_tensorrt = import_module("torch_tensorrt")
-    network, device = order.network, order.device
+    network, device = spec.network, spec.device
     shapes = usual_shapes(network, device)
-    fixed = FixedNetwork(network, order.precision).network
-    example = torch.zeros(shapes.usual, device=device, dtype=DTYPES[order.precision])
+    fixed = FixedNetwork(network, spec.precision).network
+    example = torch.zeros(shapes.usual, device=device, dtype=DTYPES[spec.precision])
     sizes: dict[int, torch.export.Dim] | None = None
-    if is_grid(network):
+    if reads_ray_image(network):
         sizes = {
             axis: GRID_STEP * torch.export.Dim(name, min=1, max=shapes.most[axis] // GRID_STEP)
             for axis, name in ((2, "rows"), (3, "columns"))
@@ -68,31 +69,31 @@ def build(order: Order) -> TorchTensorRtEngine:
             )
         ]
         compiled = torch_tensorrt.dynamo.compile(program, arg_inputs=inputs)
-    return TorchTensorRtEngine(order, compiled)
+    return TorchTensorRtEngine(spec, compiled)
 
 
 class TorchTensorRtEngine:
     """A compiled program on a GPU. NOT VERIFIED.
 
     Args:
-        order: what was built.
-        compiled: reads and gives the precision's own type.
+        spec: what was built.
+        compiled: takes and returns the precision's type.
     """
 
     name: EngineName = "torch-tensorrt"
 
-    def __init__(self, order: Order, compiled: torch.nn.Module) -> None:
-        self.precision: Precision = order.precision
-        self._dtype = DTYPES[order.precision]
+    def __init__(self, spec: BuildSpec, compiled: torch.nn.Module) -> None:
+        self.precision: Precision = spec.precision
+        self._dtype = DTYPES[spec.precision]
         self._compiled = compiled
-        self._is_grid = is_grid(order.network)
-        self._factor = upsampling_factor(order.network)
-        self._out_dim = out_dim(order.network)
-        self._rows = chunk_rows(order.device)
+        self._reads_image = reads_ray_image(spec.network)
+        self._factor = upsampling_factor(spec.network)
+        self._out_dim = out_dim(spec.network)
+        self._rows = chunk_rows(spec.device)
 
     def __call__(self, code: Float[Tensor, "*code"]) -> Float[Tensor, "*values"]:
         code = code.detach()
-        if not self._is_grid:
+        if not self._reads_image:
             return in_chunks(self._run, code, self._out_dim, self._rows)
         padded = to_bucket(code, GRID_STEP).to(self._dtype).contiguous()
         values = torch.cat([self._compiled(frame) for frame in padded.split(1)]).float()

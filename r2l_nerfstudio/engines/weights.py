@@ -1,4 +1,4 @@
-"""A network's weights as engines want them: norms folded, in one precision, apart from those that are trained."""
+"""A network's weights for engines: norms folded, in one precision, separate from the weights being trained."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from r2l_nerfstudio.students.mobile import ConvBlock, MobileR2L
 
 
 class FixedNetwork(nn.Module):
-    """A student's network with every BatchNorm folded into its convolution, reckoning in one precision.
+    """A copy of a student's network with every BatchNorm folded into its convolution, computing in one precision.
 
-    fp32 code in, fp32 values out, shapes as the network's. It is a copy: training goes on undisturbed.
+    fp32 code in, fp32 values out, shapes as the network's. Training is not affected.
 
     Args:
         network: in fp32.
-        precision: of weights and arithmetic.
+        precision: precision of weights and arithmetic.
     """
 
     def __init__(self, network: nn.Module, precision: Precision) -> None:
@@ -37,8 +37,8 @@ class FixedNetwork(nn.Module):
         self.refresh()
 
     def follow(self, network: nn.Module) -> None:
-        """Say whose weights `refresh` takes over: a network of the same shape."""
-        # In tuples: as an attribute the network would be a part of this one.
+        """Set the network whose weights `refresh` copies: one of the same shape."""
+        # In tuples, since as an attribute the network would become a submodule.
         self._convolutions: list[tuple[nn.Conv2d, nn.Conv2d, nn.BatchNorm2d]] = []
         for mine, its in zip(_blocks(self.network), _blocks(network), strict=True):
             self._convolutions.append((mine.first, its.first, its.first_norm))
@@ -48,9 +48,9 @@ class FixedNetwork(nn.Module):
         self._others = [(p, theirs[name]) for name, p in self.network.named_parameters() if id(p) not in folded]
 
     def refresh(self) -> None:
-        """Take over the weights as they are, in place. Interrupted, it may be called again.
+        """Copy the current weights in place. After an interruption it may be called again.
 
-        Gradients are kept out by detaching: a context for it stays open when the viewer interrupts inside one.
+        Weights are detached instead of using `no_grad`, which would stay active if the viewer interrupts inside it.
         """
         for mine, conv, norm in self._convolutions:
             mean, variance = norm.get_buffer("running_mean"), norm.get_buffer("running_var")
@@ -70,7 +70,7 @@ def _blocks(network: nn.Module) -> list[ConvBlock]:
 
 
 class RowsLast(nn.Module):
-    """A convolutional network that reads and gives channels last: [batch, rows, columns, channels]."""
+    """A convolutional network with channels last: [batch, rows, columns, channels]."""
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
@@ -81,17 +81,17 @@ class RowsLast(nn.Module):
 
 
 def weights_of(network: nn.Module) -> list[Tensor]:
-    """All numbers of a network that may change: parameters and buffers, by reference."""
+    """Return all tensors of a network that may change: parameters and buffers, by reference."""
     return [*network.parameters(), *network.buffers()]
 
 
 def weights_state(weights: list[Tensor]) -> int:
-    """A number that changes whenever a weight is written in place or its data replaced, by whoever does it."""
+    """Return a number that changes whenever a weight is written in place or its data is replaced."""
     return hash(tuple([(t.data_ptr(), t._version) for t in weights]))
 
 
 def weights_hash(network: nn.Module) -> str:
-    """Of a network's layers, their shapes and all their numbers: equal for equal networks only, in any process."""
+    """Return a hash of a network's layers, shapes and numbers, equal for equal networks only, in any process."""
     digest = hashlib.sha256(repr(network).encode())
     for name, tensor in network.state_dict().items():
         digest.update(f"{name}{tensor.dtype}{tuple(tensor.shape)}".encode())

@@ -1,1 +1,1 @@
-"""Students in files that other programs open: ONNX, and what is built on it."""
+"""Exports: students in files that other programs open, ONNX and formats built on it."""

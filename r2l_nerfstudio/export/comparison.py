@@ -1,4 +1,4 @@
-"""An export beside torch, on probe cameras of the trained student."""
+"""Compare an export with PyTorch on probe cameras of the trained student."""
 
 from __future__ import annotations
 
@@ -9,24 +9,24 @@ import numpy as np
 import torch
 from jaxtyping import Float
 
-from r2l_nerfstudio.engines.parity import psnr
 from r2l_nerfstudio.engines.protocol import PARITY_DB
 from r2l_nerfstudio.errors import InputError
 from r2l_nerfstudio.export.graph import GraphSpec
-from r2l_nerfstudio.export.probes import probe_intrinsics, probe_poses
+from r2l_nerfstudio.models.probe_cameras import probe_intrinsics, probe_poses
+from r2l_nerfstudio.psnr import psnr
 from r2l_nerfstudio.student import Student
 
 PLAIN_DB = 60.0
 COMPOSITED_DB = 80.0
-"""In fp32: at the edge of an occupied cell the last digit of a coordinate decides where sample points lie."""
+"""Minimum in fp32: at the edge of an occupied cell the last digit of a coordinate decides where sample points lie."""
 
 Arrays = dict[str, Float[np.ndarray, "..."]]
-"""By the names of a graph's inputs, or of its outputs."""
+"""Arrays by the names of a graph's inputs or outputs."""
 
 
 @torch.no_grad()
 def probe_inputs(student: Student, spec: GraphSpec, probe: int) -> tuple[Arrays, Arrays]:
-    """Inputs of a graph for one of the probe cameras, and the outputs that torch makes of them."""
+    """Return a graph's inputs for one of the probe cameras, and PyTorch's outputs for them."""
     model = student.model
     pose = probe_poses(model)[probe]
     intrinsics = probe_intrinsics(model, spec.width, spec.height)
@@ -44,7 +44,7 @@ def probe_inputs(student: Student, spec: GraphSpec, probe: int) -> tuple[Arrays,
             truth = {name: value.reshape(-1, value.shape[-1]) for name, value in truth.items()}
         if spec.part == "whole":
             return inputs, truth
-    code, geometry = spec.code_of(model, pose, intrinsics)
+    code, geometry = model.encoding_for_camera(pose, intrinsics, spec.height, spec.width)
     known = {} if geometry is None else {"geometry": geometry.numpy()}
     if spec.part == "encoding":
         return inputs, {"code": code.numpy()} | known
@@ -53,27 +53,27 @@ def probe_inputs(student: Student, spec: GraphSpec, probe: int) -> tuple[Arrays,
 
 
 def needed_db(spec: GraphSpec) -> float:
-    """Least PSNR in dB of a graph against torch. Plain operators know GELU to five digits."""
+    """Return the minimum PSNR in dB of a graph against PyTorch. Plain operators approximate GELU to five digits."""
     return min(PARITY_DB[spec.precision], PLAIN_DB) if spec.is_plain else PARITY_DB[spec.precision]
 
 
 def check_export(
     student: Student, spec: GraphSpec, run: Callable[[Arrays], Arrays], what: str, needed: float | None = None
 ) -> float:
-    """Compare an export with torch.
+    """Compare an export with PyTorch.
 
     Args:
-        student: that was exported.
-        spec: of the graph.
-        run: the export: from its inputs to its outputs.
+        student: student that was exported.
+        spec: spec of the graph.
+        run: the export, from its inputs to its outputs.
         what: its name, for the message.
-        needed: PSNR in dB; what the precision explains, by default.
+        needed: minimum PSNR in dB; by default what the precision allows.
 
     Returns:
-        the worst PSNR in dB over all probe cameras and outputs; depths count in units of the scene's far distance.
+        The worst PSNR in dB over all probe cameras and outputs; depths count in units of the scene's far distance.
 
     Raises:
-        InputError: it is less than the precision explains.
+        InputError: it is less than the precision allows.
     """
     worst = math.inf
     needed = needed_db(spec) if needed is None else needed
@@ -89,7 +89,7 @@ def check_export(
     if not worst >= needed:
         said = "it gives values that are not finite" if worst == -math.inf else f"it agrees to {worst:.0f} dB only"
         raise InputError(
-            f"{what} does not render what torch renders: {said} on probe cameras of the student, and {needed:.0f} dB are"
-            f" needed in {spec.precision}. It was not kept; try --precision fp32, or another format."
+            f"{what} does not render what PyTorch renders: {said} on probe cameras of the student, and {needed:.0f}"
+            f" dB are needed in {spec.precision}. It was not kept; try --precision fp32, or another format."
         )
     return worst

@@ -1,7 +1,7 @@
 """A student's graph as a Core ML package (.mlpackage), for iOS 16 or macOS 13 and newer.
 
-Conversion and structure were run on Linux. What needs a Mac is NOT VERIFIED: prediction, and the comparison with torch that
-follows conversion there.
+Conversion and structure were run on Linux. What needs a Mac is NOT VERIFIED: prediction, and the comparison with
+PyTorch that follows conversion there.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from r2l_nerfstudio.errors import InputError
+from r2l_nerfstudio.atomic_output import atomic_folder
+from r2l_nerfstudio.errors import InputError, one_line
 from r2l_nerfstudio.export.comparison import Arrays, check_export, probe_inputs
 from r2l_nerfstudio.export.graph import RAYS_AT_ONCE, GraphSpec, StudentGraph
 from r2l_nerfstudio.export.onnx_file import metadata
-from r2l_nerfstudio.export.whole_files import whole_folder
 from r2l_nerfstudio.student import Student
 
 MANIFEST = "Manifest.json"
@@ -32,39 +32,39 @@ IOS_16 = 7
 """Version of the specification of packages for iOS 16."""
 NETWORK_OPERATORS = {"conv", "conv_transpose", "linear", "gelu"}
 EXACT_OPERATORS = {"sin", "cos", "sqrt", "floor"}
-"""Of the encoding; in half precision they would turn coordinates into noise."""
+"""Operators of the encoding; in half precision they would turn coordinates into noise."""
 SMALL_WEIGHTS = 200_000
 """Bytes that a package may have beyond its parameters: the program, the manifest, masks of its constants."""
 
 
 def export_coreml(student: Student, spec: GraphSpec, output: Path, overwrite: bool = False) -> float | None:
-    """Write a package whose structure is checked, and on a Mac its numbers too.
+    """Write a package and check its structure, on a Mac also its values.
 
     Args:
         student: on the CPU.
-        spec: which graph, of static shapes; its network is in the precision asked for, all else in fp32.
+        spec: which graph, of static shapes; its network is in the spec's precision, all else in fp32.
         output: the .mlpackage, a folder.
-        overwrite: whether a package may be there.
+        overwrite: whether a package may exist.
 
     Returns:
-        PSNR in dB against torch; None elsewhere than on a Mac, where alone Core ML runs.
+        PSNR in dB against PyTorch; None except on a Mac, the only platform that runs Core ML.
 
     Raises:
-        InputError: the package coremltools is missing or cannot convert the graph, the output may not be written, or it is
-            not what was asked for; nothing is left then.
+        InputError: the package coremltools is missing or cannot convert the graph, the output may not be written, or
+            its structure is wrong; nothing is kept then.
     """
     coremltools = import_coremltools()
     if Path(output).suffix != ".mlpackage":
-        raise InputError(f"{output}: a Core ML package is a folder that ends in .mlpackage; name one.")
-    with whole_folder(output, overwrite, MANIFEST, "Core ML package") as folder:
+        raise InputError(f"{output}: a Core ML package is a folder that ends in .mlpackage; give such a name.")
+    with atomic_folder(output, overwrite, MANIFEST, "Core ML package") as folder:
         graph = spec.build(student)
         inputs, outputs = probe_inputs(student, spec, 0)
         try:
             with _quiet():
                 model = _convert(coremltools, graph, inputs)
-        except Exception as error:  # of any kind, as an operator that it does not know
+        except Exception as error:  # Of any type, for example for an unknown operator.
             raise InputError(
-                f"coremltools {coremltools.__version__} cannot convert this graph ({' '.join(str(error).split())[:300]});"
+                f"coremltools {coremltools.__version__} cannot convert this graph ({one_line(error)});"
                 " try --part network, or r2l-export onnx --target mobile, which ONNX Runtime runs on Apple's processors."
             ) from error
         model.user_defined_metadata.update(metadata(student, spec))
@@ -77,10 +77,10 @@ def export_coreml(student: Student, spec: GraphSpec, output: Path, overwrite: bo
 
 
 def import_coremltools() -> Any:
-    """The library.
+    """Return the library.
 
     Raises:
-        InputError: it is not there.
+        InputError: it is not installed.
     """
     try:
         with _quiet():
@@ -102,7 +102,7 @@ def _convert(coremltools: Any, graph: StudentGraph, inputs: Arrays) -> Any:
         convert_to="mlprogram",
         inputs=[coremltools.TensorType(name=name, shape=value.shape) for name, value in inputs.items()],
         outputs=[coremltools.TensorType(name=name) for name in graph.outputs],
-        # Nothing is cast but what the graph itself casts: the network, not the encoding before it.
+        # Only the graph's own casts: those of the network, not the encoding before it.
         compute_precision=coremltools.precision.FLOAT32,
         minimum_deployment_target=coremltools.target.iOS16,
         skip_model_load=True,
@@ -110,7 +110,7 @@ def _convert(coremltools: Any, graph: StudentGraph, inputs: Arrays) -> Any:
 
 
 class _LogicalOperators(TorchFunctionMode):
-    """`|` and `&` of truth values by the names that coremltools knows them by."""
+    """`|` and `&` of truth values under the names that coremltools supports."""
 
     names: dict[Callable[..., Any], Callable[..., Any]] = {
         Tensor.__or__: torch.logical_or,
@@ -126,18 +126,18 @@ class _LogicalOperators(TorchFunctionMode):
 def check_structure(
     coremltools: Any, package: Path, spec: GraphSpec, inputs: Arrays, outputs: Arrays, graph: StudentGraph
 ) -> None:
-    """Open a package again and look whether it is what was asked for.
+    """Reload a package and check its structure.
 
     Args:
         coremltools: the library.
         package: the folder.
         spec: what was asked for.
         inputs: examples, by name.
-        outputs: what belongs to them.
-        graph: that was converted.
+        outputs: outputs for them.
+        graph: graph that was converted.
 
     Raises:
-        InputError: it is not.
+        InputError: the structure is wrong.
     """
     found = coremltools.utils.load_spec(str(package))
     wrong = []
@@ -163,30 +163,30 @@ def check_structure(
                 wrong.append(f"its {operation.type} is not in fp32")
     size = package_bytes(package)
     parameters = sum(parameter.nbytes for parameter in (*graph.parameters(), *graph.buffers()))
-    # A picture that is gone through in parts may have each part's own copy.
+    # An image that is processed in parts may have a copy of the constants for each part.
     parts = 1 if spec.part != "whole" else math.ceil(spec.width * spec.height / RAYS_AT_ONCE)
     if size > 1.1 * parameters * parts + SMALL_WEIGHTS:
         wrong.append(f"it has {size} bytes, and its parameters {parameters}")
     if wrong:
         raise InputError(
-            f"The Core ML package is not what was asked for: {'; '.join(dict.fromkeys(wrong))}. It was not kept; try"
+            f"The Core ML package has the wrong structure: {'; '.join(dict.fromkeys(wrong))}. It was not kept; try"
             f" another version of coremltools than {coremltools.__version__}."
         )
 
 
 def package_bytes(package: Path) -> int:
-    """Of all files in it."""
+    """Return the bytes of all files in it."""
     return sum(file.stat().st_size for file in package.rglob("*") if file.is_file())
 
 
 def run_coreml(coremltools: Any, package: Path, inputs: Arrays) -> Arrays:
-    """What Core ML makes of inputs. NOT VERIFIED: it runs on a Mac alone."""
+    """Run a package on inputs. NOT VERIFIED: it runs on a Mac only."""
     return coremltools.models.MLModel(str(package)).predict(dict(inputs))
 
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without progress bars, and warnings about versions."""
+    """Suppress progress bars and warnings about versions."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:

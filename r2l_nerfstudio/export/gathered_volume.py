@@ -1,4 +1,4 @@
-"""A feature volume in operators that every runtime has."""
+"""Feature volumes in operators that every runtime has."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from r2l_nerfstudio.students.ray_features import FeatureVolume
 
 
 class GatheredVolume(nn.Module):
-    """The same features as a `FeatureVolume`'s, by eight gathers from a flat table: few runtimes sample 5-D grids.
+    """The features of a `FeatureVolume`, read with eight gathers from a flat table: few runtimes sample 5-D grids.
 
     Args:
-        volume: copied.
-        dtype: in which the features are kept; they are weighted and summed in fp32.
+        volume: volume to copy.
+        dtype: type of the stored features; they are weighted and summed in fp32.
     """
 
     extent: Tensor
@@ -32,7 +32,7 @@ class GatheredVolume(nn.Module):
         self.register_buffer("table", grid[0].permute(1, 2, 3, 0).reshape(-1, grid.shape[1]).to(dtype, copy=True))
 
     def forward(self, points: Float[Tensor, "*rays points 3"]) -> Float[Tensor, "*rays features"]:
-        """As `FeatureVolume.forward`: channels * points numbers per ray, all points of the first channel first."""
+        """Return `FeatureVolume.forward`: channels * points numbers per ray, all points of the first channel first."""
         where = ((points / self.extent).clamp(-1.0, 1.0) + 1.0) * ((self.resolution - 1) / 2)
         # On the last face the cell before it is read, with all weight on its far corners.
         low = where.floor().clamp(max=max(self.resolution - 2, 0))

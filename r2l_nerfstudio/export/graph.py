@@ -1,4 +1,4 @@
-"""A student as a graph: a camera, or rays, in and pictures out; or half of that. The encoding is in fp32 in any case."""
+"""Students as graphs: a camera or rays in, images out; or parts of that. The encoding is in fp32 in any case."""
 
 from __future__ import annotations
 
@@ -18,11 +18,10 @@ from r2l_nerfstudio.export.gathered_volume import GatheredVolume
 from r2l_nerfstudio.export.plain_network import to_plain_operators
 from r2l_nerfstudio.models.composited_encoding import EncodedRays, encode_ray_image, encode_single_rays, finished
 from r2l_nerfstudio.models.light_field import LightFieldModel
-from r2l_nerfstudio.models.mobile_r2l import MobileR2LModel
 from r2l_nerfstudio.rays.conventions import RayConventions
 from r2l_nerfstudio.rays.encoding import frequency_encode
 from r2l_nerfstudio.rays.pinhole import image_rays
-from r2l_nerfstudio.rays.ray_image import ray_image_intrinsics, ray_image_size
+from r2l_nerfstudio.rays.ray_image import ray_image_size
 from r2l_nerfstudio.rays.spacing import MISSED_FRACTION
 from r2l_nerfstudio.student import Student
 
@@ -31,11 +30,11 @@ GraphPart = Literal["whole", "encoding", "network", "values"]
 GraphPrecision = Literal["fp32", "fp16"]
 
 RAYS_AT_ONCE = 1 << 16
-"""A whole picture's codes would take gigabytes: beyond this many rays a camera's graph goes through it in parts."""
+"""Rays per part of an image: the codes of a whole image would take gigabytes."""
 
 
 COMPOSITED_AT_ONCE = 1 << 14
-"""Likewise of rays along which features are composited."""
+"""The same for rays along which features are composited."""
 
 TURN = (6.28125, 2 * math.pi - 6.28125)
 """2 pi, as eight bits and the rest."""
@@ -45,29 +44,37 @@ class Encoding(nn.Module):
     """What a student's network reads of rays, in fp32.
 
     Args:
-        model: copied, its feature volume into plain gathers.
-        precision: in which the volume's features are kept.
-        reduce_angles: bring the encoding's angles near zero first, for machines whose sines are good only there.
+        model: model to copy, its feature volume with plain gathers.
+        precision: precision of the stored features.
+        reduce_angles: reduce the encoding's angles first, for machines whose sine is accurate only near zero.
+        int8_features: store a composited encoding's features in int8.
     """
 
-    def __init__(self, model: LightFieldModel, precision: GraphPrecision, reduce_angles: bool = False) -> None:
+    def __init__(
+        self,
+        model: LightFieldModel,
+        precision: GraphPrecision,
+        reduce_angles: bool = False,
+        int8_features: bool = False,
+    ) -> None:
         super().__init__()
-        self.composited = None if model.composited is None else model.composited.for_graph(DTYPES[precision])
+        kept = torch.int8 if int8_features else DTYPES[precision]
+        self.composited = None if model.composited is None else model.composited.for_graph(kept)
         self.factor = model.factor
         self.pixel_samples = getattr(model.config, "pixel_samples", 0)
         self.ray_code = copy.deepcopy(model.ray_code)
         self.volume = None if model.volume is None else GatheredVolume(model.volume, DTYPES[precision])
         self.volume_points = model.config.volume_points
         self.encode = reduced_frequency_encode if reduce_angles else frequency_encode
-        self.is_image = isinstance(model, MobileR2LModel)
+        self.reads_ray_image = model.reads_ray_image
 
     @property
     def rays_at_once(self) -> int:
-        """Rays of a picture that are gone through together."""
+        """Rays of an image that are processed at once."""
         return RAYS_AT_ONCE if self.composited is None else COMPOSITED_AT_ONCE
 
     def forward(self, origins: Float[Tensor, "*rays 3"], directions: Float[Tensor, "*rays 3"]) -> EncodedRays:
-        """The code of rays, as the network takes it, and the geometry that is known without the network.
+        """Return the code of rays, as the network reads it, and the geometry that is known without the network.
 
         Args:
             origins: in the run's frame; for a MobileR2L those of a ray image, [rows, columns, 3].
@@ -78,7 +85,7 @@ class Encoding(nn.Module):
             for a MobileR2L [height, width, 2] without the margin, else None.
         """
         if self.composited is not None:
-            if not self.is_image:
+            if not self.reads_ray_image:
                 return encode_single_rays(self.composited, origins, directions, encode=self.encode)
             found = encode_ray_image(
                 self.composited, self.factor, self.pixel_samples, origins, directions, encode=self.encode
@@ -88,15 +95,15 @@ class Encoding(nn.Module):
         if self.volume is not None:
             features = self.volume(self.ray_code.points(origins, directions, self.volume_points))
             code = torch.cat([code, features], dim=-1)
-        return EncodedRays(code.permute(2, 0, 1)[None] if self.is_image else code)
+        return EncodedRays(code.permute(2, 0, 1)[None] if self.reads_ray_image else code)
 
 
 class EncodedNetwork(nn.Module):
     """From rays to the student's five numbers: rgb, accumulation, depth as a position along the ray; all in [0, 1].
 
     Args:
-        model: copied.
-        precision: of the network's weights and arithmetic; encoding, input and output are fp32.
+        model: model to copy.
+        precision: precision of the network's weights and arithmetic; encoding, input and output are fp32.
         reduce_angles: as `Encoding`.
     """
 
@@ -109,43 +116,43 @@ class EncodedNetwork(nn.Module):
     def forward(
         self, origins: Float[Tensor, "*rays 3"], directions: Float[Tensor, "*rays 3"]
     ) -> Float[Tensor, "*pixels 5"]:
-        """Rays of any number for an R2L; for a MobileR2L those of a ray image, [rows, columns, 3].
+        """Evaluate any number of rays for R2L; for MobileR2L those of a ray image, [rows, columns, 3].
 
         Args:
             origins: in the run's frame.
             directions: unit length.
 
         Returns:
-            as many as there are rays, or those of the ray image's pixels [height, width, 5], without its margin.
+            One value per ray, or those of the ray image's pixels [height, width, 5], without its margin.
         """
         code, geometry = self.encoding(origins, directions)
         return self.joining(self.network(code), geometry)
 
 
 class Joining(nn.Module):
-    """Network's values and geometry as the five numbers of pixels.
+    """Combine the network's values and geometry into the five numbers of pixels.
 
     Args:
-        model: what is needed of it is copied.
+        model: model whose settings are copied.
     """
 
     background: Tensor
 
     def __init__(self, model: LightFieldModel) -> None:
         super().__init__()
-        self.is_image = isinstance(model, MobileR2LModel)
+        self.reads_ray_image = model.reads_ray_image
         self.edge = model.margin * model.factor
         self.is_bounded = model.composited is not None and model.composited.is_bounded
         self.register_buffer("background", model.background.clone())
 
     def forward(self, values: Float[Tensor, "*values"], geometry: Float[Tensor, "*pixels 2"] | None) -> Tensor:
-        """[*pixels, 5]; of a MobileR2L without the margin.
+        """Return [*pixels, 5]; for MobileR2L without the margin.
 
         Args:
-            values: of the network.
-            geometry: of a composited encoding.
+            values: values of the network.
+            geometry: geometry of a composited encoding.
         """
-        if self.is_image:
+        if self.reads_ray_image:
             values = values[0].permute(1, 2, 0)
         if self.edge:
             values = values[self.edge : -self.edge, self.edge : -self.edge]
@@ -155,9 +162,9 @@ class Joining(nn.Module):
 def reduced_frequency_encode(
     values: Float[Tensor, "*batch dim"], num_frequencies: int
 ) -> Float[Tensor, "*batch encoded"]:
-    """As `frequency_encode`, with sines and cosines of angles within half a turn of zero only.
+    """Return `frequency_encode` with sines and cosines of angles within half a turn of zero only.
 
-    A turn is taken off in two parts, the first of so few bits that its multiples are exact (Cody and Waite).
+    A turn is subtracted in two parts, the first with so few bits that its multiples are exact (Cody and Waite).
     """
     frequencies = 2.0 ** torch.arange(num_frequencies, device=values.device, dtype=torch.float32)
     phases = (values[..., None, :] * frequencies[:, None]).flatten(-2)
@@ -167,10 +174,10 @@ def reduced_frequency_encode(
 
 
 class Pictures(nn.Module):
-    """The network's five numbers as what is seen along rays.
+    """Convert the network's five numbers into images.
 
     Args:
-        model: what is needed of it is copied.
+        model: model whose settings are copied.
     """
 
     background: Tensor
@@ -184,13 +191,14 @@ class Pictures(nn.Module):
     def forward(
         self, values: Float[Tensor, "*rays 5"], origins: Float[Tensor, "*rays 3"], directions: Float[Tensor, "*rays 3"]
     ) -> tuple[Tensor, ...]:
-        """`rgb` [*rays, 3], and where the student knows them `accumulation` and `depth` [*rays, 1].
+        """Return `rgb` [*rays, 3], and if the student has them `accumulation` and `depth` [*rays, 1].
 
         Rays that miss a bounded scene see its background; `depth` is the distance along the ray.
         """
         found, fraction = {"rgb": values[..., :3], "accumulation": values[..., 3:4]}, values[..., 4:5]
         if self.ray_code.spacing == "sphere":
-            # By arithmetic: of a choice, Core ML's converter would write the background down for every pixel.
+            # Arithmetic instead of a selection, for which Core ML's converter would store the background once per
+            # pixel.
             missed = self.ray_code.misses_scene(origins, directions).to(values.dtype)
             found["rgb"] = found["rgb"] * (1 - missed) + self.background * missed
             found["accumulation"] = found["accumulation"] * (1 - missed)
@@ -202,19 +210,19 @@ class Pictures(nn.Module):
 
 
 class PictureFrame(nn.Module):
-    """The rays of a camera of one size: those that a student evaluates, and those of the picture's pixels.
+    """Rays of a camera of one size: those that a student evaluates, and those of the image's pixels.
 
     Args:
         model: the student.
-        height: of the picture in pixels.
-        width: of the picture in pixels.
+        height: height of the image in pixels.
+        width: width of the image in pixels.
     """
 
     margin_offset: Tensor
 
     def __init__(self, model: LightFieldModel, height: int, width: int) -> None:
         super().__init__()
-        self.is_image = isinstance(model, MobileR2LModel)
+        self.reads_ray_image = model.reads_ray_image
         self.factor = model.factor
         self.rays_per_cell = model.rays_per_cell
         self.margin = model.margin
@@ -225,7 +233,7 @@ class PictureFrame(nn.Module):
         self.register_buffer("margin_offset", torch.tensor([0.0, 0.0, margin, margin]))
 
     def pixels(self, camera_to_world: Float[Tensor, "3 4"], intrinsics: Float[Tensor, "4"]) -> tuple[Tensor, Tensor]:
-        """Origins and directions [height, width, 3], as the ray encoding reads them."""
+        """Return origins and directions [height, width, 3], as the ray encoding reads them."""
         return self._rays(camera_to_world, intrinsics, self.height, self.width)
 
     def _rays(self, camera_to_world: Tensor, intrinsics: Tensor, rows: int, columns: int) -> tuple[Tensor, Tensor]:
@@ -233,26 +241,27 @@ class PictureFrame(nn.Module):
         return image_rays(camera_to_world, intrinsics, rows, columns, conventions.pixel_offset, conventions.is_planar)
 
     def evaluated(self, camera_to_world: Float[Tensor, "3 4"], intrinsics: Float[Tensor, "4"]) -> tuple[Tensor, Tensor]:
-        """Origins and directions [rows, columns, 3] of a MobileR2L's ray image with its margin; else of the pixels."""
-        if not self.is_image:
+        """Return origins and directions [rows, columns, 3] of a MobileR2L's ray image with its margin; else of the
+        pixels."""
+        if not self.reads_ray_image:
             return self.pixels(camera_to_world, intrinsics)
         size = ray_image_size(self.height, self.width, self.factor, self.margin)
         rows, columns = (count * self.rays_per_cell for count in size)
-        # As `ray_image_intrinsics`, without writing in place: few runtimes scatter.
+        # As `ray_image_intrinsics`, but not in place: few runtimes scatter.
         scaled = intrinsics / self.factor * self.rays_per_cell + self.margin_offset
         return self._rays(camera_to_world, scaled, rows, columns)
 
     def crop(self, values: Float[Tensor, "drawn_height drawn_width 5"]) -> Float[Tensor, "height width 5"]:
-        """The picture, of all whole cells."""
+        """Crop whole cells to the image."""
         return values[: self.height, : self.width]
 
 
 class RayGraph(nn.Module):
-    """Rays in, what is seen along them out: for R2L students, which answer any ray by itself.
+    """Rays in, values along them out: for R2L students, which evaluate rays one by one.
 
     Args:
-        model: copied.
-        precision: of the network.
+        model: model to copy.
+        precision: precision of the network.
         reduce_angles: as `Encoding`.
     """
 
@@ -265,7 +274,7 @@ class RayGraph(nn.Module):
         self.outputs = self.pictures.outputs
 
     def forward(self, origins: Float[Tensor, "rays 3"], directions: Float[Tensor, "rays 3"]) -> tuple[Tensor, ...]:
-        """`rgb` [rays, 3], and where the student knows them `accumulation` and `depth` [rays, 1].
+        """Return `rgb` [rays, 3], and if the student has them `accumulation` and `depth` [rays, 1].
 
         Args:
             origins: in the run's frame.
@@ -275,16 +284,16 @@ class RayGraph(nn.Module):
 
 
 class CameraGraph(nn.Module):
-    """A camera in, its picture out.
+    """A camera in, its image out.
 
-    A MobileR2L student draws at the angular pitch it was trained at: pass intrinsics of that focal length, which is in the
-    file's metadata, and resample the picture for any other.
+    A MobileR2L student renders at the angular pitch it was trained at: pass intrinsics of that focal length, which is
+        in the file's metadata, and resample the image for any other.
 
     Args:
-        model: copied.
-        precision: of the network.
-        height: of the picture in pixels.
-        width: of the picture in pixels.
+        model: model to copy.
+        precision: precision of the network.
+        height: height of the image in pixels.
+        width: width of the image in pixels.
         reduce_angles: as `Encoding`.
     """
 
@@ -300,31 +309,32 @@ class CameraGraph(nn.Module):
         self.outputs = self.pictures.outputs
 
     def forward(self, camera_to_world: Float[Tensor, "3 4"], intrinsics: Float[Tensor, "4"]) -> tuple[Tensor, ...]:
-        """`rgb` [height, width, 3], and where the student knows them `accumulation` and `depth` [height, width, 1].
+        """Return `rgb` [height, width, 3], and if the student has them `accumulation` and `depth` [height, width, 1].
 
         Args:
             camera_to_world: OpenGL axes, in the run's frame.
             intrinsics: fx, fy, cx, cy in pixels.
         """
         rays = self.frame.pixels(camera_to_world, intrinsics)
-        if self.frame.is_image:
+        if self.frame.reads_ray_image:
             values = self.encoded_network(*self.frame.evaluated(camera_to_world, intrinsics))
         else:
             rows = max(1, self.encoded_network.encoding.rays_at_once // self.frame.width)
-            # Sliced rather than split: a converter of Core ML knows no split whose last part is shorter.
+            # Slices instead of a split: Core ML's converter does not support one whose last part is shorter.
             parts = [[tensor[top : top + rows] for tensor in rays] for top in range(0, self.frame.height, rows)]
             values = torch.cat([self.encoded_network(*part) for part in parts])
         return self.pictures(self.frame.crop(values), *rays)
 
 
 class CodeGraph(nn.Module):
-    """The first part: what `NetworkGraph` takes of rays, or, with a frame, of a camera.
+    """The first part: the input of `NetworkGraph` from rays or, with a frame, from a camera.
 
     Args:
-        model: copied.
-        precision: in which a feature volume is kept.
-        frame: of the camera's picture; None for a graph of rays.
+        model: model to copy.
+        precision: precision of a stored feature volume.
+        frame: rays of the camera's image; None for a graph of rays.
         reduce_angles: as `Encoding`.
+        int8_features: likewise.
     """
 
     def __init__(
@@ -333,16 +343,18 @@ class CodeGraph(nn.Module):
         precision: GraphPrecision,
         frame: PictureFrame | None,
         reduce_angles: bool = False,
+        int8_features: bool = False,
     ) -> None:
         super().__init__()
-        self.encoding = Encoding(model, precision, reduce_angles)
+        self.encoding = Encoding(model, precision, reduce_angles, int8_features)
         self.frame = frame
         self.inputs = RayGraph.inputs if frame is None else CameraGraph.inputs
         self.outputs = code_outputs(model)
 
     def forward(self, first: Float[Tensor, "*first"], second: Float[Tensor, "*second"]) -> tuple[Tensor, ...]:
-        """`code`: [rays, in_dim], or for a MobileR2L [1, in_dim, rows, columns], a margin of one cell all around; of a
-        composited encoding also `geometry`: [rays, 2], or [height, width, 2] of whole cells without the margin.
+        """Return `code`: [rays, in_dim], or for MobileR2L [1, in_dim, rows, columns] with a margin of one cell on every
+        side; for a composited encoding also `geometry`: [rays, 2], or [height, width, 2] of whole cells without the
+        margin.
 
         Args:
             first: origins [rays, 3], or camera_to_world [3, 4].
@@ -350,19 +362,19 @@ class CodeGraph(nn.Module):
         """
         rays = (first, second) if self.frame is None else self.frame.evaluated(first, second)
         code, geometry = self.encoding(*rays)
-        if not self.encoding.is_image:
+        if not self.encoding.reads_ray_image:
             code = code.flatten(0, -2)
             geometry = None if geometry is None else geometry.flatten(0, -2)
         return (code,) if geometry is None else (code, geometry)
 
 
 class NetworkGraph(nn.Module):
-    """The second part: the network alone.
+    """The second part: the network only.
 
     Args:
-        model: copied.
-        precision: of the network.
-        is_plain: in operators that phones' processors take; see `to_plain_operators`.
+        model: model to copy.
+        precision: precision of the network.
+        is_plain: use operators that phone processors support; see `to_plain_operators`.
     """
 
     inputs = ("code",)
@@ -375,10 +387,11 @@ class NetworkGraph(nn.Module):
             to_plain_operators(self.network)
 
     def forward(self, code: Float[Tensor, "*code"]) -> tuple[Float[Tensor, "*values"]]:
-        """`values`: rgb, and unless the encoding is composited accumulation and depth as a position along the ray.
+        """Return `values`: rgb, and unless the encoding is composited accumulation and depth as a position along the
+        ray.
 
         Args:
-            code: as `CodeGraph` gives it.
+            code: output of `CodeGraph`.
 
         Returns:
             [rays, 5 or 3]; for a MobileR2L [1, 5 or 3, rows * factor, columns * factor], with `factor` pixels of margin.
@@ -387,11 +400,11 @@ class NetworkGraph(nn.Module):
 
 
 class ValuesGraph(nn.Module):
-    """The last part, after the network: cut the margin, paint the background, make distances of depths.
+    """The last part, after the network: crop the margin, fill in the background, convert positions to distances.
 
     Args:
-        model: copied.
-        frame: of the camera's picture; None for a graph of rays.
+        model: model to copy.
+        frame: rays of the camera's image; None for a graph of rays.
     """
 
     def __init__(self, model: LightFieldModel, frame: PictureFrame | None) -> None:
@@ -406,13 +419,13 @@ class ValuesGraph(nn.Module):
     def forward(
         self, values: Float[Tensor, "*values"], second: Tensor, third: Tensor, fourth: Tensor | None = None
     ) -> tuple[Tensor, ...]:
-        """As `CameraGraph` or `RayGraph`.
+        """Return the outputs of `CameraGraph` or `RayGraph`.
 
         Args:
-            values: of `NetworkGraph`.
-            second: `geometry` of `CodeGraph` if it has one, else the first that `CodeGraph` takes.
-            third: what follows.
-            fourth: likewise, where there is `geometry`.
+            values: output of `NetworkGraph`.
+            second: `geometry` of `CodeGraph` if it has one, else the first input of `CodeGraph`.
+            third: the next input.
+            fourth: the next input, if there is `geometry`.
         """
         geometry, first, last = None, second, third
         if self.has_geometry:
@@ -422,7 +435,7 @@ class ValuesGraph(nn.Module):
         if self.frame is None:
             return self.pictures(values, first, last)
         rays = self.frame.pixels(first, last)
-        if self.frame.is_image:
+        if self.frame.reads_ray_image:
             values = self.frame.crop(values)
         else:
             values = values.reshape(self.frame.height, self.frame.width, -1)
@@ -430,7 +443,7 @@ class ValuesGraph(nn.Module):
 
 
 def code_outputs(model: LightFieldModel) -> tuple[str, ...]:
-    """Names of what an encoding gives."""
+    """Return the names of an encoding's outputs."""
     return ("code",) if model.composited is None else ("code", "geometry")
 
 
@@ -439,69 +452,61 @@ StudentGraph = CameraGraph | RayGraph | CodeGraph | NetworkGraph | ValuesGraph
 
 @dataclass(frozen=True)
 class GraphSpec:
-    """Which graph of a student."""
+    """Which graph of a student to build."""
 
     inputs: GraphInputs
-    """A camera's pose and intrinsics, or the rays' origins and directions; the network alone takes what is made of them."""
+    """A camera's pose and intrinsics, or the rays' origins and directions; the network alone takes their code."""
     precision: GraphPrecision
-    """Of the network; the encoding is in fp32."""
+    """Precision of the network; the encoding is in fp32."""
     width: int
-    """Of the picture in pixels; a graph of rays takes any number of them, and is only compared on such a picture."""
+    """Size of the image in pixels; a graph of rays takes any number of them, and is only compared on such an image."""
     height: int
     part: GraphPart = "whole"
-    """All of it; or what makes the network's input, or the network alone, or what is made of its values."""
+    """The whole graph, or one part: encoding, network, or values."""
     is_static: bool = False
-    """All shapes are fixed: a graph of rays takes width * height of them."""
+    """Fix all shapes: a graph of rays takes width * height of them."""
     is_plain: bool = False
-    """The network in operators that phones' processors take."""
+    """Build the network from operators that phone processors support."""
     reduce_angles: bool = False
-    """Bring the encoding's angles near zero first, for machines whose sines are good only there."""
+    """Reduce the encoding's angles first, for machines whose sine is accurate only near zero."""
+    int8_features: bool = False
+    """Store a composited encoding's features in int8; for the encoding part."""
 
     def frame(self, student: Student) -> PictureFrame | None:
-        """Of the camera; None for a graph of rays.
+        """Return the rays of the camera's image; None for a graph of rays.
 
         Raises:
-            InputError: a part of a graph is asked for, and a picture's codes would take gigabytes.
+            InputError: a part of a graph is requested whose codes would take gigabytes.
         """
         if self.inputs == "rays":
             return None
-        if not isinstance(student.model, MobileR2LModel) and self.width * self.height > RAYS_AT_ONCE:
+        if not student.model.reads_ray_image and self.width * self.height > RAYS_AT_ONCE:
             raise InputError(
-                f"--width {self.width} --height {self.height}: the codes of so many rays of a {student.method_name} student"
-                f" take gigabytes; choose at most {RAYS_AT_ONCE} pixels, or --inputs rays and go through them in parts."
+                f"--width {self.width} --height {self.height}: the codes of so many rays of a {student.method_name}"
+                f" student take gigabytes; choose at most {RAYS_AT_ONCE} pixels, or --inputs rays and process them in"
+                " parts."
             )
         return PictureFrame(student.model, self.height, self.width)
 
-    def code_of(
-        self, model: LightFieldModel, pose: Float[Tensor, "3 4"], intrinsics: Float[Tensor, "4"]
-    ) -> EncodedRays:
-        """What the network reads of a camera of this size, as torch makes it, and the geometry known without it."""
-        if isinstance(model, MobileR2LModel):
-            per_cell, size = model.rays_per_cell, ray_image_size(self.height, self.width, model.factor, model.margin)
-            in_cells = ray_image_intrinsics(intrinsics, model.factor, None, per_cell, model.margin)
-            rays = model.ray_code.image_rays(pose, in_cells, *(count * per_cell for count in size))
-            code, geometry = model.encode_rays(*rays)
-            return EncodedRays(code.permute(2, 0, 1)[None].contiguous(), geometry)
-        origins, directions = model.ray_code.image_rays(pose, intrinsics, self.height, self.width)
-        return model.encode_rays(origins.reshape(-1, 3), directions.reshape(-1, 3))
-
     def build(self, student: Student) -> StudentGraph:
-        """The graph as a module, on the student's device.
+        """Build the graph as a module, on the student's device.
 
         Raises:
-            InputError: rays are asked of a student that draws pictures only, or the size is none.
+            InputError: rays are requested of a student that renders images only, or the size is invalid.
         """
         if min(self.width, self.height) < 1:
-            raise InputError(f"--width {self.width} --height {self.height}: pass whole numbers of pixels from 1 on.")
-        if self.inputs == "rays" and isinstance(student.model, MobileR2LModel):
+            raise InputError(f"--width and --height must be positive integers (got {self.width} and {self.height}).")
+        if self.inputs == "rays" and student.model.reads_ray_image:
             raise InputError(
-                f"--inputs rays: a {student.method_name} student draws whole pictures and answers no single rays; choose"
+                f"--inputs rays: a {student.method_name} student renders whole images and no single rays; choose"
                 " --inputs camera, or export an r2l student."
             )
         if self.part == "network":
             return NetworkGraph(student.model, self.precision, self.is_plain).eval()
         if self.part == "encoding":
-            return CodeGraph(student.model, self.precision, self.frame(student), self.reduce_angles).eval()
+            return CodeGraph(
+                student.model, self.precision, self.frame(student), self.reduce_angles, self.int8_features
+            ).eval()
         if self.part == "values":
             return ValuesGraph(student.model, self.frame(student)).eval()
         if self.inputs == "camera":

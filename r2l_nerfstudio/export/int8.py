@@ -1,11 +1,11 @@
-"""A student's network in int8, if that costs little: quantised after training, on what it reads of pseudo cameras."""
+"""int8 networks, if that costs little: quantised after training on the codes of sampled cameras."""
 
 from __future__ import annotations
 
 import logging
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import cast
@@ -18,59 +18,58 @@ from nerfstudio.data.datasets.base_dataset import InputDataset
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from r2l_nerfstudio.distillation.datamanager import capture_cameras
+from r2l_nerfstudio.atomic_output import atomic_files
 from r2l_nerfstudio.distillation.photographs import read_photo, split_holdout
-from r2l_nerfstudio.distillation.pose_sampling import CaptureCameras, PoseSampler
-from r2l_nerfstudio.engines.parity import psnr
+from r2l_nerfstudio.distillation.pose_sampling import CaptureCameras, PoseSampler, capture_cameras
 from r2l_nerfstudio.errors import InputError
-from r2l_nerfstudio.export.capture_view import read_views
 from r2l_nerfstudio.export.comparison import check_export, probe_inputs
 from r2l_nerfstudio.export.graph import GraphSpec
 from r2l_nerfstudio.export.joined_onnx import fix_sizes, join_onnx
+from r2l_nerfstudio.export.mobile_onnx import mobile_verdict
 from r2l_nerfstudio.export.onnx_file import metadata, require_onnx, run_onnx, write_onnx
-from r2l_nerfstudio.export.phone import phone_verdict
-from r2l_nerfstudio.export.whole_files import whole_files
-from r2l_nerfstudio.models.mobile_r2l import MobileR2LModel
+from r2l_nerfstudio.export.training_cameras import training_views
+from r2l_nerfstudio.psnr import psnr
 from r2l_nerfstudio.student import Student
 
 CALIBRATION_VIEWS = 16
 CALIBRATION_SIDE = 64
-"""Longer side in pixels of a pseudo view, for students that answer rays one by one."""
+"""Longer side in pixels of a calibration view, for students that evaluate rays one by one."""
 JUDGED_VIEWS = 8
 JUDGED_SIDE = 200
-"""Likewise, of a held-out photograph."""
+"""Longer side in pixels of a held-out photo, for the same students."""
 MOST_LOSS = 0.5
-"""In dB, that int8 may cost."""
+"""Maximum loss in dB."""
 NEEDED_DB = 40.0
-"""Against the student's own pictures, where no photograph is at hand: it costs a student of 31 dB half a decibel."""
+"""Minimum PSNR in dB against the student's own images, if there are no photos: it costs a student of 31 dB half a
+decibel."""
 SANE_DB = 25.0
-"""Of the finished file against torch, on probe cameras: a graph put together wrongly has 5 to 15."""
+"""Minimum PSNR in dB of the finished file against PyTorch on probe cameras: a wrongly assembled graph has 5 to 15."""
 LAYERS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 
 
 @dataclass(frozen=True)
 class Int8Report:
-    """What int8 costs."""
+    """The cost of int8."""
 
     scheme: str
     """Which layers stayed in fp32, in words."""
     views: int
-    """Pictures that it was judged on."""
+    """Images that it was measured on."""
     student: float | None
-    """PSNR in dB of the student on held-out photographs; None where they are not at hand."""
+    """PSNR in dB of the student on held-out photos; None if there are none."""
     int8: float
-    """Likewise of the int8 network; against the student's own pictures where photographs are not at hand."""
+    """The same for the int8 network; against the student's own images if there are no photos."""
     parity: float
-    """PSNR in dB of the whole file against torch, on probe cameras."""
+    """PSNR in dB of the whole file against PyTorch, on probe cameras."""
 
     @property
     def sentence(self) -> str:
-        """One line for people."""
+        """One line for the log."""
         if self.student is None:
-            judged = f"{self.int8:.1f} dB against the student's own pictures of {self.views} pseudo cameras"
+            judged = f"{self.int8:.1f} dB against the student's own images of {self.views} sampled cameras"
         else:
             judged = (
-                f"{self.int8:.2f} dB on {self.views} held-out training photographs, the student itself {self.student:.2f}"
+                f"{self.int8:.2f} dB on {self.views} held-out training photos, the student itself {self.student:.2f}"
                 f" dB: {self.student - self.int8:.2f} dB lost"
             )
         return f"int8 ({self.scheme}): {judged}."
@@ -79,31 +78,31 @@ class Int8Report:
 def export_int8(
     student: Student, spec: GraphSpec, output: Path, run: Path, data: Path | None = None, overwrite: bool = False
 ) -> Int8Report:
-    """Write an ONNX file whose network is in int8 (QuantizeLinear and DequantizeLinear around fp32 operators).
+    """Write an ONNX file whose network and features are in int8 (the network by QuantizeLinear and DequantizeLinear).
 
-    Weights are quantised channel by channel, activations to uint8; what the encoding makes stays in fp32. Layers are left in
-    fp32 one after the other until int8 costs no more than `MOST_LOSS`.
+    Weights and features are quantised per channel, activations to uint8; the encoding stays in fp32. Layers are left in
+    fp32 one after the other until int8 costs at most `MOST_LOSS`.
 
     Args:
         student: on the CPU.
         spec: which graph, in fp32.
         output: the file.
-        run: the student's config.yml or folder: its capture has cameras to calibrate with, photographs to judge with.
-        data: where the capture is now.
-        overwrite: whether the file may be there.
+        run: the student's config.yml or folder: its capture has cameras to calibrate on and photos to measure on.
+        data: the capture's location, if it has moved since training.
+        overwrite: whether the file may exist.
 
     Raises:
         InputError: packages or the capture's cameras are missing, the file may not be written, or int8 costs too much;
-            nothing is left then.
+            nothing is kept then.
     """
     require_onnx()
     if spec.part not in ("whole", "network"):
-        raise InputError(f"--precision int8: --part {spec.part} has no network, and stays in fp32; leave the flag out.")
+        raise InputError(f"--precision int8: --part {spec.part} has no network and stays in fp32; leave the flag out.")
     if spec.part == "whole":
-        replace(spec, part="encoding").frame(student)  # of no more rays than can be joined
-    dataset, held_share = read_views(run, data)
+        replace(spec, part="encoding").frame(student)  # Raises if it has more rays than can be joined.
+    dataset, held_share = training_views(run, data)
     cameras = capture_cameras(dataset.cameras)
-    with whole_files(output, overwrite) as file:
+    with atomic_files(output, overwrite) as file:
         network = file.with_suffix(".network.onnx")
         quantised = file.with_suffix(".int8.onnx")
         write_onnx(student, replace(spec, part="network", is_static=False, precision="fp32"), network)
@@ -121,12 +120,12 @@ def export_int8(
         if accepted is None:
             raise InputError(
                 f"--precision int8: {' '.join(said)} At most {MOST_LOSS} dB may be lost"
-                + ("" if photographs else f" ({NEEDED_DB:.0f} dB against its own pictures)")
+                + ("" if photographs else f" ({NEEDED_DB:.0f} dB against its own images)")
                 + ", so it was not kept; choose --precision fp16."
             )
         assemble(student, spec, quantised, file)
         if spec.is_plain:
-            phone_verdict(file)
+            mobile_verdict(file)
         parity = check_export(
             student, spec, lambda inputs: run_onnx(file, inputs), f"The ONNX file {output}", needed=SANE_DB
         )
@@ -134,7 +133,7 @@ def export_int8(
 
 
 def schemes(network: Path) -> list[tuple[str, list[str]]]:
-    """What to leave in fp32, from nothing on: in words, and the names of the layers."""
+    """Return which layers to leave in fp32, from none on: in words, and their names."""
     import onnx
 
     layers = [node.name for node in onnx.load(str(network)).graph.node if node.op_type in LAYERS]
@@ -146,9 +145,9 @@ def schemes(network: Path) -> list[tuple[str, list[str]]]:
 
 
 def calibration_codes(student: Student, cameras: CaptureCameras) -> list[Float[np.ndarray, "*code"]]:
-    """What the network reads of pseudo cameras, each as one input of the network."""
+    """Return the codes of sampled cameras, each as one input of the network."""
     return [
-        spec.code_of(student.model, pose, intrinsics).code.numpy()
+        student.model.encoding_for_camera(pose, intrinsics, spec.height, spec.width).code.contiguous().numpy()
         for pose, intrinsics, spec in pseudo_views(student, cameras, CALIBRATION_VIEWS, seed=0)
     ]
 
@@ -156,21 +155,21 @@ def calibration_codes(student: Student, cameras: CaptureCameras) -> list[Float[n
 def pseudo_views(
     student: Student, cameras: CaptureCameras, number: int, seed: int
 ) -> Iterator[tuple[Float[Tensor, "3 4"], Float[Tensor, "4"], GraphSpec]]:
-    """Pose, intrinsics and size of pseudo cameras, at a size that the student draws by itself."""
+    """Yield pose, intrinsics and size of sampled cameras, at a size that the student renders without resampling."""
     sampler = PoseSampler(cameras)
     generator = torch.Generator().manual_seed(seed)
     focal = float(cameras.intrinsics[:, :2].mean())
-    own_focal = float(student.model.focal) if isinstance(student.model, MobileR2LModel) else None
-    if own_focal is None:
-        scale = min(1.0, CALIBRATION_SIDE / max(cameras.width, cameras.height))
+    is_resampled = student.model.reads_ray_image
+    if is_resampled:
+        scale = student.model.native_focal(focal) / focal
     else:
-        scale = own_focal / focal
+        scale = min(1.0, CALIBRATION_SIDE / max(cameras.width, cameras.height))
     width, height = max(1, round(scale * cameras.width)), max(1, round(scale * cameras.height))
     for _ in range(number):
         pose, intrinsics = sampler.sample(generator)
         own = intrinsics * scale
-        if own_focal is not None:
-            own[:2] = own_focal
+        if is_resampled:
+            own[:2] = student.model.native_focal(focal)
         yield pose, own, GraphSpec("camera", "fp32", width, height)
 
 
@@ -190,7 +189,7 @@ def quantise(network: Path, output: Path, codes: list[Float[np.ndarray, "*code"]
             self.left = iter([{"code": code} for code in codes])
 
         def get_next(self) -> dict:
-            return next(self.left, cast(dict, None))  # annotated as a dictionary, documented to end with None
+            return next(self.left, cast(dict, None))  # Annotated as a dictionary; documented to end with None.
 
     with _quiet():
         quantization.quantize_static(
@@ -208,7 +207,7 @@ def quantise(network: Path, output: Path, codes: list[Float[np.ndarray, "*code"]
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the library's advice to shrink a graph that is small already."""
+    """Suppress the library's advice to shrink a graph that is already small."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
@@ -218,14 +217,14 @@ def _quiet() -> Iterator[None]:
 
 
 def held_out(student: Student, dataset: InputDataset, share: float) -> list[tuple[Cameras, Float[Tensor, "h w 3"]]]:
-    """Cameras and photographs that no training saw, where the capture has them still.
+    """Return cameras and photos that no training used, if the capture still has them.
 
-    A teacher's corrections of the poses are left out: student and int8 suffer alike.
+    The teacher's pose corrections are not applied: they affect student and int8 equally.
 
     Args:
-        student: says what is behind photographs with an alpha channel.
+        student: its background is behind photos with an alpha channel.
         dataset: the training views.
-        share: of the views, that was held out; a tenth where none was.
+        share: share of the views that was held out; a tenth if none was.
     """
     _, held = split_holdout(len(dataset), share or 0.1)
     chosen = [held[round(index)] for index in np.linspace(0, len(held) - 1, min(JUDGED_VIEWS, len(held)))]
@@ -236,7 +235,7 @@ def held_out(student: Student, dataset: InputDataset, share: float) -> list[tupl
         camera = dataset.cameras[index : index + 1]
         truth = torch.from_numpy(read_photo(dataset, index, student.model.background).rgb).float() / 255
         side = max(truth.shape[:2])
-        if not isinstance(student.model, MobileR2LModel) and side > JUDGED_SIDE:
+        if not student.model.reads_ray_image and side > JUDGED_SIDE:
             camera.rescale_output_resolution(JUDGED_SIDE / side)
             size = (int(camera.height), int(camera.width))
             truth = interpolate(truth.permute(2, 0, 1)[None], size, mode="area")[0].permute(1, 2, 0)
@@ -251,7 +250,7 @@ def judge(
     photographs: list[tuple[Cameras, Float[Tensor, "h w 3"]]],
     cameras: CaptureCameras,
 ) -> Int8Report:
-    """What a quantised network costs on photographs, or without any, how near it is to the student."""
+    """Measure a quantised network on photos or, without any, against the student."""
     import onnxruntime
 
     session = onnxruntime.InferenceSession(str(network), providers=["CPUExecutionProvider"])
@@ -260,19 +259,21 @@ def judge(
         return torch.from_numpy(session.run(None, {"code": code.contiguous().numpy()})[0])
 
     model = student.model
+    features = nullcontext() if model.composited is None else model.composited.in_int8()
     own: list[float] = []
     other: list[float] = []
     if photographs:
-        for camera, truth in photographs:
-            own.append(psnr(model.get_outputs_for_camera(camera)["rgb"], truth))
-            with student.model.drawn_by(run):
-                other.append(psnr(model.get_outputs_for_camera(camera)["rgb"], truth))
+        own += [psnr(model.render_camera(camera)["rgb"], truth) for camera, truth in photographs]
+        with model.drawn_by(run), features:
+            other += [psnr(model.render_camera(camera)["rgb"], truth) for camera, truth in photographs]
     else:
-        for pose, intrinsics, size in pseudo_views(student, cameras, JUDGED_VIEWS, seed=1):
-            camera = (pose.numpy(), intrinsics.numpy(), size.width, size.height)
-            truth = torch.from_numpy(student.render(*camera))
-            with student.model.drawn_by(run):
-                other.append(psnr(torch.from_numpy(student.render(*camera)), truth))
+        seen = list(pseudo_views(student, cameras, JUDGED_VIEWS, seed=1))
+        views = [(pose.numpy(), intrinsics.numpy(), size.width, size.height) for pose, intrinsics, size in seen]
+        truths = [torch.from_numpy(student.render(*view)) for view in views]
+        with model.drawn_by(run), features:
+            other += [
+                psnr(torch.from_numpy(student.render(*view)), truth) for view, truth in zip(views, truths, strict=True)
+            ]
     return Int8Report(
         scheme, len(other), sum(own) / len(own) if own else None, sum(other) / len(other), parity=math.nan
     )
@@ -285,7 +286,7 @@ def _is_good(report: Int8Report) -> bool:
 
 
 def assemble(student: Student, spec: GraphSpec, network: Path, output: Path) -> None:
-    """Write the graph that is asked for around a quantised network."""
+    """Write the requested graph around a quantised network."""
     import onnx
 
     model = onnx.load(str(network))
@@ -294,8 +295,8 @@ def assemble(student: Student, spec: GraphSpec, network: Path, output: Path) -> 
         fix_sizes(model, {name: value.shape for name, value in (inputs | outputs).items()})
     if spec.part == "whole":
         before, after = output.with_suffix(".before.onnx"), output.with_suffix(".after.onnx")
-        # Features are kept in half, weighted and summed in fp32.
-        write_onnx(student, replace(spec, part="encoding", precision="fp16"), before)
+        # Features are weighted and summed in fp32; those of a dense volume are stored in half precision.
+        write_onnx(student, replace(spec, part="encoding", precision="fp16", int8_features=True), before)
         write_onnx(student, replace(spec, part="values"), after)
         model = join_onnx(onnx.load(str(before)), model, onnx.load(str(after)))
     onnx.helper.set_model_props(model, {**metadata(student, spec), "precision": "int8"})

@@ -1,4 +1,4 @@
-"""ONNX graphs one after the other, as one."""
+"""Join ONNX graphs that follow each other into one."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ if TYPE_CHECKING:
 
 
 def join_onnx(*stages: onnx.ModelProto) -> onnx.ModelProto:
-    """A model of several, each of which takes outputs of those before it, and inputs of the whole, by name.
+    """Return one model of several, each of which takes outputs of those before it, and inputs of the whole, by name.
 
-    Its inputs are those that no stage makes, its outputs those that no stage takes.
+    Its inputs are those that no stage produces, its outputs those that no stage takes.
 
     Args:
-        stages: in their order; changed, do not use them afterwards.
+        stages: in their order; they are changed and must not be used afterwards.
     """
     from onnx import helper
 
@@ -44,7 +44,7 @@ def fix_sizes(model: onnx.ModelProto, sizes: dict[str, tuple[int, ...]]) -> None
 
 
 def _rename(graph: onnx.GraphProto, prefix: str, shared: set[str]) -> None:
-    """Give all names but the shared ones a prefix."""
+    """Add a prefix to all names but the shared ones."""
 
     def renamed(name: str) -> str:
         return name if not name or name in shared else prefix + name

@@ -10,12 +10,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from r2l_nerfstudio.atomic_output import atomic_files
 from r2l_nerfstudio.errors import InputError
-from r2l_nerfstudio.export import phone
+from r2l_nerfstudio.export import mobile_onnx
 from r2l_nerfstudio.export.comparison import Arrays, check_export, probe_inputs
 from r2l_nerfstudio.export.graph import GraphSpec
-from r2l_nerfstudio.export.whole_files import whole_files
-from r2l_nerfstudio.models.mobile_r2l import MobileR2LModel
 from r2l_nerfstudio.student import Student
 from r2l_nerfstudio.torch_compat import has_graph_export
 
@@ -26,41 +25,41 @@ OPSET = 20
 
 
 def export_onnx(student: Student, spec: GraphSpec, output: Path, overwrite: bool = False) -> float:
-    """Write an ONNX file that is whole and renders what torch renders.
+    """Write a complete ONNX file that renders what PyTorch renders.
 
     Args:
         student: on the CPU.
         spec: which graph.
         output: the file.
-        overwrite: whether it may be there.
+        overwrite: whether it may exist.
 
     Returns:
-        PSNR in dB against torch.
+        PSNR in dB against PyTorch.
 
     Raises:
-        InputError: packages are missing, the file may not be written, has operators that phones lack where it is for
-            those, or renders something else; nothing is left then.
+        InputError: packages are missing, the file may not be written, it is for phones and has operators that they
+            lack, or it renders something else; nothing is kept then.
     """
     require_onnx()
-    with whole_files(output, overwrite) as file:
+    with atomic_files(output, overwrite) as file:
         write_onnx(student, spec, file)
         if spec.is_plain:
-            phone.phone_verdict(file)
+            mobile_onnx.mobile_verdict(file)
         return check_export(student, spec, lambda inputs: run_onnx(file, inputs), f"The ONNX file {output}")
 
 
 def write_onnx(student: Student, spec: GraphSpec, path: Path) -> None:
-    """Write the graph with its weights and `metadata`; see `export_onnx` for one that is compared with torch.
+    """Write the graph with its weights and `metadata`; `export_onnx` also compares it with PyTorch.
 
     Raises:
-        InputError: the student cannot take such inputs.
+        InputError: the student does not support these inputs.
     """
     import onnx
 
     graph = spec.build(student)
     inputs, _ = probe_inputs(student, spec, 0)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # about the exporter's own insides
+        warnings.simplefilter("ignore")  # The exporter warns about its own internals.
         program = torch.onnx.export(
             graph,
             tuple(torch.from_numpy(value) for value in inputs.values()),
@@ -68,14 +67,14 @@ def write_onnx(student: Student, spec: GraphSpec, path: Path) -> None:
             input_names=list(graph.inputs),
             output_names=list(graph.outputs),
             dynamic_shapes=dynamic_shapes(student, spec, graph.inputs),
-            opset_version=phone.OPSET if spec.is_plain else OPSET,
+            opset_version=mobile_onnx.OPSET if spec.is_plain else OPSET,
             external_data=False,
             verbose=False,
         )
     model = exported_model(program)
     forget_source(model)
     if spec.is_plain:
-        phone.order_depth_first(model)
+        mobile_onnx.order_depth_first(model)
     onnx.helper.set_model_props(model, metadata(student, spec))
     onnx.checker.check_model(model)
     onnx.save_model(model, str(path))
@@ -85,7 +84,7 @@ def exported_model(program: torch.onnx.ONNXProgram | None) -> onnx.ModelProto:
     """Return the ONNX model of an exported program.
 
     Raises:
-        RuntimeError: the exporter gave none.
+        RuntimeError: the exporter returned none.
     """
     if program is None:
         raise RuntimeError("torch.onnx.export returned no program")
@@ -93,10 +92,10 @@ def exported_model(program: torch.onnx.ONNXProgram | None) -> onnx.ModelProto:
 
 
 def dynamic_shapes(student: Student, spec: GraphSpec, inputs: tuple[str, ...]) -> tuple[dict[int, Any], ...] | None:
-    """Sizes that a graph leaves open, by axis of each input: the number of rays, or of a network's cells."""
+    """Return the sizes that a graph leaves open, by axis of each input: the number of rays, or of a network's cells."""
     if spec.is_static:
         return None
-    if spec.part == "network" and isinstance(student.model, MobileR2LModel):
+    if spec.part == "network" and student.model.reads_ray_image:
         return ({axis: torch.export.Dim(name, min=3) for axis, name in ((2, "rows"), (3, "columns"))},)
     if spec.part != "network" and spec.inputs == "camera":
         return None
@@ -104,7 +103,7 @@ def dynamic_shapes(student: Student, spec: GraphSpec, inputs: tuple[str, ...]) -
 
 
 def forget_source(model: onnx.ModelProto) -> None:
-    """Remove what the exporter says of the Python code behind each node, paths of this machine among it."""
+    """Remove the exporter's notes on the Python code behind each node, which include paths of this machine."""
     graph = model.graph
     del graph.value_info[:]
     for part in (model, graph, *graph.node, *graph.input, *graph.output, *graph.initializer):
@@ -113,7 +112,7 @@ def forget_source(model: onnx.ModelProto) -> None:
 
 
 def metadata(student: Student, spec: GraphSpec) -> dict[str, str]:
-    """What another program has to know: words, and numbers or lists of numbers in JSON; lengths in the run's unit."""
+    """Return what another program needs: text, and numbers or lists of numbers in JSON; lengths in the run's unit."""
     model, code = student.model, student.model.ray_code
     found: dict[str, Any] = {
         "method": student.method_name,
@@ -137,8 +136,8 @@ def metadata(student: Student, spec: GraphSpec) -> dict[str, str]:
         "background": model.background.tolist(),
         "factor": 1,
     }
-    if isinstance(model, MobileR2LModel):
-        focal = float(model.focal)
+    if model.reads_ray_image:
+        focal = model.native_focal(1.0)
         found |= {"factor": model.factor, "margin": model.margin, "focal": focal, "pitch": 1.0 / focal}
     if spec.inputs == "camera" or spec.is_static:
         found |= {"width": spec.width, "height": spec.height}
@@ -146,7 +145,7 @@ def metadata(student: Student, spec: GraphSpec) -> dict[str, str]:
 
 
 def run_onnx(path: Path, inputs: Arrays) -> Arrays:
-    """What ONNX Runtime makes of it on the CPU."""
+    """Run an ONNX file with ONNX Runtime on the CPU."""
     import onnxruntime
 
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
@@ -155,15 +154,15 @@ def run_onnx(path: Path, inputs: Arrays) -> Arrays:
 
 
 def require_onnx() -> None:
-    """Find the packages that write, check and run ONNX.
+    """Check for the packages that write, check and run ONNX.
 
     Raises:
         InputError: one is missing, or PyTorch is too old.
     """
     if not has_graph_export():
         raise InputError(
-            f"An export needs torch 2.6 or newer, and this is torch {torch.__version__}. Run r2l-export in an environment"
-            " with a newer one; the run's folder is all that it reads."
+            f"An export needs torch 2.6 or newer, and this is torch {torch.__version__}. Run r2l-export in an"
+            " environment with a newer one; it needs the run's folder only."
         )
     try:
         import onnx  # noqa: F401
@@ -171,6 +170,6 @@ def require_onnx() -> None:
         import onnxscript  # noqa: F401
     except ImportError as error:
         raise InputError(
-            f"An export needs the package {error.name}, which is not installed: pip install onnx onnxscript onnxruntime"
-            " (together the extra 'export' of r2l-nerfstudio)."
+            f"An export needs the package {error.name}, which is not installed: pip install onnx onnxscript"
+            " onnxruntime (or the extra 'export' of r2l-nerfstudio)."
         ) from error

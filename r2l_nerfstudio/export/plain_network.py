@@ -1,4 +1,4 @@
-"""A network in operators that phones' processors take: their runtimes know neither GELU nor transposed convolutions."""
+"""Networks in operators that phone processors support: their runtimes have neither GELU nor transposed convolutions."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from torch import Tensor, nn
 from torch.nn.functional import pixel_shuffle
 
 GATE = (1.6003134195342565, 0.06940211705496628)
-"""x * sigmoid(x * (a + b x^2)) is GELU to 2.7e-4 (a least-maximum fit on [0, 9]; with tanh, as is usual: 4.7e-4)."""
+"""x * sigmoid(x * (a + b x^2)) is GELU to 2.7e-4 (a minimax fit on [0, 9]; with the usual tanh: 4.7e-4)."""
 
 
 class SigmoidGelu(nn.Module):
-    """GELU, nearly, by one sigmoid."""
+    """GELU, approximated with one sigmoid."""
 
     def forward(self, x: Float[Tensor, "*any"]) -> Float[Tensor, "*any"]:
         a, b = GATE
@@ -22,11 +22,12 @@ class SigmoidGelu(nn.Module):
 class SubpixelConv(nn.Module):
     """A transposed convolution of stride 2 (kernel 4, padding 1) or 3 (kernel 3), as a convolution and pixels from channels.
 
-    Equal numbers, and as many products. An output pixel of stride 2 reads two inputs along each side: the convolution makes
-    the blocks between input pixels, one row and column more than there are, and half a block is cut at each edge.
+    Results and multiplications are equal. An output pixel of stride 2 reads two inputs along each side: the convolution
+    computes the blocks between input pixels, one row and column more than there are, and half a block is cropped at
+    each edge.
 
     Args:
-        layer: to be taken over.
+        layer: layer to replace.
     """
 
     def __init__(self, layer: nn.ConvTranspose2d) -> None:
@@ -55,7 +56,7 @@ def to_plain_operators(network: nn.Module) -> None:
     """Replace GELU and transposed convolutions, in place.
 
     Args:
-        network: a copy that nobody trains, of either student.
+        network: a copy of either student's network that is not being trained.
     """
     for name, child in network.named_children():
         if isinstance(child, nn.ConvTranspose2d):

@@ -15,14 +15,14 @@ from typing import Literal
 import numpy as np
 import torch
 
+from r2l_nerfstudio.atomic_output import atomic_files
 from r2l_nerfstudio.engines import torch_tensorrt as torch_tensorrt_engine
 from r2l_nerfstudio.engines.protocol import BrokenEngine
 from r2l_nerfstudio.engines.tensorrt import Shapes, build_plan
-from r2l_nerfstudio.errors import InputError
+from r2l_nerfstudio.errors import InputError, first_line
 from r2l_nerfstudio.export.comparison import Arrays, check_export, probe_inputs
 from r2l_nerfstudio.export.graph import RAYS_AT_ONCE, GraphSpec
 from r2l_nerfstudio.export.onnx_file import metadata, require_onnx, write_onnx
-from r2l_nerfstudio.export.whole_files import whole_files
 from r2l_nerfstudio.student import Student
 
 Flavour = Literal["tensorrt", "tensorrt-rtx"]
@@ -31,31 +31,32 @@ Flavour = Literal["tensorrt", "tensorrt-rtx"]
 def export_plan(
     student: Student, spec: GraphSpec, output: Path, flavour: Flavour, overwrite: bool = False
 ) -> float | None:
-    """Write a plan, and beside it what ONNX files carry as metadata, in JSON.
+    """Write a plan, and beside it the metadata of ONNX files in JSON.
 
     Args:
         student: on the CPU.
         spec: which graph; one of rays takes up to 65536 of them.
         output: the file.
-        flavour: TensorRT-RTX builds without a GPU, for any that it serves; TensorRT builds for the GPU that is here.
-        overwrite: whether the files may be there.
+        flavour: TensorRT-RTX builds without a GPU, for any that it supports; TensorRT builds for the GPU of this
+            machine.
+        overwrite: whether the files may exist.
 
     Returns:
-        PSNR in dB against torch; None where there is no GPU to run a plan on.
+        PSNR in dB against PyTorch; None if there is no GPU to run a plan on.
 
     Raises:
-        InputError: the library or its GPU is missing, it refuses the graph, the files may not be written, or the plan
-            renders something else; nothing is left then.
+        InputError: the library or its GPU is missing, it rejects the graph, the files may not be written, or the plan
+            renders something else; nothing is kept then.
     """
     require_onnx()
     has_gpu = torch.cuda.is_available()
     if flavour == "tensorrt" and not has_gpu:
         raise InputError(
-            "A TensorRT plan is built for the GPU that is there, and this machine shows none: run this where the plan will"
-            " run, or export for TensorRT-RTX (r2l-export tensorrt-rtx), which builds without one, or ONNX."
+            "A TensorRT plan is built for the GPU of the machine, and this machine has none: run this where the plan"
+            " will run, or export for TensorRT-RTX (r2l-export tensorrt-rtx), which builds without one, or ONNX."
         )
     trt = import_flavour(flavour)
-    with whole_files(output, overwrite, also=(".json",)) as file:
+    with atomic_files(output, overwrite, also=(".json",)) as file:
         graph_file = file.with_suffix(".onnx")
         write_onnx(student, spec, graph_file)
         rays = Shapes((1, 3), (RAYS_AT_ONCE, 3), (RAYS_AT_ONCE, 3))
@@ -73,33 +74,32 @@ def export_plan(
 
 
 def import_flavour(flavour: Flavour) -> ModuleType:
-    """The library.
+    """Return the library.
 
     Raises:
-        InputError: it is not there, or not whole.
+        InputError: it is not installed, or incomplete.
     """
     try:
         trt = import_module(flavour.replace("-", "_"))
         trt.Builder  # noqa: B018 - the registry's package without libraries imports, and is empty
-    except Exception as error:  # ImportError, OSError, RuntimeError: it depends on what is missing
-        said = " ".join(str(error).split())[:200] or type(error).__name__
+    except Exception as error:  # ImportError, OSError or RuntimeError, depending on what is missing.
         raise InputError(
-            f"This export needs the package {flavour}, which does not import ({said}): pip install {flavour} (the extra"
-            f" '{flavour}' of r2l-nerfstudio)."
+            f"This export needs the package {flavour}, which does not import ({first_line(error)}):"
+            f" pip install {flavour} (the extra '{flavour}' of r2l-nerfstudio)."
         ) from error
     return trt
 
 
 def run_plan(trt: ModuleType, path: Path, inputs: Arrays) -> Arrays:
-    """What a plan makes of inputs on the GPU. NOT VERIFIED.
+    """Run a plan on the GPU. NOT VERIFIED.
 
     Raises:
-        BrokenEngine: the library does not take the plan.
+        BrokenEngine: the library rejects the plan.
     """
     engine = trt.Runtime(trt.Logger(trt.Logger.ERROR)).deserialize_cuda_engine(path.read_bytes())
     context = None if engine is None else engine.create_execution_context()
     if engine is None or context is None:
-        raise BrokenEngine(f"{trt.__name__} does not take the plan that it built")
+        raise BrokenEngine(f"{trt.__name__} rejects the plan that it built")
     held = {name: torch.from_numpy(np.ascontiguousarray(value)).cuda() for name, value in inputs.items()}
     for name, value in held.items():
         context.set_input_shape(name, tuple(value.shape))
@@ -117,10 +117,10 @@ def run_plan(trt: ModuleType, path: Path, inputs: Arrays) -> Arrays:
 
 
 def export_torch_tensorrt(student: Student, spec: GraphSpec, output: Path, overwrite: bool = False) -> float:
-    """Write a program that `torch.export.load` reads where torch_tensorrt is imported. NOT VERIFIED beyond its refusals.
+    """Write a program that `torch.export.load` reads if torch_tensorrt is imported. NOT VERIFIED beyond its refusals.
 
     Returns:
-        PSNR in dB against torch.
+        PSNR in dB against PyTorch.
 
     Raises:
         InputError: as `export_plan`; the graph takes a camera only.
@@ -135,7 +135,7 @@ def export_torch_tensorrt(student: Student, spec: GraphSpec, output: Path, overw
     graph = spec.build(student).cuda()
     inputs, _ = probe_inputs(student, spec, 0)
     examples = tuple(torch.from_numpy(value).cuda() for value in inputs.values())
-    with whole_files(output, overwrite) as file, torch.no_grad():
+    with atomic_files(output, overwrite) as file, torch.no_grad():
         compiled = torch_tensorrt.dynamo.compile(torch.export.export(graph, examples), list(examples))
         torch_tensorrt.save(compiled, str(file), inputs=list(examples))
         program = torch.export.load(str(file)).module()

@@ -19,18 +19,17 @@ from jaxtyping import Float, Int
 from PIL import Image
 from torch import Tensor
 
+from r2l_nerfstudio.atomic_output import atomic_folder
 from r2l_nerfstudio.distillation.pose_sampling import CaptureCameras
-from r2l_nerfstudio.engines.parity import psnr
 from r2l_nerfstudio.errors import InputError
-from r2l_nerfstudio.export.capture_view import start_pose, view_limits
+from r2l_nerfstudio.export.navigation import start_pose, view_limits
 from r2l_nerfstudio.export.onnx_file import require_onnx
 from r2l_nerfstudio.export.web_graph import WebGraph, write_web_graph
 from r2l_nerfstudio.export.web_precision import Photos, PrecisionChoice, choose_weights
 from r2l_nerfstudio.export.web_runtime import FILES, describe_runtime
 from r2l_nerfstudio.export.web_weights import WebWeights, encoding_description, require_safetensors
-from r2l_nerfstudio.export.whole_files import whole_folder
-from r2l_nerfstudio.models.mobile_r2l import MobileR2LModel
 from r2l_nerfstudio.models.r2l import R2LModel
+from r2l_nerfstudio.psnr import psnr
 from r2l_nerfstudio.rays.ray_image import ray_image_intrinsics, ray_image_size
 from r2l_nerfstudio.student import Student
 
@@ -56,6 +55,8 @@ PAGE = (
     "rays.js",
     "worker.js",
 )
+UNREAD = ("README.txt", "light-field.d.ts", "package.json", "worker.js")
+"""Files that a browser with WebGPU does not load."""
 LICENSE = "LICENSE.onnxruntime-web.txt"
 SCENE = "scene.json"
 VERSION = 2
@@ -85,6 +86,12 @@ class WebExport:
         """Of each file, by its path in the folder."""
         paths = sorted(path for path in self.folder.rglob("*") if path.is_file())
         return {path.relative_to(self.folder).as_posix(): path.stat().st_size for path in paths}
+
+    @property
+    def visitor_bytes(self) -> int:
+        """What a browser with WebGPU loads."""
+        unread = (*UNREAD, FALLBACK)
+        return sum(size for name, size in self.bytes.items() if "/" not in name and name not in unread)
 
 
 def export_web(
@@ -116,7 +123,7 @@ def export_web(
     require_safetensors()
     if runtime is not None:
         require_onnx()
-    with whole_folder(output, overwrite, SCENE, "web export") as folder:
+    with atomic_folder(output, overwrite, SCENE, "web export") as folder:
         found, notes = _fill(student, cameras, runtime, folder, title, precision, photos)
     return WebExport(Path(output), found, notes)
 
@@ -203,9 +210,7 @@ def _described(file: Path) -> dict[str, Any]:
     return {"file": file.name, "bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
 
 
-def _check_weights(
-    student: Student, weights: WebWeights, pose: Float[Tensor, "3 4"], picture: dict[str, Any]
-) -> float:
+def _check_weights(student: Student, weights: WebWeights, pose: Float[Tensor, "3 4"], picture: dict[str, Any]) -> float:
     """PSNR in dB of the student with the file's weights against the student, at the start.
 
     Raises:
@@ -227,7 +232,7 @@ def _check_weights(
 def _small_camera(student: Student, picture: dict[str, Any]) -> tuple[float, int, int]:
     """Focal length, width and height of the page's picture; smaller for students that answer rays one by one."""
     share = 1.0
-    if not isinstance(student.model, MobileR2LModel):
+    if not student.model.reads_ray_image:
         # Fewer rays tell as much.
         share = min(1.0, 200 / max(picture["width"], picture["height"]))
     return picture["focal"] * share, round(picture["width"] * share), round(picture["height"] * share)
@@ -250,8 +255,8 @@ def drawn_rgb(
 def _picture(student: Student, cameras: CaptureCameras) -> dict[str, Any]:
     """Width, height and focal length in pixels of what the student draws by itself."""
     focal = float(cameras.intrinsics[:, :2].mean())
-    if isinstance(student.model, MobileR2LModel):
-        scale = float(student.model.focal) / focal
+    if student.model.reads_ray_image:
+        scale = student.model.native_focal(focal) / focal
     else:
         scale = min(1.0, LARGEST / max(cameras.width, cameras.height))
     return {
@@ -267,7 +272,7 @@ def page_rays(
     """Origin and directions as the page makes them for a picture."""
     width, height, focal = picture["width"], picture["height"], picture["focal"]
     intrinsics = torch.tensor([focal, focal, width / 2, height / 2])
-    if graph.is_image:
+    if graph.reads_ray_image:
         size = ray_image_size(height, width, graph.factor, graph.margin)
         height, width = (count * graph.rays_per_cell for count in size)
         intrinsics = ray_image_intrinsics(intrinsics, graph.factor, None, graph.rays_per_cell, graph.margin)
@@ -314,7 +319,7 @@ def _probe(
     student: Student, weights: WebWeights, pose: Float[Tensor, "3 4"], picture: dict[str, Any]
 ) -> dict[str, Any]:
     """A small picture and its pixels: a browser that gives others does not draw this student."""
-    if isinstance(student.model, MobileR2LModel):
+    if student.model.reads_ray_image:
         side, focal = student.model.factor * PROBE_CELLS, picture["focal"]
     else:
         side, focal = PROBE_CELLS, picture["focal"] / max(1, picture["width"] // (2 * PROBE_CELLS))

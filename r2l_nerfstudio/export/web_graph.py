@@ -45,7 +45,7 @@ class WebGraph(nn.Module):
         """Pixels along each side of a cell."""
         self.rays_per_cell = model.rays_per_cell
         """Rays along each side of a cell."""
-        self.is_image = self.encoded_network.encoding.is_image
+        self.reads_ray_image = model.reads_ray_image
         """Whether it draws whole ray images."""
         self.margin = model.margin
         """Cells around the picture."""

@@ -11,10 +11,10 @@ from nerfstudio.cameras.cameras import Cameras
 from torch import Tensor
 
 from r2l_nerfstudio.distillation.pose_sampling import CaptureCameras
-from r2l_nerfstudio.engines.parity import psnr
 from r2l_nerfstudio.errors import InputError
 from r2l_nerfstudio.export.int8 import JUDGED_VIEWS, MOST_LOSS, NEEDED_DB, pseudo_views
 from r2l_nerfstudio.export.web_weights import WebWeights
+from r2l_nerfstudio.psnr import psnr
 from r2l_nerfstudio.student import Student
 
 Photos = Sequence[tuple[Cameras, Float[Tensor, "height width 3"]]]
@@ -67,7 +67,7 @@ def _likeness(student: Student, weights: WebWeights, cameras: CaptureCameras) ->
 def _on_photos(student: Student, weights: WebWeights, photos: Photos) -> tuple[float, float]:
     own, rounded = [], []
     for camera, truth in photos:
-        own.append(psnr(student.model.get_outputs_for_camera(camera)["rgb"], truth))
+        own.append(psnr(student.model.render_camera(camera)["rgb"], truth))
         with weights.drawing():
-            rounded.append(psnr(student.model.get_outputs_for_camera(camera)["rgb"], truth))
+            rounded.append(psnr(student.model.render_camera(camera)["rgb"], truth))
     return sum(own) / len(own), sum(rounded) / len(rounded)

@@ -1,4 +1,4 @@
-"""ONNX Runtime Web: fetched once from its npm package, checked, and kept for the next export."""
+"""ONNX Runtime Web: downloaded once as an npm package, checked, and kept for the next export."""
 
 from __future__ import annotations
 
@@ -35,10 +35,10 @@ def fetch_runtime(package: Path | None = None) -> Path:
     """Folder with the files of `FILES` and `GPU_FILES`.
 
     Args:
-        package: the npm package as a .tgz file; fetched by npm, unless it was before, when None.
+        package: the npm package as a .tgz file; None to download it with npm, unless it was before.
 
     Raises:
-        InputError: it cannot be had, or is not the one that the page is made for.
+        InputError: it cannot be downloaded, or is not the version that the page is made for.
     """
     folder = cache_folder() / f"{PACKAGE}-{VERSION}"
     if package is None and _is_whole(folder):
@@ -54,8 +54,8 @@ def fetch_runtime(package: Path | None = None) -> Path:
             made.replace(folder)
     except OSError as error:
         raise InputError(
-            f"{PACKAGE} cannot be kept in {folder.parent} ({error}): make room there, or set XDG_CACHE_HOME to a folder that"
-            " can be written to."
+            f"{PACKAGE} cannot be stored in {folder.parent} ({error}): free space there, or set XDG_CACHE_HOME to a"
+            " folder that can be written to."
         ) from error
     return folder
 
@@ -72,29 +72,29 @@ def _is_whole(folder: Path) -> bool:
 
 def _npm_pack(folder: Path) -> Path:
     remedy = (
-        f"install Node.js, which has npm, and let it reach its registry; or fetch {PACKAGE}-{VERSION}.tgz elsewhere"
-        f" (npm pack {PACKAGE}@{VERSION}) and name it with --runtime."
+        f"install Node.js, which includes npm, and let it reach its registry; or download {PACKAGE}-{VERSION}.tgz"
+        f" elsewhere (npm pack {PACKAGE}@{VERSION}) and pass it with --runtime."
     )
     npm = shutil.which("npm")
     if npm is None:
-        raise InputError(f"The page needs the npm package {PACKAGE} {VERSION}, and there is no npm here: {remedy}")
+        raise InputError(f"The page needs the npm package {PACKAGE} {VERSION}, and npm is not installed: {remedy}")
     command = [npm, "pack", f"{PACKAGE}@{VERSION}", "--silent", "--pack-destination", str(folder)]
     result = subprocess.run(command, capture_output=True, text=True, cwd=folder)
     files = list(folder.glob("*.tgz"))
     if result.returncode or not files:
         said = " ".join(result.stderr.split())[-300:]
-        raise InputError(f"npm could not fetch {PACKAGE} {VERSION} ({said}): {remedy}")
+        raise InputError(f"npm could not download {PACKAGE} {VERSION} ({said}): {remedy}")
     return files[0]
 
 
 def _check(file: Path) -> None:
     if not file.is_file():
-        raise InputError(f"--runtime {file}: there is no such file.")
+        raise InputError(f"--runtime {file} does not exist.")
     digest = base64.b64encode(hashlib.sha512(file.read_bytes()).digest()).decode()
     if digest != INTEGRITY:
         raise InputError(
-            f"{file} is not the npm package {PACKAGE} {VERSION}, or it is damaged: fetch it again with"
-            f" npm pack {PACKAGE}@{VERSION}."
+            f"{file} is not the npm package {PACKAGE} {VERSION}, or it is damaged: download it again with npm pack"
+            f" {PACKAGE}@{VERSION}."
         )
 
 

@@ -1,7 +1,8 @@
-"""A server for a web export: the files of one folder, with the headers that let a page use threads and load nothing else.
+"""A server for a web export: serves the files of one folder, with the headers that let a page use threads and load
+nothing else.
 
-It is made for a few visitors on a network one knows, and holds its ground against hostile ones: a fixed number of threads, a
-deadline for every request, no listing, no file outside the folder.
+It is made for a few visitors on a trusted network, and withstands hostile ones: a fixed number of threads, a deadline
+    for every request, no listings, no files outside the folder.
 """
 
 from __future__ import annotations
@@ -23,17 +24,17 @@ from typing import Any, BinaryIO, cast
 from r2l_nerfstudio.errors import InputError
 
 SECONDS_FOR_REQUEST = 5.0
-"""In which a request's line and headers have to arrive."""
+"""Seconds in which a request's line and headers must arrive."""
 SECONDS_FOR_PART = 20.0
-"""In which a part of 64 KiB of a file has to be taken."""
+"""Seconds in which 64 KiB of a file must be read."""
 MOST_THREADS = 32
 MOST_CONNECTIONS = 128
-"""Served and waiting together; further ones are closed at once."""
+"""Connections served and waiting together; further ones are closed at once."""
 _INLINE_SCRIPT = re.compile(rb"<script>(.*?)</script>", re.DOTALL)
 
 
 class _Deadline(socket.SocketIO):
-    """Reads of a socket, all of which together have to end in time: one byte now and then keeps no thread."""
+    """Reads from a socket with one deadline for all of them, so that a slow sender does not occupy a thread."""
 
     def __init__(self, connection: socket.socket, seconds: float) -> None:
         super().__init__(connection, "r")
@@ -49,14 +50,14 @@ class _Deadline(socket.SocketIO):
 
 
 class WebHandler(SimpleHTTPRequestHandler):
-    """Files of one folder, isolated from other origins, as browsers ask of pages with threads.
+    """Serve the files of one folder, isolated from other origins, as browsers require for pages with threads.
 
-    Args: as `SimpleHTTPRequestHandler`, and `policy`, the Content-Security-Policy of all answers.
+    Args: as `SimpleHTTPRequestHandler`, and `policy`, the Content-Security-Policy of all responses.
     """
 
     extensions_map = {
         **SimpleHTTPRequestHandler.extensions_map,
-        # What the system says of these differs, and browsers insist.
+        # The system's types of these differ, and browsers are strict about them.
         ".js": "text/javascript",
         ".mjs": "text/javascript",
         ".wasm": "application/wasm",
@@ -75,7 +76,7 @@ class WebHandler(SimpleHTTPRequestHandler):
         self.rfile = BufferedReader(_Deadline(self.connection, SECONDS_FOR_REQUEST))
 
     def send_head(self) -> BinaryIO | None:
-        """As the base class; without listings, and only of ordinary files that lie in the folder."""
+        """Send a file's head as the base class does; without listings, and only for ordinary files in the folder."""
         self.connection.settimeout(SECONDS_FOR_PART)
         path = Path(self.translate_path(self.path))
         root = Path(self.directory).resolve()
@@ -84,7 +85,7 @@ class WebHandler(SimpleHTTPRequestHandler):
             is_served = file.is_relative_to(root) and (
                 file.is_file() or (file == root and (root / "index.html").resolve() == root / "index.html")
             )
-        except (OSError, ValueError, RuntimeError):  # a path that is none, a loop of links
+        except (OSError, ValueError, RuntimeError):  # An invalid path, or a loop of links.
             is_served = False
         if not is_served:
             self.send_error(HTTPStatus.NOT_FOUND, "File not found")
@@ -101,24 +102,24 @@ class WebHandler(SimpleHTTPRequestHandler):
         self.send_header("Content-Security-Policy", self._policy)
         self.send_header("X-Content-Type-Options", "nosniff")
         self.send_header("Referrer-Policy", "no-referrer")
-        # A new export in the same place is seen at once; what did not change is not sent again.
+        # A new export in the same place is loaded at once; unchanged files are not sent again.
         self.send_header("Cache-Control", "no-cache")
         super().end_headers()
 
     def log_message(self, format: str, *args: object) -> None:
-        """Nothing: a visitor's every file would be a line."""
+        """Log nothing: every file of a visitor would be a line."""
 
 
 class WebServer(HTTPServer):
-    """Serves a folder; a port of 0 takes a free one.
+    """Serves a folder; port 0 takes a free port.
 
     Args:
-        folder: with an index.html.
+        folder: folder with an index.html.
         host: name or address of the interface.
         port: to listen on.
 
     Raises:
-        InputError: the port is taken, or the host is none of this machine's.
+        InputError: the port is in use, or the host is not an address of this machine.
     """
 
     request_queue_size = 128
@@ -126,8 +127,8 @@ class WebServer(HTTPServer):
     def __init__(self, folder: Path, host: str = "127.0.0.1", port: int = 0) -> None:
         if not host.strip():
             raise InputError(
-                'Nothing is served at --host "", which would listen on every network: choose 127.0.0.1 for this machine'
-                " only, or 0.0.0.0 for all its networks."
+                '--host "" would listen on every network: choose 127.0.0.1 for this machine only, or 0.0.0.0 for all'
+                " its networks."
             )
         self._room = threading.BoundedSemaphore(MOST_CONNECTIONS)
         self._threads = ThreadPoolExecutor(MOST_THREADS, thread_name_prefix="web")
@@ -137,31 +138,31 @@ class WebServer(HTTPServer):
             )
         except (OSError, OverflowError, ValueError) as error:
             raise InputError(
-                f"Nothing can be served at --host {host} --port {port} ({error}): choose another port, or 127.0.0.1 for"
-                " this machine alone, 0.0.0.0 for all its networks."
+                f"Nothing can be served at --host {host} --port {port} ({error}): choose another port, or 127.0.0.1"
+                " for this machine only, 0.0.0.0 for all its networks."
             ) from error
         self.address = f"http://{'localhost' if host in ('127.0.0.1', '0.0.0.0') else host}:{self.server_address[1]}/"
 
     def process_request(self, request: socket.socket | tuple[bytes, socket.socket], client_address: Any) -> None:
-        """In a thread of the pool; connections beyond its room are closed."""
+        """Serve in a thread of the pool; connections beyond its capacity are closed."""
         if not self._room.acquire(blocking=False):
             self.shutdown_request(request)
             return
-        connection = cast(socket.socket, request)  # as of all TCP servers
+        connection = cast(socket.socket, request)  # As for all TCP servers.
         connection.settimeout(SECONDS_FOR_PART)
         self._threads.submit(self._serve, connection, client_address)
 
     def _serve(self, request: socket.socket, client_address: Any) -> None:
         try:
             self.finish_request(request, client_address)
-        except Exception:  # a browser that leaves in the middle of a file is no error
+        except Exception:  # A browser may disconnect in the middle of a file.
             pass
         finally:
             self.shutdown_request(request)
             self._room.release()
 
     def handle_error(self, request: object, client_address: object) -> None:
-        """Nothing, as in `_serve`."""
+        """Do nothing, as in `_serve`."""
 
     def server_close(self) -> None:
         super().server_close()
@@ -169,10 +170,10 @@ class WebServer(HTTPServer):
 
 
 def page_policy(folder: Path) -> str:
-    """The Content-Security-Policy of a page: scripts, workers, models and pictures of its own folder only.
+    """Return the Content-Security-Policy of a page: scripts, workers, models and images of its own folder only.
 
     Args:
-        folder: with the page, whose inline scripts are allowed as they are now.
+        folder: folder with the page, whose inline scripts are allowed as they are now.
     """
     try:
         scripts = _INLINE_SCRIPT.findall((folder / "index.html").read_bytes())

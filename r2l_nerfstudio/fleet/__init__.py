@@ -1,1 +1,1 @@
-"""Many captures, each through teacher, students, report and exports, on the machines of a Ray cluster."""
+"""Fleets: many captures, each through teacher, students, reports and exports, on the machines of a Ray cluster."""

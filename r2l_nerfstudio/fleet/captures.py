@@ -1,4 +1,4 @@
-"""Which captures a fleet has, and a fingerprint of each that changes with its content."""
+"""The captures of a fleet, and a fingerprint of each that changes with its content."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from r2l_nerfstudio.fleet.config import CaptureConfig, is_url
 from r2l_nerfstudio.fleet.storage import open_url
 
 MEDIA = {".jpg", ".jpeg", ".png", ".webp", ".heic", ".tif", ".tiff", ".exr", ".hdr", ".mp4", ".mov", ".npy", ".npz"}
-"""Files known by name and size only: reading all photos of a thousand captures takes hours."""
+"""Files that count by name and size only: reading all photos of a thousand captures takes hours."""
 PHOTOS = {".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff"}
 _WHOLE_BYTES = 64 << 20
 
@@ -27,18 +27,18 @@ class Capture:
 
     name: str
     source: str
-    """Folder or URL of the capture; empty where it could not be found."""
+    """Folder or URL of the capture; empty if it could not be found."""
     teacher: str = ""
-    """Config.yml of an existing teacher run, as path or URL; empty: one is to be trained."""
+    """Config.yml of an existing teacher run, as path or URL; empty if a teacher is to be trained."""
     dataparser: str = ""
     options: dict[str, str] = field(default_factory=dict)
     fingerprint: str = ""
     error: str = ""
-    """Why the capture cannot be used; empty where it can."""
+    """Why the capture cannot be used; empty if it can."""
 
 
 def find_captures(entries: list[CaptureConfig]) -> list[Capture]:
-    """Expand patterns and name the captures; nothing of their content is read.
+    """Expand patterns and name the captures, without reading their content.
 
     Raises:
         InputError: a pattern matches nothing, or two captures have the same name.
@@ -70,7 +70,7 @@ def find_captures(entries: list[CaptureConfig]) -> list[Capture]:
 
 
 def read_capture(capture: Capture) -> None:
-    """Set `fingerprint`, and for an existing run its config.yml and capture; or `error`, where it cannot be read."""
+    """Set `fingerprint`, and for an existing run its config.yml and capture; or `error` if it cannot be read."""
     try:
         run = _read_run(capture) if capture.teacher else ""
         capture.fingerprint = _digest(run, folder_fingerprint(capture.source))
@@ -79,20 +79,20 @@ def read_capture(capture: Capture) -> None:
     except OSError as error:
         # fsspec's own exceptions for missing buckets and denied access are OSErrors too.
         capture.error = f"The capture {capture.source} cannot be read: {error}."
-    except Exception as error:  # a driver's own classes: one unreadable capture must not stop the others
+    except Exception as error:  # A driver's own exception: one unreadable capture must not stop the others.
         capture.error = f"The capture {capture.source} cannot be read: {type(error).__name__}: {error}."
 
 
 def folder_fingerprint(folder: str) -> str:
-    """Hash of a folder's relative paths and sizes, and of the content of all files but photos and videos.
+    """Return a hash of a folder's relative paths and sizes, and of the content of all files but photos and videos.
 
-    The folder's own path and modification times play no part, so a copied or moved capture keeps its fingerprint.
+    The folder's own path and modification times do not count, so a copied or moved capture keeps its fingerprint.
 
     Args:
         folder: local path, or fsspec URL.
 
     Raises:
-        InputError: there is no such folder, it is empty, or its transforms.json is damaged or without frames.
+        InputError: the folder is missing or empty, or its transforms.json is damaged or without frames.
         OSError: it cannot be read.
     """
     fs, base = open_url(folder)
@@ -115,7 +115,7 @@ def folder_fingerprint(folder: str) -> str:
 
 
 def first_photo(folder: Path) -> Path | None:
-    """A photo of a local capture, the first by path that is not scaled down; None without any."""
+    """Return the first photo of a local capture by path, at full resolution; None if there is none."""
     photos = sorted(path for path in folder.rglob("*") if path.suffix.lower() in PHOTOS)
     # Nerfstudio keeps smaller copies in images_2, images_4, …, and masks and depth maps beside the photos.
     other = re.compile(r"(_\d+|.*(mask|depth|normal|semantic).*)$")
@@ -137,12 +137,12 @@ def _expand(pattern: str, is_run: bool) -> list[str]:
 
 
 def _names(wanted: list[tuple[str, str]]) -> list[str]:
-    """A name for each: the given one, or the shortest end of the path that no other capture has."""
+    """Return a name for each capture: the given one, or the shortest end of the path that no other capture has."""
     parts = []
     for name, path in wanted:
         steps = [part for part in re.split(r"[/\\]", path.partition("://")[2] or path) if part not in ("", ".")]
         if steps and steps[-1] == "config.yml":
-            # outputs/EXPERIMENT/METHOD/TIMESTAMP: the experiment is what the user named.
+            # outputs/EXPERIMENT/METHOD/TIMESTAMP: the experiment is the name that the user gave.
             steps = steps[:-3] if len(steps) > 3 else steps[:-1]
         steps = [re.sub(r"[^A-Za-z0-9._-]+", "-", step).strip("-._") or "capture" for step in steps]
         parts.append([name] if name else steps or ["capture"])
@@ -167,8 +167,8 @@ def _names(wanted: list[tuple[str, str]]) -> list[str]:
 
 
 def _read_run(capture: Capture) -> str:
-    """Resolve an existing run, and its capture unless that is given. Returns a hash of its configuration and weights."""
-    # Imported late: it imports every method that Nerfstudio knows.
+    """Resolve an existing run, and its capture unless that is given. Return a hash of its configuration and weights."""
+    # Imported late, since it imports every method that Nerfstudio knows.
     from r2l_nerfstudio.run_config import capture_path, checkpoint_path, load_run_config, resolve_run
 
     if not is_url(capture.teacher):
@@ -203,7 +203,7 @@ def _check_transforms(path: str, content: bytes) -> None:
     try:
         transforms = json.loads(content)
     except ValueError as error:
-        raise InputError(f"{path} is no JSON file ({error}): restore it, or process the capture again.") from error
+        raise InputError(f"{path} is not valid JSON ({error}): restore it, or process the capture again.") from error
     if not isinstance(transforms, dict) or not transforms.get("frames"):
         raise InputError(f"{path} lists no frames: restore it, or process the capture again.")
 

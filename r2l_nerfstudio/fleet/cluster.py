@@ -1,4 +1,4 @@
-"""Where stages run: a Ray cluster, or this machine."""
+"""Clusters on which stages run: a Ray cluster, or this machine."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from typing import Any, NamedTuple, Protocol
 
 import psutil
 
-from r2l_nerfstudio.errors import InputError
+from r2l_nerfstudio.errors import InputError, one_line
 from r2l_nerfstudio.fleet.config import FleetConfig
 from r2l_nerfstudio.fleet.task import STOP_SECONDS, Job, Outcome, run_stage
 
 LOOPBACK = "127.0.0.1"
 OBJECT_STORE_BYTES = 128 << 20
-"""For a Ray of our own: stages exchange files, so its object store holds only jobs and outcomes."""
+"""Bytes of the object store of a Ray started here: stages exchange files, so it holds only jobs and outcomes."""
 START_ATTEMPTS = 3
-"""A Ray of our own gets: its processes must answer within 30 seconds, which a busy machine may exceed."""
+"""Settings of a Ray started here: its processes must answer within 30 seconds, which a busy machine may exceed."""
 _LOOPBACK_SWITCH = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
-"""Ray's variable that, at 0, makes this machine a cluster of its own on every platform: all its servers bind to loopback."""
+"""Ray's variable that, at 0, makes this machine its own cluster on every platform: all servers bind to loopback."""
 
 
 class Capacity(NamedTuple):
-    """What the machines have, in all."""
+    """Total resources of all machines."""
 
     cpus: float
     gpus: float
@@ -35,17 +35,17 @@ class Capacity(NamedTuple):
 
 
 class Cluster(Protocol):
-    """Runs jobs; a handle stands for a job that was submitted."""
+    """Runs jobs; a handle stands for a submitted job."""
 
     def capacity(self) -> Capacity:
-        """What the machines have now; it may grow and shrink."""
+        """Resources that the machines have now; they may grow and shrink."""
         ...
 
     def submit(self, job: Job) -> Any:
-        """Queue a job until a machine has room for it. Returns its handle."""
+        """Queue a job until a machine has room for it, and return its handle."""
 
     def wait(self, handles: Sequence[Any], seconds: float) -> list[tuple[Any, Outcome]]:
-        """The jobs that have ended, after at most so many seconds; returns early when the first one ends."""
+        """Return the jobs that have ended, after at most so many seconds; returns early when the first one ends."""
         ...
 
     def stop(self, handles: Sequence[Any], seconds: float = STOP_SECONDS) -> None:
@@ -53,7 +53,7 @@ class Cluster(Protocol):
 
 
 class RayCluster:
-    """Every job is a Ray task, which claims its CPU cores, GPUs and memory."""
+    """Runs every job as a Ray task, which claims its CPU cores, GPUs and memory."""
 
     def __init__(self, dashboard: str = "") -> None:
         import ray
@@ -63,7 +63,7 @@ class RayCluster:
         """HOST:PORT of Ray's dashboard; empty without one."""
         self._ray = ray
         self._errors = ray.exceptions
-        # Attempts are counted by the scheduler, which knows a full disk from a lost machine.
+        # The scheduler counts attempts, since it can tell a full disk from a lost machine.
         self._task = ray.remote(max_retries=0)(run_stage)
 
     def capacity(self) -> Capacity:
@@ -85,7 +85,7 @@ class RayCluster:
         """See `Cluster`.
 
         Raises:
-            InputError: the cluster is gone.
+            InputError: the connection to the cluster is lost.
         """
         handles = list(handles)
         if not handles:
@@ -97,7 +97,9 @@ class RayCluster:
                 return []
             ended, _ = self._ray.wait(handles, num_returns=len(handles), timeout=0)
         except (self._errors.RayError, ConnectionError) as error:
-            raise InputError(f"Ray is gone ({_first(error)}): start the fleet again to continue.") from error
+            raise InputError(
+                f"The connection to Ray is lost ({_first(error)}): start the fleet again to continue."
+            ) from error
         return [(handle, self._outcome(handle)) for handle in ended]
 
     def stop(self, handles: Sequence[Any], seconds: float = STOP_SECONDS) -> None:
@@ -127,10 +129,10 @@ class RayCluster:
 
 @contextmanager
 def open_cluster(config: FleetConfig) -> Iterator[RayCluster]:
-    """Start Ray on this machine, or connect to a cluster. A Ray that runs in this process already is used as it is.
+    """Start Ray on this machine, or connect to a cluster. A Ray that already runs in this process is used as it is.
 
     Raises:
-        InputError: Ray is not installed, the cluster cannot be reached, or a Ray of our own listens beyond loopback.
+        InputError: Ray is not installed, the cluster cannot be reached, or a Ray started here listens beyond loopback.
     """
     if "ray" not in sys.modules:
         # Ray reads these once, when it is imported.
@@ -159,7 +161,7 @@ def open_cluster(config: FleetConfig) -> Iterator[RayCluster]:
 
 
 def _start(config: FleetConfig) -> Any:
-    """`ray.init`.
+    """Call `ray.init`.
 
     Raises:
         InputError: the cluster cannot be reached, or Ray does not start on this machine.
@@ -182,9 +184,9 @@ def _start(config: FleetConfig) -> Any:
         before = set(psutil.Process().children(recursive=True))
         try:
             return ray.init(**options, log_to_driver=False, logging_level=logging.ERROR)
-        except Exception as error:  # ConnectionError, RuntimeError, ValueError, OSError and plain Exception
+        except Exception as error:  # ConnectionError, RuntimeError, ValueError, OSError or plain Exception.
             ray.shutdown()
-            # It ends what has registered only.
+            # Ray itself ends only processes that have registered.
             for process in set(psutil.Process().children(recursive=True)) - before:
                 with suppress(psutil.NoSuchProcess):
                     process.kill()
@@ -192,7 +194,7 @@ def _start(config: FleetConfig) -> Any:
                 # The dashboard starts slowest, and stages run without it.
                 options["include_dashboard"] = False
                 continue
-            said = " ".join(str(error).split())[:300]
+            said = one_line(error)
             if config.address:
                 raise InputError(
                     f"The Ray cluster at {config.address!r} cannot be reached ({said}): check `address`."
@@ -203,5 +205,5 @@ def _start(config: FleetConfig) -> Any:
 
 
 def _first(error: BaseException) -> str:
-    """The first paragraph of an error, in one line."""
-    return " ".join(str(error).strip().split("\n\n")[0].split())[:500]
+    """Return the first paragraph of an error on one line."""
+    return one_line(str(error).strip().split("\n\n")[0], 500)

@@ -13,7 +13,7 @@ from typing import Any, Literal
 import tyro
 import yaml
 
-from r2l_nerfstudio.errors import InputError
+from r2l_nerfstudio.errors import InputError, one_line
 
 ExportFormat = Literal["web", "onnx", "openvino", "coreml", "tensorrt", "tensorrt-rtx", "torch-tensorrt"]
 
@@ -31,7 +31,7 @@ _RESERVED_OPTIONS = {
     "--load-config",
     "--load_config",
 }
-"""Options that `r2l-fleet` sets itself; in any spelling of tyro's."""
+"""Options that `r2l-fleet` sets itself, in the spelling of tyro's help."""
 
 
 @dataclass
@@ -134,11 +134,11 @@ class FleetConfig:
     captures: tyro.conf.Suppress[list[CaptureConfig]] = field(default_factory=list)
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
     students: dict[str, StudentConfig] = field(default_factory=lambda: {"mobile": StudentConfig()})
-    """By name. Every student is trained from the capture's teacher."""
+    """Students by name. Every student is trained from the capture's teacher."""
     report: ReportConfig | None = field(default_factory=ReportConfig)
     """Settings of the report stage; null for no reports."""
     exports: dict[str, ExportConfig] = field(default_factory=lambda: {"web": ExportConfig()})
-    """By name. Every student gets each of these exports."""
+    """Exports by name. Every student gets each of these exports."""
     address: str = ""
     """Ray cluster: "auto", HOST:PORT or ray://HOST:PORT. Empty for this machine only."""
     num_cpus: int = 0
@@ -158,7 +158,7 @@ def load_fleet(path: Path) -> FleetConfig:
         path: the file. Relative paths in it start at its folder.
 
     Raises:
-        InputError: the file is missing or no YAML, or a setting is unknown or has a value that does not fit.
+        InputError: the file is missing or not YAML, or a setting is unknown or has a value that does not fit.
     """
     try:
         from pydantic import TypeAdapter, ValidationError
@@ -168,13 +168,13 @@ def load_fleet(path: Path) -> FleetConfig:
     try:
         data = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise InputError(f"The fleet file {path} cannot be read: {' '.join(str(error).split())[:300]}.") from error
+        raise InputError(f"The fleet file {path} cannot be read: {one_line(error)}.") from error
     if not isinstance(data, dict):
         raise InputError(f"The fleet file {path} holds no settings: see docs/fleet.md for an example.")
     if isinstance(data.get("captures"), list):
         data["captures"] = [{"path": entry} if isinstance(entry, str) else entry for entry in data["captures"]]
     for group in ("teacher", "students", "exports"):
-        # `teacher:` with nothing below it is null in YAML, and means the defaults.
+        # `teacher:` with nothing below it is null in YAML, and stands for the defaults.
         if group in data and data[group] is None:
             data[group] = {}
     for group in ("students", "exports"):
@@ -192,7 +192,7 @@ def load_fleet(path: Path) -> FleetConfig:
 
 
 def check_fleet(config: FleetConfig) -> None:
-    """Check values that types do not.
+    """Check values beyond their types.
 
     Raises:
         InputError: a value is out of range, or a name or an option cannot be used.
@@ -219,7 +219,7 @@ def check_fleet(config: FleetConfig) -> None:
         try:
             shlex.split(stage.command)
         except ValueError as error:
-            raise InputError(f"`{setting}.command`: {stage.command!r} is no command line ({error}).") from error
+            raise InputError(f"`{setting}.command`: {stage.command!r} is not a command line ({error}).") from error
     if twice := set(config.students) & set(config.exports):
         raise InputError(f"{sorted(twice)[0]!r} names a student and an export: rename one of them.")
     known = {name.partition(".")[2] or name for name in stages}
@@ -232,13 +232,14 @@ def check_fleet(config: FleetConfig) -> None:
         for stage_name, options in capture.options.items():
             if stage_name not in known:
                 raise InputError(
-                    f"The capture {where} has options for {stage_name!r}, which is no stage: use one of {sorted(known)}."
+                    f"The capture {where} has options for {stage_name!r}, which is not a stage: use one of"
+                    f" {sorted(known)}."
                 )
             check_options(f"options.{stage_name} of {where}", options)
 
 
 def check_options(setting: str, options: str) -> list[str]:
-    """The words of a string of options.
+    """Return the words of a string of options.
 
     Raises:
         InputError: a quote is left open, or an option is one that `r2l-fleet` sets itself.
@@ -246,7 +247,7 @@ def check_options(setting: str, options: str) -> list[str]:
     try:
         words = shlex.split(options)
     except ValueError as error:
-        raise InputError(f"`{setting}`: {options!r} is no command line ({error}).") from error
+        raise InputError(f"`{setting}`: {options!r} is not a command line ({error}).") from error
     for word in words:
         if word.partition("=")[0].replace("_", "-") in _RESERVED_OPTIONS:
             raise InputError(f"`{setting}` contains {word}, which r2l-fleet sets itself or refuses: remove it.")
@@ -254,7 +255,7 @@ def check_options(setting: str, options: str) -> list[str]:
 
 
 def is_url(path: str) -> bool:
-    """Whether fsspec needs more than the local file system for it."""
+    """Return whether it needs more of fsspec than the local file system."""
     return "://" in path and not path.startswith("file://")
 
 
@@ -264,7 +265,7 @@ def _from_folder(path: str, folder: Path) -> str:
 
 
 def _first_fault(error: Mapping[str, Any]) -> str:
-    """One sentence on the first thing that pydantic found."""
+    """Return one sentence on the first error that pydantic found."""
     import difflib
 
     place = ".".join(str(part) for part in error["loc"])
@@ -273,6 +274,6 @@ def _first_fault(error: Mapping[str, Any]) -> str:
         for cls in (FleetConfig, TeacherConfig, StudentConfig, ReportConfig, ExportConfig, CaptureConfig):
             known |= {entry.name: None for entry in dataclasses.fields(cls)}
         close = difflib.get_close_matches(str(error["loc"][-1]), known, n=1)
-        return f"`{place}` is no setting here." + (f" Did you mean `{close[0]}`?" if close else " See docs/fleet.md.")
+        return f"`{place}` is not a setting." + (f" Did you mean `{close[0]}`?" if close else " See docs/fleet.md.")
     message = error["msg"][:1].lower() + error["msg"][1:]
     return f"`{place}`: {message} (got {error['input']!r})."

@@ -1,4 +1,4 @@
-"""Why a stage failed, and whether another attempt makes sense."""
+"""Reasons of failed stages, and whether another attempt makes sense."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Failure = Literal["input", "disk-full", "out-of-memory", "timeout", "crash", "lo
 machine is gone. stopped: the fleet was stopped."""
 
 RETRIED: frozenset[Failure] = frozenset({"crash", "lost"})
-"""Another attempt of the others gives the same result, and fills a full disk further."""
+"""Failures for which another attempt would have the same result."""
 
 _DISK_FULL = re.compile(
     r"No space left on device|Disk quota exceeded|\[Errno 28\]|\[Errno 122\]|PytorchStreamWriter failed writing file",
@@ -20,7 +20,7 @@ _DISK_FULL = re.compile(
 )
 _OUT_OF_MEMORY = re.compile(
     r"OutOfMemoryError|out of memory|\bMemoryError\b|bad_alloc|can't allocate memory|Cannot allocate memory"
-    r"|No room on \S+ for a training batch|RESOURCE_EXHAUSTED",
+    r"|No memory on \S+ for a training batch|RESOURCE_EXHAUSTED",
     re.I,
 )
 _ERROR = re.compile(r"^Error: (.+)")
@@ -31,7 +31,7 @@ _BOX = re.compile(r"[─-╿]+")
 
 
 def judge(code: int, lines: Sequence[str], is_disk_full: bool, killed_for_memory: bool) -> tuple[Failure, str]:
-    """Kind and reason of a failed command.
+    """Return kind and reason of a failed command.
 
     Args:
         code: its exit code; negative: the signal that ended it.
@@ -56,7 +56,7 @@ def judge(code: int, lines: Sequence[str], is_disk_full: bool, killed_for_memory
 
 
 def clean(line: str) -> str:
-    """A line of output without colours and box drawing."""
+    """Return a line of output without colours and box drawing."""
     return _BOX.sub(" ", _ANSI.sub("", line)).strip()
 
 
@@ -69,7 +69,7 @@ def _reason(code: int, lines: Sequence[str]) -> str:
         return f"The command was killed by signal {-code} ({signal.Signals(-code).name})"
     said = [line for line in lines if line]
     if code == 2 and said:
-        # A usage message: what is wrong comes first, the help text after it.
+        # A usage message: the error comes first, the help text after it.
         wrong = [line for line in said if re.search(r"unrecogni|invalid|required|missing|must|error", line, re.I)]
         return (wrong or said)[0][:500]
     end = f": {said[-1]}" if said else " without any output"

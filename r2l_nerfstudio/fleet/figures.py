@@ -1,4 +1,4 @@
-"""Quality figures out of the reports of `r2l-report`."""
+"""Quality figures from the reports of `r2l-report`."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from typing import Any
 
 
 def report_figures(folder: Path) -> dict[str, float]:
-    """PSNR of teacher and student against photos, from the JSON files of a report.
+    """Return the PSNR of teacher and student against photos, from the JSON files of a report.
 
     Args:
-        folder: of the report. Its JSON holds an object "teacher" and an object "student", at any depth, each with a
-            number "psnr"; or numbers "teacher_psnr" and "student_psnr".
+        folder: the report's folder. Its JSON holds an object "teacher" and an object "student", at any depth, each with
+            a number "psnr"; or numbers "teacher_psnr" and "student_psnr".
 
     Returns:
-        "teacher_psnr" and "student_psnr" in dB; those that the report lacks are left out.
+        "teacher_psnr" and "student_psnr" in dB; missing figures are left out.
     """
     found: dict[str, float] = {}
     for path in sorted(folder.glob("*.json")):
@@ -32,7 +32,7 @@ def report_figures(folder: Path) -> dict[str, float]:
 
 
 def _find(data: Any, who: str) -> float | None:
-    """Breadth first: the report's summary lies above its single views."""
+    """Search breadth first: the report's summary is above its single views."""
     level = [data]
     while level:
         for entry in level:

@@ -1,4 +1,4 @@
-"""One static page with every capture of a fleet. It needs no server, makes no requests but for files beside it."""
+"""A static page with every capture of a fleet. It needs no server and loads only files beside it."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def write_gallery(storage: Storage, state: FleetState, is_running: bool) -> None
 
 
 def gallery_html(state: FleetState, thumbnails: set[str], is_running: bool) -> str:
-    """The page.
+    """Return the page.
 
     Args:
         state: the fleet.

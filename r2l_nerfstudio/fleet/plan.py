@@ -1,4 +1,4 @@
-"""All stages of a fleet, and what is done, running, failed or waiting, as the files in its output say."""
+"""All stages of a fleet, and which are done, running, failed or waiting, as its output's files show."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ Status = Literal["done", "running", "failed", "waiting", "blocked"]
 """blocked: a stage that it depends on has failed."""
 PLAN = "fleet.json"
 LOST_SECONDS = 6 * HEARTBEAT_SECONDS
-"""Without a sign of life, a stage counts as running no longer."""
+"""Seconds without a sign of life after which a stage no longer counts as running."""
 
 
 @dataclass
 class StageState:
-    """A stage, and what is known of it."""
+    """A stage and its state."""
 
     id: str
     kind: str
@@ -40,11 +40,11 @@ class StageState:
     disk_gb: float
     status: Status = "waiting"
     details: dict[str, Any] = field(default_factory=dict)
-    """Of the newest state file."""
+    """Content of the newest state file."""
 
     @property
     def minutes_left(self) -> float:
-        """Expected time to its end."""
+        """Expected minutes to its end."""
         if self.status in ("done", "failed", "blocked"):
             return 0.0
         spent = (time.time() - self.details.get("started", time.time())) / 60 if self.status == "running" else 0.0
@@ -53,14 +53,14 @@ class StageState:
 
 @dataclass
 class CaptureState:
-    """A capture, and what is known of it."""
+    """A capture and its state."""
 
     name: str
     error: str
     stages: list[StageState]
 
     def figure(self, name: str) -> float | None:
-        """A figure of quality from its newest stage that has one."""
+        """Return a quality figure from its newest stage that has one."""
         for stage in reversed(self.stages):
             value = stage.details.get("figures", {}).get(name) if stage.status == "done" else None
             if value is not None:
@@ -76,20 +76,20 @@ class FleetState:
     started: float = 0.0
 
     def count(self, status: Status) -> int:
-        """How many stages are in a status."""
+        """Return the number of stages with a status."""
         return sum(stage.status == status for capture in self.captures for stage in capture.stages)
 
     @property
     def total(self) -> int:
-        """How many stages there are."""
+        """Return the number of all stages."""
         return sum(len(capture.stages) for capture in self.captures)
 
     def minutes_left(self, capacity: Capacity) -> float:
-        """Estimate of the time to the end, from the stages' minutes and what the machines have."""
+        """Estimate the minutes to the end, from the stages' minutes and the machines' resources."""
         stages = [stage for capture in self.captures for stage in capture.stages]
         gpu = sum(stage.minutes_left * stage.gpus for stage in stages) / max(capacity.gpus, 1e-9)
         cpu = sum(stage.minutes_left * stage.cpus for stage in stages) / max(capacity.cpus, 1e-9)
-        # However many machines: the stages of one capture follow each other.
+        # However many machines there are, the stages of one capture follow each other.
         longest = max(
             (sum(stage.minutes_left for stage in _longest(capture)) for capture in self.captures), default=0.0
         )
@@ -103,10 +103,10 @@ class Plan:
     config: FleetConfig
     captures: list[Capture]
     stages: dict[str, list[Stage]]
-    """By capture; none for captures that cannot be read."""
+    """Stages by capture; none for captures that cannot be read."""
 
     def describe(self) -> dict[str, Any]:
-        """What `r2l-fleet status` and the gallery read, from any machine."""
+        """Return what `r2l-fleet status` and the gallery read, from any machine."""
         fields = ("id", "kind", "state", "depends", "minutes", "gpus", "cpus", "disk_gb")
         return {
             "started": time.time(),
@@ -127,14 +127,14 @@ def make_plan(config: FleetConfig, console: Console) -> Plan:
     """Read all captures and plan their stages.
 
     Raises:
-        InputError: the configuration cannot be used. A capture that cannot be read is no error, but has one.
+        InputError: the configuration cannot be used. A capture that cannot be read keeps its error instead.
     """
     check_fleet(config)
     captures = find_captures(config.captures)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(compact=True))
     with Progress(*columns, console=console, transient=True) as bar:
         task = bar.add_task("Reading captures", total=len(captures))
-        # Existing runs first and singly: reading a configuration imports Nerfstudio, which is not for threads.
+        # Existing runs first and one by one: reading a configuration imports Nerfstudio, which is not thread-safe.
         for capture in (capture for capture in captures if capture.teacher):
             read_capture(capture)
             bar.advance(task)
@@ -149,7 +149,7 @@ def make_plan(config: FleetConfig, console: Console) -> Plan:
 
 
 def read_state(storage: Storage, description: dict[str, Any] | None = None) -> FleetState:
-    """The state of a fleet from its output.
+    """Return the state of a fleet from its output.
 
     Args:
         storage: the output.
@@ -180,7 +180,7 @@ def read_state(storage: Storage, description: dict[str, Any] | None = None) -> F
 
 
 def state_of(plan: Plan) -> FleetState:
-    """The state of a fleet of which nothing has run."""
+    """Return the state of a fleet before anything has run."""
     captures = [
         CaptureState(entry["name"], entry["error"], [StageState(**stage) for stage in entry["stages"]])
         for entry in plan.describe()["captures"]
@@ -199,7 +199,7 @@ def _judge(stage: StageState, files: dict[str, dict[str, Any] | None]) -> None:
 
 
 def _longest(capture: CaptureState) -> list[StageState]:
-    """Its chain of stages that takes the longest."""
+    """Return the chain of stages that takes the longest."""
     chains: dict[str, list[StageState]] = {}
     for stage in capture.stages:
         before = max(

@@ -1,6 +1,6 @@
 """Continue the training of an interrupted teacher from its newest checkpoint.
 
-Run as a command before `ns-train`, so that a Ray worker need not import torch.
+It runs as a command before `ns-train`, so that a Ray worker need not import torch.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ UNUSABLE = ".unusable"
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
-    """The newest complete checkpoint. Files that were cut short are renamed, so that nothing else takes them for one."""
+    """Return the newest complete checkpoint. Truncated files are renamed, so that nothing else reads them."""
     for path in sorted(folder.glob("step-*.ckpt"), reverse=True):
         # The directory of a zip file comes last.
         if zipfile.is_zipfile(path):
@@ -32,11 +32,9 @@ def make_loadable(path: Path) -> None:
     import numpy as np
     import torch
 
-    scalar = np.float64(0).__reduce__()[0]
-    allowed = [scalar, (scalar, "numpy.core.multiarray.scalar"), np.dtype]
-    allowed += [type(np.dtype(kind)) for kind in (np.float64, np.float32, np.int64)]
-    with torch.serialization.safe_globals(allowed):
-        loaded = torch.load(path, map_location="cpu", weights_only=True)
+    from r2l_nerfstudio.torch_compat import load_tensors
+
+    loaded = load_tensors(path)
 
     def plain(value: Any) -> Any:
         if isinstance(value, np.generic):

@@ -1,4 +1,4 @@
-"""Which stage is submitted when, and what follows from its outcome. Ray decides where it runs."""
+"""The scheduler: which stage is submitted when, and what follows from its outcome. Ray decides where it runs."""
 
 from __future__ import annotations
 
@@ -25,21 +25,21 @@ from r2l_nerfstudio.fleet.task import Job, Outcome
 LOCK = "fleet.running.json"
 LOCK_SECONDS = 120.0
 POLL_SECONDS = 5.0
-"""Between looks at what runs and at the size of the cluster."""
+"""Seconds between checks of what runs and of the cluster's size."""
 _FORWARDED = ("NERFSTUDIO_METHOD_CONFIGS", "NERFSTUDIO_DATAPARSER_CONFIGS")
 
 _Id = tuple[str, str]
 
 
 class Scheduler:
-    """Runs the stages of a plan that are not done.
+    """Runs the unfinished stages of a plan.
 
     Args:
         plan: captures and stages.
         storage: the output.
-        cluster: runs the stages.
+        cluster: cluster that runs the stages.
         say: called with a sentence on each event.
-        look: called often, for tables and the gallery; with force, the state has changed.
+        look: called often, for tables and the gallery; with force if the state has changed.
     """
 
     def __init__(
@@ -63,7 +63,8 @@ class Scheduler:
         self._attempts: dict[_Id, int] = defaultdict(int)
         self._reasons: dict[_Id, str] = {}
         self._ready: dict[tuple[float, ...], list[tuple[int, _Id]]] = defaultdict(list)
-        """Stages that can start, by what they claim; the earliest capture first, so that captures are finished early."""
+        """Return the stages that can start, by their resources; the earliest capture comes first, so that captures are
+        finished early."""
         self._delayed: list[tuple[float, _Id]] = []
         self._running: dict[Any, _Id] = {}
         self._capacity = cluster.capacity()
@@ -73,7 +74,7 @@ class Scheduler:
         """Run until every stage is done, failed or blocked. A KeyboardInterrupt stops all stages, and is raised again.
 
         Raises:
-            InputError: this machine lacks what a stage claims, or another process runs this fleet.
+            InputError: this machine lacks resources of a stage, or another process runs this fleet.
         """
         self._check_claims()
         with self._lock():
@@ -125,7 +126,8 @@ class Scheduler:
         for claim, queue in self._ready.items():
             shares = [there / claimed for there, claimed in zip(self._capacity, claim, strict=True) if claimed]
             fitting = int(min(shares))
-            # A few more than fit keep machines busy and let a cluster grow. All at once would leave no choice of order.
+            # A few more than fit keep machines busy and let a cluster grow. Submitting all at once would leave no
+            # choice of order.
             while queue and submitted[claim] < fitting + max(8, fitting // 4):
                 _, key = heapq.heappop(queue)
                 self._running[self.cluster.submit(self._job(key))] = key
@@ -156,7 +158,7 @@ class Scheduler:
                 self._queue_if_ready(follower)
             return
         if outcome.failure in ("lost", "stopped"):
-            # The worker could not do it.
+            # The worker could not clean up.
             self.storage.remove(f"{stage.state}.running.json")
         state.status, state.details = "waiting", {}
         if (again := self._next_attempt(key, outcome)) is not None:
@@ -175,10 +177,10 @@ class Scheduler:
             self._queue_if_ready(follower)
 
     def _next_attempt(self, key: _Id, outcome: Outcome) -> Stage | None:
-        """The stage as it is tried again; None if another attempt makes no sense."""
+        """Return the stage for another attempt; None if another attempt makes no sense."""
         stage = self._stages[key]
         if outcome.failure == "out-of-memory" and 0 < stage.gpus < 1:
-            # Once more with a GPU of its own: the stages beside it may have taken the memory.
+            # Once more with a whole GPU: the stages beside it may have used up the memory.
             return dataclasses.replace(stage, gpus=1.0)
         is_same = self._reasons.get(key) == outcome.reason
         self._reasons[key] = outcome.reason
@@ -200,7 +202,7 @@ class Scheduler:
         self.look(self.state, self._capacity)
 
     def _check_claims(self) -> None:
-        """On this machine, a stage that claims more than there is would wait for ever."""
+        """Check that this machine has the resources of every stage, which would otherwise wait forever."""
         if self.plan.config.address:
             return
         names = {"GPUs": "gpus", "CPU cores": "cpus", "GB of memory": "memory_gb"}
@@ -239,11 +241,12 @@ class Scheduler:
         try:
             self.storage.write_json(LOCK, {"host": socket.gethostname(), "pid": os.getpid(), "seen": time.time()})
         except OSError:
-            pass  # a full disk: the stages say so
+            pass  # A full disk, which the stages report.
 
 
 def current_state(plan: Plan, storage: Storage) -> FleetState:
-    """What is done of a plan. Failed stages count as waiting, and so do done ones whose result was removed."""
+    """Determine what is done of a plan. Failed stages count as waiting, and so do done ones whose result was
+    removed."""
     state = read_state(storage, plan.describe())
     for capture in state.captures:
         for stage in capture.stages:

@@ -1,4 +1,4 @@
-"""The stages of a capture: which command each runs, what it depends on, and the key that changes with those."""
+"""The stages of a capture: their commands, what they depend on, and a key that changes with these."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ COMMANDS = {
     "tensorrt-rtx": "r2l-export tensorrt-rtx --output {output}/student.plan --load-config {run} {options}",
     "torch-tensorrt": "r2l-export torch-tensorrt --output {output}/student.ep --load-config {run} {options}",
 }
-"""Command line of each kind of stage. The first word is a console script or a program; names in braces are replaced when
-the stage starts, {options} and {dataparser} by several words."""
+"""Command line of each kind of stage. The first word is a console script or a program; names in braces are replaced
+when the stage starts, {options} and {dataparser} by several words."""
 TRAINING = ("teacher", "student")
 """Kinds whose result is a Nerfstudio run. Each key has its own run folder, so no training overwrites another."""
 GRACE_MINUTES = 10.0
-"""Beyond its --max-minutes, that a student may take to start and to save."""
+"""Minutes beyond its --max-minutes that a student may take to start and to save."""
 
 
 @dataclass(frozen=True)
@@ -51,9 +51,9 @@ class Stage:
     depends: tuple[str, ...]
     """Ids of the stages whose results it reads."""
     minutes: float
-    """Expected at most."""
+    """Maximum minutes expected."""
     limit_minutes: float
-    """When it is stopped."""
+    """Minutes after which it is stopped."""
     gpus: float
     cpus: float
     memory_gb: float
@@ -82,7 +82,7 @@ class Stage:
 
 
 def plan_stages(config: FleetConfig, capture: Capture) -> list[Stage]:
-    """All stages of one readable capture, each after those that it depends on."""
+    """Return all stages of one readable capture, each after those that it depends on."""
     stages: list[Stage] = []
     if capture.teacher:
         teacher_key, before = capture.fingerprint, ()
@@ -130,7 +130,7 @@ def _stage(
             limit = 1.2 * minutes + GRACE_MINUTES
             key = _hash([key, minutes])
     if kind in TRAINING and settings.gpus == 0 and not settings.command and "--machine.device" not in own:
-        # Without a GPU, Nerfstudio's default device and mixed precision fail. Either device gives the same result.
+        # Without a GPU, Nerfstudio's default device and mixed precision fail. Both devices give the same result.
         options = f"--machine.device-type cpu --mixed-precision False {options}"
     values = {
         "name": capture.name,
@@ -159,11 +159,11 @@ def _stage(
 
 
 def fill_in(words: tuple[str, ...], values: dict[str, str]) -> list[str]:
-    """A command line with the names in braces replaced.
+    """Return a command line with the names in braces replaced.
 
     Args:
         words: command line; a word that is just {options} or {dataparser} becomes as many words as its value has.
-        values: by name. Names that are not in it stay as they are.
+        values: replacements by name. Other names are kept.
     """
     filled: list[str] = []
     for word in words:

@@ -1,9 +1,8 @@
-"""Files below one folder or fsspec URL, with JSON files that are there whole or not at all."""
+"""Files below one folder or fsspec URL, with JSON files that are written atomically."""
 
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import uuid
 from pathlib import Path
@@ -12,12 +11,13 @@ from typing import Any, cast
 import fsspec
 from fsspec.core import url_to_fs
 
+from r2l_nerfstudio.disk import write_atomically
 from r2l_nerfstudio.errors import InputError
 from r2l_nerfstudio.fleet.config import is_url
 
 
 def open_url(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
-    """The file system of a path or URL, and its path there.
+    """Return the file system of a path or URL, and its path there.
 
     Raises:
         InputError: the URL's protocol is unknown, or its fsspec driver is not installed.
@@ -44,33 +44,23 @@ class Storage:
         self._fs, self._path = open_url(self.root)
 
     def read(self, name: str) -> bytes | None:
-        """The file's content; None without the file."""
+        """Return a file's content; None if there is no file."""
         try:
             return cast(bytes, self._fs.cat_file(self._at(name)))
         except (FileNotFoundError, NotADirectoryError):
             return None
 
     def write(self, name: str, data: bytes) -> None:
-        """Write a file whole or not at all. Object stores do this themselves; local files are written and moved."""
+        """Write a file atomically. Object stores do this themselves."""
         target = self._at(name)
         if not self.is_local:
             self._fs.makedirs(target.rpartition("/")[0], exist_ok=True)
             self._fs.pipe_file(target, data)
             return
-        os.makedirs(os.path.dirname(target), exist_ok=True)
-        partial = f"{target}.{uuid.uuid4().hex[:8]}.partial"
-        try:
-            with open(partial, "wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(partial, target)
-        except OSError:
-            Path(partial).unlink(missing_ok=True)
-            raise
+        write_atomically(Path(target), data)
 
     def read_json(self, name: str) -> dict[str, Any] | None:
-        """A JSON object; None without the file, or where it is damaged."""
+        """Return a JSON object; None if there is no file or it is damaged."""
         data = self.read(name)
         try:
             found = None if data is None else json.loads(data)
@@ -79,11 +69,11 @@ class Storage:
         return found if isinstance(found, dict) else None
 
     def write_json(self, name: str, data: dict[str, Any]) -> None:
-        """Write a JSON object whole or not at all."""
+        """Write a JSON object atomically."""
         self.write(name, (json.dumps(data, indent=1, ensure_ascii=False) + "\n").encode())
 
     def read_all_json(self, folder: str) -> dict[str, dict[str, Any]]:
-        """All JSON objects below a folder, by path relative to it. Damaged files are left out."""
+        """Return all JSON objects below a folder, by path relative to it. Damaged files are skipped."""
         base = self._at(folder)
         try:
             self._fs.invalidate_cache()
@@ -103,14 +93,14 @@ class Storage:
         return found
 
     def remove(self, name: str) -> None:
-        """Remove a file; nothing happens without it."""
+        """Remove a file if it exists."""
         try:
             self._fs.rm_file(self._at(name))
         except (FileNotFoundError, NotADirectoryError):
             pass
 
     def names(self, folder: str) -> list[str]:
-        """Names in a folder; none without the folder."""
+        """Return the names in a folder; none if there is no folder."""
         try:
             self._fs.invalidate_cache()
             return [path.rstrip("/").rpartition("/")[2] for path in self._fs.ls(self._at(folder), detail=False)]
@@ -118,7 +108,7 @@ class Storage:
             return []
 
     def exists(self, name: str) -> bool:
-        """Whether a file or folder is there."""
+        """Return whether a file or folder exists."""
         return self._fs.exists(self._at(name))
 
     def upload(self, local: Path, name: str) -> None:
@@ -136,7 +126,7 @@ class Storage:
 
 
 def download(url: str, folder: Path) -> Path:
-    """Copy a remote folder to a local one, unless it is there already. A copy that was cut short is not taken for one.
+    """Copy a remote folder to a local one, unless it is there already. An interrupted copy is not kept.
 
     Raises:
         FileNotFoundError: nothing is at the URL.

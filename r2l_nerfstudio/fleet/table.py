@@ -1,4 +1,4 @@
-"""A fleet in the terminal: captures by stages."""
+"""The terminal table of a fleet: captures by stages."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from r2l_nerfstudio.fleet.plan import CaptureState, FleetState, StageState
 
 _ORDER = {"running": 0, "failed": 1, "waiting": 2, "done": 3, "blocked": 4}
 _OTHER_LINES = 8
-"""Of the terminal, that rows cannot have: title, header, borders and the lines below the table."""
+"""Lines that rows cannot use: title, header, borders and the lines below the table."""
 
 
 def fleet_table(state: FleetState, capacity: Capacity | None = None, height: int = 10**6) -> RenderableType:
-    """Captures by stages, with PSNR and minutes left, and totals below.
+    """Return a table of captures by stages, with PSNR and minutes left, and totals below.
 
     Args:
         state: the fleet.
-        capacity: of the machines, for an estimate of the time to the end; left out when None.
-        height: lines of the terminal. If there are more captures, running and failed ones are shown first.
+        capacity: resources of the machines, for an estimate of the time to the end; left out if None.
+        height: lines of the terminal. If there are more captures, running and failed ones come first.
     """
     columns = list(dict.fromkeys(stage.id for capture in state.captures for stage in capture.stages))
     table = Table(
@@ -49,7 +49,7 @@ def fleet_table(state: FleetState, capacity: Capacity | None = None, height: int
 
 
 def totals(state: FleetState, capacity: Capacity | None = None) -> str:
-    """One line: how many stages are done, running, failed and waiting."""
+    """Return one line: how many stages are done, running, failed and waiting."""
     line = f"{state.count('done')} of {state.total} stages done, {state.count('running')} running"
     unreadable = sum(bool(capture.error) for capture in state.captures)
     for count, what in (
@@ -65,7 +65,7 @@ def totals(state: FleetState, capacity: Capacity | None = None) -> str:
 
 
 def failures(state: FleetState) -> list[str]:
-    """One line on each failure."""
+    """Return one line on each failure."""
     lines = []
     for capture in state.captures:
         if capture.error:
@@ -79,7 +79,7 @@ def failures(state: FleetState) -> list[str]:
 
 
 def hours(minutes: float) -> str:
-    """A duration in words."""
+    """Return a duration in words."""
     if minutes < 90:
         return f"{minutes:.0f} minutes"
     return f"{minutes / 60:.1f} hours" if minutes < 72 * 60 else f"{minutes / 1440:.1f} days"
@@ -90,7 +90,7 @@ def _urgency(capture: CaptureState) -> int:
 
 
 def _student_psnr(capture: CaptureState) -> float | None:
-    """Against photos from the report; until it exists, against the teacher from training."""
+    """PSNR against photos from the report; until it exists, against the teacher from training."""
     final = capture.figure("student_psnr")
     if final is not None:
         return final

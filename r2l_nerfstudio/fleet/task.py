@@ -1,4 +1,4 @@
-"""One attempt at one stage, on the machine that Ray chose for it. Imports no Ray, no torch, no Nerfstudio."""
+"""One attempt at one stage, on the machine that Ray selected. It imports neither Ray, torch nor Nerfstudio."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from r2l_nerfstudio.fleet.storage import Storage, download
 
 THUMBNAIL_PIXELS = 320
 STOP_SECONDS = 90.0
-"""Time for a command to save and end, from SIGTERM to SIGKILL."""
+"""Seconds for a command to save and end, from SIGTERM to SIGKILL."""
 HEARTBEAT_SECONDS = 20.0
 _ALMOST_FULL_BYTES = 16 << 20
 _PSNR = re.compile(r"(\d+\.\d+) dB against")
@@ -42,7 +42,7 @@ _PSNR = re.compile(r"(\d+\.\d+) dB against")
 
 @dataclass(frozen=True)
 class Job:
-    """A stage with everything that an attempt at it needs; travels to the machine that runs it."""
+    """A stage with everything that an attempt needs; sent to the machine that runs it."""
 
     stage: Stage
     output: str
@@ -57,13 +57,13 @@ class Job:
     inputs: dict[str, str]
     """Results of the stages that it depends on, by id: folders in the output."""
     environment: dict[str, str] = field(default_factory=dict)
-    """Variables that the command gets beside the worker's own."""
+    """Variables added to the worker's environment for the command."""
     attempt: int = 1
 
 
 @dataclass
 class Outcome:
-    """What became of an attempt."""
+    """Outcome of an attempt."""
 
     failure: Failure | None = None
     reason: str = ""
@@ -96,7 +96,7 @@ def run_stage(job: Job, stop: threading.Event | None = None) -> Outcome:
         outcome = Outcome("disk-full" if full else "crash", f"{'The disk is full: ' if full else ''}{error}")
     except MemoryError:
         outcome = Outcome("out-of-memory", "The worker is out of memory")
-    except Exception as error:  # a storage driver's own class: to be listed, not to end the fleet
+    except Exception as error:  # A storage driver's own exception must not end the fleet.
         outcome = Outcome("crash", f"{type(error).__name__}: {error}")
     outcome.host = socket.gethostname()
     outcome.seconds = round(time.time() - started, 2)
@@ -108,7 +108,7 @@ class _Attempt:
         self.job, self.stage, self.stop = job, job.stage, stop
         self.storage = Storage(job.output)
         work = Path(job.work_dir).expanduser()
-        # One place for each output, the same on every machine: runs name their teacher and capture by path.
+        # One place for each output, the same on every machine: runs refer to their teacher and capture by path.
         self.copies = work / hashlib.sha256(self.storage.root.encode()).hexdigest()[:12]
         self.root = Path(self.storage.root) if self.storage.is_local else self.copies
         self.captures = self.root / "captures"
@@ -119,7 +119,7 @@ class _Attempt:
     def run(self) -> Outcome:
         done = self.storage.read_json(f"{self.stage.state}.done.json")
         if done is not None:
-            # An attempt whose machine was taken for lost has finished after all.
+            # An attempt whose machine seemed lost has finished after all.
             return Outcome(result=done["result"], page=done["page"], bytes=done["bytes"], figures=done["figures"])
         started = time.time()
         self.beat(started)
@@ -138,7 +138,7 @@ class _Attempt:
                 pass
 
     def prepare(self) -> dict[str, str]:
-        """Bring capture and earlier results to this machine. Returns the replacements in the command line."""
+        """Bring capture and earlier results to this machine. Return the replacements in the command line."""
         capture = Path(self.job.source)
         if is_url(self.job.source):
             capture = download(
@@ -163,7 +163,9 @@ class _Attempt:
                 download(f"{self.storage.root}/{result}", self.root / result)
             runs[name] = str(self.root / result)
             if not Path(runs[name]).is_dir():
-                raise InputError(f"The result {runs[name]} of stage {name} is gone. Start the fleet again to redo it")
+                raise InputError(
+                    f"The result {runs[name]} of stage {name} is missing. Start the fleet again to redo it"
+                )
         values["teacher"] = runs.get("teacher", teacher)
         values["run"] = runs.get(self.stage.values["student"], "")
         self.thumbnail(capture)
@@ -200,20 +202,20 @@ class _Attempt:
         return outcome
 
     def runs(self) -> list[Path]:
-        """Run folders of this stage; a method's configuration may name its folder otherwise than the method."""
+        """Return the run folders of this stage; a method's configuration may name its folder differently."""
         found = (self.captures / self.stage.capture).glob(f"*/{self.stage.folder}/config.yml")
         return sorted((path.parent for path in found), key=lambda run: run.stat().st_mtime)
 
     def interrupted(self) -> Path | None:
-        """The newest checkpoint of an attempt that did not finish."""
+        """Return the newest checkpoint of an attempt that did not finish."""
         runs = self.runs()
         return newest_checkpoint(runs[-1] / "nerfstudio_models") if runs else None
 
     def resume_options(self, checkpoint: Path) -> str | None:
-        """Options to train what is left; None if nothing is."""
+        """Return options to train what is left; None if nothing is."""
         options = f"--load-dir {shlex.quote(str(checkpoint.parent))}"
         if self.stage.kind == "student":
-            return options  # counts the iterations of both attempts
+            return options  # It counts the iterations of both attempts.
         # Nerfstudio trains --max-num-iterations more, and saves that number in the new config.yml.
         state = f"{self.stage.state}.train.json"
         total = (self.storage.read_json(state) or {}).get("max_num_iterations")
@@ -298,7 +300,7 @@ class _Attempt:
         except BaseException:
             _end(process)
             raise
-        # A grandchild that lives on may hold the pipe open.
+        # A surviving grandchild may hold the pipe open.
         reader.join(timeout=5)
         if self.stop.is_set():
             return Outcome("stopped", "Stopped")
@@ -310,7 +312,7 @@ class _Attempt:
         return Outcome(*judge(process.returncode, list(self.tail), is_full, _out_of_memory_kills() > kills_before))
 
     def wait(self, process: subprocess.Popen[bytes]) -> bool:
-        """Until the command ends, or is ended. Returns whether it ran out of time."""
+        """Wait until the command ends, or end it. Return whether it ran out of time."""
         started = time.time()
         beaten, reported = started, self.psnr
         while True:
@@ -355,10 +357,10 @@ class _Attempt:
             with open(self.log, "ab") as file:
                 file.write(data)
         except OSError:
-            pass  # a full disk: the reason of the failure is kept without the log
+            pass  # A full disk: the reason of the failure is kept without the log.
 
     def beat(self, started: float) -> None:
-        """Say in the output that this stage is running."""
+        """Record in the output that this stage is running."""
         state: dict[str, Any] = {
             "host": socket.gethostname(),
             "pid": os.getpid(),
@@ -370,10 +372,10 @@ class _Attempt:
         try:
             self.storage.write_json(f"{self.stage.state}.running.json", state)
         except OSError:
-            pass  # only tables read it
+            pass  # Only tables read it.
 
     def thumbnail(self, capture: Path) -> None:
-        """A small copy of the capture's first photo, for the gallery; without it the gallery has a gap."""
+        """Write a small copy of the capture's first photo for the gallery, which has a gap without it."""
         name = f"thumbnails/{self.stage.capture}.jpg"
         try:
             photo = None if self.storage.exists(name) else first_photo(capture)
@@ -392,13 +394,13 @@ class _Attempt:
                 data = io.BytesIO()
                 image.convert("RGB").save(data, "JPEG", quality=85)
             self.storage.write(name, data.getvalue())
-        except Exception:  # a damaged photo is the training command's to report
+        except Exception:  # The training command reports a damaged photo.
             pass
 
 
 @functools.lru_cache
 def find_program(name: str) -> list[str]:
-    """How a command is started: a console script of an installed package by this interpreter, else a program.
+    """Return how to start a command: a console script of an installed package with this interpreter, else a program.
 
     Console scripts need not be on PATH, and those of another environment are never taken.
 
@@ -433,7 +435,8 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 
 
 def _out_of_memory_kills() -> int:
-    """How many processes the kernel has killed for lack of memory, on this machine or in this container."""
+    """Return the number of processes that the kernel has killed for lack of memory, on this machine or in this
+    container."""
     count = 0
     for path in ("/proc/vmstat", "/sys/fs/cgroup/memory.events"):
         try:
@@ -451,6 +454,6 @@ except (OSError, AttributeError):
 
 
 def _die_with_parent() -> None:
-    """In a command before it starts: end it when the worker dies, or two attempts would train in one folder."""
+    """Runs in a command before it starts: end it when the worker dies, or two attempts would train in one folder."""
     if _prctl is not None:
         _prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG

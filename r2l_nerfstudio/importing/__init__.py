@@ -1,1 +1,2 @@
-"""Published checkpoints as run folders: read without running anything, put into a capture's frame, compared, written."""
+"""Published checkpoints as run folders: read without running anything, placed in a capture's frame, compared,
+written."""

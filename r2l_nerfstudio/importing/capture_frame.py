@@ -1,4 +1,4 @@
-"""The published frame of a capture: where a published network thinks the cameras are."""
+"""The published frame of a capture, in which a published network expects its cameras."""
 
 from __future__ import annotations
 
@@ -15,9 +15,8 @@ from nerfstudio.data.dataparsers.blender_dataparser import BlenderDataParserConf
 from nerfstudio.data.dataparsers.nerfstudio_dataparser import NerfstudioDataParserConfig
 from torch import Tensor
 
-from r2l_nerfstudio.distillation.datamanager import capture_cameras
-from r2l_nerfstudio.distillation.pose_sampling import CaptureCameras
-from r2l_nerfstudio.errors import InputError
+from r2l_nerfstudio.distillation.pose_sampling import CaptureCameras, capture_cameras
+from r2l_nerfstudio.errors import InputError, one_line
 from r2l_nerfstudio.rays.published import (
     BLENDER_RADIUS,
     Similarity,
@@ -32,7 +31,8 @@ Layout = Literal["blender", "llff"]
 
 BOUNDS_FILE = "poses_bounds.npy"
 MOST_RESIDUAL = 0.05
-"""Of Blender cameras, `blender_residual`; of LLFF cameras, the fit's residual as a share of the cameras' spread."""
+"""Maximum residual: of Blender cameras `blender_residual`; of LLFF cameras the fit's residual, as a share of the
+cameras' spread."""
 MOST_DEGREES = 3.0
 IMAGE_ENDINGS = (".jpg", ".jpeg", ".png")
 
@@ -46,23 +46,24 @@ LLFF_CENTERS = {
     "fortress": (-0.0436502165, -0.00446507414, 22.292642),
     "leaves": (5.40735207, -2.33496984, 136.81563356),
 }
-"""Origins that the published MobileR2L uses for LLFF's scenes instead of the mean camera, in their files' coordinates."""
+"""Origins that the published MobileR2L uses for LLFF's scenes instead of the mean camera, in their files'
+coordinates."""
 
 
 @dataclass(frozen=True)
 class CaptureFrame:
-    """A capture, and the way into the published frame."""
+    """A capture, and the similarity to the published frame."""
 
     dataparser: DataParserConfig
     outputs: DataparserOutputs
-    """Of the training split."""
+    """Dataparser outputs of the training split."""
     cameras: CaptureCameras
     """The training cameras in the run's frame."""
     layout: Layout
     similarity: Similarity
-    """From the run's frame to the published one."""
+    """Similarity from the run's frame to the published one."""
     bounds: tuple[float, float]
-    """Nearest and farthest distance that is seen, in the published frame's unit; 0 for a Blender capture."""
+    """Nearest and farthest visible distance, in the published frame's unit; 0 for a Blender capture."""
     report: str
     """How well it fits, in words."""
 
@@ -77,9 +78,9 @@ def read_frame(
 
     Args:
         data: folder of the capture.
-        layout: its kind; by default `llff` where it holds poses_bounds.npy, else `blender`.
+        layout: kind of capture; by default `llff` if it has a poses_bounds.npy, else `blender`.
         center: origin of an LLFF capture's frame in the coordinates of its poses_bounds.npy; the mean camera by default.
-        teacher: a trained run whose dataparser to use, and so whose frame the student will live in.
+        teacher: a trained run whose dataparser, and so whose frame, the student adopts.
 
     Raises:
         InputError: if the capture cannot be read, or does not have the published geometry.
@@ -88,13 +89,13 @@ def read_frame(
         raise InputError(f"Unknown kind of capture {layout!r}: choose --layout from {', '.join(get_args(Layout))}.")
     data = Path(data)
     if not data.is_dir():
-        raise InputError(f"There is no capture at {data}: name the folder of the checkpoint's scene with --data.")
+        raise InputError(f"There is no capture at {data}: give the folder of the checkpoint's scene with --data.")
     has_bounds = (data / BOUNDS_FILE).is_file()
     layout = layout or ("llff" if has_bounds else "blender")
     if layout == "llff" and not has_bounds:
         raise InputError(
-            f"The capture {data} holds no {BOUNDS_FILE}, from which the frame of an LLFF checkpoint is computed: name the"
-            " scene as LLFF distributes it, with a transforms.json beside it for Nerfstudio."
+            f"The capture {data} has no {BOUNDS_FILE}, from which the frame of an LLFF checkpoint is computed: give"
+            " the scene as LLFF distributes it, with a transforms.json beside it for Nerfstudio."
         )
     dataparser = _dataparser(data, teacher)
     train = _outputs(dataparser, data, "train")
@@ -109,7 +110,7 @@ def _dataparser(data: Path, teacher: Path | None) -> DataParserConfig:
     if teacher is not None:
         parser = getattr(load_run_config(teacher).pipeline.datamanager, "dataparser", None)
         if parser is None:
-            raise InputError(f"The run {teacher} was not trained on a capture: name another one with --teacher.")
+            raise InputError(f"The run {teacher} was not trained on a capture: give another one with --teacher.")
         parser = copy.deepcopy(parser)
     elif (data / "transforms_train.json").is_file():
         parser = BlenderDataParserConfig()
@@ -117,8 +118,8 @@ def _dataparser(data: Path, teacher: Path | None) -> DataParserConfig:
         parser = NerfstudioDataParserConfig()
     else:
         raise InputError(
-            f"The capture {data} holds neither transforms_train.json (Blender) nor transforms.json (Nerfstudio): convert it"
-            " with ns-process-data first, or name another folder with --data."
+            f"The capture {data} has neither transforms_train.json (Blender) nor transforms.json (Nerfstudio):"
+            " convert it with ns-process-data first, or give another folder with --data."
         )
     parser.data = data.absolute()
     if hasattr(parser, "load_3D_points"):
@@ -131,8 +132,8 @@ def _outputs(dataparser: DataParserConfig, data: Path, split: str) -> Dataparser
         return dataparser.setup().get_dataparser_outputs(split=split)
     except Exception as error:  # every dataparser has failures of its own
         raise InputError(
-            f"The capture {data} cannot be read ({type(error).__name__}: {' '.join(str(error).split())[:300]}): restore it,"
-            " or name a whole copy with --data."
+            f"The capture {data} cannot be read ({type(error).__name__}: {one_line(error)}): restore it, or give a"
+            " complete copy with --data."
         ) from error
 
 
@@ -146,9 +147,10 @@ def _blender(
     residual = blender_residual(similarity.poses(cameras.camera_to_worlds))
     if not residual <= MOST_RESIDUAL:
         raise InputError(
-            f"The capture {data} is not one that a published Blender checkpoint can have been trained on: its cameras should"
-            f" look at the origin from {BLENDER_RADIUS:g} away, and deviate by {residual:.3f} (at most {MOST_RESIDUAL:g})."
-            f" Name the checkpoint's own scene with --data; a forward-facing one needs its {BOUNDS_FILE}."
+            f"A published Blender checkpoint cannot have been trained on the capture {data}: its cameras should look"
+            f" at the origin from a distance of {BLENDER_RADIUS:g}, and deviate by {residual:.3f} (at most"
+            f" {MOST_RESIDUAL:g}). Give the checkpoint's own scene with --data; a forward-facing one needs its"
+            f" {BOUNDS_FILE}."
         )
     report = f"Blender frame: the cameras deviate by {residual:.4f} from {BLENDER_RADIUS:g} around the origin"
     return CaptureFrame(dataparser, train, cameras, "blender", similarity, (0.0, 0.0), report)
@@ -169,8 +171,8 @@ def _llff(
     names = sorted(path.name for path in folder.iterdir() if path.suffix.lower() in IMAGE_ENDINGS)
     if len(names) != len(poses):
         raise InputError(
-            f"The capture {data} has {len(names)} images in {folder}, but its {BOUNDS_FILE} has {len(poses)} poses: they go"
-            " together in order of name; restore the images that are missing, or remove those that do not belong."
+            f"The capture {data} has {len(names)} images in {folder}, but its {BOUNDS_FILE} has {len(poses)} poses:"
+            " they correspond in order of name. Restore the missing images, or remove those that do not belong."
         )
     order = [index for index, name in enumerate(names) if name in named]
     if len(order) < 3:
@@ -179,9 +181,9 @@ def _llff(
     similarity, residual, degrees = fit_similarity(ours, to_published.poses(poses[order]))
     if not (residual <= MOST_RESIDUAL and degrees <= MOST_DEGREES):
         raise InputError(
-            f"The cameras of {data} and of its {BOUNDS_FILE} are not of one scene: after the best fit they are apart by"
-            f" {residual:.3f} of their spread (at most {MOST_RESIDUAL:g}) and {degrees:.1f} degrees (at most"
-            f" {MOST_DEGREES:g}). Name the checkpoint's own scene with --data."
+            f"The cameras of {data} and of its {BOUNDS_FILE} are not from one scene: after the best fit they differ"
+            f" by {residual:.3f} of their spread (at most {MOST_RESIDUAL:g}) and {degrees:.1f} degrees (at most"
+            f" {MOST_DEGREES:g}). Give the checkpoint's own scene with --data."
         )
     scale = to_published.scale
     report = (
@@ -193,7 +195,7 @@ def _llff(
 
 
 def _named_poses(dataparser: DataParserConfig, data: Path, train: DataparserOutputs) -> dict[str, Tensor]:
-    """All cameras of a capture by the name of their image: training and evaluation share one frame."""
+    """Return all cameras of a capture by the name of their image; training and evaluation share one frame."""
     found = {}
     for outputs in (train, _outputs(dataparser, data, "val")):
         for path, pose in zip(outputs.image_filenames, outputs.cameras.camera_to_worlds, strict=True):
@@ -202,30 +204,30 @@ def _named_poses(dataparser: DataParserConfig, data: Path, train: DataparserOutp
 
 
 def read_poses_bounds(path: Path) -> tuple[Float[Tensor, "num 3 4"], Float[Tensor, "num 2"]]:
-    """Poses and depth bounds of an LLFF capture.
+    """Read poses and depth bounds of an LLFF capture.
 
     Args:
         path: its poses_bounds.npy: per camera three rows of down, right, backward, center, (height, width, focal); then
             two bounds.
 
     Returns:
-        camera-to-world matrices with OpenGL axes, and nearest and farthest distance of each, in the file's unit.
+        Camera-to-world matrices with OpenGL axes, and nearest and farthest distance of each, in the file's unit.
 
     Raises:
-        InputError: if it is damaged, or no such file.
+        InputError: if it is damaged or of another kind.
     """
     try:
         array = np.load(path, allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
-        raise InputError(f"{path} cannot be read ({' '.join(str(error).split())[:200]}): restore it.") from error
+        raise InputError(f"{path} cannot be read ({one_line(error, 200)}): restore it.") from error
     shape = getattr(array, "shape", None)
     if shape is None or len(shape) != 2 or shape[1] != 17 or shape[0] < 3 or array.dtype.kind != "f":
         raise InputError(
-            f"{path} holds no LLFF poses (shape {shape}, and [cameras, 17] numbers are needed): restore it."
+            f"{path} has no LLFF poses (its shape is {shape}; [cameras, 17] numbers are needed): restore it."
         )
     table = torch.from_numpy(array.astype(np.float64))
     bounds = table[:, 15:]
     if not bool(table.isfinite().all()) or float(bounds.min()) <= 0:
-        raise InputError(f"{path} holds numbers that are not finite, or bounds that are not above 0: restore it.")
+        raise InputError(f"{path} has non-finite numbers, or bounds that are not above 0: restore it.")
     down, right, backward, position = table[:, :15].view(-1, 3, 5)[:, :, :4].unbind(-1)
     return torch.stack([right, -down, backward, position], dim=-1), bounds

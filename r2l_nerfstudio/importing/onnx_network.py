@@ -1,4 +1,4 @@
-"""A MobileR2L network from the `.onnx` that the published code exports: BatchNorm folded, GELU written as something else."""
+"""MobileR2L networks from the `.onnx` files that the published code exports: BatchNorm folded, GELU replaced."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from r2l_nerfstudio.errors import InputError
+from r2l_nerfstudio.errors import InputError, one_line
 from r2l_nerfstudio.importing.published_network import (
     PublishedNetwork,
     check_memory,
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 MOST_BYTES = 2 << 30
 NORM_EPSILON = 1e-5
-"""Of torch's BatchNorm: a variance this much below 1 makes a norm the identity."""
+"""PyTorch's BatchNorm epsilon: a variance this much below 1 makes a norm the identity."""
 AGREEMENT = 1e-4
 """Largest difference between the file's graph and our network with its weights."""
 
@@ -51,7 +51,7 @@ def read_onnx(path: Path, num_points: int | None = None, num_frequencies: int | 
     Args:
         path: the file.
         num_points: sample points per ray; read from the file by default.
-        num_frequencies: octaves of the frequency encoding; likewise.
+        num_frequencies: octaves of the frequency encoding; read from the file by default.
 
     Raises:
         InputError: if it is damaged, has other operators, or other connections than MobileR2L.
@@ -80,8 +80,8 @@ def read_onnx(path: Path, num_points: int | None = None, num_frequencies: int | 
 
 def _refused(path: Path, why: str) -> InputError:
     return InputError(
-        f"The file {path} cannot be imported: {why}. Pass the .onnx of a MobileR2L's network as its own code exports it (not"
-        " that of its sampler or embedder), or the .tar it was exported from."
+        f"The file {path} cannot be imported: {why}. Pass the .onnx of a MobileR2L network as its own code exports it"
+        " (not that of its sampler or embedder), or the .tar it was exported from."
     )
 
 
@@ -90,35 +90,35 @@ def _load(path: Path) -> onnx.ModelProto:
         import onnx
     except ImportError as error:
         raise InputError(
-            "Reading an .onnx file needs the package onnx, which is not installed: pip install onnx (together with others"
-            " the extra 'export' of r2l-nerfstudio)."
+            "Reading an .onnx file needs the package onnx, which is not installed: pip install onnx (or the extra"
+            " 'export' of r2l-nerfstudio)."
         ) from error
     if not path.is_file():
-        raise InputError(f"There is no checkpoint at {path}: name a published .tar or .onnx file.")
+        raise InputError(f"There is no checkpoint at {path}: give a published .tar or .onnx file.")
     size = path.stat().st_size
     if size > MOST_BYTES:
         raise _refused(path, f"it has {size} bytes, and no .onnx file has more than {MOST_BYTES}")
     check_memory(path, size)
     try:
-        # Data outside the file is not read: it may name any file of the machine.
+        # Data outside the file is not read: it may refer to any file of the machine.
         return onnx.load(str(path), load_external_data=False)
     except Exception as error:  # protobuf's own
-        raise _refused(path, f"it is damaged ({type(error).__name__}: {_one_line(error)})") from error
+        raise _refused(path, f"it is damaged ({type(error).__name__}: {one_line(error)})") from error
 
 
 def _array(path: Path, tensor: onnx.TensorProto) -> Tensor:
     from onnx import TensorProto, numpy_helper
 
     if tensor.data_location == TensorProto.EXTERNAL or tensor.external_data:
-        raise _refused(path, f"its weight {tensor.name} is kept in another file")
+        raise _refused(path, f"its weight {tensor.name} is stored in another file")
     try:
         array = np.array(numpy_helper.to_array(tensor))
     except Exception as error:
-        raise _refused(path, f"its weight {tensor.name} is damaged ({_one_line(error)})") from error
+        raise _refused(path, f"its weight {tensor.name} is damaged ({one_line(error)})") from error
     if array.dtype.kind == "f":
         array = array.astype(np.float32)
         if not np.isfinite(array).all():
-            raise _refused(path, f"its weight {tensor.name} holds numbers that are not finite")
+            raise _refused(path, f"its weight {tensor.name} has non-finite numbers")
     return torch.from_numpy(array)
 
 
@@ -137,7 +137,7 @@ def _steps(path: Path, model: onnx.ModelProto, weights: dict[str, Tensor]) -> li
 
     others = sorted({node.op_type for node in model.graph.node} - set(OPERATORS) - {"Constant", "Identity"})
     if others:
-        raise _refused(path, f"it has operators that MobileR2L's network has not ({', '.join(others[:6])})")
+        raise _refused(path, f"it has operators that are not MobileR2L's ({', '.join(others[:6])})")
     aliases: dict[str, str] = {}
     steps = []
     for node in model.graph.node:
@@ -152,7 +152,7 @@ def _steps(path: Path, model: onnx.ModelProto, weights: dict[str, Tensor]) -> li
         try:
             attributes = {attribute.name: helper.get_attribute_value(attribute) for attribute in node.attribute}
         except ValueError as error:
-            raise _refused(path, f"its node {node.name or node.op_type} is damaged ({_one_line(error)})") from error
+            raise _refused(path, f"its node {node.name or node.op_type} is damaged ({one_line(error)})") from error
         steps.append(Step(node.op_type, inputs, node.output[0], attributes))
     return steps
 
@@ -179,7 +179,7 @@ def _transposed_stride(weight: Tensor) -> int:
 def _network(
     path: Path, steps: list[Step], weights: dict[str, Tensor]
 ) -> tuple[dict[str, int], dict[str, Tensor], int]:
-    """Sizes, our state with norms that do nothing, and the length of a code in the file's order."""
+    """Return sizes, the state for our network with identity norms, and the length of a code in the file's order."""
     layers = []
     for step in steps:
         if step.kind not in ("Conv", "ConvTranspose"):
@@ -195,7 +195,7 @@ def _network(
         stride = 1 if step.kind == "Conv" else _transposed_stride(weight)
         square = weight.shape[2:] in ((1, 1),) if step.kind == "Conv" else weight.shape[2:] in ((4, 4), (3, 3))
         if not square or not _plain_convolution(step, stride, 1 if stride == 2 else 0):
-            raise _refused(path, f"a {step.kind} with a kernel of {list(weight.shape[2:])} is none of MobileR2L's")
+            raise _refused(path, f"a {step.kind} with a kernel of {list(weight.shape[2:])} is not MobileR2L's")
         layers.append((step.kind, weight, bias))
     kinds = [kind for kind, _, _ in layers]
     ups = kinds.count("ConvTranspose")
@@ -238,7 +238,7 @@ def _network(
 
 
 def _gelu(step: Step, x: Tensor) -> Tensor:
-    # Whatever they are called, the weights were trained with GELU.
+    # The weights were trained with GELU, whatever the file calls it.
     return F.gelu(x)
 
 
@@ -269,7 +269,7 @@ OPERATORS: dict[str, Callable[..., Tensor]] = {
 
 @torch.no_grad()
 def _run(path: Path, steps: list[Step], weights: dict[str, Tensor], given: str, result: str, code: Tensor) -> Tensor:
-    """The graph as the file has it."""
+    """Evaluate the graph as the file has it."""
     values = {given: code}
     uses: dict[str, int] = {}
     for step in steps:
@@ -280,7 +280,7 @@ def _run(path: Path, steps: list[Step], weights: dict[str, Tensor], given: str, 
             inputs = [values[name] if name in values else weights[name] for name in step.inputs]
             values[step.output] = OPERATORS[step.kind](step, *inputs)
         except (KeyError, RuntimeError, TypeError, ValueError) as error:
-            raise _refused(path, f"its {step.kind} cannot be computed ({_one_line(error)})") from error
+            raise _refused(path, f"its {step.kind} cannot be computed ({one_line(error)})") from error
         for name in step.inputs:
             uses[name] -= 1
             if not uses[name] and name != result:
@@ -291,7 +291,8 @@ def _run(path: Path, steps: list[Step], weights: dict[str, Tensor], given: str, 
 
 
 def _check_connections(network: PublishedNetwork, in_dim: int) -> None:
-    """The weights are in our order of layers; whether the file's graph joins them as ours does shows in its values."""
+    """Check that the file's graph joins the weights, which are in our order of layers, as our network does: by its
+    values."""
     sizes = network.sizes
     ours = MobileR2L(in_dim, 3, **cast(dict[str, Any], sizes))
     ours.load_state_dict(network.state)
@@ -301,7 +302,3 @@ def _check_connections(network: PublishedNetwork, in_dim: int) -> None:
         mine = ours.eval()(code[:, our_columns(network.num_points, network.num_frequencies)])
     if theirs.shape != mine.shape or not float((theirs - mine).abs().max()) <= AGREEMENT:
         raise _refused(network.path, "its layers are not connected as MobileR2L's are")
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:200]

@@ -1,8 +1,8 @@
-"""Read a torch checkpoint's tensors and plain values without running anything that it names.
+"""Read a PyTorch checkpoint's tensors and plain values without running anything that it names.
 
-A pickle is a program: it names functions and has them called. Published checkpoints hold whole modules and argument
-objects, so they cannot be loaded with `weights_only`. Here the opcodes are parsed (standard library's `pickletools`) and
-carried out on inert records: nothing is imported, called or built, whatever the file names.
+A pickle is a program: it names functions and calls them. Published checkpoints hold whole modules and argument objects,
+    so `weights_only` cannot load them. Here the opcodes are parsed (with `pickletools` of the standard library) and
+    evaluated on inert records: nothing is imported, called or built, whatever the file names.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from r2l_nerfstudio.errors import InputError
+from r2l_nerfstudio.errors import InputError, one_line
 
 MOST_PICKLE_BYTES = 64 << 20
-"""Of the pickle beside the tensors; published ones have about a megabyte."""
+"""Maximum bytes of the pickle beside the tensors; published ones have about a megabyte."""
 MOST_DEPTH = 6
-"""Dimensions of a tensor."""
+"""Maximum dimensions of a tensor."""
 DTYPES = {
     "FloatStorage": torch.float32,
     "DoubleStorage": torch.float64,
@@ -39,19 +39,19 @@ DTYPES = {
 
 
 class UnreadableError(Exception):
-    """What is wrong with a checkpoint file; the message finishes a sentence about the file."""
+    """An error in a checkpoint file; the message finishes a sentence about the file."""
 
 
 @dataclass(frozen=True)
 class Named:
-    """A class or function that the file names: never looked up."""
+    """A class or function that the file names; it is never looked up."""
 
     name: str
 
 
 @dataclass(eq=False)
 class Record:
-    """What the file would have had built or called: kept as it is written."""
+    """An object that the file would have built or called, kept as data."""
 
     name: str
     args: Any
@@ -61,7 +61,7 @@ class Record:
 
 @dataclass(frozen=True)
 class StorageRef:
-    """A tensor's numbers, in a file of their own in the archive."""
+    """A tensor's numbers, in a separate file of the archive."""
 
     key: str
     dtype: torch.dtype
@@ -83,13 +83,13 @@ class TensorRef:
 
 
 class Checkpoint:
-    """A torch archive, opened for reading; a context manager.
+    """A PyTorch archive, opened for reading; a context manager.
 
     Args:
         path: the file.
 
     Raises:
-        InputError: if it is missing, or no archive that `torch.save` wrote.
+        InputError: if it is missing, or not an archive that `torch.save` wrote.
     """
 
     def __init__(self, path: Path) -> None:
@@ -104,12 +104,13 @@ class Checkpoint:
         except UnreadableError as error:
             raise InputError(f"The checkpoint {self.path} cannot be read: {error}") from error
         except FileNotFoundError as error:
-            raise InputError(f"There is no checkpoint at {self.path}: name a published .tar or .onnx file.") from error
-        # NotImplementedError: zipfile's word for a compression or version that it does not know.
+            raise InputError(f"There is no checkpoint at {self.path}: give a published .tar or .onnx file.") from error
+        # zipfile raises NotImplementedError for an unknown compression or version.
         except (OSError, zipfile.BadZipFile, NotImplementedError, RuntimeError, ValueError) as error:
             raise InputError(
-                f"The checkpoint {self.path} is truncated, or no archive of torch 1.6 or newer"
-                f" ({type(error).__name__}: {_one_line(error)}): fetch it again, or save it anew with a current torch."
+                f"The checkpoint {self.path} is truncated, or not an archive of torch 1.6 or newer"
+                f" ({type(error).__name__}: {one_line(error)}): download it again, or save it again with a current"
+                " PyTorch."
             ) from error
 
     def __enter__(self) -> Checkpoint:
@@ -122,10 +123,10 @@ class Checkpoint:
         entries = self._archive.infolist()
         names = [entry.filename for entry in entries]
         if len(set(names)) != len(names):
-            raise UnreadableError("the archive holds two entries of one name.")
+            raise UnreadableError("the archive has two entries of one name.")
         pickles = [entry for entry in entries if entry.filename.split("/")[1:] == ["data.pkl"]]
         if len(pickles) != 1:
-            raise UnreadableError("the archive holds no data.pkl, so torch.save did not write it.")
+            raise UnreadableError("the archive has no data.pkl, so torch.save did not write it.")
         (entry,) = pickles
         self._folder = entry.filename.split("/")[0]
         order = f"{self._folder}/byteorder"
@@ -136,7 +137,7 @@ class Checkpoint:
     def _bytes(self, name: str, most: int) -> bytes:
         entry = self._archive.getinfo(name)
         if entry.compress_type != zipfile.ZIP_STORED:
-            # What torch writes is stored; a compressed entry may unpack to any size.
+            # PyTorch stores entries uncompressed; a compressed one may unpack to any size.
             raise UnreadableError(f"its entry {name} is compressed, which torch.save never does.")
         if entry.file_size > most:
             raise UnreadableError(f"its entry {name} has {entry.file_size} bytes; at most {most} were expected.")
@@ -146,11 +147,11 @@ class Checkpoint:
         """Read one tensor.
 
         Args:
-            ref: from the content.
-            name: for messages.
+            ref: reference from the content.
+            name: name for messages.
 
         Raises:
-            InputError: if its numbers are missing, too few, or its shape does not go with them.
+            InputError: if its numbers are missing or too few, or do not fit its shape.
         """
         storage = ref.storage
         reach = ref.offset + sum((size - 1) * step for size, step in zip(ref.shape, ref.stride, strict=True)) + 1
@@ -167,7 +168,7 @@ class Checkpoint:
         except (KeyError, OSError, zipfile.BadZipFile, RuntimeError, NotImplementedError, ValueError) as error:
             raise InputError(
                 f"The checkpoint {self.path} is truncated: the numbers of {name} cannot be read"
-                f" ({type(error).__name__}: {_one_line(error)}). Fetch it again."
+                f" ({type(error).__name__}: {one_line(error)}). Download it again."
             ) from error
         if not content:
             return torch.zeros(ref.shape, dtype=storage.dtype)
@@ -176,16 +177,17 @@ class Checkpoint:
 
 
 def interpret(content: bytes) -> Any:
-    """Carry out a pickle on inert records.
+    """Evaluate a pickle on inert records.
 
     Args:
         content: the pickle.
 
     Returns:
-        plain values and containers, `TensorRef` for tensors, `Record` for all else that the file would have built.
+        Plain values and containers, `TensorRef` for tensors, `Record` for everything else that the file would have
+        built.
 
     Raises:
-        UnreadableError: if it is damaged, or uses what no checkpoint needs.
+        UnreadableError: if it is damaged, or uses features that no checkpoint needs.
     """
     machine = _Machine()
     try:
@@ -195,7 +197,7 @@ def interpret(content: bytes) -> Any:
     except UnreadableError:
         raise
     except (ValueError, IndexError, KeyError, TypeError, OverflowError, MemoryError, RecursionError) as error:
-        raise UnreadableError(f"its pickle is damaged ({type(error).__name__}: {_one_line(error)}).") from error
+        raise UnreadableError(f"its pickle is damaged ({type(error).__name__}: {one_line(error)}).") from error
     raise UnreadableError("its pickle ends before its end.")
 
 
@@ -212,7 +214,7 @@ _PUTS, _GETS = {"PUT", "BINPUT", "LONG_BINPUT"}, {"GET", "BINGET", "LONG_BINGET"
 
 
 class _Machine:
-    """The stack, the memo, and what each opcode does to them."""
+    """The stack, the memo, and the effect of each opcode on them."""
 
     def __init__(self) -> None:
         self.stack: list[Any] = []
@@ -220,7 +222,7 @@ class _Machine:
         self.result: Any = None
 
     def step(self, name: str, argument: Any) -> bool:
-        """Carry out one opcode; True when the pickle is finished."""
+        """Evaluate one opcode; return True when the pickle is finished."""
         stack = self.stack
         if name in _LITERALS:
             stack.append(argument)
@@ -285,7 +287,7 @@ class _Machine:
             self.result = self._pop()
             return True
         elif name not in ("PROTO", "FRAME"):
-            raise UnreadableError(f"its pickle uses {name}, which no checkpoint of torch needs.")
+            raise UnreadableError(f"its pickle uses {name}, which no PyTorch checkpoint needs.")
         return False
 
     def _pop(self, or_mark: bool = False) -> Any:
@@ -316,13 +318,14 @@ class _Machine:
         if not isinstance(into, dict) or len(values) % 2:
             raise UnreadableError("its pickle is damaged (an item without its dictionary).")
         for key, value in zip(values[::2], values[1::2], strict=True):
-            # Others' keys are of no use here, and a crafted key may be slow to hash.
+            # Other keys are not needed, and a crafted key may be slow to hash.
             if isinstance(key, str | int):
                 into[key] = value
 
 
 def _call(function: Any, args: Any) -> Any:
-    """What the file would have called: tensors as references, all else, dictionaries too, as a record."""
+    """Return what the file would have called: a reference for tensors, a record for everything else, dictionaries
+    included."""
     name = function.name if isinstance(function, Named) else "?"
     if name == "torch._utils._rebuild_tensor_v2":
         return _tensor(args)
@@ -339,32 +342,28 @@ def _tensor(args: Any) -> TensorRef:
         and all(type(value) is int and 0 <= value < 1 << 40 for value in whole)
         and len(shape) == len(stride) <= MOST_DEPTH
     ):
-        raise UnreadableError("it holds a tensor whose shape is no shape.")
+        raise UnreadableError("it has a tensor with an invalid shape.")
     return TensorRef(storage, offset, tuple(shape), tuple(stride))
 
 
 def _storage(args: Any) -> StorageRef:
     if not (isinstance(args, tuple) and len(args) == 5 and args[0] == "storage" and isinstance(args[1], Named)):
-        raise UnreadableError("it refers to something outside the file that is no tensor.")
+        raise UnreadableError("it refers to something outside the file that is not a tensor.")
     _, kind, key, _, numel = args
     dtype = DTYPES.get(kind.name.removeprefix("torch.").removeprefix("storage."))
     if dtype is None:
-        raise UnreadableError(f"it holds numbers of the kind {kind.name}, which is none of torch's.")
+        raise UnreadableError(f"it has numbers of type {kind.name}, which PyTorch does not have.")
     if not (isinstance(key, str) and key.isalnum() and type(numel) is int and 0 <= numel < 1 << 40):
-        raise UnreadableError("it holds a tensor whose numbers have no place in the file.")
+        raise UnreadableError("it has a tensor whose numbers are not in the file.")
     return StorageRef(key, dtype, numel)
 
 
 def plain(value: Any) -> dict[str, Any]:
-    """The items of a dictionary, of whatever class, or the attributes of an object; empty for anything else."""
+    """Return the items of a dictionary of any class, or the attributes of an object; empty for anything else."""
     if isinstance(value, dict):
         return {key: item for key, item in value.items() if isinstance(key, str)}
     if isinstance(value, Record):
-        # torch keeps versions of modules as an attribute of a state dictionary.
+        # PyTorch keeps versions of modules as an attribute of a state dictionary.
         state = value.state if isinstance(value.state, dict) and value.name != "collections.OrderedDict" else {}
         return {key: item for key, item in {**state, **value.items}.items() if isinstance(key, str)}
     return {}
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:200]

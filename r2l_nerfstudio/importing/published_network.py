@@ -1,4 +1,4 @@
-"""What a published checkpoint holds: which network, of which size, and its weights under our names."""
+"""Networks in published checkpoints: which network, of which size, and its weights under our names."""
 
 from __future__ import annotations
 
@@ -14,17 +14,18 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
+from r2l_nerfstudio.checkpoints import without_module_prefix
 from r2l_nerfstudio.errors import InputError
 from r2l_nerfstudio.importing.pickle_reader import Checkpoint, TensorRef, plain
 
 PublishedKind = Literal["r2l", "mobile-r2l"]
 PlainNetwork = Callable[[Tensor], Tensor]
-"""From codes in the published order to colours, in (0, 1)."""
+"""A network from codes in the published order to colours in (0, 1)."""
 
 MOST_FREQUENCIES = 16
-"""More octaves than any float32 coordinate has a use for: a sign that the number of points was misread."""
+"""Maximum octaves; more exceed the precision of float32 and indicate that the number of points was misread."""
 MEMORY_FACTOR = 4
-"""Memory an import takes, as a multiple of the file's weights."""
+"""Memory of an import, as a multiple of the file's weights."""
 
 
 @dataclass
@@ -37,18 +38,18 @@ class PublishedNetwork:
     path: Path
     kind: PublishedKind
     state: dict[str, Tensor]
-    """Of our network class for `kind`, whose codes are in our order."""
+    """State of our network class for `kind`, whose codes are in our order."""
     run: PlainNetwork
-    """The file's own weights in plain torch: [rays, in_dim] to [rays, 3], or [1, in_dim, rows, columns] to
-    [1, 3, height, width]."""
+    """The file's own weights in plain PyTorch: [rays, in_dim] to [rays, 3], or [1, in_dim, rows, columns] to [1, 3,
+    height, width]."""
     num_points: int
     num_frequencies: int
     sizes: dict[str, int]
     """Settings of our model configuration: width, and depth or blocks, factor, up_width, last_width."""
     cells: tuple[int, int] | None = None
-    """Rows and columns of the ray image, where the file says."""
+    """Rows and columns of the ray image, if the file has them."""
     arguments: dict[str, Any] = field(default_factory=dict)
-    """Plain values of the training's command line, where the file holds them."""
+    """Plain values of the training's command line, if the file has them."""
 
 
 def read_tar(path: Path, num_points: int | None = None, num_frequencies: int | None = None) -> PublishedNetwork:
@@ -57,19 +58,17 @@ def read_tar(path: Path, num_points: int | None = None, num_frequencies: int | N
     Args:
         path: the file.
         num_points: sample points per ray; read from the file by default.
-        num_frequencies: octaves of the frequency encoding; likewise.
+        num_frequencies: octaves of the frequency encoding; read from the file by default.
 
     Raises:
-        InputError: if it is damaged, of neither kind, or not a network that can be run.
+        InputError: if it is damaged, of neither kind, or not a network that can run.
     """
     with Checkpoint(path) as checkpoint:
         content = plain(checkpoint.content)
-        found = plain(content.get("network_fn_state_dict"))
+        found = without_module_prefix(plain(content.get("network_fn_state_dict")) or {})
         if not found:
             held = ", ".join(sorted(content)[:6]) or "nothing"
-            raise _refused(path, f"it holds no network_fn_state_dict (but {held})")
-        if all(name.startswith("module.") for name in found):
-            found = {name.removeprefix("module."): value for name, value in found.items()}
+            raise _refused(path, f"it has no network_fn_state_dict (but {held})")
         _check_memory(path, found)
         weights = {
             name: _number(path, name, checkpoint.tensor(value, name))
@@ -78,7 +77,7 @@ def read_tar(path: Path, num_points: int | None = None, num_frequencies: int | N
         }
         if len(weights) < len(found):
             strange = next(name for name, value in found.items() if not isinstance(value, TensorRef))
-            raise _refused(path, f"its {strange} is no tensor")
+            raise _refused(path, f"its {strange} is not a tensor")
         arguments = _arguments(content)
     if any(".conv_block." in name for name in weights):
         return _mobile(path, weights, arguments, num_points, num_frequencies)
@@ -100,7 +99,7 @@ def _check_memory(path: Path, found: dict[str, Any]) -> None:
 
 
 def check_memory(path: Path, size: int) -> None:
-    """Refuse a network whose weights do not fit memory.
+    """Refuse a network whose weights do not fit into memory.
 
     Args:
         path: for the message.
@@ -112,7 +111,7 @@ def check_memory(path: Path, size: int) -> None:
     available = psutil.virtual_memory().available
     if size * MEMORY_FACTOR > available:
         raise InputError(
-            f"The network of {path} does not fit memory: its weights take {size / 1e9:.1f} GB, an import"
+            f"The network of {path} does not fit into memory: its weights take {size / 1e9:.1f} GB, an import"
             f" {MEMORY_FACTOR} times that, and {available / 1e9:.1f} GB are free. Import it on a machine with more."
         )
 
@@ -121,15 +120,15 @@ def _number(path: Path, name: str, tensor: Tensor) -> Tensor:
     if name.endswith("num_batches_tracked"):
         return tensor.long()
     if not tensor.is_floating_point():
-        raise _refused(path, f"its {name} holds {tensor.dtype}, not floating-point numbers")
+        raise _refused(path, f"its {name} has {tensor.dtype}, not floating-point numbers")
     tensor = tensor.float()
     if not bool(tensor.isfinite().all()):
-        raise _refused(path, f"its {name} holds numbers that are not finite")
+        raise _refused(path, f"its {name} has non-finite numbers")
     return tensor
 
 
 def _arguments(content: dict[str, Any]) -> dict[str, Any]:
-    """Plain values of the argument object in the pickled module."""
+    """Return the plain values of the argument object in the pickled module."""
     given = plain(plain(content.get("network_fn")).get("args"))
     found = {name: value for name, value in given.items() if isinstance(value, str | int | float | bool | tuple)}
     trial = plain(given.get("trial"))
@@ -165,12 +164,12 @@ def encoding_size(
     num_points: int | None = None,
     num_frequencies: int | None = None,
 ) -> tuple[int, int]:
-    """Points per ray K and octaves L of a network that reads 3 K (2 L + 1) numbers per ray.
+    """Return points per ray K and octaves L of a network that reads 3 K (2 L + 1) numbers per ray.
 
     K is the largest power of two that divides in_dim / 3, as in all published networks, unless given or in the arguments.
 
     Raises:
-        InputError: if no such numbers make up in_dim.
+        InputError: if in_dim is not of this form.
     """
     per_ray = in_dim // 3
     points = num_points or arguments.get("n_sample_per_ray")
@@ -182,14 +181,14 @@ def encoding_size(
     if 3 * points * (2 * octaves + 1) != in_dim or not 1 <= octaves <= MOST_FREQUENCIES:
         raise _refused(
             path,
-            f"its first layer reads {in_dim} numbers, which {points} points with {octaves} octaves do not make up; if you"
-            " know better, give --num-points and --num-frequencies",
+            f"its first layer reads {in_dim} numbers, which are not {points} points with {octaves} octaves; give"
+            " other --num-points and --num-frequencies",
         )
     return points, octaves
 
 
 def our_columns(num_points: int, num_frequencies: int) -> Tensor:
-    """For each of our code's numbers, where it is in the published order."""
+    """Return for each number of our code its position in the published order."""
     values = torch.arange(3 * num_points)
     octaves = torch.arange(num_frequencies)[:, None]
     first = values * (2 * num_frequencies + 1)
@@ -205,7 +204,7 @@ class _Weights:
         self.left = dict(weights)
 
     def take(self, name: str, *shape: int | None) -> Tensor:
-        """A tensor of that shape; None stands for any size."""
+        """Return a tensor of a shape, in which None stands for any size."""
         tensor = self.left.pop(name, None)
         if tensor is None:
             raise _refused(self.path, f"it lacks {name}")
@@ -216,7 +215,7 @@ class _Weights:
         return tensor
 
     def count(self, pattern: str) -> int:
-        """How many numbers follow each other from 0 on in names of this pattern."""
+        """Return how many consecutive numbers from 0 on occur in names of this pattern."""
         numbers = {int(match[1]) for name in self.left if (match := re.match(pattern, name))}
         if numbers != set(range(len(numbers))):
             raise _refused(self.path, f"of its layers {pattern} some numbers are missing")
@@ -224,7 +223,7 @@ class _Weights:
 
     def finish(self) -> None:
         if self.left:
-            raise _refused(self.path, f"it holds weights of no known layer: {', '.join(list(self.left)[:4])}")
+            raise _refused(self.path, f"it has weights of unknown layers: {', '.join(list(self.left)[:4])}")
 
 
 def _r2l(
@@ -288,14 +287,14 @@ def _mobile(
                 left.take(count) if count in left.left else torch.tensor(0)
             )
             if bool((state[f"{ours}.{name}_norm.running_var"] < 0).any()):
-                raise _refused(path, f"its {source}.running_var holds negative variances")
+                raise _refused(path, f"its {source}.running_var has negative variances")
 
     blocks = left.count(r"body\.(\d+)\.")
     for block in range(blocks):
         take_block(f"body.{block}", f"blocks.{block}", width)
     layers = left.count(r"tail\.(\d+)\.")
     if layers < 4 or layers % 3 != 1:
-        raise _refused(path, f"its super-resolution has {layers} layers instead of three a step and a last one")
+        raise _refused(path, f"its upsampling has {layers} layers instead of three per step and a last one")
     steps, channels = [], [width]
     for first in range(0, layers - 1, 3):
         weight = left.take(f"tail.{first}.weight", channels[-1], None, None, None)
@@ -350,17 +349,17 @@ def _mobile(
 
 
 def mobile_sizes(path: Path, width: int, blocks: int, steps: list[int], channels: list[int]) -> dict[str, int]:
-    """Settings of our MobileR2L configuration.
+    """Return the settings of our MobileR2L configuration.
 
     Args:
         path: for messages.
         width: channels of the body.
-        blocks: of the body.
+        blocks: residual blocks of the body.
         steps: upsampling of each step, 2 or 3.
-        channels: of each step.
+        channels: channels of each step.
 
     Raises:
-        InputError: if our network class cannot have them.
+        InputError: if our network class does not support them.
     """
     factor = 1
     for step in steps:
@@ -368,7 +367,7 @@ def mobile_sizes(path: Path, width: int, blocks: int, steps: list[int], channels
     if 3 in steps[:-1] or len(set(channels[:-1])) > 1:
         raise _refused(
             path,
-            f"its super-resolution of x{' x'.join(map(str, steps))} with {', '.join(map(str, channels))} channels is not"
+            f"its upsampling of x{' x'.join(map(str, steps))} with {', '.join(map(str, channels))} channels is not"
             " MobileR2L's: steps of 2, a last one of 2 or 3, and one number of channels for all but the last",
         )
     up_width = channels[0] if len(channels) > 1 else 64
@@ -376,6 +375,6 @@ def mobile_sizes(path: Path, width: int, blocks: int, steps: list[int], channels
 
 
 def cells_of(arguments: dict[str, Any]) -> tuple[int, int] | None:
-    """Rows and columns of the ray image, by the training's arguments."""
+    """Return rows and columns of the ray image from the training's arguments."""
     rows, columns = arguments.get("input_height"), arguments.get("input_width")
     return (rows, columns) if type(rows) is int and type(columns) is int and min(rows, columns) > 0 else None

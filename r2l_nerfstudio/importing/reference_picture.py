@@ -1,4 +1,5 @@
-"""The picture that the published code would draw, in plain torch: independent of this package's ray encoding and models."""
+"""The image that the published code would render, in plain PyTorch, independent of this package's ray encoding and
+models."""
 
 from __future__ import annotations
 
@@ -20,17 +21,17 @@ def published_points(
     num_points: int,
     is_ndc: bool,
 ) -> Float[Tensor, "rows columns points 3"]:
-    """Sample points as published: equal steps of planar depth, both ends included.
+    """Return sample points as published: equal steps of planar depth, both ends included.
 
     Args:
         pose: camera to world, OpenGL axes, in the published frame.
-        rows: of pixels, or of a MobileR2L's cells.
-        columns: likewise.
+        rows: rows of pixels, or of a MobileR2L's cells.
+        columns: columns likewise.
         focal: focal length in the same unit.
         pixel_offset: 0 for R2L, 0.5 for MobileR2L.
         near: position of the first point.
         far: position of the last point.
-        num_points: per ray.
+        num_points: sample points per ray.
         is_ndc: whether they lie in normalized device coordinates.
     """
     y, x = torch.meshgrid(torch.arange(rows).float(), torch.arange(columns).float(), indexing="ij")
@@ -54,7 +55,8 @@ def published_points(
 def published_code(
     points: Float[Tensor, "rows columns points 3"], num_frequencies: int
 ) -> Float[Tensor, "rows columns code"]:
-    """Their frequency encoding in the published order: per coordinate L sines, L cosines, and itself."""
+    """Return the frequency encoding in the published order: per coordinate L sines, L cosines, and the coordinate
+    itself."""
     phases = points.flatten(-2)[..., None] * 2.0 ** torch.arange(num_frequencies)
     return torch.cat([phases.sin(), phases.cos(), points.flatten(-2)[..., None]], dim=-1).flatten(-2)
 
@@ -70,33 +72,33 @@ def published_picture(
     far: float,
     is_ndc: bool,
 ) -> Float[Tensor, "height width 3"]:
-    """One picture by the file's own weights.
+    """Render one image with the file's own weights.
 
     Args:
-        network: read from the file.
+        network: network read from the file.
         pose: camera to world, OpenGL axes, in the published frame.
         height: in pixels; for a MobileR2L a multiple of its factor.
-        width: likewise.
-        focal: in pixels.
+        width: in pixels, likewise.
+        focal: focal length in pixels.
         near: position of the first point.
         far: position of the last point.
         is_ndc: whether points lie in normalized device coordinates.
     """
     factor = network.sizes.get("factor", 1)
-    is_image = network.kind == "mobile-r2l"
+    reads_ray_image = network.kind == "mobile-r2l"
     rows, columns = height // factor, width // factor
     points = published_points(
         pose.float(),
         rows,
         columns,
         focal / factor,
-        0.5 if is_image else 0.0,
+        0.5 if reads_ray_image else 0.0,
         near,
         far,
         network.num_points,
         is_ndc,
     )
     code = published_code(points, network.num_frequencies)
-    if is_image:
+    if reads_ray_image:
         return network.run(code.permute(2, 0, 1)[None])[0].permute(1, 2, 0)
     return network.run(code.flatten(0, 1)).view(height, width, 3)

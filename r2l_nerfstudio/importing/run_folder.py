@@ -1,4 +1,4 @@
-"""A published network as an ordinary run folder, checked against the file's own weights before it is there."""
+"""Published networks as ordinary run folders, checked against the file's own weights before they are kept."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ import yaml
 from nerfstudio.data.datasets.base_dataset import InputDataset
 from torch import Tensor
 
+from r2l_nerfstudio.atomic_output import atomic_folder
 from r2l_nerfstudio.distillation.frame_check import view_errors
 from r2l_nerfstudio.distillation.photographs import read_photo
 from r2l_nerfstudio.distillation.survey import thumbnail
-from r2l_nerfstudio.engines.parity import psnr
-from r2l_nerfstudio.errors import InputError
-from r2l_nerfstudio.export.whole_files import whole_folder
+from r2l_nerfstudio.errors import InputError, one_line
 from r2l_nerfstudio.importing.capture_frame import CaptureFrame
 from r2l_nerfstudio.importing.published_network import PublishedNetwork
 from r2l_nerfstudio.importing.reference_picture import published_picture
+from r2l_nerfstudio.psnr import psnr
 from r2l_nerfstudio.rays.published import PublishedScene, published_scene
 from r2l_nerfstudio.rays.spacing import SceneBounds
 from r2l_nerfstudio.student import Student, load_student
@@ -33,9 +33,9 @@ if TYPE_CHECKING:
 CELLS_ACROSS = {"blender": 100, "llff": 84}
 """Columns of the published ray images."""
 NEEDED_DB = 60.0
-"""Least PSNR of the imported student against the file's own weights."""
+"""Minimum PSNR in dB of the imported student against the file's own weights."""
 COMPARED_SIDE = 64
-"""Longer side in pixels of an R2L picture that is compared."""
+"""Longer side in pixels of an R2L image that is compared."""
 
 
 @dataclass(frozen=True)
@@ -46,9 +46,9 @@ class Placement:
     frame: CaptureFrame
     scene: PublishedScene
     cells: tuple[int, int]
-    """Rows and columns of the ray image of one picture at the trained size; of an R2L, pixels of a picture to compare."""
+    """Rows and columns of the ray image of one image at the trained size; for R2L, of pixels of an image to compare."""
     focal: float
-    """In cells, or of an R2L in pixels of the picture to compare."""
+    """Focal length in cells, or for R2L in pixels of the image to compare."""
 
 
 @dataclass(frozen=True)
@@ -57,11 +57,11 @@ class Imported:
 
     folder: Path
     psnr: float
-    """In dB, of one picture against the file's own weights."""
+    """PSNR in dB of one image against the file's own weights."""
     largest: float
-    """Largest difference of a colour in that picture."""
+    """Largest difference of a colour in that image."""
     photos: tuple[float, float] | None
-    """Mean squared errors of training views against their own photos, and against others'; None for too few."""
+    """Mean squared errors of training views against their own photos, and against other photos; None for too few."""
 
 
 def place(
@@ -75,20 +75,21 @@ def place(
     """Find the ray conventions of a published network in a capture.
 
     Args:
-        network: read from its file.
-        frame: of the capture.
-        cells: rows and columns of the ray image it was trained at; by default the file's, else as published.
-        near: position of the first sample point; by default as published. May be negative.
-        far: position of the last one.
+        network: network read from its file.
+        frame: frame of the capture.
+        cells: rows and columns of the ray image it was trained on; by default those of the file, or else the published
+            ones.
+        near: position of the first sample point, which may be negative; as published by default.
+        far: position of the last sample point; as published by default.
         is_ndc: whether points lie in normalized device coordinates; by default for a MobileR2L in an LLFF capture.
 
     Raises:
-        InputError: if near is not below far, or the cells are not those of the capture's pictures.
+        InputError: if near is not below far, or the cells do not fit the capture's images.
     """
     cameras = frame.cameras
     focal = float(cameras.intrinsics[:, :2].median())
-    is_image = network.kind == "mobile-r2l"
-    if is_image:
+    reads_ray_image = network.kind == "mobile-r2l"
+    if reads_ray_image:
         cells = cells or network.cells
         if cells is None:
             columns = CELLS_ACROSS[frame.layout]
@@ -99,25 +100,25 @@ def place(
     rows, columns = cells
     if min(cells) < 1 or abs(columns * cameras.height / (rows * cameras.width) - 1) > 0.05:
         raise InputError(
-            f"A ray image of {rows} rows and {columns} columns has another shape than the capture's pictures of"
-            f" {cameras.width}x{cameras.height} pixels: name the checkpoint's own scene with --data, or the ray image it was"
-            " trained at with --cells ROWS COLUMNS."
+            f"A ray image of {rows} rows and {columns} columns has another shape than the capture's photos of"
+            f" {cameras.width}x{cameras.height} pixels: give the checkpoint's own scene with --data, or the ray image"
+            " it was trained on with --cells ROWS COLUMNS."
         )
     focal = focal * rows / cameras.height
     given = network.arguments
     if is_ndc is None:
-        is_ndc = is_image and frame.layout == "llff" and given.get("ndc", True) is not False
+        is_ndc = reads_ray_image and frame.layout == "llff" and given.get("ndc", True) is not False
     ndc = is_ndc
-    if ndc and (not is_image or frame.layout != "llff"):
-        raise InputError("--ndc: only a MobileR2L of a forward-facing capture works in normalized device coordinates.")
+    if ndc and (not reads_ray_image or frame.layout != "llff"):
+        raise InputError("--ndc: only a MobileR2L of a forward-facing capture uses normalized device coordinates.")
     scene = published_scene(
         frame.similarity,
-        is_image,
+        reads_ray_image,
         frame.layout == "blender",
         frame.bounds,
         (2 * focal / columns, 2 * focal / rows) if ndc else None,
     )
-    if near is None and far is None and _number(given, "trial.near") > 0:  # R2L's own way to set them
+    if near is None and far is None and _number(given, "trial.near") > 0:  # As R2L's own code sets them.
         near, far = _number(given, "trial.near"), _number(given, "trial.far")
     near, far = scene.near if near is None else near, scene.far if far is None else far
     if not (math.isfinite(near) and math.isfinite(far) and near < far):
@@ -135,7 +136,7 @@ DATASETS = {"blender": "blender", "llff": "llff", "colmap": "llff"}
 
 
 def check_layout(network: PublishedNetwork, frame: CaptureFrame) -> None:
-    """Compare the capture with the kind of dataset that the file says it was trained on.
+    """Compare the capture with the kind of dataset that the file was trained on.
 
     Raises:
         InputError: if they differ.
@@ -144,14 +145,14 @@ def check_layout(network: PublishedNetwork, frame: CaptureFrame) -> None:
     expected = DATASETS.get(said.lower()) if isinstance(said, str) else None
     if expected is not None and expected != frame.layout:
         raise InputError(
-            f"The checkpoint {network.path} was trained on a {said} dataset, and the capture"
-            f" {frame.dataparser.data} is read as {frame.layout}: name the checkpoint's own scene with --data (an LLFF scene"
-            " needs its poses_bounds.npy), or say with --layout how to read it."
+            f"The checkpoint {network.path} was trained on a {said} dataset, and the capture {frame.dataparser.data}"
+            f" is read as {frame.layout}: give the checkpoint's own scene with --data (an LLFF scene needs its"
+            " poses_bounds.npy), or set --layout."
         )
 
 
 def run_config(placement: Placement, output_dir: Path, experiment: str, timestamp: str) -> TrainerConfig:
-    """Configuration of the run: that of the published recipe, with the network's sizes and the capture."""
+    """Return the run's configuration: the published recipe, with the network's sizes and the capture."""
     from nerfstudio.configs.method_configs import all_methods
 
     network = placement.network
@@ -168,7 +169,7 @@ def run_config(placement: Placement, output_dir: Path, experiment: str, timestam
 
 
 def checkpoint_state(placement: Placement, config: TrainerConfig) -> dict[str, Any]:
-    """What `ns-train` would have saved for this student before its first iteration."""
+    """Return what `ns-train` would have saved for this student before its first iteration."""
     network, frame = placement.network, placement.frame
     model = config.pipeline.model.setup(
         scene_box=frame.outputs.scene_box, num_train_data=1, metadata={}, device="cpu", grad_scaler=None
@@ -188,10 +189,8 @@ def checkpoint_state(placement: Placement, config: TrainerConfig) -> dict[str, A
     )
     try:
         model.network.load_state_dict(network.state, strict=True)
-    except RuntimeError as error:  # read with the same sizes: nobody but us is to blame
-        raise InputError(
-            f"The network of {network.path} does not fit ours ({' '.join(str(error).split())[:300]})."
-        ) from error
+    except RuntimeError as error:  # The state was read with the same sizes: an error of ours.
+        raise InputError(f"The network of {network.path} does not fit ours ({one_line(error)}).") from error
     state = {f"_model.{name}": value for name, value in model.state_dict().items()}
     pipeline = {**state, "done": torch.zeros(())}
     return {"step": 0, "pipeline": pipeline, "optimizers": {}, "schedulers": {}, "scalers": {}}
@@ -200,27 +199,27 @@ def checkpoint_state(placement: Placement, config: TrainerConfig) -> dict[str, A
 def write_run(
     placement: Placement, output_dir: Path, experiment: str | None = None, check_photos: bool = True
 ) -> Imported:
-    """Write the run folder, load it again, compare one picture with the file's own weights, and only then keep it.
+    """Write the run folder, load it again, compare one image with the file's own weights, and only then keep it.
 
     Args:
-        placement: of a network in a capture.
-        output_dir: as of `ns-train`.
-        experiment: name of the experiment; the capture's folder's by default.
+        placement: a network in a capture.
+        output_dir: folder of all runs, as for `ns-train`.
+        experiment: experiment name; by default that of the capture's folder.
         check_photos: compare training views with the photos too.
 
     Raises:
-        InputError: if the folder cannot be written, or the student does not draw what the file's weights do; nothing is
-            left then.
+        InputError: if the folder cannot be written, or the student renders other images than the file's weights;
+            nothing is kept then.
     """
     experiment = experiment or placement.frame.dataparser.data.name
     timestamp = datetime.now().strftime("%Y-%m-%d_%H%M%S")
     config = run_config(placement, output_dir, experiment, timestamp)
     number = 1
-    while config.get_base_dir().exists():  # another import in the same second
+    while config.get_base_dir().exists():  # Another import in the same second.
         number += 1
         config.timestamp = f"{timestamp}_{number}"
     folder = config.get_base_dir()
-    with whole_folder(folder, overwrite=False, mark="config.yml", what="run") as made:
+    with atomic_folder(folder, overwrite=False, mark="config.yml", what="run") as made:
         checkpoints = made / config.relative_model_dir
         checkpoints.mkdir(parents=True)
         torch.save(checkpoint_state(placement, config), checkpoints / "step-000000000.ckpt")
@@ -233,7 +232,7 @@ def write_run(
 
 
 def compare(student: Student, placement: Placement) -> tuple[float, float]:
-    """One picture of a training camera by the student and by the file's own weights.
+    """Compare one image of a training camera with the one that the file's own weights render.
 
     Returns:
         PSNR in dB, and the largest difference of a colour.
@@ -257,28 +256,28 @@ def compare(student: Student, placement: Placement) -> tuple[float, float]:
         scene.conventions.ndc is not None,
     )
     intrinsics = torch.tensor([focal, focal, width / 2, height / 2])
-    ours = cast(Tensor, student.render(pose, intrinsics, width, height))  # as its camera is one
+    ours = cast(Tensor, student.render(pose, intrinsics, width, height))  # Its camera is an array, so the image is one.
     found, largest = psnr(ours, theirs), float((ours - theirs).abs().max())
     if not found >= NEEDED_DB:
         raise InputError(
-            f"The student made of {network.path} does not draw what the file's own weights draw ({found:.0f} dB, and"
-            f" {NEEDED_DB:.0f} dB are needed): nothing was written. If points, octaves or ray image are not the published"
-            " ones, give --num-points, --num-frequencies and --cells."
+            f"The student made from {network.path} does not render what the file's own weights render ({found:.0f}"
+            f" dB, and {NEEDED_DB:.0f} dB are needed): nothing was written. If points, octaves or ray image are not"
+            " the published ones, give --num-points, --num-frequencies and --cells."
         )
     return found, largest
 
 
 def _photos(student: Student, frame: CaptureFrame) -> tuple[float, float] | None:
-    """As `view_errors`; None where the photos cannot be read."""
+    """Return `view_errors`; None if the photos cannot be read."""
 
     dataset = InputDataset(frame.outputs)
 
     def pair(index: int) -> tuple[Tensor, Tensor]:
         camera = thumbnail(dataset.cameras[index], 32, undistorted=True)
-        rgb = student.model.get_outputs_for_camera(camera)["rgb"].cpu()
+        rgb = student.model.render_camera(camera)["rgb"].cpu()
         return rgb, torch.from_numpy(read_photo(dataset, index, student.model.background.cpu()).rgb)
 
     try:
         return view_errors(pair, len(dataset))
-    except InputError:  # a capture without its photos still has its cameras
+    except InputError:  # A capture without photos still has its cameras.
         return None

@@ -7,12 +7,11 @@ from collections.abc import Callable
 
 import torch
 from jaxtyping import Float
-from nerfstudio.cameras.cameras import Cameras
 from torch import Tensor
 from torch.nn.functional import grid_sample
 
 from r2l_nerfstudio.errors import InputError
-from r2l_nerfstudio.models.camera_rays import camera_rays
+from r2l_nerfstudio.models.camera_rays import CameraRays
 
 WIDEST = math.tan(math.radians(60))
 """Half the field of view, as a tangent, up to which one picture serves a lens; beyond it six do."""
@@ -21,20 +20,19 @@ RenderPinhole = Callable[[Tensor, Tensor, int, int], Tensor]
 
 
 def render_by_faces(
-    camera: Cameras, focal: float, render_pinhole: RenderPinhole, device: torch.device
+    camera: CameraRays, focal: float, render_pinhole: RenderPinhole
 ) -> Float[Tensor, "height width channels"]:
     """What a camera with lens distortion, a fisheye or a panorama sees, read from pinhole pictures at its centre.
 
     Args:
-        camera: a batch of one camera.
+        camera: the camera, on the device to render on.
         focal: of the pictures, in pixels.
         render_pinhole: from pose [3, 4], intrinsics [4], height, width to [height, width, channels].
-        device: where to work.
 
     Raises:
         InputError: if the camera's rays have more than one origin, as those of a stereo panorama.
     """
-    origins, directions = camera_rays(camera, device)
+    origins, directions = camera.rays
     spread = (origins - origins[:1, :1]).norm(dim=-1).max()
     if float(spread) > 1e-5 * (1 + float(origins[0, 0].norm())):
         raise InputError(
@@ -43,7 +41,7 @@ def render_by_faces(
             " which answers any ray."
         )
     # Where the rays begin, which for one eye of VR180 is not where the camera is.
-    pose = torch.cat([camera.camera_to_worlds[0, :, :3].to(directions), origins[0, 0, :, None]], dim=-1)
+    pose = torch.cat([camera.camera.camera_to_worlds[0, :, :3].to(directions), origins[0, 0, :, None]], dim=-1)
     local = directions @ pose[:, :3]
     tangents = local[..., :2] / -local[..., 2:]
     if bool((local[..., 2] < 0).all()) and float(tangents.abs().max()) <= WIDEST:

@@ -1,6 +1,8 @@
-"""The rays of any Nerfstudio camera, the short way where there is one."""
+"""Rays of any Nerfstudio camera; pinhole cameras take an analytic path."""
 
 from __future__ import annotations
+
+from functools import cached_property
 
 import torch
 from jaxtyping import Float
@@ -42,6 +44,31 @@ def camera_rays(
         return image_rays(pose, intrinsics, int(camera.height[0]), int(camera.width[0]))
     bundle = camera.to(device).generate_rays(camera_indices=0, keep_shape=True)
     return bundle.origins, bundle.directions
+
+
+class CameraRays:
+    """One camera and the rays through its pixels, which are computed once, when they are first read.
+
+    Args:
+        camera: one camera, with or without a batch dimension.
+        device: where the rays are wanted.
+    """
+
+    def __init__(self, camera: Cameras, device: torch.device) -> None:
+        self.camera = camera.reshape((1,))
+        self.device = device
+        self.height, self.width = int(self.camera.height[0]), int(self.camera.width[0])
+        self.is_pinhole = is_pinhole(self.camera)
+
+    @cached_property
+    def pinhole(self) -> tuple[Float[Tensor, "3 4"], Float[Tensor, "4"]]:
+        """Camera to world, and fx, fy, cx, cy in pixels, of an undistorted perspective camera."""
+        return pinhole_parameters(self.camera, self.device)
+
+    @cached_property
+    def rays(self) -> tuple[Float[Tensor, "height width 3"], Float[Tensor, "height width 3"]]:
+        """Origins and unit directions through the pixel centers, in the run's frame."""
+        return camera_rays(self.camera, self.device)
 
 
 def crop_interval(

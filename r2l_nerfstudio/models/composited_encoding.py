@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -21,11 +22,14 @@ from r2l_nerfstudio.rays.ray_code import RayCode
 from r2l_nerfstudio.rays.ray_image import MARGIN, CellPixels
 from r2l_nerfstudio.rays.scene_grid import NEAREST, WARPS
 from r2l_nerfstudio.students.cpu_march import MarchSpace, march
-from r2l_nerfstudio.students.sparse_volume import Composited, SparseVolume, composite, read_rows
+from r2l_nerfstudio.students.sparse_volume import Composited, SparseVolume, composite, int8_rows, read_rows
 
 LEAST = 1e-4
 """Accumulation below which a ray's expected point moves to the middle of its span."""
 
+
+BLOCK = 2
+"""Pixels along each side of the blocks for which a MobileR2L's sample points are placed together; divides every factor."""
 
 FrequencyEncode = Callable[[Tensor, int], Tensor]
 
@@ -39,12 +43,23 @@ class EncodedRays(NamedTuple):
 
 
 class RaySpan(NamedTuple):
-    """The part of rays along which a scene is looked for, in scene coordinates."""
+    """The part of rays along which a scene is looked for, in scene coordinates.
 
-    start: Float[Tensor, "rays 3"]
-    step: Float[Tensor, "rays 3"]
-    is_missed: Bool[Tensor, "rays"] | None
-    """Rays that pass by the scene's box; None where every ray meets it."""
+    Rays lie in groups of neighbors with one origin; those of a group have their sample points at the same distances.
+    """
+
+    origin: Float[Tensor, "groups 1 3"]
+    direction: Float[Tensor, "groups group 3"]
+    """Per unit of length of the teacher's frame."""
+    lead_start: Float[Tensor, "groups 3"]
+    """Start of the span on the ray half way between the group's first and last, by which sample points are placed."""
+    lead_step: Float[Tensor, "groups 3"]
+    """The whole span of a bounded scene, else a unit of length."""
+    enter: Float[Tensor, "groups 1"] | None
+    """Distance at which the span begins; None where there is no box."""
+    length: Float[Tensor, "groups 1"] | None
+    is_missed: Bool[Tensor, "groups"] | None
+    """Groups that pass by the scene's box; None where every ray meets it."""
 
 
 @dataclass(frozen=True)
@@ -82,6 +97,7 @@ class CompositedEncoding(nn.Module):
         self._volume_cells = (1, 1, 1)
         self._space: tuple[int, MarchSpace] | None = None
         self._is_graph = False
+        self._widths: Tensor | None = None
         self.register_load_state_dict_post_hook(CompositedEncoding._index_again)
 
     def get_extra_state(self) -> dict[str, Any]:
@@ -98,12 +114,26 @@ class CompositedEncoding(nn.Module):
         """A copy in plain operators of torch on any device, for exporters.
 
         Args:
-            dtype: in which features are kept; they are weighted and summed in fp32.
+            dtype: in which features are kept, int8 included; they are weighted and summed in fp32.
         """
         made = copy.deepcopy(self).requires_grad_(False)
-        made.volume.rows.data = made.volume.rows.data.to(dtype)
+        if dtype == torch.int8:
+            made.volume.rows.data, made._widths = int8_rows(made.volume.rows.data)
+        else:
+            made.volume.rows.data = made.volume.rows.data.to(dtype)
         made._is_graph = True
         return made
+
+    @contextmanager
+    def in_int8(self) -> Iterator[None]:
+        """Inside, features are what remains of them in int8."""
+        kept = self.volume.rows.data
+        rows, widths = int8_rows(kept)
+        self.volume.rows.data = rows * widths
+        try:
+            yield
+        finally:
+            self.volume.rows.data = kept
 
     @property
     def ray_code(self) -> RayCode:
@@ -127,62 +157,68 @@ class CompositedEncoding(nn.Module):
         index = grid_point_index(self.occupancy.cells, volume_cells)
         return self.volume.lay_out(index, int(spare * int(index.max())))
 
-    def span(self, origins: Float[Tensor, "rays 3"], directions: Float[Tensor, "rays 3"]) -> RaySpan:
-        """Where the scene is looked for: inside its box if it is bounded, else between the nearest and farthest depth."""
-        code, scene = self.ray_code, self.occupancy.scene
-        start, step = (origins - code.center) / code.radius, directions / code.radius
-        if not self.is_bounded:
-            return RaySpan(start, step, None)
-        enter, leave = scene.box_span(start, step)
-        return RaySpan(start + enter * step, (leave - enter) * step, (leave <= enter)[..., 0])
-
-    def positions(self, fractions: Float[Tensor, "*n"]) -> Float[Tensor, "*n"]:
-        """In steps of `span`, of positions in [0, 1]."""
-        return fractions if self.is_bounded else self.ray_code.distance(fractions, None)
-
-    def depth_fraction(
-        self, origins: Float[Tensor, "rays 3"], directions: Float[Tensor, "rays 3"], fractions: Float[Tensor, "rays 1"]
-    ) -> Float[Tensor, "rays 1"]:
-        """Positions in the span as the position in [0, 1] of the scene's spacing that codes a student's depth."""
-        code = self.ray_code
-        if not self.is_bounded:
-            return fractions
-        enter, leave = self.occupancy.scene.box_span((origins - code.center) / code.radius, directions / code.radius)
-        return code.to_fraction(origins, directions, enter + fractions * (leave - enter))
-
-    def composited(
-        self,
-        origins: Float[Tensor, "rays 3"],
-        directions: Float[Tensor, "rays 3"],
-        jitter: bool = False,
-        samples: int | None = None,
-    ) -> tuple[Composited, Bool[Tensor, "rays"]]:
-        """What rays meet, and which of them meet nothing; always in fp32.
+    def span(self, origins: Float[Tensor, "groups 1 3"], directions: Float[Tensor, "groups group 3"]) -> RaySpan:
+        """Where the scene is looked for: inside its box if it is bounded, else between the nearest and farthest depth.
 
         Args:
             origins: in the teacher's frame.
-            directions: unit length.
+            directions: unit length; those of a group are less than about a cell of the occupancy apart.
+        """
+        code, scene = self.ray_code, self.occupancy.scene
+        origin, direction = (origins.float() - code.center) / code.radius, directions.float() / code.radius
+        start, step = origin[:, 0], direction[:, 0]
+        if direction.shape[1] > 1:
+            step = _between(step, direction[:, -1])
+        if not self.is_bounded:
+            return RaySpan(origin, direction, start, step, None, None, None)
+        enter, leave = scene.box_span(start, step)
+        length = leave - enter
+        return RaySpan(origin, direction, start + enter * step, length * step, enter, length, (length <= 0)[:, 0])
+
+    def positions(self, fractions: Float[Tensor, "*n"]) -> Float[Tensor, "*n"]:
+        """In steps of a `RaySpan`, of positions in [0, 1]."""
+        return fractions if self.is_bounded else self.ray_code.distance(fractions, None)
+
+    def distances(self, span: RaySpan, fractions: Float[Tensor, "groups *n"]) -> Float[Tensor, "groups *n"]:
+        """From the origins, in the teacher's unit of length, of positions in [0, 1] of a span."""
+        if span.enter is None or span.length is None:
+            return self.positions(fractions)
+        shape = (-1, *[1] * (fractions.ndim - 1))
+        return span.enter.view(shape) + fractions * span.length.view(shape)
+
+    def composited(
+        self, span: RaySpan, jitter: bool = False, samples: int | None = None
+    ) -> tuple[Composited, Bool[Tensor, "groups"]]:
+        """What rays meet, one group after the other, and which groups meet nothing; always in fp32.
+
+        Args:
+            span: of the rays.
             jitter: draw the sample points at random inside their shares (training).
             samples: points per ray; the settings' by default.
         """
         samples = samples or self.settings.samples
-        with torch.autocast(device_type=origins.device.type, enabled=False):
-            span = self.span(origins.float(), directions.float())
-            if origins.device.type == "cpu" and not self._is_graph:
-                found, is_empty = march(self.volume.rows, *span, self.march_space(), samples, jitter)
-                return Composited(*found.split((self.settings.channels, 1, 1, 3), dim=-1)), is_empty
-            return self.in_torch(span, jitter, samples)
+        with torch.autocast(device_type=span.origin.device.type, enabled=False):
+            if span.origin.device.type != "cpu" or self._is_graph:
+                return self.in_torch(span, jitter, samples)
+            found, is_empty = march(self.volume.rows, span, self.march_space(), samples, jitter)
+            return Composited(*found.split((self.settings.channels, 1, 1, 3), dim=-1)), is_empty
 
-    def in_torch(self, span: RaySpan, jitter: bool, samples: int) -> tuple[Composited, Bool[Tensor, "rays"]]:
+    def in_torch(self, span: RaySpan, jitter: bool, samples: int) -> tuple[Composited, Bool[Tensor, "groups"]]:
         """`composited` in operators of torch: on a GPU, and in exported graphs."""
-        probes = self.positions(self.middles(span.start.device))
-        cells = span.start.new_tensor(self.volume.cells)
-        placed = place_samples(self.occupancy, span.start, span.step, probes, samples, cells, jitter)
+        probes = self.positions(self.middles(span.origin.device))
+        cells = span.origin.new_tensor(self.volume.cells)
+        placed = place_samples(self.occupancy, span.lead_start, span.lead_step, probes, samples, cells, jitter)
         is_empty = placed.is_empty if span.is_missed is None else placed.is_empty | span.is_missed
-        positions = self.positions(placed.fractions)
-        points = self.occupancy.scene(span.start[:, None] + positions[..., None] * span.step[:, None])
+        distances = self.distances(span, placed.fractions)[:, None, :, None]
+        points = self.occupancy.scene(span.origin[:, None] + distances * span.direction[:, :, None]).flatten(0, 1)
         values = read_rows(self.volume.rows, self.volume.index, points) if self._is_graph else self.volume(points)
-        return composite(values, placed.lengths, placed.fractions, points, is_empty), is_empty
+        if self._widths is not None:
+            values = values * self._widths
+        lengths, fractions, empty = (
+            t[:, None].expand(-1, span.direction.shape[1], *t.shape[1:]).flatten(0, 1)
+            for t in (placed.lengths, placed.fractions, is_empty)
+        )
+        return composite(values, lengths, fractions, points, empty), is_empty
 
     def code(
         self, found: Composited, directions: Float[Tensor, "rays 3"], encode: FrequencyEncode = frequency_encode
@@ -207,10 +243,17 @@ class CompositedEncoding(nn.Module):
         )
 
     def geometry(
-        self, found: Composited, origins: Float[Tensor, "rays 3"], directions: Float[Tensor, "rays 3"]
+        self,
+        found: Composited,
+        span: RaySpan,
+        origins: Float[Tensor, "groups 1 3"],
+        directions: Float[Tensor, "groups group 3"],
     ) -> Float[Tensor, "rays 2"]:
-        """Accumulation, and depth as a position in [0, 1] of the scene's spacing."""
-        fraction = self.depth_fraction(origins, directions, _mean(found.fraction, found.accumulation))
+        """Accumulation, and depth as the position in [0, 1] of the scene's spacing that codes a student's depth."""
+        fraction = _mean(found.fraction, found.accumulation)
+        if self.is_bounded:
+            distance = self.distances(span, fraction.view(*directions.shape[:2], 1))
+            fraction = self.ray_code.to_fraction(origins, directions, distance).flatten(0, 1)
         return torch.cat([found.accumulation, fraction], dim=-1)
 
     def middles(self, device: torch.device | str = "cpu") -> Float[Tensor, "probes"]:
@@ -263,9 +306,11 @@ def encode_single_rays(
         code (*batch code), geometry (*batch 2).
     """
     shape = origins.shape[:-1]
-    origins, directions = origins.reshape(-1, 3).float(), directions.reshape(-1, 3).float()
-    found, _ = encoding.composited(origins, directions, jitter)
-    code, geometry = encoding.code(found, directions, encode), encoding.geometry(found, origins, directions)
+    origins, directions = origins.reshape(-1, 1, 3).float(), directions.reshape(-1, 1, 3).float()
+    span = encoding.span(origins, directions)
+    found, _ = encoding.composited(span, jitter)
+    geometry = encoding.geometry(found, span, origins, directions)
+    code = encoding.code(found, directions[:, 0], encode)
     return EncodedRays(code.view(*shape, encoding.dim), geometry.view(*shape, 2))
 
 
@@ -280,14 +325,15 @@ def encode_ray_image(
 ) -> EncodedRays:
     """Encode ray images with a ray for every pixel, margin included, for a network of cells (MobileR2L).
 
-    A cell's own ray is the mean of its pixels' rays. Features and accumulation of a cell's pixels follow the cell's own
-    code, channel by channel, as `pixel_shuffle` takes them. Pixels of the margin have none: they are not drawn.
+    A cell's own ray passes half way between those of its pixels in opposite corners. Features and accumulation of a cell's
+    pixels follow the cell's own code, channel by channel, as `pixel_shuffle` takes them; sample points are placed once for
+    each block of 2x2 pixels. Pixels of the margin have none: they are not drawn.
 
     Args:
         encoding: of the scene.
         factor: pixels along each side of a cell.
         pixel_samples: sample points per pixel; cells have the settings'.
-        origins: in the teacher's frame.
+        origins: in the teacher's frame; one for all pixels of a cell, as of a pinhole camera.
         directions: unit length.
         jitter: draw the sample points at random inside their shares (training).
         encode: as `frequency_encode`.
@@ -295,20 +341,25 @@ def encode_ray_image(
     Returns:
         code (*batch rows columns code), geometry (*batch, height and width without the margin, 2).
     """
-    pixels = CellPixels(factor)
-    origins, directions = pixels.by_cell(origins.float()), pixels.by_cell(directions.float())
-    shape = directions.shape[:-2]
-    rays = (origins[..., 0, :].reshape(-1, 3), normalize(directions.mean(-2), dim=-1).reshape(-1, 3))
-    found, _ = encoding.composited(*rays, jitter)
-    code = encoding.code(found, rays[1], encode).view(*shape, encoding.dim)
-    inner = [t[..., MARGIN:-MARGIN, MARGIN:-MARGIN, :, :] for t in (origins, directions)]
-    shape = inner[0].shape[:-1]
-    rays = (inner[0].reshape(-1, 3), inner[1].reshape(-1, 3))
-    found, _ = encoding.composited(*rays, jitter, pixel_samples)
-    own = torch.cat([found.features, found.accumulation], dim=-1).view(*shape, encoding.settings.channels + 1)
-    own = pad(own.transpose(-1, -2).flatten(-2), (0, 0, MARGIN, MARGIN, MARGIN, MARGIN))
-    geometry = encoding.geometry(found, *rays).view(*shape, 2)
-    return EncodedRays(torch.cat([code, own], dim=-1), pixels.to_image(geometry))
+    origins, directions = origins.float(), directions.float()
+    corners = (directions[..., at::factor, at::factor, :] for at in (0, factor - 1))
+    middles = normalize(_between(*corners), dim=-1)
+    shape = middles.shape[:-1]
+    rays = (origins[..., ::factor, ::factor, :].reshape(-1, 1, 3), middles.reshape(-1, 1, 3))
+    found, _ = encoding.composited(encoding.span(*rays), jitter)
+    code = encoding.code(found, rays[1][:, 0], encode).view(*shape, encoding.dim)
+
+    edge, blocks = MARGIN * factor, CellPixels(BLOCK)
+    inner = blocks.by_cell(directions[..., edge:-edge, edge:-edge, :])
+    shape = inner.shape[:-1]
+    rays = (origins[..., edge:-edge:BLOCK, edge:-edge:BLOCK, :].reshape(-1, 1, 3), inner.reshape(-1, BLOCK**2, 3))
+    span = encoding.span(*rays)
+    found, _ = encoding.composited(span, jitter, pixel_samples)
+    geometry = encoding.geometry(found, span, *rays).view(*shape, 2)
+    own = blocks.to_image(torch.cat([found.features, found.accumulation], dim=-1).view(*shape, -1))
+    own = CellPixels(factor).by_cell(own).transpose(-1, -2).flatten(-2)
+    own = pad(own, (0, 0, MARGIN, MARGIN, MARGIN, MARGIN))
+    return EncodedRays(torch.cat([code, own], dim=-1), blocks.to_image(geometry))
 
 
 def finished(
@@ -325,6 +376,11 @@ def finished(
         accumulation = geometry[..., :1]
         values = values * accumulation + background * (1.0 - accumulation)
     return torch.cat([values, geometry], dim=-1)
+
+
+def _between(first: Float[Tensor, "*n"], last: Float[Tensor, "*n"]) -> Float[Tensor, "*n"]:
+    """Half way."""
+    return (first + last) / 2
 
 
 def _mean(summed: Float[Tensor, "rays n"], accumulation: Float[Tensor, "rays 1"]) -> Float[Tensor, "rays n"]:

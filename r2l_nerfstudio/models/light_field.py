@@ -6,7 +6,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, ClassVar, Literal, get_args
 
 import torch
 import tyro
@@ -22,10 +22,9 @@ from nerfstudio.viewer_legacy.server.viewer_utils import IOChangeException
 from torch import Tensor
 from torch.nn import Parameter
 
-from r2l_nerfstudio.engines.probe import probe_code
-from r2l_nerfstudio.engines.switch import EngineChoice, EngineSwitch
+from r2l_nerfstudio.engines.switch import EngineOption, EngineSwitch
 from r2l_nerfstudio.errors import InputError, exit_on_input_error
-from r2l_nerfstudio.models.camera_rays import camera_rays, crop_interval, is_pinhole, pinhole_parameters
+from r2l_nerfstudio.models.camera_rays import CameraRays, crop_interval
 from r2l_nerfstudio.models.composited_encoding import (
     CompositedEncoding,
     CompositedSettings,
@@ -34,9 +33,11 @@ from r2l_nerfstudio.models.composited_encoding import (
 )
 from r2l_nerfstudio.models.drawing_code import DrawingCode
 from r2l_nerfstudio.models.metrics import image_metrics
+from r2l_nerfstudio.models.probe_cameras import probe_code
 from r2l_nerfstudio.ranges import FloatRange, IntRange
 from r2l_nerfstudio.rays.conventions import OURS, RayConventions
 from r2l_nerfstudio.rays.ray_code import RayCode, RayCodeKind
+from r2l_nerfstudio.rays.ray_image import StudentRays
 from r2l_nerfstudio.rays.spacing import MISSED_FRACTION, SceneBounds, SpacingKind
 from r2l_nerfstudio.students.ray_features import FeatureVolume
 from r2l_nerfstudio.viewer.engine_menu import EngineMenu, in_render_thread
@@ -99,7 +100,7 @@ class LightFieldModelConfig(ModelConfig):
     """Weight of the accumulation loss."""
     depth_weight: Annotated[float, FloatRange(0, 1e6)] = 0.1
     """Weight of the depth loss, on positions in [0, 1] along the ray."""
-    engine: EngineChoice = "auto"
+    engine: EngineOption = "auto"
     """What runs the network of a trained student; auto: the fastest that agrees with torch on the machine at hand."""
 
     def fit_to(self, width: int, height: int) -> None:  # noqa: B027
@@ -127,8 +128,12 @@ class LightFieldModel(Model):
     """
 
     config: LightFieldModelConfig
+    reads_ray_image: ClassVar[bool] = False
+    """Whether the network reads a ray image, as MobileR2L does, rather than single rays."""
+    focal: Tensor | None
+    """Focal length in pixels of the views it was trained on; None if rendering does not depend on it."""
     factor: int = 1
-    """Pixels along each side that one evaluation of the network explains."""
+    """Upsampling factor: pixels along each side of a cell; 1 for a network that reads single rays."""
     margin: int = 0
     """Cells around a picture that are evaluated and dropped."""
     crop_margin: int = 0
@@ -163,6 +168,8 @@ class LightFieldModel(Model):
         self.drawing_code = DrawingCode(self.ray_code, self.volume, self.config.volume_points)
         self.network = self.build_network(code_dim)
         self.register_buffer("background", torch.ones(3))
+        has_focal = self.reads_ray_image or is_composited
+        self.register_buffer("focal", torch.ones(()) if has_focal else None)
         self.has_accumulation = True
         self.has_depth = True
         self.frame_time = FrameTime()
@@ -170,7 +177,7 @@ class LightFieldModel(Model):
         self.engines = EngineSwitch(
             lambda: self.network,
             self.config.engine,
-            probe=lambda: probe_code(self.ray_code, self.encode, self.network, self.rays_per_cell),
+            probe=lambda: probe_code(self),
             interrupts=(IOChangeException,),
             say=lambda line: CONSOLE.print(line, markup=False, highlight=False),
         )
@@ -179,6 +186,11 @@ class LightFieldModel(Model):
         self.engine_dropdown = self.engine_menu.dropdown
         self.viewer_panel = ViewerPanel(self.frame_time)
         self.split_checkbox = self.teacher_split.checkbox
+
+    @property
+    def rays(self) -> StudentRays:
+        """The rays that it reads, for a data manager."""
+        return StudentRays(self.factor, self.rays_per_cell, self.margin, self.ray_code.conventions)
 
     @property
     def rays_per_cell(self) -> int:
@@ -208,11 +220,32 @@ class LightFieldModel(Model):
         """
 
     @abstractmethod
-    def render_other(self, camera: Cameras) -> Float[Tensor, "height width 5"]:
-        """As `render_pinhole`, for one camera of any other kind.
+    def render_values(self, camera: CameraRays) -> Float[Tensor, "height width 5"]:
+        """Return the network's five numbers for every pixel of a camera of any kind.
 
         Raises:
-            InputError: for a kind that this student cannot draw.
+            InputError: for a kind that this student cannot render.
+        """
+
+    @abstractmethod
+    def native_focal(self, focal: float) -> float:
+        """Return the focal length in pixels, nearest to `focal`, of images that need no resampling."""
+
+    @abstractmethod
+    def encoding_for_camera(
+        self, pose: Float[Tensor, "3 4"], intrinsics: Float[Tensor, "4"], height: int, width: int
+    ) -> EncodedRays:
+        """Return what the network reads for one undistorted perspective camera, in the network's own layout.
+
+        Args:
+            pose: camera to world, OpenGL axes, in the teacher's frame.
+            intrinsics: fx, fy, cx, cy in pixels.
+            height: in pixels.
+            width: in pixels.
+
+        Returns:
+            code (rays, code), or of a ray image (1, code, rows, columns) with its margin; geometry (rays, 2), or (height,
+            width, 2) of whole cells without the margin, None where the network predicts it.
         """
 
     def get_extra_state(self) -> dict[str, Any]:
@@ -252,6 +285,8 @@ class LightFieldModel(Model):
                 extent = 1.0 if conventions.ndc else conventions.scale * bounds.radius
             self.volume.extent.fill_(extent)
         self.background.copy_(background)
+        if self.focal is not None:
+            self.focal.fill_(focal)
         # Nobody teaches what has no weight.
         self.has_accumulation = has_accumulation and self.config.accumulation_weight > 0 and not self.config.color_only
         self.has_depth = has_depth and self.config.depth_weight > 0 and not self.config.color_only
@@ -369,7 +404,7 @@ class LightFieldModel(Model):
             self._runner = former
 
     @torch.no_grad()
-    def get_outputs_for_camera(self, camera: Cameras, obb_box: OrientedBox | None = None) -> dict[str, Tensor]:
+    def render_camera(self, camera: Cameras, obb_box: OrientedBox | None = None) -> dict[str, Tensor]:
         """Render one camera of any kind.
 
         Args:
@@ -377,24 +412,29 @@ class LightFieldModel(Model):
             obb_box: show only what lies in this box, the background elsewhere.
 
         Returns:
-            `rgb` (height width 3) and, where the teacher has them, `accumulation` and `depth` (height width 1). A teacher
-            of depth alone gives an accumulation of 1: Nerfstudio's tools draw no depth without one.
+            `rgb` (height width 3) and, where the teacher has them, `accumulation` and `depth` (height width 1). If the
+            teacher has depth but no accumulation, `accumulation` is 1: Nerfstudio's tools show no depth without one.
+
+        Raises:
+            InputError: for a camera that this student cannot render, or an engine chosen by name that fails.
         """
-        height, width = int(camera.height.flatten()[0]), int(camera.width.flatten()[0])
-        with self.frame_time.measure(height, width), exit_on_input_error():
-            camera = camera.reshape((1,))
-            if is_pinhole(camera):
-                pose, intrinsics = pinhole_parameters(camera, self.device)
-                values = self.render_pinhole(pose, intrinsics, height, width)
-            else:
-                values = self.render_other(camera)
-            outputs = self.to_outputs(values, camera)
-            if obb_box is not None:
-                outputs = self._crop(outputs, *camera_rays(camera, self.device), obb_box)
-        outputs["rgb"] = self.teacher_split.apply(outputs["rgb"], camera)
+        frame = CameraRays(camera, self.device)
+        with self.frame_time.measure(frame.height, frame.width):
+            outputs = self.to_outputs(self.render_values(frame), frame)
+            return outputs if obb_box is None else self._crop(outputs, *frame.rays, obb_box)
+
+    def get_outputs_for_camera(self, camera: Cameras, obb_box: OrientedBox | None = None) -> dict[str, Tensor]:
+        """Render for Nerfstudio's viewer and commands: `render_camera`, with the teacher beside it if that is switched on.
+
+        Raises:
+            SystemExit: in place of an `InputError`, whose message is printed.
+        """
+        with exit_on_input_error():
+            outputs = self.render_camera(camera, obb_box)
+        outputs["rgb"] = self.teacher_split.apply(outputs["rgb"], camera.reshape((1,)))
         return outputs
 
-    def to_outputs(self, values: Float[Tensor, "height width 5"], camera: Cameras) -> dict[str, Tensor]:
+    def to_outputs(self, values: Float[Tensor, "height width 5"], camera: CameraRays) -> dict[str, Tensor]:
         """Nerfstudio's outputs, of the network's numbers for all pixels of a camera.
 
         Rays that miss a bounded scene's sphere see the background: nobody taught the student, but there is nothing.
@@ -403,9 +443,9 @@ class LightFieldModel(Model):
         rgb, accumulation, fraction = values[..., :3], values[..., 3:4], values[..., 4:5]
         crossing = None
         if self.ray_code.spacing == "sphere":
-            origins, directions = camera_rays(camera, self.device)
+            origins, directions = camera.rays
             # All rays of a pinhole begin at one point: what depends on that alone is reckoned once.
-            crossing = self.ray_code.crossing(origins[:1, :1] if is_pinhole(camera) else origins, directions)
+            crossing = self.ray_code.crossing(origins[:1, :1] if camera.is_pinhole else origins, directions)
             assert crossing is not None
             rgb = torch.where(crossing.is_missed, self.background, rgb)
             accumulation = accumulation.masked_fill(crossing.is_missed, 0.0)

@@ -16,6 +16,8 @@ from jaxtyping import Float
 from nerfstudio.utils.rich_utils import CONSOLE
 from torch import Tensor
 
+from r2l_nerfstudio.psnr import psnr as unclamped_psnr
+
 LpipsNetwork = Literal["alex", "vgg"]
 
 SSIM_WINDOW = 11
@@ -38,9 +40,7 @@ def _lpips(network: LpipsNetwork = "alex") -> torch.nn.Module | None:
 
 def psnr(image: Float[Tensor, "height width 3"], truth: Float[Tensor, "height width 3"]) -> float:
     """PSNR in dB of an image, clamped to [0, 1], against one in [0, 1]."""
-    from torchmetrics.functional.image import peak_signal_noise_ratio
-
-    return float(peak_signal_noise_ratio(*_batches(image, truth), data_range=1.0))
+    return unclamped_psnr(image.float().clamp(0, 1), truth.float())
 
 
 def ssim(image: Float[Tensor, "height width 3"], truth: Float[Tensor, "height width 3"]) -> float:
@@ -74,6 +74,27 @@ def lpips(
         return None
     prediction, target = _batches(image, truth)
     return float(measure.to(prediction.device)(prediction, target))
+
+
+def gmsd(image: Float[Tensor, "height width 3"], truth: Float[Tensor, "height width 3"]) -> float:
+    """Gradient magnitude similarity deviation (Xue et al. 2014) of an image, clamped to [0, 1], against one in [0, 1].
+
+    Edges decide it: 0 is equal, and a blurred image has about 0.1.
+    """
+    import piq
+
+    return float(piq.gmsd(*_batches(image, truth), data_range=1.0))
+
+
+def detail_energy(image: Float[Tensor, "height width 3"]) -> float:
+    """Energy of an image's fine detail: mean square of its difference from itself, blurred by a Gaussian of one pixel.
+
+    The ratio of two images' energies tells which of them is blurrier; noise counts as detail.
+    """
+    from torchvision.transforms.functional import gaussian_blur
+
+    image = image.permute(2, 0, 1)[None].float().clamp(0, 1)
+    return float((image - gaussian_blur(image, [7, 7], [1.0, 1.0])).square().mean())
 
 
 def image_metrics(

@@ -8,20 +8,18 @@ from typing import Annotated
 
 import torch
 from jaxtyping import Float
-from nerfstudio.cameras.cameras import Cameras
 from nerfstudio.cameras.rays import RayBundle
 from torch import Tensor
 from torch.nn.functional import interpolate, pad
 
 from r2l_nerfstudio.errors import InputError
 from r2l_nerfstudio.models.any_camera import render_by_faces
+from r2l_nerfstudio.models.camera_rays import CameraRays
 from r2l_nerfstudio.models.composited_encoding import CompositedEncoding, EncodedRays, encode_ray_image
 from r2l_nerfstudio.models.light_field import LightFieldModel, LightFieldModelConfig
 from r2l_nerfstudio.ranges import IntRange
-from r2l_nerfstudio.rays.conventions import OURS, RayConventions
 from r2l_nerfstudio.rays.pinhole import pixel_centers
-from r2l_nerfstudio.rays.ray_image import MARGIN, ray_image_intrinsics
-from r2l_nerfstudio.rays.spacing import SceneBounds
+from r2l_nerfstudio.rays.ray_image import MARGIN, ray_image_intrinsics, ray_image_size
 from r2l_nerfstudio.rays.sphere_window import Window, sphere_window
 from r2l_nerfstudio.students.mobile import MobileR2L, up_steps
 
@@ -87,12 +85,9 @@ class MobileR2LModel(LightFieldModel):
 
     config: MobileR2LModelConfig
     network: MobileR2L
+    reads_ray_image = True
     focal: Tensor
     """Focal length in pixels of the views it learnt from; the pitch at which it draws is 1 / focal."""
-
-    def populate_modules(self) -> None:
-        super().populate_modules()
-        self.register_buffer("focal", torch.ones(()))
 
     def build_network(self, code_dim: int) -> MobileR2L:
         config = self.config
@@ -112,19 +107,6 @@ class MobileR2LModel(LightFieldModel):
             joined=joined,
             join_width=config.join_width,
         )
-
-    def set_scene(
-        self,
-        bounds: SceneBounds,
-        axes: Float[Tensor, "3 3"],
-        background: Float[Tensor, "3"],
-        has_accumulation: bool,
-        has_depth: bool,
-        focal: float,
-        conventions: RayConventions = OURS,
-    ) -> None:
-        super().set_scene(bounds, axes, background, has_accumulation, has_depth, focal, conventions)
-        self.focal.fill_(focal)
 
     # Rays only, as Nerfstudio's own models of rays: cameras go through `get_outputs_for_camera`.
     def get_outputs(self, ray_bundle: RayBundle) -> dict[str, Tensor]:  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -223,12 +205,9 @@ class MobileR2LModel(LightFieldModel):
         left, columns = self._cells(window.left, window.right, width)
         top, rows = self._cells(window.top, window.bottom, height)
         corner = intrinsics.new_tensor([left, top])
-        per_cell, margin = self.rays_per_cell, self.margin * self.factor
-        in_cells = ray_image_intrinsics(intrinsics, self.factor, corner, per_cell, self.margin)
-        code, geometry = self.encode_rays(
-            *self.ray_code.image_rays(pose, in_cells, rows * per_cell, columns * per_cell)
-        )
-        values = self.run_network(code.permute(2, 0, 1)[None])
+        margin = self.margin * self.factor
+        code, geometry = self._encoding(pose, intrinsics, rows, columns, corner)
+        values = self.run_network(code)
         values = values[..., margin : values.shape[-2] - margin, margin : values.shape[-1] - margin]
         if geometry is not None:
             values = self.finish(values[0].permute(1, 2, 0), geometry).permute(2, 0, 1)[None]
@@ -243,5 +222,24 @@ class MobileR2LModel(LightFieldModel):
         count = min(most, max(1, math.ceil((last - first) / WINDOW_STEP)) * WINDOW_STEP)
         return min(first, most - count) * self.factor, count + 2 * self.margin
 
-    def render_other(self, camera: Cameras) -> Float[Tensor, "height width 5"]:
-        return render_by_faces(camera, float(self.focal), self.render_pinhole, self.device)
+    def render_values(self, camera: CameraRays) -> Float[Tensor, "height width 5"]:
+        if camera.is_pinhole:
+            return self.render_pinhole(*camera.pinhole, camera.height, camera.width)
+        return render_by_faces(camera, float(self.focal), self.render_pinhole)
+
+    def native_focal(self, focal: float) -> float:
+        return float(self.focal)
+
+    def encoding_for_camera(
+        self, pose: Float[Tensor, "3 4"], intrinsics: Float[Tensor, "4"], height: int, width: int
+    ) -> EncodedRays:
+        return self._encoding(pose, intrinsics, *ray_image_size(height, width, self.factor, self.margin), None)
+
+    def _encoding(
+        self, pose: Tensor, intrinsics: Tensor, rows: int, columns: int, corner: Float[Tensor, "2"] | None
+    ) -> EncodedRays:
+        """As `encoding_for_camera`, of a window of cells, margin included, that begins at a pixel (x, y)."""
+        in_cells = ray_image_intrinsics(intrinsics, self.factor, corner, self.rays_per_cell, self.margin)
+        rays = self.ray_code.image_rays(pose, in_cells, rows * self.rays_per_cell, columns * self.rays_per_cell)
+        code, geometry = self.encode_rays(*rays)
+        return EncodedRays(code.permute(2, 0, 1)[None], geometry)

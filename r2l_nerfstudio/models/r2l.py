@@ -8,19 +8,16 @@ from typing import Annotated
 
 import torch
 from jaxtyping import Float
-from nerfstudio.cameras.cameras import Cameras
 from nerfstudio.cameras.rays import RayBundle
 from torch import Tensor
 from torch.nn.functional import interpolate
 
 from r2l_nerfstudio.engines.sizes import chunk_rows
 from r2l_nerfstudio.models.any_camera import render_by_faces
-from r2l_nerfstudio.models.camera_rays import camera_rays
+from r2l_nerfstudio.models.camera_rays import CameraRays
 from r2l_nerfstudio.models.composited_encoding import CompositedEncoding, EncodedRays, encode_single_rays
 from r2l_nerfstudio.models.light_field import LightFieldModel, LightFieldModelConfig
 from r2l_nerfstudio.ranges import IntRange
-from r2l_nerfstudio.rays.conventions import OURS, RayConventions
-from r2l_nerfstudio.rays.spacing import SceneBounds
 from r2l_nerfstudio.students.resmlp import ResMLP
 from r2l_nerfstudio.students.sparse_volume import Composited
 
@@ -46,27 +43,6 @@ class R2LModel(LightFieldModel):
 
     config: R2LModelConfig
     network: ResMLP
-    focal: Tensor
-    """composited: focal length in pixels of the views it learnt from."""
-
-    def populate_modules(self) -> None:
-        super().populate_modules()
-        if self.composited is not None:
-            self.register_buffer("focal", torch.zeros(()))
-
-    def set_scene(
-        self,
-        bounds: SceneBounds,
-        axes: Float[Tensor, "3 3"],
-        background: Float[Tensor, "3"],
-        has_accumulation: bool,
-        has_depth: bool,
-        focal: float,
-        conventions: RayConventions = OURS,
-    ) -> None:
-        super().set_scene(bounds, axes, background, has_accumulation, has_depth, focal, conventions)
-        if self.composited is not None:
-            self.focal.fill_(focal)
 
     def build_network(self, code_dim: int) -> ResMLP:
         return ResMLP(code_dim, self.out_dim, self.config.width, self.config.depth, zero_init=self.config.zero_init)
@@ -103,13 +79,20 @@ class R2LModel(LightFieldModel):
         return encode_single_rays(encoding, origins, directions, jitter)
 
     def render_pinhole(
-        self, pose: Float[Tensor, "3 4"], intrinsics: Float[Tensor, "4"], height: int, width: int
+        self,
+        pose: Float[Tensor, "3 4"],
+        intrinsics: Float[Tensor, "4"],
+        height: int,
+        width: int,
+        camera: CameraRays | None = None,
     ) -> Float[Tensor, "height width 5"]:
         """Draws pictures coarser than those it learnt from at their pitch, and averages: features as fine as their pixels
         would flicker otherwise."""
         across, down = self._supersampling(intrinsics, height, width)
         drawn_height, drawn_width = math.ceil(height * down), math.ceil(width * across)
         if (drawn_height, drawn_width) == (height, width):
+            if camera is not None and self.ray_code.reads_pixel_centers:
+                return self.render_rays(*camera.rays)
             return self.render_rays(*self.ray_code.image_rays(pose, intrinsics, height, width))
         scale = intrinsics.new_tensor([drawn_width / width, drawn_height / height] * 2)
         values = self.render_rays(*self.ray_code.image_rays(pose, intrinsics * scale, drawn_height, drawn_width))
@@ -118,17 +101,28 @@ class R2LModel(LightFieldModel):
 
     def _supersampling(self, intrinsics: Float[Tensor, "4"], height: int, width: int) -> tuple[float, float]:
         """Rays per pixel across and down."""
-        if self.composited is None:
+        if self.focal is None:
             return 1.0, 1.0
         across, down = ((float(self.focal) / intrinsics[:2]).clamp_min(1.0)).tolist()
         shrink = min(1.0, math.sqrt(MAX_RAYS / (across * down * height * width)))
         return max(1.0, across * shrink), max(1.0, down * shrink)
 
-    def render_other(self, camera: Cameras) -> Float[Tensor, "height width 5"]:
-        if self.ray_code.conventions.is_planar:  # which only pinholes are
-            focal = float(camera.fx[0])
-            return render_by_faces(camera, focal, self.render_pinhole, self.device)
-        return self.render_rays(*camera_rays(camera, self.device))
+    def render_values(self, camera: CameraRays) -> Float[Tensor, "height width 5"]:
+        if not camera.is_pinhole:
+            if self.ray_code.conventions.is_planar:  # which only pinholes are
+                return render_by_faces(camera, float(camera.camera.fx[0]), self.render_pinhole)
+            return self.render_rays(*camera.rays)
+        return self.render_pinhole(*camera.pinhole, camera.height, camera.width, camera)
+
+    def native_focal(self, focal: float) -> float:
+        # Composited features are as fine as the views it was trained on: images of a shorter focal length are averaged.
+        return focal if self.focal is None else max(focal, float(self.focal))
+
+    def encoding_for_camera(
+        self, pose: Float[Tensor, "3 4"], intrinsics: Float[Tensor, "4"], height: int, width: int
+    ) -> EncodedRays:
+        origins, directions = self.ray_code.image_rays(pose, intrinsics, height, width)
+        return self.encode_rays(origins.reshape(-1, 3), directions.reshape(-1, 3))
 
     def render_rays(
         self, origins: Float[Tensor, "*batch 3"], directions: Float[Tensor, "*batch 3"]
@@ -160,8 +154,10 @@ class R2LModel(LightFieldModel):
         self, encoding: CompositedEncoding, origins: Float[Tensor, "rays 3"], directions: Float[Tensor, "rays 3"]
     ) -> Float[Tensor, "rays 5"]:
         """Five numbers per ray; around a bounded scene the network is evaluated only for rays that meet something."""
-        found, is_empty = encoding.composited(origins, directions)
-        geometry = encoding.geometry(found, origins, directions)
+        rays = (origins[:, None], directions[:, None])
+        span = encoding.span(*rays)
+        found, is_empty = encoding.composited(span)
+        geometry = encoding.geometry(found, span, *rays)
         met: Tensor | None = None
         if encoding.is_bounded:
             met = (~is_empty).nonzero()[:, 0]

@@ -154,7 +154,7 @@ class PublishedScene:
 
 def published_scene(
     similarity: Similarity,
-    is_image: bool,
+    reads_ray_image: bool,
     is_inward: bool,
     bounds: tuple[float, float],
     ndc: tuple[float, float] | None = None,
@@ -163,14 +163,14 @@ def published_scene(
 
     Args:
         similarity: from the run's frame to the published one.
-        is_image: MobileR2L rather than R2L.
+        reads_ray_image: MobileR2L rather than R2L.
         is_inward: of a capture around an object, rather than a forward-facing one.
         bounds: nearest and farthest distance that is seen, in the published frame's unit; not used around an object.
         ndc: 2 focal / width and 2 focal / height, for a student that works in normalized device coordinates.
     """
     conventions = RayConventions(
         is_planar=True,
-        pixel_offset=MOBILE_PIXEL_OFFSET if is_image else R2L_PIXEL_OFFSET,
+        pixel_offset=MOBILE_PIXEL_OFFSET if reads_ray_image else R2L_PIXEL_OFFSET,
         is_contracted=False,
         frame=similarity.rows,
         ndc=ndc,

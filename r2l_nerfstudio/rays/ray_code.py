@@ -178,6 +178,11 @@ class RayCode(nn.Module):
         return contract(points) if self.is_contracted else points
 
     @property
+    def reads_pixel_centers(self) -> bool:
+        """Whether the encoding reads unit rays through pixel centers, as Nerfstudio's cameras give them."""
+        return self.conventions.pixel_offset == 0.5 and not self.conventions.is_planar
+
+    @property
     def is_contracted(self) -> bool:
         """Whether points are contracted after they are placed."""
         return self.spacing != "sphere" and self.conventions.is_contracted

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from jaxtyping import Float
 from torch import Tensor
 
+from r2l_nerfstudio.rays.conventions import OURS, RayConventions
+
 MARGIN = 1
 """Cells around a picture that are drawn and dropped: with their neighbours at hand, its border pixels are as any other."""
 
@@ -38,6 +40,20 @@ def ray_image_intrinsics(
         cells[..., 2:] -= corner / factor * rays_per_cell
     cells[..., 2:] += margin * rays_per_cell
     return cells
+
+
+@dataclass(frozen=True)
+class StudentRays:
+    """The rays that a student reads: what a data manager has to know of it."""
+
+    factor: int = 1
+    """Upsampling factor: pixels along each side of a cell; 1 for a student of single rays."""
+    rays_per_cell: int = 1
+    """Rays along each side of a cell."""
+    margin: int = MARGIN
+    """Cells around a crop that are evaluated and dropped."""
+    conventions: RayConventions = OURS
+    """How its encoding reads rays."""
 
 
 @dataclass(frozen=True)

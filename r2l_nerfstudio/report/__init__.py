@@ -1,1 +1,1 @@
-"""What a finished student is worth: measurements, and the files that show them."""
+"""Reports: measurements of a finished student, and the files that show them."""

@@ -20,19 +20,19 @@ from torch.nn.functional import interpolate
 
 from r2l_nerfstudio.console import progress_bar
 from r2l_nerfstudio.dataparsers import dataparser_at
-from r2l_nerfstudio.distillation.datamanager import DistillationDataManagerConfig, capture_cameras
+from r2l_nerfstudio.distillation.datamanager import DistillationDataManagerConfig
 from r2l_nerfstudio.distillation.learning_curve import CurvePoint, read_learning_curve
 from r2l_nerfstudio.distillation.photographs import read_photo
-from r2l_nerfstudio.distillation.pose_sampling import PoseSampler, PoseSamplerConfig
+from r2l_nerfstudio.distillation.pose_sampling import PoseSampler, PoseSamplerConfig, capture_cameras
 from r2l_nerfstudio.distillation.survey import Survey
 from r2l_nerfstudio.distillation.view_ring import TeacherView, ViewRenderer
 from r2l_nerfstudio.engines.cache import device_name
 from r2l_nerfstudio.engines.parity import parity
 from r2l_nerfstudio.engines.protocol import EngineName, Precision
 from r2l_nerfstudio.engines.registry import build_engine, engine_module
-from r2l_nerfstudio.errors import InputError
+from r2l_nerfstudio.errors import InputError, one_line
 from r2l_nerfstudio.models.light_field import LightFieldModel
-from r2l_nerfstudio.models.metrics import image_metrics, psnr
+from r2l_nerfstudio.models.metrics import detail_energy, gmsd, image_metrics, psnr
 from r2l_nerfstudio.run_config import capture_path, checkpoint_path, load_run_config, resolve_run
 from r2l_nerfstudio.student import load_student
 from r2l_nerfstudio.students.mobile import MobileR2L
@@ -44,9 +44,11 @@ Image = Float[Tensor, "height width 3"]
 UNSEEN_SEED = 31_415_926
 ZOOMS = (0.5, 2.0)
 SIZES = (0.4, 0.75, 1.5)
-"""Shares of a camera's own size at which it is rendered again."""
+"""Sizes at which a camera is rendered again, as shares of its own."""
+QUALITY = ("psnr", "ssim", "lpips", "gmsd")
+"""Metrics against photos."""
 FRAMES = 5
-"""Frames that are timed per engine; the median counts."""
+"""Frames to time per engine; the median counts."""
 PRECISIONS: tuple[Precision, ...] = ("fp16", "bf16", "fp32")
 
 
@@ -57,11 +59,13 @@ class ViewScore:
     name: str
     """File name of the photo."""
     student: dict[str, float]
-    """`psnr` (dB), `ssim` and, if its weights could be loaded, `lpips`, against the photo."""
+    """`psnr` (dB), `ssim`, `gmsd` and, if its weights could be loaded, `lpips`, against the photo."""
     teacher: dict[str, float] | None = None
     """The same for the teacher."""
     against_teacher: float | None = None
     """PSNR in dB of the student against the teacher."""
+    detail: float | None = None
+    """The student's share of the energy of the teacher's fine detail: below 1, it is blurrier."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +86,7 @@ class EngineTime:
     engine: EngineName
     precision: Precision | None = None
     milliseconds: float | None = None
-    """Of a whole frame: rays, encoding, network."""
+    """Milliseconds of a whole frame: rays, encoding, network."""
     parity: float | None = None
     """PSNR in dB of its values against fp32 PyTorch; infinity for equal ones."""
     skipped: str | None = None
@@ -100,7 +104,7 @@ class ComparedView:
 
 @dataclass
 class Measurements:
-    """Everything that a report shows."""
+    """All contents of a report."""
 
     run: str
     method: str
@@ -110,10 +114,12 @@ class Measurements:
     photos_in_test_split: int
     views: list[ViewScore]
     teacher: dict[str, Any] | None
-    """`method`, `iterations` and `checkpoint_megabytes`; None where the teacher's run is gone."""
+    """`method`, `iterations` and `checkpoint_megabytes`; None if the teacher's run is missing."""
     unseen: UnseenScores | None
     between_sizes: float
     """Lowest PSNR in dB between renders of one camera at its own size and at others, resampled to the smaller."""
+    teacher_between_sizes: float | None
+    """The same for the teacher: one ray per pixel is not an average over the pixel, so it is finite there too."""
     engines: list[EngineTime]
     frame_milliseconds: dict[str, float]
     """Median time of a frame of the test views, by `student` and `teacher`, in this run."""
@@ -126,29 +132,32 @@ class Measurements:
 
         Args:
             who: `student` or `teacher`.
-            metric: `psnr`, `ssim` or `lpips`.
+            metric: one of `QUALITY`.
         """
         scores = [getattr(view, who) for view in self.views]
         values = [None if score is None else score.get(metric) for score in scores]
         return fmean(cast(list[float], values)) if values and None not in values else None
+
+    @property
+    def detail(self) -> float | None:
+        """Mean over the test views of the student's share of the teacher's fine detail; None without a teacher."""
+        shares = [view.detail for view in self.views if view.detail is not None]
+        return fmean(shares) if shares else None
 
     def worst(self, count: int = 3) -> list[ViewScore]:
         """Return the test views with the lowest PSNR of the student, lowest first."""
         return sorted(self.views, key=lambda view: view.student["psnr"])[:count]
 
     def as_dict(self) -> dict[str, Any]:
-        """Return all figures, without images, as JSON takes them."""
+        """Return all figures, without images, as plain JSON types."""
         figures = {key: value for key, value in vars(self).items() if key != "shown"}
-        means = {
-            who: {metric: self.mean(who, metric) for metric in ("psnr", "ssim", "lpips")}
-            for who in ("student", "teacher")
-        }
-        figures |= {"mean": means, "worst_views": [view.name for view in self.worst()]}
+        means = {who: {metric: self.mean(who, metric) for metric in QUALITY} for who in ("student", "teacher")}
+        figures |= {"mean": means, "detail": self.detail, "worst_views": [view.name for view in self.worst()]}
         return cast(dict[str, Any], _plain(figures))
 
 
 def _plain(value: Any) -> Any:
-    """JSON's own types: dataclasses as objects, numbers with few digits, and null for what is not finite."""
+    """Convert to JSON types: dataclasses to objects, numbers to few digits, non-finite numbers to null."""
     if hasattr(value, "__dataclass_fields__"):
         return _plain(asdict(value))
     if isinstance(value, dict):
@@ -174,17 +183,17 @@ def measure(
     """Measure a finished student.
 
     Args:
-        run: its config.yml, or its folder.
-        data: where its capture is now; where it was in training, by default.
-        teacher: its teacher's run; the one it was distilled from, by default. Without one, what needs a teacher is None.
+        run: its config.yml or folder.
+        data: the capture's location, if it has moved since training.
+        teacher: the teacher's run, if it has moved since training. Without one, figures that need it are None.
         test_views: at most this many photos of the test split, evenly spaced.
         unseen_cameras: sampled cameras to compare with the teacher at.
-        engines: whose frame times are measured.
+        engines: engines to time.
         shown_views: at most this many views are kept as images, the worst one among them.
         pose_sampler: how unseen cameras are sampled; as in training, but with its default extent, by default.
 
     Raises:
-        InputError: the run, its capture or a teacher that is named cannot be read.
+        InputError: the run, its capture or an explicitly given teacher cannot be read.
     """
     config_path = resolve_run(Path(run))
     config = load_run_config(config_path)
@@ -196,9 +205,9 @@ def measure(
     parser = dataparser_at(config, place).setup()
     try:
         splits = {split: parser.get_dataparser_outputs(split=split) for split in ("train", "test")}
-    except Exception as error:  # every dataparser has failures of its own
+    except Exception as error:  # Every dataparser raises its own exceptions.
         raise InputError(
-            f"The capture {place} cannot be read ({' '.join(str(error).split())[:300]}): name its folder with --data."
+            f"The capture {place} cannot be read ({one_line(error)}): give its folder with --data."
         ) from error
     train, test = (InputDataset(outputs, datamanager.camera_res_scale_factor) for outputs in splits.values())
 
@@ -211,7 +220,7 @@ def measure(
         return image
 
     def student_view(camera: Cameras) -> Image:
-        return timed("student", lambda: model.get_outputs_for_camera(camera)["rgb"])
+        return timed("student", lambda: model.render_camera(camera)["rgb"])
 
     teacher_view: Callable[[Cameras], Image] | None = None
     if loaded_teacher is not None:
@@ -230,9 +239,10 @@ def measure(
             views.append(
                 ViewScore(
                     name,
-                    image_metrics(image, photo),
-                    None if truth is None else image_metrics(truth, photo),
+                    image_metrics(image, photo) | {"gmsd": gmsd(image, photo)},
+                    None if truth is None else image_metrics(truth, photo) | {"gmsd": gmsd(truth, photo)},
                     None if truth is None else psnr(image, truth),
+                    None if truth is None else detail_energy(image) / max(detail_energy(truth), 1e-12),
                 )
             )
             kept.append(ComparedView(name, photo, truth, image))
@@ -254,7 +264,9 @@ def measure(
             seed=UNSEEN_SEED,
         )
         unseen = _unseen(renderer, unseen_cameras, student_view, teacher_view, model.device)
-    steady = between_sizes(student_view, test.cameras[chosen[0] : chosen[0] + 1].to(model.device))
+    first = test.cameras[chosen[0] : chosen[0] + 1].to(model.device)
+    steady = between_sizes(student_view, first)
+    teacher_steady = None if teacher_view is None else min(between_sizes(teacher_view, first))
     checkpoint = checkpoint_path(config, config_path)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     sizes = {
@@ -273,7 +285,8 @@ def measure(
         teacher=None if loaded_teacher is None else _about(loaded_teacher),
         unseen=unseen,
         between_sizes=min(steady),
-        engines=time_engines(model, test.cameras[chosen[0] : chosen[0] + 1].to(model.device), engines),
+        teacher_between_sizes=teacher_steady,
+        engines=time_engines(model, first, engines),
         frame_milliseconds=frame_milliseconds,
         sizes=sizes,
         learning_curve=read_learning_curve(config_path.parent),
@@ -282,7 +295,7 @@ def measure(
 
 
 def _load_teacher(named: Path | None, remembered: Path | None, data: Path, device: torch.device) -> Teacher | None:
-    """The teacher that is named, else the one that the run remembers if it can still be read."""
+    """Load the given teacher, or else the one in the run's configuration if it can still be read."""
     if named is not None:
         return Teacher.load(named, device=device, data=data)
     if remembered is None:
@@ -324,14 +337,15 @@ def _unseen(
 
 
 def _camera(view: TeacherView, renderer: ViewRenderer, zoom: float = 1.0) -> Cameras:
-    """The camera of a teacher view, at `zoom` times its focal length."""
+    """Return the camera of a teacher view, at `zoom` times its focal length."""
     fx, fy, cx, cy = view.intrinsics.tolist()
     pose, width, height = view.camera_to_world[None], renderer.width, renderer.height
     return Cameras(pose, zoom * fx, zoom * fy, cx, cy, width=width, height=height)
 
 
 def between_sizes(view: Callable[[Cameras], Image], camera: Cameras) -> list[float]:
-    """Return the PSNR in dB between renders of a camera at its own size and at `SIZES`, resampled to the smaller of both."""
+    """Return the PSNR in dB between renders of a camera at its own size and at `SIZES`, resampled to the smaller of
+    both."""
     own = view(camera)
     found = []
     for scale in SIZES:
@@ -348,12 +362,12 @@ def between_sizes(view: Callable[[Cameras], Image], camera: Cameras) -> list[flo
 
 
 def time_engines(model: LightFieldModel, camera: Cameras, engines: tuple[EngineName, ...]) -> list[EngineTime]:
-    """Time a frame on each engine, in the lowest precision that it offers here and that agrees with fp32.
+    """Time a frame on each engine, in the lowest precision that it supports here and that agrees with fp32.
 
     Args:
         model: the student, in evaluation mode.
         camera: of the frame.
-        engines: which.
+        engines: engines to time.
     """
     found = []
     with progress_bar() as bar:
@@ -378,10 +392,10 @@ def _time_engine(model: LightFieldModel, camera: Cameras, name: EngineName) -> E
         with model.drawn_by(lambda code, engine=engine: engine(code)):
             for _ in range(FRAMES + 1):
                 start = time.perf_counter()
-                model.get_outputs_for_camera(camera)["rgb"].cpu()
+                model.render_camera(camera)["rgb"].cpu()
                 milliseconds.append(1e3 * (time.perf_counter() - start))
         agreement = parity(engine, model.network, model.device)
-        return EngineTime(name, precision, median(milliseconds[1:]), agreement)  # the first one warms up
+        return EngineTime(name, precision, median(milliseconds[1:]), agreement)  # The first one warms up.
     return EngineTime(name, skipped=reason)
 
 

@@ -1,4 +1,4 @@
-"""Measurements as one self-contained HTML page and as Markdown."""
+"""Measurements as a self-contained HTML page and as Markdown."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from r2l_nerfstudio.distillation.learning_curve import CurvePoint
 from r2l_nerfstudio.report.measure import ComparedView, EngineTime, Measurements
 
 LARGEST = 1000
-"""Pixels; larger images are shrunk for the page."""
+"""Largest width in pixels; wider images are shrunk for the page."""
 COLOURS = ("#2f7fd0", "#d0612f", "#2f9e5a")
 
 Table = tuple[list[str], list[list[str]]]
@@ -92,11 +92,13 @@ def _facts(found: Measurements) -> list[tuple[str, str]]:
 
 def _tables(found: Measurements) -> dict[str, Table]:
     quality: list[list[str]] = []
-    for metric, unit, digits in (("psnr", " dB", 2), ("ssim", "", 3), ("lpips", "", 3)):
+    for metric, unit, digits in (("psnr", " dB", 2), ("ssim", "", 3), ("lpips", "", 3), ("gmsd", "", 3)):
         student, teacher = found.mean("student", metric), found.mean("teacher", metric)
         if student is not None:
             values = [_number(student, unit, digits), _number(teacher, unit, digits)]
             quality.append([f"{metric.upper()} against photos, mean", *values])
+    if found.detail is not None:
+        quality.append(["fine detail, share of the teacher's energy", _number(found.detail), ""])
     if found.unseen is not None:
         unseen = found.unseen
         quality.append(
@@ -107,7 +109,8 @@ def _tables(found: Measurements) -> dict[str, Table]:
             [f"the same at {zoom} times the focal length, mean", _number(value, " dB"), ""]
             for zoom, value in unseen.zoom.items()
         ]
-    quality.append(["PSNR of one camera at other sizes, lowest", _number(found.between_sizes, " dB"), ""])
+    sizes_apart = [_number(value, " dB") for value in (found.between_sizes, found.teacher_between_sizes)]
+    quality.append(["PSNR of one camera at other sizes, lowest", *sizes_apart])
     worst = [
         [
             view.name,
@@ -186,9 +189,9 @@ def _data_url(image: Float[Tensor, "height width 3"]) -> str:
 
 
 def _curve(points: Sequence[CurvePoint]) -> str:
-    """The learning curve as SVG: minutes of training across, PSNR in dB up."""
+    """Return the learning curve as SVG: training minutes across, PSNR in dB up."""
     if not points:
-        return '<p class="note">This run kept no learning curve: it measured nothing on held-out views while it trained.</p>'
+        return '<p class="note">This run has no learning curve: nothing was measured on held-out views.</p>'
     width, height, left, top, right, bottom = 720, 300, 50, 10, 150, 40
     low, high = math.floor(min(point.psnr for point in points)), math.ceil(max(point.psnr for point in points))
     high = max(high, low + 1)

@@ -1,4 +1,4 @@
-"""A small procedural scene whose picture is known exactly at every pose: what the quickstart trains on and is judged by."""
+"""A small procedural scene with exact images for every camera: the quickstart trains on it and measures against it."""
 
 from r2l_nerfstudio.scene.capture import band_poses, write_capture
 from r2l_nerfstudio.scene.frames import camera_in_dataparser_frame, camera_in_world_frame

@@ -1,10 +1,9 @@
-"""Photographs of the scene, written as an ordinary Nerfstudio capture."""
+"""Photos of the scene, written as an ordinary Nerfstudio capture."""
 
 from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from nerfstudio.cameras.cameras import Cameras, CameraType
 from PIL import Image
 from torch import Tensor
 
+from r2l_nerfstudio.disk import write_atomically
 from r2l_nerfstudio.errors import InputError
 from r2l_nerfstudio.scene.procedural import Scene
 
@@ -24,7 +24,7 @@ ELEVATION = (12.0, 62.0)
 FOCAL = 1.4
 """Focal length in image widths: the object just fits."""
 SCENE_VERSION = 1
-"""Raised when the scene changes, so that captures of the old one are not taken for the new."""
+"""Version of the scene, increased when it changes, so that captures of the old scene are not reused."""
 
 
 def _look_at_origin(eyes: Float[Tensor, "n 3"]) -> Float[Tensor, "n 3 4"]:
@@ -35,13 +35,13 @@ def _look_at_origin(eyes: Float[Tensor, "n 3"]) -> Float[Tensor, "n 3 4"]:
 
 
 def band_poses(num: int, seed: int, spiral: bool = False) -> Float[Tensor, "n 3 4"]:
-    """Cameras on a band of the upper hemisphere, looking at the origin.
+    """Return cameras on a band of the upper hemisphere, looking at the origin.
 
     Args:
-        num: How many.
-        seed: Of the generator: the same poses every time.
-        spiral: Spread them evenly along a spiral, slightly jittered (what a careful photographer does), instead of
-            drawing them uniformly over the band's area.
+        num: number of cameras.
+        seed: seed of the generator; the same cameras every time.
+        spiral: spread them evenly along a spiral, slightly jittered (like a careful photographer), instead of uniformly
+            over the band's area.
 
     Returns:
         Camera-to-world matrices, world frame, OpenGL convention.
@@ -62,7 +62,7 @@ def band_poses(num: int, seed: int, spiral: bool = False) -> Float[Tensor, "n 3 
 
 
 def band_cameras(poses: Float[Tensor, "n 3 4"], size: int) -> Cameras:
-    """The capture's camera at other poses: square pinhole pictures of `size` pixels."""
+    """Return the capture's camera at other poses: square pinhole images of `size` pixels."""
     return Cameras(
         camera_to_worlds=poses,
         fx=FOCAL * size,
@@ -84,25 +84,25 @@ def write_capture(
     overwrite: bool = False,
     on_picture: Callable[[int, int], None] = lambda done, total: None,
 ) -> Path:
-    """Write photographs and `transforms.json`, unless they are there already.
+    """Write photos and `transforms.json`, unless they already exist.
 
-    `transforms.json` comes last and at once: a capture cut short has none, and is written again. Test pictures are at
-    random poses of the same band and serve as both of Nerfstudio's `val` and `test` splits.
+    `transforms.json` is written last and atomically: an interrupted capture has none, and is written again. Test photos
+    are at random poses of the same band and serve as both the `val` and the `test` split of Nerfstudio.
 
     Args:
-        folder: Where the capture goes; created when missing.
-        num_train: Training photographs.
-        num_test: Held-out photographs.
-        size: Width and height, pixels.
-        seed: Of the poses.
-        overwrite: Replace a complete capture of this scene, even with other settings.
-        on_picture: Called after each picture with how many are done and how many there will be.
+        folder: folder to write; created if missing.
+        num_train: number of training photos.
+        num_test: number of test photos.
+        size: width and height in pixels.
+        seed: seed of the poses.
+        overwrite: replace a complete capture of this scene, even with other settings.
+        on_picture: called after each photo with the number of finished photos and of all photos.
 
     Returns:
         The folder.
 
     Raises:
-        InputError: When the folder holds anything but a capture written here with the same settings.
+        InputError: if the folder holds anything but a capture written here with the same settings.
     """
     settings = {"version": SCENE_VERSION, "num_train": num_train, "num_test": num_test, "size": size, "seed": seed}
     transforms = folder / "transforms.json"
@@ -145,14 +145,13 @@ def write_capture(
         },
         indent=1,
     )
-    partial = transforms.with_suffix(".json.partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, transforms)
+    write_atomically(transforms, text)
     return folder
 
 
 def _read_settings(folder: Path) -> dict | None:
-    """What an earlier `write_capture` noted in the folder, {} for someone else's capture, None for none."""
+    """Return the settings that an earlier `write_capture` saved in the folder, {} for another capture, None for
+    none."""
     transforms = folder / "transforms.json"
     if not transforms.exists():
         return None
@@ -170,7 +169,7 @@ def _is_complete(folder: Path, settings: dict) -> bool:
 
 
 def _refuse_foreign(folder: Path, settings: dict, overwrite: bool) -> None:
-    """Never delete what was not written here."""
+    """Refuse to replace anything that was not written here."""
     if not folder.exists():
         return
     found = _read_settings(folder)
@@ -181,10 +180,10 @@ def _refuse_foreign(folder: Path, settings: dict, overwrite: bool) -> None:
         raise InputError(
             f"{folder} is not a capture of the procedural scene"
             + (f" (it holds {', '.join(strangers[:3])})" if strangers else "")
-            + ", so nothing was written there. Name another folder, or empty this one yourself."
+            + ", so nothing was written there. Give another folder, or empty this one."
         )
     if found not in (None, settings) and not overwrite:
         raise InputError(
-            f"{folder} holds a capture of the procedural scene with other settings ({found}; wanted {settings}). "
-            "Name another folder, or pass --force to write it again."
+            f"{folder} holds a capture of the procedural scene with other settings ({found}; wanted {settings}). Give"
+            " another folder, or pass --force to write it again."
         )

@@ -1,4 +1,5 @@
-"""Between the scene's world and the frame Nerfstudio's dataparser puts a capture (and so teacher and student) in."""
+"""Conversion between the scene's world frame and the frame of Nerfstudio's dataparser (and so of teacher and
+student)."""
 
 from __future__ import annotations
 
@@ -23,23 +24,24 @@ def _with_poses(camera: Cameras, poses: Float[Tensor, "*batch 3 4"]) -> Cameras:
 
 
 def camera_in_world_frame(camera: Cameras, outputs: DataparserOutputs) -> Cameras:
-    """The same undistorted cameras as the capture's `transforms.json` would state them.
+    """Return the same undistorted cameras in the world frame, as the capture's `transforms.json` has them.
 
-    A dataparser maps a world point p to scale * (R p + t) with [R | t] = `dataparser_transform`; intrinsics stay.
+    A dataparser maps a world point p to scale * (R p + t) with [R | t] = `dataparser_transform`; intrinsics do not
+    change.
 
     Args:
-        camera: Cameras of any batch shape in the dataparser's frame.
-        outputs: What the dataparser returned for the capture.
+        camera: cameras of any batch shape in the dataparser's frame.
+        outputs: what the dataparser returned for the capture.
     """
     pose = camera.camera_to_worlds
     transform = outputs.dataparser_transform.to(pose)
     rotation, shift = transform[:3, :3], transform[:3, 3]
-    centre = (pose[..., 3] / outputs.dataparser_scale - shift) @ rotation  # row vectors: x @ R is R^T x
+    centre = (pose[..., 3] / outputs.dataparser_scale - shift) @ rotation  # Row vectors: x @ R is R^T x.
     return _with_poses(camera, torch.cat([rotation.T @ pose[..., :3], centre[..., None]], -1))
 
 
 def camera_in_dataparser_frame(camera: Cameras, outputs: DataparserOutputs) -> Cameras:
-    """Inverse of `camera_in_world_frame`: cameras of any batch shape from the world into the dataparser's frame."""
+    """Return cameras of any batch shape in the dataparser's frame; the inverse of `camera_in_world_frame`."""
     pose = camera.camera_to_worlds
     transform = outputs.dataparser_transform.to(pose)
     rotation, shift = transform[:3, :3], transform[:3, 3]

@@ -17,7 +17,7 @@ from torch import Tensor
 from r2l_nerfstudio.scene.shapes import EPSILON, Box, Cylinder, Shape, Sphere
 from r2l_nerfstudio.scene.textures import Texture, checker, solid, stripes
 
-RAYS_PER_CHUNK = 1 << 16  # a few MB per temporary: stays in the cache of a laptop
+RAYS_PER_CHUNK = 1 << 16  # A few MB per temporary stay in the cache of a laptop.
 
 
 class Picture(NamedTuple):
@@ -59,7 +59,7 @@ def _default_things() -> tuple[Thing, ...]:
 
 @dataclass(frozen=True)
 class Scene:
-    """Solids under one lamp with a soft shadow. Nothing is random: the same ray always sees the same thing."""
+    """Solids under one lamp with a soft shadow. Nothing is random: the same ray always gives the same result."""
 
     things: tuple[Thing, ...] = field(default_factory=_default_things)
     background: tuple[float, float, float] = (1.0, 1.0, 1.0)
@@ -72,11 +72,11 @@ class Scene:
     """Blinn-Phong exponent: broad enough for a direction encoding of low degree."""
 
     def trace(self, origins: Float[Tensor, "rays 3"], directions: Float[Tensor, "rays 3"]) -> Picture:
-        """The exact answer for single rays.
+        """Trace single rays exactly.
 
         Args:
-            origins: Starts of the rays, world units.
-            directions: Unit vectors, world axes.
+            origins: starts of the rays, world units.
+            directions: unit vectors, world axes.
 
         Returns:
             Picture of shape (rays, …). Accumulation is 0 or 1.
@@ -88,11 +88,11 @@ class Scene:
         return Picture(*(torch.cat(column) for column in zip(*parts, strict=True)))
 
     def render(self, camera: Cameras, supersample: int = 3) -> Picture:
-        """The picture a pinhole camera takes, each pixel the mean of supersample x supersample rays.
+        """Render one pinhole camera, each pixel the mean of supersample x supersample rays.
 
         Args:
-            camera: One undistorted perspective camera (a batch of one, or a scalar), in the world frame.
-            supersample: Rays per pixel along each axis.
+            camera: one undistorted perspective camera (a batch of one, or a scalar), in the world frame.
+            supersample: rays per pixel along each axis.
 
         Returns:
             Picture of shape (height, width, …).
@@ -110,7 +110,7 @@ class Scene:
         return Picture(rgb.mean(2), hit.mean(2), torch.where(covered > 0, mean_depth, torch.inf))
 
     def _nearest(self, origins: Tensor, directions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Distance, normal and index of the first thing on each ray."""
+        """Return distance, normal and index of the first surface on each ray."""
         hits = [thing.shape.intersect(origins, directions) for thing in self.things]
         distance, index = torch.stack([distance for distance, _ in hits]).min(0)
         normals = torch.stack([normal for _, normal in hits])
@@ -125,7 +125,7 @@ class Scene:
         return Picture(rgb, hit[:, None].to(rgb), distance[:, None])
 
     def _shade(self, point: Tensor, normal: Tensor, to_eye: Tensor, index: Tensor) -> Tensor:
-        """Lambert with a soft shadow for all, and a Blinn-Phong highlight for glossy things."""
+        """Shade: Lambert with a soft shadow, and a Blinn-Phong highlight for glossy solids."""
         albedo = torch.zeros_like(point)
         gloss = point.new_tensor([thing.gloss for thing in self.things])[index]
         for i, thing in enumerate(self.things):
@@ -145,7 +145,7 @@ class Scene:
         return (albedo * (sky + (1 - self.ambient) * diffuse)[:, None] + (gloss * highlight)[:, None]).clamp(0, 1)
 
     def _lamp_directions(self, like: Tensor) -> Float[Tensor, "lamps 3"]:
-        """Five fixed unit directions over the lamp's disc: a penumbra, and still an exact function of the pose."""
+        """Five fixed unit directions over the lamp's disc: a penumbra that is still an exact function of the pose."""
         lamp = torch.nn.functional.normalize(like.new_tensor(self.lamp), dim=0)
         side = torch.nn.functional.normalize(torch.linalg.cross(lamp, like.new_tensor([0.0, 0.0, 1.0])), dim=0)
         up = torch.linalg.cross(side, lamp)
@@ -154,7 +154,7 @@ class Scene:
         return torch.nn.functional.normalize(around, dim=-1)
 
     def _blocked(self, origins: Tensor, lamp: Tensor) -> Tensor:
-        """Whether anything stands between the points and the lamp."""
+        """Return whether anything is between the points and the lamp."""
         directions = lamp.expand_as(origins)
         blocked = torch.zeros(len(origins), dtype=torch.bool, device=origins.device)
         for thing in self.things:
@@ -165,11 +165,11 @@ class Scene:
 def pinhole_rays(
     camera: Cameras, supersample: int = 1
 ) -> tuple[Float[Tensor, "rows columns 3"], Float[Tensor, "rows columns 3"]]:
-    """Rays of one undistorted pinhole camera through a regular grid of points in each pixel.
+    """Return rays of one undistorted pinhole camera through a regular grid of points in each pixel.
 
     Args:
-        camera: A scalar camera. Pixel (0, 0) is top left and its centre is at (0.5, 0.5).
-        supersample: Grid points per pixel along each axis; 1 gives the pixel centres.
+        camera: a scalar camera. Pixel (0, 0) is top left and its centre is at (0.5, 0.5).
+        supersample: grid points per pixel along each axis; 1 gives the pixel centres.
 
     Returns:
         Origins and unit directions in the camera's frame of reference, rows = height x supersample, columns alike.

@@ -1,4 +1,4 @@
-"""Solids a ray meets in closed form.
+"""Solids with closed-form ray intersections.
 
 Every solid is convex, so a ray is inside it on one interval [enter, leave] of its length, and a solid cut out of several
 simpler ones (a box is three slabs) is the intersection of their intervals.
@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-# A hit closer than this is the surface the ray starts on.
+# A closer hit is the surface on which the ray starts.
 EPSILON = 1e-4
 
 
@@ -24,11 +24,11 @@ class Shape(Protocol):
     def intersect(
         self, origins: Float[Tensor, "rays 3"], directions: Float[Tensor, "rays 3"]
     ) -> tuple[Float[Tensor, "rays"], Float[Tensor, "rays 3"]]:
-        """First surface met by each ray.
+        """Intersect rays with the solid.
 
         Args:
-            origins: Where the rays start, world units; inside the solid is allowed.
-            directions: Unit vectors.
+            origins: starts of the rays, world units; they may be inside the solid.
+            directions: unit vectors.
 
         Returns:
             Distance along the ray (inf where it misses) and the outward unit normal there (anything where it misses).
@@ -36,12 +36,13 @@ class Shape(Protocol):
         ...
 
     def local(self, points: Float[Tensor, "rays 3"]) -> Float[Tensor, "rays 3"]:
-        """World points in the solid's own axes, from its own centre: what textures are painted in."""
+        """Return world points in the solid's own axes, from its own centre, for textures."""
         ...
 
 
 def _first_surface(enter: Tensor, leave: Tensor) -> tuple[Tensor, Tensor]:
-    """Distance of the first surface in front of the ray's start, and whether it is the far one (start inside)."""
+    """Return the distance of the first surface in front of the ray's start, and whether it is the far one (start
+    inside)."""
     inside = enter < EPSILON
     distance = torch.where(inside, leave, enter)
     hit = (enter <= leave) & (distance > EPSILON)
@@ -49,8 +50,9 @@ def _first_surface(enter: Tensor, leave: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _slab(position: Tensor, slope: Tensor, half: Tensor | float) -> tuple[Tensor, Tensor]:
-    """Interval in which |position + t * slope| <= half, element by element."""
-    # A ray parallel to the slab divides by a tiny number of the right sign: an endless or an empty interval, never NaN.
+    """Return the interval in which |position + t * slope| <= half, element by element."""
+    # A ray parallel to the slab divides by a tiny number of the right sign, which gives an infinite or an empty
+    # interval instead of NaN.
     slope = torch.where(slope.abs() < 1e-12, torch.full_like(slope, 1e-12), slope)
     first, second = (-half - position) / slope, (half - position) / slope
     return torch.minimum(first, second), torch.maximum(first, second)
@@ -73,7 +75,7 @@ class Sphere:
         """See `Shape.intersect`."""
         start = self.local(origins)
         along = (start * directions).sum(-1)
-        # The distance of the centre from the ray's line: far better conditioned than b^2 - c for a start far away.
+        # The distance of the centre from the ray's line is far better conditioned than b^2 - c for a distant start.
         aside = start - along[:, None] * directions
         half_chord = (self.radius**2 - (aside**2).sum(-1)).clamp(min=-1.0)
         root = torch.where(half_chord >= 0, half_chord.clamp(min=0).sqrt(), -torch.inf)
@@ -109,14 +111,14 @@ class Box:
         (first, entered), (last, left) = enter.max(-1), leave.min(-1)
         distance, inside = _first_surface(first, last)
         side = torch.where(inside, left, entered)
-        # Entering a face means going against its outward normal; leaving, along it.
+        # A ray enters a face against its outward normal, and leaves along it.
         sign = slope.gather(-1, side[:, None]).sign()[:, 0] * torch.where(inside, 1.0, -1.0)
         return distance, sign[:, None] * axes[side]
 
 
 @dataclass(frozen=True)
 class Cylinder:
-    """An upright (z axis) cylinder with both its lids."""
+    """An upright (z axis) cylinder with both lids."""
 
     center: tuple[float, float, float]
     radius: float
@@ -132,7 +134,7 @@ class Cylinder:
         """See `Shape.intersect`."""
         start = self.local(origins)
         lid_in, lid_out = _slab(start[:, 2], directions[:, 2], self.half_height)
-        # The mantle, seen from above: a circle met by a line whose speed is less than one.
+        # The mantle from above: a circle met by a line whose speed is less than one.
         flat = directions[:, :2]
         speed = flat.norm(dim=-1).clamp(min=1e-12)
         heading = flat / speed[:, None]

@@ -1,6 +1,6 @@
-"""Surface colours as functions of the point in the solid's own axes.
+"""Surface colours as functions of a point in the solid's own axes.
 
-Their edges are soft: a small network has to learn them, and a picture of 100 pixels has to hold them.
+Their edges are soft, so that a small network can learn them and an image of 100 pixels can show them.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ Texture = Callable[[Float[Tensor, "points 3"]], Float[Tensor, "points 3"]]
 
 
 def _blend(first: Colour, second: Colour, wave: Tensor, sharpness: float) -> Float[Tensor, "points 3"]:
-    """`first` where the wave is +1, `second` where it is -1."""
+    """Return `first` where the wave is +1, `second` where it is -1."""
     share = 0.5 + 0.5 * torch.tanh(sharpness * wave)[:, None]
     return share * wave.new_tensor(first) + (1 - share) * wave.new_tensor(second)
 

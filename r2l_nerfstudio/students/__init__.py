@@ -1,1 +1,1 @@
-"""The student networks: plain `torch.nn`, numbers in, numbers out, nothing of Nerfstudio."""
+"""The student networks: plain `torch.nn`, without Nerfstudio."""

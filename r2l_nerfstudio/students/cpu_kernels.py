@@ -1,7 +1,9 @@
-"""Placement, reads and compositing for a CPU, ray by ray in one pass: the torch form of it makes dozens of large tensors.
+"""Placement, reads and compositing on a CPU, one ray at a time in a single pass, without the large tensors of the
+PyTorch version.
 
-Same numbers as `rays.placement.place_samples` and `students.composited.composite`, which are the specification.
-Compiled by Numba on first use and kept in its cache; without the GIL, so that threads of Python share the rays.
+Results equal those of `rays.placement.place_samples` and `students.composited.composite`, which are the specification.
+Numba compiles the kernels on first use, keeps them in its cache, and releases the GIL, so that Python threads share the
+rays.
 """
 
 from __future__ import annotations
@@ -42,11 +44,11 @@ def _unit(x, low, inverse):  # noqa: ANN001, ANN202
 
 
 @_jit
-def _point(pos, ray, starts, steps, warp, origin, axes, nearest, low, inverse):  # noqa: ANN001, ANN202
-    """Unit-cube coordinates of one point of a ray."""
-    x = starts[ray, 0] + pos * steps[ray, 0]
-    y = starts[ray, 1] + pos * steps[ray, 1]
-    z = starts[ray, 2] + pos * steps[ray, 2]
+def _point(distance, group, ray, origins, directions, warp, origin, axes, nearest, low, inverse):  # noqa: ANN001, ANN202
+    """Return the unit-cube coordinates of one point of a ray."""
+    x = origins[group, 0] + distance * directions[ray, 0]
+    y = origins[group, 1] + distance * directions[ray, 1]
+    z = origins[group, 2] + distance * directions[ray, 2]
     if warp == 1:
         x, y, z = _contracted(x, y, z, origin, axes, nearest)
     elif warp == 2:
@@ -55,7 +57,8 @@ def _point(pos, ray, starts, steps, warp, origin, axes, nearest, low, inverse): 
 
 
 def _path_along(warped):  # noqa: ANN001, ANN202
-    """`_point` at many positions of one ray. One function per warp: a loop without a branch is vectorized."""
+    """Compute `_point` at many positions of one ray. There is one function per warp, since a loop without branches is
+    vectorized."""
 
     @_jit
     def path(positions, ray, starts, steps, origin, axes, nearest, low, inverse, xs, ys, zs):  # noqa: ANN001, ANN202
@@ -76,7 +79,7 @@ _ball_path, _contracted_path, _frustum_path = _path_along(_ball), _path_along(_c
 
 @_jit
 def _position(fraction, is_disparity, near, far):  # noqa: ANN001, ANN202
-    """Steps of the ray's line at a position in [0, 1] of the scene's spacing."""
+    """Return the position in steps of the ray's span for a position in [0, 1] of the scene's spacing."""
     if is_disparity:
         return np.float32(1.0) / (np.float32(1.0) / near + (np.float32(1.0) / far - np.float32(1.0) / near) * fraction)
     return near + (far - near) * fraction
@@ -144,42 +147,50 @@ def place(  # noqa: ANN201
 
 @_jit
 def _interpolate(x, y, z, index, rows, value, channels):  # noqa: ANN001, ANN202
-    """Trilinear read of all channels at a point of the unit cube."""
+    """Read all channels trilinearly at a point of the unit cube."""
     nz, ny, nx = index.shape
     x, y, z = x * np.float32(nx - 1), y * np.float32(ny - 1), z * np.float32(nz - 1)
-    ix, iy, iz = min(int(x), nx - 2), min(int(y), ny - 2), min(int(z), nz - 2)
+    ix, iy, iz = (
+        min(np.int32(x), np.int32(nx - 2)),
+        min(np.int32(y), np.int32(ny - 2)),
+        min(np.int32(z), np.int32(nz - 2)),
+    )
     fx, fy, fz = x - np.float32(ix), y - np.float32(iy), z - np.float32(iz)
-    one = np.float32(1.0)
-    for c in range(channels):
-        value[c] = np.float32(0.0)
-    for dz in range(2):
-        wz = fz if dz else one - fz
-        for dy in range(2):
-            wzy = wz * (fy if dy else one - fy)
-            for dx in range(2):
-                w = wzy * (fx if dx else one - fx)
-                number = index[iz + dz, iy + dy, ix + dx]
-                for c in range(channels):
-                    value[c] += w * rows[number, c]
+    gx, gy, gz = np.float32(1.0) - fx, np.float32(1.0) - fy, np.float32(1.0) - fz
+    near, far = index[iz], index[iz + 1]
+    a, b, c, d = near[iy, ix], near[iy, ix + 1], near[iy + 1, ix], near[iy + 1, ix + 1]
+    e, f, g, h = far[iy, ix], far[iy, ix + 1], far[iy + 1, ix], far[iy + 1, ix + 1]
+    wa, wb, wc, wd = gz * gy * gx, gz * gy * fx, gz * fy * gx, gz * fy * fx
+    we, wf, wg, wh = fz * gy * gx, fz * gy * fx, fz * fy * gx, fz * fy * fx
+    # Channels innermost, all corners at once: sums stay in registers, and the loop is vectorized.
+    for k in range(channels):
+        value[k] = (
+            wa * rows[a, k] + wb * rows[b, k] + wc * rows[c, k] + wd * rows[d, k]
+            + we * rows[e, k] + wf * rows[f, k] + wg * rows[g, k] + wh * rows[h, k]
+        )  # fmt: skip
 
 
 @_jit
 def march(  # noqa: ANN201
-    starts, steps, fractions, deltas, is_empty, is_disparity, near, far, warp, origin, axes, nearest, low, inverse,  # noqa: ANN001
+    origins, directions, enter, length, fractions, deltas, is_empty, is_disparity, near, far,  # noqa: ANN001
+    warp, origin, axes, nearest, low, inverse,  # noqa: ANN001
     index, rows, shift, stop, out, keep, values, weights,  # noqa: ANN001
 ):  # fmt: skip
     """Composite along rays: out [n, C + 5] = features C, accumulation, fraction, point 3 (unit cube), each times weight.
 
     rows [R, 1 + C]: raw density, features. With `keep`, values [n, K, 1 + C] and weights [n, K] are written for `unmarch`.
+    `directions` has equally many consecutive rays for each row of `origins`, `fractions`, `deltas` and `is_empty`.
     """
     channels = rows.shape[1]
     features = channels - 1
     one = np.float32(1.0)
+    group = max(1, directions.shape[0] // max(1, origins.shape[0]))
     value = np.empty(channels, np.float32)
-    for ray in range(starts.shape[0]):
+    for ray in range(directions.shape[0]):
         for c in range(out.shape[1]):
             out[ray, c] = np.float32(0.0)
-        if is_empty[ray]:
+        placed = ray // group
+        if is_empty[placed]:
             if keep:
                 for i in range(fractions.shape[1]):
                     weights[ray, i] = np.float32(0.0)
@@ -188,17 +199,18 @@ def march(  # noqa: ANN201
             continue
         through = one
         for i in range(fractions.shape[1]):
-            s = fractions[ray, i]
+            s = fractions[placed, i]
             if through < stop:
-                if keep:
-                    weights[ray, i] = np.float32(0.0)
-                    for c in range(channels):
-                        values[ray, i, c] = np.float32(0.0)
+                if not keep:
+                    break
+                weights[ray, i] = np.float32(0.0)
+                for c in range(channels):
+                    values[ray, i, c] = np.float32(0.0)
                 continue
-            pos = _position(s, is_disparity, near, far)
-            x, y, z = _point(pos, ray, starts, steps, warp, origin, axes, nearest, low, inverse)
+            distance = enter[placed] + length[placed] * _position(s, is_disparity, near, far)
+            x, y, z = _point(distance, placed, ray, origins, directions, warp, origin, axes, nearest, low, inverse)
             _interpolate(x, y, z, index, rows, value, channels)
-            thick = np.exp(min(value[0] + shift, np.float32(10.0))) * deltas[ray, i]
+            thick = np.exp(min(value[0] + shift, np.float32(10.0))) * deltas[placed, i]
             left = np.exp(-thick)
             w = through * (one - left)
             through *= left
@@ -217,29 +229,32 @@ def march(  # noqa: ANN201
 
 @_jit
 def unmarch(  # noqa: ANN201
-    starts, steps, fractions, deltas, is_empty, is_disparity, near, far, warp, origin, axes, nearest, low, inverse,  # noqa: ANN001
+    origins, directions, enter, length, fractions, deltas, is_empty, is_disparity, near, far,  # noqa: ANN001
+    warp, origin, axes, nearest, low, inverse,  # noqa: ANN001
     index, rows, shift, values, weights, grad, grad_rows,  # noqa: ANN001
 ):  # fmt: skip
-    """Gradient of `march` for the rows, added to `grad_rows`. Row 0 stands for empty space and gets none."""
+    """Add the gradient of `march` for the rows to `grad_rows`. Row 0 stands for empty space and gets none."""
     channels = rows.shape[1]
     features = channels - 1
     count = fractions.shape[1]
     nz, ny, nx = index.shape
     one = np.float32(1.0)
+    group = max(1, directions.shape[0] // max(1, origins.shape[0]))
     points = np.empty((count, 3), np.float32)
     gain = np.empty(count, np.float32)
     part = np.empty(channels, np.float32)
-    for ray in range(starts.shape[0]):
-        if is_empty[ray]:
+    for ray in range(directions.shape[0]):
+        placed = ray // group
+        if is_empty[placed]:
             continue
         behind = np.float32(0.0)
         for i in range(count):
-            s = fractions[ray, i]
+            s = fractions[placed, i]
             if weights[ray, i] == 0:
                 gain[i] = np.float32(0.0)
                 continue
-            pos = _position(s, is_disparity, near, far)
-            x, y, z = _point(pos, ray, starts, steps, warp, origin, axes, nearest, low, inverse)
+            distance = enter[placed] + length[placed] * _position(s, is_disparity, near, far)
+            x, y, z = _point(distance, placed, ray, origins, directions, warp, origin, axes, nearest, low, inverse)
             points[i, 0], points[i, 1], points[i, 2] = x, y, z
             gain[i] = grad[ray, features] + s * grad[ray, features + 1]
             for axis in range(3):
@@ -252,7 +267,7 @@ def unmarch(  # noqa: ANN201
             w = weights[ray, i]
             if w == 0:
                 continue
-            thick = np.exp(min(values[ray, i, 0] + shift, np.float32(10.0))) * deltas[ray, i]
+            thick = np.exp(min(values[ray, i, 0] + shift, np.float32(10.0))) * deltas[placed, i]
             through *= np.exp(-thick)
             behind -= gain[i] * w
             part[0] = (gain[i] * through - behind) * thick

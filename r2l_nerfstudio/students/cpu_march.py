@@ -6,7 +6,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -16,12 +16,12 @@ from torch import Tensor
 from r2l_nerfstudio.students.sparse_volume import DENSITY_SHIFT, STOP
 
 _LEAST_RAYS = 512
-"""Per thread."""
+"""Least rays per thread."""
 
 
 @dataclass(frozen=True)
 class MarchSpace:
-    """Where rays are marched, as arrays for the kernels."""
+    """The space in which rays are marched, as arrays for the kernels."""
 
     is_disparity: bool
     near: np.float32
@@ -41,12 +41,12 @@ class MarchSpace:
     def geometry(
         self,
     ) -> tuple[bool, np.float32, np.float32, int, np.ndarray, np.ndarray, np.float32, np.ndarray, np.ndarray]:
-        """As `march` takes it."""
+        """Return the arguments of `march`."""
         return (self.is_disparity, self.near, self.far, *self.box)
 
     @property
     def box(self) -> tuple[int, np.ndarray, np.ndarray, np.float32, np.ndarray, np.ndarray]:
-        """As `place` takes it."""
+        """Return the arguments of `place`."""
         return (self.warp, self.origin, self.axes, self.nearest, self.low, self.inverse)
 
 
@@ -55,59 +55,83 @@ def _pool() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(thread_name_prefix="march")
 
 
-def _in_parts(work: Callable[[slice], None], rays: int) -> None:
-    """Share rays among as many threads as torch uses."""
-    threads = min(torch.get_num_threads(), max(1, rays // _LEAST_RAYS))
+def _in_parts(work: Callable[[slice], None], groups: int, group: int) -> None:
+    """Share groups of rays among as many threads as PyTorch uses."""
+    threads = min(torch.get_num_threads(), max(1, groups * group // _LEAST_RAYS))
     if threads == 1:
-        work(slice(0, rays))
+        work(slice(0, groups))
         return
-    edges = [rays * part // threads for part in range(threads + 1)]
+    edges = [groups * part // threads for part in range(threads + 1)]
     futures = [_pool().submit(work, slice(*pair)) for pair in zip(edges[1:-1], edges[2:], strict=True)]
     work(slice(*edges[:2]))
     for future in futures:
         future.result()
 
 
+class Rays(Protocol):
+    """Rays in groups that share their sample points; `models.composited_encoding.RaySpan` says what each tensor is."""
+
+    @property
+    def origin(self) -> Tensor: ...
+    @property
+    def direction(self) -> Tensor: ...
+    @property
+    def lead_start(self) -> Tensor: ...
+    @property
+    def lead_step(self) -> Tensor: ...
+    @property
+    def enter(self) -> Tensor | None: ...
+    @property
+    def length(self) -> Tensor | None: ...
+    @property
+    def is_missed(self) -> Tensor | None: ...
+
+
+def _array(tensor: Tensor) -> np.ndarray:
+    """What is no number would be no cell either."""
+    return tensor.detach().nan_to_num(0.0).contiguous().numpy()
+
+
 class _March(torch.autograd.Function):
     @staticmethod
     def forward(
-        context: Any,
-        rows: Tensor,
-        start: Tensor,
-        step: Tensor,
-        missed: Tensor | None,
-        space: MarchSpace,
-        samples: int,
-        jitter: bool,
+        context: Any, rows: Tensor, rays: Rays, space: MarchSpace, samples: int, jitter: bool
     ) -> tuple[Tensor, Tensor]:
-        from r2l_nerfstudio.students import cpu_kernels  # Numba: a second to import, and Nerfstudio loads every method
+        from r2l_nerfstudio.students import (
+            cpu_kernels,  # Importing Numba takes a second, and Nerfstudio imports every method.
+        )
 
-        rays = len(start)
-        starts, steps = (t.detach().nan_to_num(0.0).contiguous().numpy() for t in (start, step))
+        groups, group = rays.direction.shape[:2]
+        leads = (_array(rays.lead_start), _array(rays.lead_step))
+        origins, directions = _array(rays.origin[:, 0]), _array(rays.direction).reshape(-1, 3)
+        enter, length = np.zeros(groups, np.float32), np.ones(groups, np.float32)
+        if rays.enter is not None and rays.length is not None:
+            enter, length = _array(rays.enter[:, 0]), _array(rays.length[:, 0])
+        lines = (origins, directions, enter, length)
         table = rows.detach().contiguous().numpy()
-        draws = torch.rand(rays, samples).numpy() if jitter else np.full((1, samples), 0.5, np.float32)
-        fractions, lengths = (np.empty((rays, samples), np.float32) for _ in range(2))
-        empty = np.zeros(rays, np.bool_) if missed is None else missed.numpy().copy()
-        out = np.empty((rays, table.shape[1] + 4), np.float32)
+        draws = torch.rand(groups, samples).numpy() if jitter else np.full((1, samples), 0.5, np.float32)
+        fractions, lengths = (np.empty((groups, samples), np.float32) for _ in range(2))
+        empty = np.zeros(groups, np.bool_) if rays.is_missed is None else rays.is_missed.numpy().copy()
+        out = np.empty((len(directions), table.shape[1] + 4), np.float32)
         keep = rows.requires_grad
-        kept = (rays, samples) if keep else (1, 1)
+        kept = (len(directions), samples) if keep else (1, 1)
         values, weights = np.empty((*kept, table.shape[1]), np.float32), np.empty(kept, np.float32)
 
         def work(part: slice) -> None:
-            ours = (starts[part], steps[part])
+            own = slice(part.start * group, part.stop * group)
             placed = (fractions[part], lengths[part])
-            drawn = draws[part] if jitter else draws
             cpu_kernels.place(
-                *ours, drawn, space.positions, *space.box, space.occupied, space.cells, *placed, empty[part]
-            )
-            held = (values[part], weights[part]) if keep else (values, weights)
+                leads[0][part], leads[1][part], draws[part] if jitter else draws, space.positions, *space.box,
+                space.occupied, space.cells, *placed, empty[part],
+            )  # fmt: skip
+            held = (values[own], weights[own]) if keep else (values, weights)
             cpu_kernels.march(
-                *ours, *placed, empty[part], *space.geometry, space.index, table,
-                np.float32(DENSITY_SHIFT), np.float32(STOP), out[part], keep, *held,
+                origins[part], directions[own], enter[part], length[part], *placed, empty[part], *space.geometry,
+                space.index, table, np.float32(DENSITY_SHIFT), np.float32(STOP), out[own], keep, *held,
             )  # fmt: skip
 
-        _in_parts(work, rays)
-        context.kept = (starts, steps, fractions, lengths, empty, space, table, values, weights)
+        _in_parts(work, groups, group)
+        context.kept = (lines, fractions, lengths, empty, space, table, values, weights)
         is_empty = torch.from_numpy(empty)
         context.mark_non_differentiable(is_empty)
         return torch.from_numpy(out), is_empty
@@ -118,34 +142,27 @@ class _March(torch.autograd.Function):
 
         space: MarchSpace
         grad, _ = grad_outputs
-        starts, steps, fractions, lengths, empty, space, table, values, weights = ctx.kept
+        lines, fractions, lengths, empty, space, table, values, weights = ctx.kept
+        origins, directions, enter, length = lines
         grad_rows = np.zeros_like(table)
         # One thread: two would write to the same rows.
         cpu_kernels.unmarch(
-            starts, steps, fractions, lengths, empty, *space.geometry, space.index, table,
+            origins, directions, enter, length, fractions, lengths, empty, *space.geometry, space.index, table,
             np.float32(DENSITY_SHIFT), values, weights, grad.contiguous().float().numpy(), grad_rows,
         )  # fmt: skip
-        return torch.from_numpy(grad_rows), None, None, None, None, None, None
+        return torch.from_numpy(grad_rows), None, None, None, None
 
 
 def march(
-    rows: Float[Tensor, "rows values"],
-    start: Float[Tensor, "rays 3"],
-    step: Float[Tensor, "rays 3"],
-    missed: Bool[Tensor, "rays"] | None,
-    space: MarchSpace,
-    samples: int,
-    jitter: bool = False,
-) -> tuple[Float[Tensor, "rays composited"], Tensor]:
-    """Features, accumulation, fraction and point of rays, as `Composited` side by side, and which rays are empty.
+    rows: Float[Tensor, "rows values"], rays: Rays, space: MarchSpace, samples: int, jitter: bool = False
+) -> tuple[Float[Tensor, "rays composited"], Bool[Tensor, "groups"]]:
+    """Return features, accumulation, fraction and point of rays, as `Composited` side by side, and which groups are empty.
 
     Args:
-        rows: of the volume, on the CPU, fp32.
-        start: of the rays, as `RayCode.line` gives it.
-        step: likewise.
-        missed: rays that are empty in any case.
-        space: where they are marched.
+        rows: rows of the volume, on the CPU, fp32.
+        rays: rays on the CPU.
+        space: space in which they are marched.
         samples: points per ray.
         jitter: draw the points at random inside their shares.
     """
-    return _March.apply(rows, start, step, missed, space, samples, jitter)
+    return _March.apply(rows, rays, space, samples, jitter)

@@ -1,4 +1,4 @@
-"""The MobileR2L network: a residual body on a small image of rays, then super-resolution."""
+"""The MobileR2L network: a residual body on a low-resolution ray image, then upsampling."""
 
 from __future__ import annotations
 
@@ -36,24 +36,25 @@ class ConvBlock(nn.Module):
 class MobileR2L(nn.Module):
     """MobileR2L's network: every cell of a ray image becomes `factor` x `factor` pixels.
 
-    With in_dim 312, width 256, blocks 29, factor 8, out_dim 3 this is the published network: 4.306 M parameters, 101 GFLOP
-    for 100x100 cells (800x800 pixels). A pixel depends on its own cell and the eight around it, on nothing else.
+    With in_dim 312, width 256, blocks 29, factor 8, out_dim 3 this is the published network: 4.306 M parameters, 101
+        GFLOP for 100x100 cells (800x800 pixels). A pixel depends only on its own cell and the eight around it.
 
     Args:
         in_dim: channels of the encoded ray image.
         out_dim: outputs per pixel, each in (0, 1).
         width: channels of the body.
         blocks: residual blocks of the body.
-        factor: pixels per cell along each side: a power of two from 2 on, or three times one (a last step of 3).
-        up_width: channels of all steps of the super-resolution but the last.
+        factor: upsampling factor, pixels per cell along each side: a power of two from 2 on, or three times one (a last
+            step of 3).
+        up_width: channels of all upsampling steps but the last.
         last_width: channels of its last step.
         zero_init: start every residual block as the identity.
-        joined: numbers per pixel that join the last step, `factor`² times as many channels of the input after the cell's
-            own; 0 is the published network.
-        join_width: channels of the layer in which they do.
+        joined: numbers per pixel that join the last upsampling step, `factor`² times as many channels of the input
+            after the cell's own; 0 is the published network.
+        join_width: channels of the layer that joins them.
 
     Raises:
-        InputError: for a factor that no steps of 2, and a last one of 3, make up.
+        InputError: for a factor that is not a product of steps of 2 and a last one of 2 or 3.
     """
 
     def __init__(
@@ -91,7 +92,7 @@ class MobileR2L(nn.Module):
         self.tail = nn.Conv2d(width, out_dim, 1)
 
     def forward(self, code: Float[Tensor, "batch in_dim rows columns"]) -> Float[Tensor, "batch out_dim height width"]:
-        """Outputs of `factor` times as many rows and columns of pixels as the ray image has."""
+        """Return `factor` times as many rows and columns of pixels as the ray image has cells."""
         pixels = None
         if self.joined:
             code, pixels = code.split((self.head.in_channels, self.joined * self.factor**2), dim=1)
@@ -104,7 +105,8 @@ class MobileR2L(nn.Module):
 
     @property
     def flops_per_cell(self) -> int:
-        """Floating-point operations per ray of the ray image, a multiply-add counted as two; biases, norms left out."""
+        """Floating-point operations per cell of the ray image, a multiply-add counted as two, without biases and
+        norms."""
         flops, scale = 0, 1
         for layer in self.modules():
             if isinstance(layer, nn.ConvTranspose2d):
@@ -116,16 +118,16 @@ class MobileR2L(nn.Module):
 
 
 def up_steps(factor: int) -> list[int]:
-    """Steps of 2, and a last one of 2 or 3, that make up a factor of super-resolution.
+    """Return the upsampling steps of 2, and a last one of 2 or 3, whose product is the factor.
 
     Raises:
-        InputError: if none do.
+        InputError: if there are none.
     """
     steps = [3] if factor % 3 == 0 else []
     rest = factor // 3 if steps else factor
     if factor < 2 or rest & (rest - 1):
         raise InputError(
-            f"--pipeline.model.factor {factor}: super-resolution goes in steps of 2, and a last one of 2 or 3; choose one"
-            " of 2, 3, 4, 6, 8, 12, 16."
+            f"--pipeline.model.factor must be one of 2, 3, 4, 6, 8, 12, 16 (got {factor}): upsampling has steps of 2,"
+            " and a last one of 2 or 3."
         )
     return [2] * (rest.bit_length() - 1) + steps

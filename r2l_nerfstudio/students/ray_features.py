@@ -1,4 +1,4 @@
-"""Learned features that live in space, read where a ray passes: what a pure ray network would have to memorise."""
+"""Learned features in space, read along a ray: what a network of rays would otherwise have to memorise."""
 
 from __future__ import annotations
 
@@ -25,7 +25,8 @@ class FeatureVolume(nn.Module):
         self.grid = nn.Parameter(0.1 * torch.randn(1, channels, resolution, resolution, resolution))
 
     def forward(self, points: Float[Tensor, "rays points 3"]) -> Float[Tensor, "rays features"]:
-        """Features of all points of each ray, side by side; beyond the cube those of its surface. Always fp32.
+        """Return the features of all points of each ray, side by side, always in fp32; outside the cube those of its
+        surface.
 
         Returns:
             channels * points numbers per ray.

@@ -51,8 +51,8 @@ class ResMLP(nn.Module):
         super().__init__()
         if depth < 4 or depth % 2:
             raise InputError(
-                f"--pipeline.model.depth {depth}: the residual network has one layer at each end and two in every"
-                " block between, so the depth must be an even number of at least 4."
+                f"--pipeline.model.depth must be an even number of at least 4 (got {depth}): the residual network has"
+                " one layer at each end and two in every block between."
             )
         self.in_dim = in_dim
         self.head = nn.Linear(in_dim, width)
@@ -67,5 +67,5 @@ class ResMLP(nn.Module):
 
     @property
     def flops_per_ray(self) -> int:
-        """Floating-point operations of one evaluation, a multiply-add counted as two, biases left out."""
+        """Floating-point operations of one evaluation, a multiply-add counted as two, without biases."""
         return sum(2 * layer.weight.numel() for layer in self.modules() if isinstance(layer, nn.Linear))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Bool, Float, Int32, Int64
+from jaxtyping import Bool, Float, Int8, Int32, Int64
 from torch import Tensor, nn
 from torch.nn.functional import embedding
 
@@ -14,10 +14,10 @@ from r2l_nerfstudio.rays.occupancy import gathered
 EMPTY_DENSITY = -8.0
 """Raw density of grid points outside the scene."""
 DENSITY_SHIFT = -2.0
-"""Density is exp(raw + this) per cell: nearly transparent cells to begin with."""
+"""Density is exp(raw + this) per cell: nearly transparent at the start of training."""
 MAX_EXPONENT = 10.0
 STOP = 1e-3
-"""What lies behind so little remaining light is left out."""
+"""Least remaining light; samples behind it are left out."""
 
 
 class Composited(NamedTuple):
@@ -49,16 +49,17 @@ class SparseVolume(nn.Module):
         self.lay_out(self.index)
 
     def lay_out(self, index: Int32[Tensor, "z y x"], spare: int = 0) -> Int64[Tensor, "rows"]:
-        """Hold these grid points from now on. Those that were held keep their numbers, new ones begin transparent.
+        """Hold these grid points from now on. Points held before keep their numbers; new ones start transparent.
 
-        The parameter stays the same object, and keeps its shape if it has room: graphs of earlier iterations know it.
+        The parameter remains the same object, and keeps its shape if it has room, since graphs of earlier iterations
+            refer to it.
 
         Args:
             index: 1, 2, … in raster order where a grid point is held, else 0.
-            spare: rows to leave room for, if the parameter must get another shape.
+            spare: rows to leave room for, if the parameter needs another shape.
 
         Returns:
-            for each row the one it had, or 0 where it is new or spare.
+            For each row its former row, or 0 if it is new or spare.
         """
         needed = int(index.max()) + 1
         is_regrown = index.shape == self.index.shape
@@ -83,11 +84,11 @@ class SparseVolume(nn.Module):
 
     @property
     def num_grid_points(self) -> int:
-        """Grid points that are held."""
+        """Number of grid points that are held."""
         return int(self.index.max())
 
     def trim(self) -> Int64[Tensor, "rows"]:
-        """Let go of spare rows; as `lay_out`."""
+        """Release spare rows; returns as `lay_out`."""
         self.rows.data = self.rows.data[: self.num_grid_points + 1].clone()
         return torch.arange(len(self.rows), device=self.rows.device)
 
@@ -100,20 +101,26 @@ class SparseVolume(nn.Module):
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         saved = state_dict.get(f"{prefix}rows")
         if saved is not None and saved.shape[1:] == self.rows.shape[1:]:
-            # As many as the checkpoint has: their number is the scene's.
+            # The checkpoint decides the number of rows, which belongs to its scene.
             self.rows.data = self.rows.new_empty(saved.shape)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def forward(self, points: Float[Tensor, "*batch 3"]) -> Float[Tensor, "*batch values"]:
-        """Raw density, then features, at points of the unit cube. Empty space gets no gradient."""
+        """Return raw density, then features, at points of the unit cube. Empty space gets no gradient."""
         rows = torch.cat([self.rows[:1].detach(), self.rows[1:]])
         return read_rows(rows, self.index, points)
+
+
+def int8_rows(rows: Float[Tensor, "rows values"]) -> tuple[Int8[Tensor, "rows values"], Float[Tensor, "values"]]:
+    """Rows rounded to 255 levels, and the width of a level of each column."""
+    widths = rows.abs().amax(0).clamp_min(1e-8) / 127
+    return (rows / widths).round().to(torch.int8), widths
 
 
 def read_rows(
     rows: Float[Tensor, "rows values"], index: Int32[Tensor, "z y x"], points: Float[Tensor, "*batch 3"]
 ) -> Float[Tensor, "*batch values"]:
-    """Trilinear reads by eight gathers: every runtime can gather. Weighted and summed in fp32.
+    """Read trilinearly with eight gathers, which every runtime supports. Values are weighted and summed in fp32.
 
     Args:
         rows: of any dtype.
@@ -131,7 +138,7 @@ def read_rows(
         far = [(corner >> axis) & 1 for axis in range(3)]
         weights = [shares[..., a : a + 1] if far[a] else 1.0 - shares[..., a : a + 1] for a in range(3)]
         offset = (far[2] * y + far[1]) * x + far[0]
-        # int32, which they are: Core ML's converter forgets it.
+        # Core ML's converter loses the type int32.
         read = read + embedding(gathered(index, first + offset).to(torch.int32), rows).float() * (
             weights[0] * weights[1] * weights[2]
         )
@@ -146,7 +153,8 @@ def composite(
     points: Float[Tensor, "rays samples 3"],
     is_empty: Bool[Tensor, "rays"],
 ) -> Composited:
-    """Alpha-composite features along rays, front to back (NeRF, eq. 3; features instead of colors as in SNeRG, sec. 4).
+    """Alpha-composite features along rays, front to back (NeRF, eq. 3; features instead of colours as in SNeRG, sec.
+    4).
 
     `students.cpu_kernels.march` is the same function for a CPU.
 
@@ -158,7 +166,7 @@ def composite(
         is_empty: rays that meet nothing.
 
     Returns:
-        sums, each weighted by the light from there; none is divided by the accumulation.
+        Sums, each weighted by the light from there; none is divided by the accumulation.
     """
     density = (values[..., 0] + DENSITY_SHIFT).clamp(max=MAX_EXPONENT).exp()
     thickness = density * lengths * (1.0 - is_empty[:, None].to(lengths.dtype))

@@ -1,1 +1,1 @@
-"""What a student adds to Nerfstudio's viewer: a line of its own speed, and a split with its teacher."""
+"""Additions to Nerfstudio's viewer: frame times, an engine menu, and a split view with the teacher."""

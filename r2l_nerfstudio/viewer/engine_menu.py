@@ -1,4 +1,4 @@
-"""Which engine draws: a drop-down in the viewer's panel."""
+"""The engine menu in the viewer's panel."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from nerfstudio.viewer.render_state_machine import RenderStateMachine
 from nerfstudio.viewer.viewer_elements import ViewerControl, ViewerDropdown
 
 from r2l_nerfstudio.engines.sizes import device_of
-from r2l_nerfstudio.engines.switch import EngineChoice, EngineSwitch
+from r2l_nerfstudio.engines.switch import EngineOption, EngineSwitch
 from r2l_nerfstudio.errors import InputError, exit_on_input_error
 from r2l_nerfstudio.user_cache import engine_cache_folder
 
@@ -22,10 +22,11 @@ _ON_GPU = ["auto", "torch", "tensorrt", "inductor", "torch-tensorrt"]
 
 
 class EngineMenu(ViewerControl):
-    """A drop-down that changes the engine while pictures go on; which is ready, the panel's line of speed tells.
+    """A drop-down that changes the engine while rendering continues; the panel's line on speed shows which one is
+    ready.
 
     Args:
-        engines: what it changes.
+        engines: switch that the menu controls.
     """
 
     def __init__(self, engines: EngineSwitch) -> None:
@@ -36,11 +37,11 @@ class EngineMenu(ViewerControl):
             engines.choice,
             sorted({*_ON_CPU, *_ON_GPU}),
             cb_hook=self._chosen,
-            hint="What runs the network. auto: the fastest that agrees with torch on this machine.",
+            hint="What runs the network. auto: the fastest engine that agrees with PyTorch on this machine.",
         )
 
     def _setup(self, viewer: Viewer) -> None:
-        """Called once by Nerfstudio's viewer, before the first frame."""
+        """Set up the control; Nerfstudio's viewer calls this once, before the first frame."""
         super()._setup(viewer)
         with exit_on_input_error():
             self.engines.check()
@@ -53,7 +54,7 @@ class EngineMenu(ViewerControl):
         if dropdown.value == self.engines.choice:
             return
         try:
-            self.engines.choose(cast(EngineChoice, dropdown.value))
+            self.engines.choose(cast(EngineOption, dropdown.value))
             self._complaint = ""
         except InputError as error:
             self._complaint = str(error)
@@ -61,10 +62,10 @@ class EngineMenu(ViewerControl):
             dropdown.value = self.engines.choice
 
     def describe(self) -> str:
-        """What draws, what is on its way, and why the engine asked for last does not run: Markdown."""
+        """Return as Markdown what renders, what is pending, and why the engine chosen last does not run."""
         return self.engines.describe() + (f"  \n{self._complaint}" if self._complaint else "")
 
 
 def in_render_thread() -> bool:
-    """Whether the viewer asks: the picture is for the eye, in haste, and may be interrupted at any line."""
+    """Return whether the viewer is rendering: speed matters, and it may be interrupted at any line."""
     return isinstance(threading.current_thread(), RenderStateMachine)

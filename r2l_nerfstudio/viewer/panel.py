@@ -1,4 +1,4 @@
-"""Lines in the viewer's panel that say how fast student and teacher draw."""
+"""Frame times of student and teacher in the viewer's panel."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ SECONDS_BETWEEN_UPDATES = 0.25
 
 
 class FrameTime:
-    """Seconds and size of the newest frame; written by render threads, read by the panel.
+    """Time and size of the newest frame; written by render threads, read by the panel.
 
-    No locks: the viewer may interrupt a render thread at any line, and a lock would stay locked.
+    There are no locks: the viewer may interrupt a render thread at any line, and a lock would stay locked.
     """
 
     def __init__(self) -> None:
         self._newest: tuple[float, int, int] | None = None
         self._newest_network: float | None = None
-        # Several browsers, several threads: each adds up its own frame.
+        # One thread per browser: each adds up its own frame.
         self._frame = threading.local()
 
     @contextmanager
     def measure(self, height: int, width: int) -> Iterator[None]:
-        """Time a frame of this many pixels. One that is interrupted leaves the frame before it standing."""
+        """Time a frame of this size. An interrupted frame leaves the previous measurement in place."""
         self._frame.network = None
         start = _now()
         yield
@@ -42,38 +42,39 @@ class FrameTime:
 
     @contextmanager
     def network(self) -> Iterator[None]:
-        """Time the network's share of the frame that this thread draws; each time it is called."""
+        """Time the network's share of the current thread's frame; may be used several times per frame."""
         start = _now()
         yield
         self._frame.network = (getattr(self._frame, "network", None) or 0.0) + _now() - start
 
     @property
     def size(self) -> tuple[int, int] | None:
-        """Height and width of the newest frame in pixels; None before the first."""
+        """Height and width of the newest frame in pixels; None before the first one."""
         return None if self._newest is None else self._newest[1:]
 
     def seconds(self, height: int, width: int) -> float | None:
-        """How long a frame of this size would take, at the newest frame's pace; None before the first."""
+        """Return the time in seconds of a frame of this size, scaled from the newest one; None before the first one."""
         if self._newest is None:
             return None
         taken, newest_height, newest_width = self._newest
         return taken * (height * width) / max(newest_height * newest_width, 1)
 
     def describe(self, name: str, size: tuple[int, int] | None = None) -> str:
-        """One line of Markdown on the pace of `name`, for frames of a (height, width), by default the newest one's."""
+        """Return one line of Markdown on the speed of `name`, for frames of a (height, width), by default the newest
+        one's."""
         size = size or self.size
         seconds = None if size is None else self.seconds(*size)
         if not seconds:
             return f"**{name}**: no frame yet"
         taken = f"{1e3 * seconds:.0f} ms" if seconds < 1 else f"{seconds:.1f} s"
-        # The frame's size stands a line above; with it this would not fit into one.
+        # The frame's size is in the line above; together they would not fit into one line.
         return f"**{name}**: {1 / seconds:.3g} fps ({taken})"
 
     def describe_network(self, engine: str) -> str:
-        """One line of Markdown on the network's share of the newest frame; empty before the first.
+        """Return one line of Markdown on the network's share of the newest frame; empty before the first one.
 
         Args:
-            engine: what ran it.
+            engine: name of the engine that ran it.
         """
         if self._newest_network is None:
             return ""
@@ -81,10 +82,10 @@ class FrameTime:
 
 
 class _RenderThreads(dict):
-    """Nerfstudio's render threads by browser, with a silent one for each browser that has gone.
+    """Nerfstudio's render threads by browser, with an inert one for each browser that has disconnected.
 
-    Nerfstudio looks them up for every camera message, and one may come after its browser was closed. The KeyError would
-    be raised inside viser's `atomic`, which then never lets go of its lock: no browser would get a picture again.
+    Nerfstudio looks them up for every camera message, and one may arrive after its browser was closed. The KeyError
+    would be raised inside viser's `atomic`, which then never releases its lock: no browser would get another frame.
     """
 
     def __missing__(self, client_id: int) -> SimpleNamespace:
@@ -92,30 +93,30 @@ class _RenderThreads(dict):
 
 
 class ViewerPanel(ViewerControl):
-    """Sets the viewer up for a student: no depth compositing, a line of speed, no end when a browser is closed.
+    """Set up the viewer for a student: no depth compositing, a line on speed, and no crash when a browser is closed.
 
     Args:
-        frame_time: what the line shows.
+        frame_time: measurements that the line shows.
     """
 
     def __init__(self, frame_time: FrameTime) -> None:
         self.frame_time = frame_time
 
     def _setup(self, viewer: Viewer) -> None:
-        """Called once by Nerfstudio's viewer, before the first frame."""
+        """Set up the control; Nerfstudio's viewer calls this once, before the first frame."""
         super()._setup(viewer)
         self._outlive_browsers(viewer)
-        # Compositing sends a depth image with every frame, which takes longer than a student's own work.
+        # Compositing sends a depth image with every frame, which takes longer than rendering a student.
         compositing = getattr(viewer.control_panel, "_layer_depth", None)
         if compositing is not None:
             compositing.value = False
-            # Without a depth to composite, ticking the box would end the render thread.
+            # Without depth to composite, ticking the box would end the render thread.
             compositing.set_disabled(not getattr(viewer.get_model(), "has_depth", True))
-        # Right below Nerfstudio's own step and resolution, else it would be at the very end of the panel.
+        # Directly below Nerfstudio's step and resolution; by default it would be at the very end of the panel.
         order = getattr(getattr(viewer, "stats_markdown", None), "order", None)
         text = self._text()
         line = viewer.viser_server.gui.add_markdown(text, order=None if order is None else order + 0.5)
-        # Updated beside the render threads: those can be interrupted at any line.
+        # Updated from another thread than the render threads, which can be interrupted at any line.
         threading.Thread(target=self._keep_updated, args=(line, text), daemon=True).start()
 
     def _outlive_browsers(self, viewer: Viewer) -> None:
@@ -123,7 +124,7 @@ class ViewerPanel(ViewerControl):
         if isinstance(threads, dict):
             viewer.render_statemachines = _RenderThreads()
             viewer.render_statemachines.update(threads)
-        # Filled after this; until then its absence, to "Hide Train Cams", is as fatal as a closed browser.
+        # Filled after this; until then "Hide Train Cams" fails like a closed browser.
         if not hasattr(viewer, "camera_handles"):
             viewer.camera_handles = {}
 
@@ -147,7 +148,7 @@ class ViewerPanel(ViewerControl):
 
 
 def _now() -> float:
-    """Seconds, at the end of the GPU's work so far: launching a frame is not drawing it."""
+    """Return the time in seconds at the end of the GPU's work so far: a launched frame is not yet rendered."""
     if torch.cuda.is_initialized():
         torch.cuda.synchronize()
     return time.perf_counter()

@@ -1,4 +1,4 @@
-"""Student on the left, teacher on the right, in the viewer's own picture."""
+"""A split view: student on the left, teacher on the right."""
 
 from __future__ import annotations
 
@@ -24,14 +24,15 @@ if TYPE_CHECKING:
     from r2l_nerfstudio.teacher import Teacher
 
 SECONDS_WHILE_MOVING = 0.1
-"""What the teacher's half may take while the camera moves: as many pixels as fit. At rest it is drawn in full."""
+"""Time limit in seconds of the teacher's half while the camera moves, which limits its pixels. A still camera gets all
+pixels."""
 
 LINE_COLOR = (0.133, 0.157, 0.192)
-"""Between the halves; as in the viewer's own split of two outputs."""
+"""Colour of the dividing line, as in the viewer's split of two outputs."""
 
 
 class TeacherSplit:
-    """A tick box that loads the teacher when it is first ticked, and draws it over the right half."""
+    """A checkbox that loads the teacher when it is first ticked, and renders it over the right half."""
 
     def __init__(self) -> None:
         self.teacher_path: Path | None = None
@@ -44,17 +45,17 @@ class TeacherSplit:
             "Split with teacher",
             False,
             cb_hook=self._toggled,
-            hint="Right half: the teacher this student was distilled from. Loaded when ticked; its run must be there.",
+            hint="Right half: the teacher of this student, loaded on demand; its run must still exist.",
         )
 
     def describe(self, size: tuple[int, int] | None) -> str:
-        """One line of Markdown: the teacher's pace for frames of a (height, width), or why it is not shown."""
+        """Return one line of Markdown: the teacher's speed for frames of a (height, width), or why it is not shown."""
         if not self.checkbox.value:
             return ""
         return self._status or self._frame_time.describe("Teacher", size)
 
     def _toggled(self, checkbox: ViewerCheckbox) -> None:
-        """Load here rather than in the render thread, which may be interrupted at any line."""
+        """Load the teacher in the callback's thread: the render thread may be interrupted at any line."""
         if not checkbox.value or self._teacher is not None:
             return
         from r2l_nerfstudio.teacher import Teacher
@@ -62,24 +63,25 @@ class TeacherSplit:
         self._status = "Loading the teacher…"
         try:
             if self.teacher_path is None:
-                raise InputError("this student's run does not say which teacher it had.")
+                raise InputError("this student's run does not name its teacher.")
             teacher = Teacher.load(self.teacher_path, device=self.device, time=self.teacher_time)
-            # Twice: what the method imports or compiles at its first view must neither be interrupted nor timed.
+            # Twice: what the method imports or compiles for its first view must be neither interrupted nor timed.
             for _ in range(2):
                 self._draw(teacher, _thumbnail(teacher))
-        except Exception as error:  # a method may raise anything, and the viewer goes on without a teacher
+        except Exception as error:  # A method may raise anything, and the viewer continues without a teacher.
             self._give_up(error)
         else:
             self._teacher, self._status = teacher, ""
 
     def apply(self, rgb: Float[Tensor, "height width 3"], camera: Cameras) -> Float[Tensor, "height width 3"]:
-        """The image with the teacher's right half, if the box is ticked, the teacher loaded and the viewer asking.
+        """Return the image with the teacher's right half if the box is ticked, the teacher is loaded and the viewer is
+        rendering.
 
-        Renders that are not for the viewer, such as an evaluation during training, come back as they are.
+        Other renders, such as an evaluation during training, are returned unchanged.
 
         Args:
-            rgb: the student's.
-            camera: what it shows.
+            rgb: the student's image.
+            camera: camera of the image.
         """
         teacher, thread = self._teacher, threading.current_thread()
         if teacher is None or not self.checkbox.value or not isinstance(thread, RenderStateMachine):
@@ -92,9 +94,9 @@ class TeacherSplit:
             scale = min(1.0, (SECONDS_WHILE_MOVING / seconds) ** 0.5) if seconds else 1.0
         try:
             half = self._draw(teacher, _right_part(camera.reshape((1,)), height, width, middle, scale))
-        except IOChangeException:  # the viewer's interrupt
+        except IOChangeException:  # The viewer's interrupt.
             raise
-        except Exception as error:  # it would end the viewer's render thread
+        except Exception as error:  # It would end the viewer's render thread.
             self._teacher = None
             self._give_up(error)
             return rgb
@@ -109,7 +111,7 @@ class TeacherSplit:
             with self._frame_time.measure(int(camera.height), int(camera.width)):
                 return teacher.view(camera).rgb
         finally:
-            # An interrupt may have come just before Nerfstudio puts its global back.
+            # An interrupt may have come just before Nerfstudio restores its global.
             renderers.BACKGROUND_COLOR_OVERRIDE = background
 
     def _give_up(self, error: Exception) -> None:
@@ -119,8 +121,8 @@ class TeacherSplit:
 
 
 def _right_part(camera: Cameras, height: int, width: int, middle: int, scale: float) -> Cameras:
-    """The camera that sees a picture's columns from `middle` on, in about `scale` times as many rows and columns."""
-    # A cropped camera gives the crop of the full render: half the picture at half the cost.
+    """Return the camera of an image's columns from `middle` on, at about `scale` times as many rows and columns."""
+    # A cropped camera gives the crop of the full render: half the image at half the cost.
     rows = max(1, round(height * scale))
     columns = max(1, round((width - middle) * scale))
     across, down = columns / (width - middle), rows / height
@@ -137,6 +139,6 @@ def _right_part(camera: Cameras, height: int, width: int, middle: int, scale: fl
 
 
 def _thumbnail(teacher: Teacher, size: int = 32) -> Cameras:
-    """A small view from where the teacher's first photograph was taken."""
+    """Return a small view from the teacher's first training camera."""
     pose = teacher.dataparser_outputs.cameras.camera_to_worlds[:1].to(teacher.device)
     return Cameras(pose, fx=float(size), fy=float(size), cx=size / 2, cy=size / 2, width=size, height=size)

@@ -112,7 +112,7 @@ def test_fine_tuning_by_a_method_of_the_other_kind_is_refused(
     method = "r2l" if "mobile" in str(run) else "mobile-r2l"
     with pytest.raises(SystemExit):
         distil(student_config(teacher, tmp_path / "students", method, load_dir=own_frame))
-    assert "cannot go on from" in " ".join(capsys.readouterr().out.split())
+    assert "cannot resume" in " ".join(capsys.readouterr().out.split())
 
 
 PAPER = {

@@ -207,7 +207,11 @@ def test_a_checkpoint_is_whole_or_not_there(
             capsys.readouterr()
             trainer.save_checkpoint(4)  # training goes on
         said = " ".join(capsys.readouterr().out.split())
-        assert "could not be written" in said and "No space left on device" in said and "tries again" in said
+        assert (
+            "could not be written" in said
+            and "No space left on device" in said
+            and "the next checkpoint is tried" in said
+        )
         assert list(folder.iterdir()) == [good] and good.read_bytes() == content
         assert trainer.checkpoint_dir == folder
         trainer.save_checkpoint(5)
@@ -337,7 +341,7 @@ def test_colours_that_are_not_finite_are_dropped(
     monkeypatch.setattr(Teacher, "_outputs", broken)
     run = distil(student_config(tiny_teacher, tmp_path))
     said = " ".join(capsys.readouterr().out.split())
-    assert "colours that are not finite" in said and "dropped" in said
+    assert "non-finite colours" in said and "dropped" in said
     assert len(iterations) == 12 and all(torch.tensor(loss).isfinite() for _, loss in iterations)
     for value in read(*checkpoints(run / "nerfstudio_models"))["pipeline"].values():
         assert not isinstance(value, torch.Tensor) or value.isfinite().all()
@@ -425,12 +429,12 @@ def test_weights_that_are_still_the_best_stay(
         pipeline._watch_holdout(10)
         weights = {key: value.clone() for key, value in pipeline.model.named_parameters()}
         pipeline.finish(11)
-        assert "back from" not in capsys.readouterr().out
+        assert "restored the best weights" not in capsys.readouterr().out
         with torch.no_grad():
             pipeline.model.network.tail.bias[:3] += 5.0
         pipeline._watch_holdout(12)
         pipeline.finish(12)
-        assert "back from" in capsys.readouterr().out
+        assert "restored the best weights" in capsys.readouterr().out
         for key, value in pipeline.model.named_parameters():
             assert torch.equal(value, weights[key])
 
@@ -487,7 +491,7 @@ def test_watching_with_the_average_leaves_training_as_it_was(tiny_teacher: Path,
         pipeline = trainer.pipeline
         for step in range(3):
             pipeline.model.network.tail.bias.data.add_(0.5)
-            pipeline._update_average(step)
+            pipeline.update_average(step)
         before = {k: v.clone() for k, v in pipeline.state_dict().items() if isinstance(v, torch.Tensor)}
         with pipeline.averaged():
             assert not torch.equal(pipeline.model.network.tail.bias, before["_model.network.tail.bias"])

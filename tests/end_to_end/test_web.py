@@ -29,7 +29,8 @@ from teachers import write_blender_capture
 
 from r2l_nerfstudio import load_student
 from r2l_nerfstudio.errors import InputError
-from r2l_nerfstudio.export.capture_view import read_capture, start_pose, view_limits
+from r2l_nerfstudio.export.navigation import start_pose, view_limits
+from r2l_nerfstudio.export.training_cameras import training_cameras
 from r2l_nerfstudio.export.web_runtime import fetch_runtime
 from r2l_nerfstudio.export.web_server import WebServer
 from r2l_nerfstudio.run_config import load_run_config
@@ -162,7 +163,7 @@ def change(one: np.ndarray, other: np.ndarray) -> float:
 
 def rendered(student: Student, run: Path, angles: tuple[float, float, float]) -> np.ndarray:
     """The picture that torch makes of a view of the page."""
-    cameras = read_capture(run)
+    cameras = training_cameras(run)
     code = student.model.ray_code
     view = view_limits(cameras, code.spacing == "sphere", float(code.radius))
     view["start"] = {
@@ -456,7 +457,7 @@ def test_command_line_tells_what_is_wrong(
 
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "letter.txt").write_text("dear")
-    assert "not empty, and holds no web export" in call(tmp_path / "mine", "--load-config", tiny_student, "--overwrite")
+    assert "not empty and is not a web export" in call(tmp_path / "mine", "--load-config", tiny_student, "--overwrite")
     assert "replace it with --overwrite" in call(pages["r2l"][0], "--load-config", tiny_student)
     run = Path(shutil.copytree(tiny_student, tmp_path / "run"))
     config = load_run_config(run)

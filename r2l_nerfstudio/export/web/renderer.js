@@ -5,6 +5,7 @@ import { layersOf, rowLength } from "./layers.js";
 import { layerNumbers, numbers, readTensors, spaceNumbers, toHalf } from "./weights.js";
 import {
   argumentShader,
+  BLOCK,
   cellMarchShader,
   cellShader,
   codeLength,
@@ -283,7 +284,8 @@ export class Renderer {
       groups?.forEach((group, index) => pass.setBindGroup(index, group));
     };
     use(kernels.pixels, this.early?.pixels);
-    pass.dispatchWorkgroups(Math.ceil(width / 8), Math.ceil(height / 8));
+    const side = 8 * (this.isImage && this.composited ? BLOCK : 1);
+    pass.dispatchWorkgroups(Math.ceil(width / side), Math.ceil(height / side));
     if (kernels.cells) {
       use(kernels.cells, this.early?.cells);
       pass.dispatchWorkgroups(Math.ceil(columns / 8), Math.ceil(rows / 8));

@@ -5,6 +5,9 @@
 /** Rows that a workgroup of a layer takes: 64 threads, 4 rows each. Buffers of rows are padded to it: no bounds to check. */
 export const TILE = 256;
 
+/** Pixels along each side of the blocks for which a MobileR2L's sample points are placed together; as models/composited_encoding.py. */
+export const BLOCK = 2;
+
 /** @param {number} value a WGSL literal that is an f32 whatever it looks like */
 const f32 = (value) => `f32(${value})`;
 /** @param {readonly number[]} values */
@@ -152,11 +155,21 @@ fn gathered(place: vec3f) -> array<vec4f, VALUES> {
   return sum;
 }
 
-/** Composite along a ray: the points divide its occupied bins into equal shares. As students/cpu_kernels.py. */
-fn march(origin: vec3f, along: vec3f, samples: u32) -> Found {
-  var found: Found;
+/** Where sample points lie: on the part of a ray that is looked at, in its occupied bins. */
+struct Placement {
+  mask: array<u32, MASKS>,
+  total: u32,
+  start: vec3f,
+  step: vec3f,
+  enter: f32,
+  length: f32,
+}
+
+/** Of a ray, or for several neighboring ones, of one between them. As students/cpu_kernels.py. */
+fn place_samples(origin: vec3f, lead: vec3f) -> Placement {
+  var placed: Placement;
   let center = (origin - CENTER) / RADIUS;
-  let slope = along / RADIUS;
+  let slope = lead / RADIUS;
   ${
     bounded
       ? /* wgsl */ `
@@ -165,24 +178,39 @@ fn march(origin: vec3f, along: vec3f, samples: u32) -> Found {
   let other = (LOW + 1.0 / INVERSE - center) / safe;
   let nearest = min(one, other);
   let farthest = max(one, other);
-  let enter = max(max(nearest.x, max(nearest.y, nearest.z)), 0.0);
-  let leave = min(farthest.x, min(farthest.y, farthest.z));
-  let missed = leave <= enter;
-  let start = center + enter * slope;
-  let step = (leave - enter) * slope;`
-      : "let missed = false; let start = center; let step = slope;"
+  placed.enter = max(max(nearest.x, max(nearest.y, nearest.z)), 0.0);
+  placed.length = min(farthest.x, min(farthest.y, farthest.z)) - placed.enter;
+  placed.start = center + placed.enter * slope;
+  placed.step = placed.length * slope;
+  let missed = placed.length <= 0.0;`
+      : /* wgsl */ `
+  placed.length = 1.0;
+  placed.start = center;
+  placed.step = slope;
+  let missed = false;`
   }
-  var mask: array<u32, MASKS>;
-  var total = 0u;
   for (var j = 0u; j < PROBES && !missed; j++) {
-    if (occupied(unit(start + stepped((f32(j) + 0.5) / f32(PROBES)) * step))) {
-      mask[j >> 5u] |= 1u << (j & 31u);
-      total++;
+    if (occupied(probe(placed.start, placed.step, j))) {
+      placed.mask[j >> 5u] |= 1u << (j & 31u);
+      placed.total++;
     }
   }
-  found.empty = total == 0u;
+  return placed;
+}
+
+/** Middle of a bin. */
+fn probe(start: vec3f, step: vec3f, bin: u32) -> vec3f {
+  return unit(start + stepped((f32(bin) + 0.5) / f32(PROBES)) * step);
+}
+
+/** Composite along a ray: the points divide the occupied bins into equal shares. */
+fn march(origin: vec3f, along: vec3f, placed: ptr<function, Placement>, samples: u32) -> Found {
+  var found: Found;
+  let start = (origin - CENTER) / RADIUS;
+  let slope = along / RADIUS;
+  found.empty = (*placed).total == 0u;
   if (!found.empty) {
-    let share = f32(total) / f32(samples);
+    let share = f32((*placed).total) / f32(samples);
     var bin = -1;
     var before = 0.0;
     var here = 0.0;
@@ -193,17 +221,17 @@ fn march(origin: vec3f, along: vec3f, samples: u32) -> Found {
       while (bin < 0 || (wanted >= before + here && bin < i32(PROBES) - 1)) {
         bin++;
         if (bin > 0) { before += here; }
-        here = f32((mask[u32(bin) >> 5u] >> (u32(bin) & 31u)) & 1u);
+        here = f32(((*placed).mask[u32(bin) >> 5u] >> (u32(bin) & 31u)) & 1u);
         if (here > 0.0) {
           let first = max(bin - 1, 0);
           let last = min(bin + 1, i32(PROBES) - 1);
-          let begin = unit(start + stepped((f32(first) + 0.5) / f32(PROBES)) * step);
-          let end = unit(start + stepped((f32(last) + 0.5) / f32(PROBES)) * step);
+          let begin = probe((*placed).start, (*placed).step, u32(first));
+          let end = probe((*placed).start, (*placed).step, u32(last));
           length = distance(begin * vec3f(CELLS), end * vec3f(CELLS)) / f32(last - first);
         }
       }
       let fraction = (f32(bin) + wanted - before) / f32(PROBES);
-      let place = unit(start + stepped(fraction) * step);
+      let place = unit(start + ((*placed).enter + (*placed).length * stepped(fraction)) * slope);
       var values = gathered(place);
       let thickness = exp(min(values[DENSITY / 4u][DENSITY % 4u] - 2.0, 10.0)) * length * share;
       let left = exp(-thickness);
@@ -219,7 +247,7 @@ fn march(origin: vec3f, along: vec3f, samples: u32) -> Found {
   let accumulation = found.values[DENSITY / 4u][DENSITY % 4u];
   found.fraction = (found.fraction + 0.00005) / (accumulation + 0.0001);
   found.point = (found.point + 0.00005) / (accumulation + 0.0001);
-  found.distance = ${bounded ? "enter + found.fraction * (leave - enter)" : "spaced(found.fraction)"};
+  found.distance = (*placed).enter + (*placed).length * stepped(found.fraction);
   return found;
 }
 `;
@@ -337,9 +365,11 @@ export function pixelShader(scene) {
   const { encoding, factor, margin, rays: conventions } = scene.student;
   const composited = encoding.kind === "composited";
   const image = factor > 1;
+  const inBlocks = image && composited;
   const seen = composited
     ? /* wgsl */ `
-  let what = march(camera.position, along, ${image ? encoding.pixelSamples : encoding.samples}u);
+  ${image ? "" : "var placed = place_samples(camera.position, along);"}
+  let what = march(camera.position, along, ${image ? "placed" : "&placed"}, ${image ? encoding.pixelSamples : encoding.samples}u);
   if (${encoding.warp === "ball" ? "what.empty" : "false"}) { missed = true; }
   else { depths[pixel] = what.distance; }`
     : "";
@@ -360,9 +390,25 @@ ${FRAME}
 ${image ? "@group(0) @binding(5) var<storage, read_write> marks: array<u32>;" : ""}
 ${composited ? (image ? "@group(0) @binding(6) var<storage, read_write> met: array<vec4f>;" : "@group(0) @binding(6) var<storage, read_write> found: array<f32>;") : ""}
 ${composited ? SPACE + marching(encoding) + (image ? "" : KEEP(encoding)) : ""}
+const BLOCK = ${BLOCK}u;
 
+${
+    inBlocks
+      ? /* wgsl */ `
 @compute @workgroup_size(8, 8)
-fn main(@builtin(global_invocation_id) id: vec3u) {
+fn main(@builtin(global_invocation_id) block: vec3u) {
+  let first = direction(camera, vec2f(block.xy * BLOCK) + 0.5);
+  let last = direction(camera, vec2f(block.xy * BLOCK) + f32(BLOCK) - 0.5);
+  var placed = place_samples(camera.position, (first + last) / 2.0);
+  for (var y = 0u; y < BLOCK; y++) {
+    for (var x = 0u; x < BLOCK; x++) { draw(block.xy * BLOCK + vec2u(x, y), &placed); }
+  }
+}
+fn draw(id: vec2u, placed: ptr<function, Placement>) {`
+      : /* wgsl */ `
+@compute @workgroup_size(8, 8)
+fn main(@builtin(global_invocation_id) id: vec3u) {`
+  }
   if (f32(id.x) >= camera.width || f32(id.y) >= camera.height) { return; }
   let pixel = id.y * u32(camera.width) + id.x;
   let along = direction(camera, vec2f(id.xy) + ${f32(image ? 0.5 : conventions.offset)});
@@ -423,15 +469,12 @@ ${KEEP(encoding)}
 fn main(@builtin(global_invocation_id) id: vec3u) {
   if (id.x >= atomicLoad(&counter[0])) { return; }
   let cell = vec2f(f32(list[id.x] & 0xffffu), f32(list[id.x] >> 16u)) - ${f32(margin)};
-  // A cell's ray is the mean of its pixels'.
-  var along = vec3f(0.0);
-  for (var y = 0u; y < ${factor}u; y++) {
-    for (var x = 0u; x < ${factor}u; x++) {
-      along += direction(camera, cell * ${f32(factor)} + vec2f(f32(x), f32(y)) + 0.5);
-    }
-  }
-  along = normalize(along);
-  keep(id.x, march(camera.position, along, ${encoding.samples}u), along);
+  // A cell's ray is the mean of those of two opposite corner pixels.
+  let first = direction(camera, cell * ${f32(factor)} + 0.5);
+  let last = direction(camera, cell * ${f32(factor)} + ${f32(factor - 0.5)});
+  let along = normalize((first + last) / 2.0);
+  var placed = place_samples(camera.position, along);
+  keep(id.x, march(camera.position, along, &placed, ${encoding.samples}u), along);
 }
 `;
 }

@@ -1,71 +1,35 @@
-"""Where a visitor may go: near the training cameras, as these stand around or look around."""
+"""Where a visitor of the web page may move: near the training cameras, around an object or inside a scene."""
 
 from __future__ import annotations
 
 import math
-from pathlib import Path
 from typing import Any
 
 import torch
 from jaxtyping import Float
-from nerfstudio.data.datasets.base_dataset import InputDataset
 from torch import Tensor
 
-from r2l_nerfstudio.capture import CaptureError, parse_capture
-from r2l_nerfstudio.dataparsers import dataparser_at
-from r2l_nerfstudio.distillation.datamanager import capture_cameras
 from r2l_nerfstudio.distillation.pose_sampling import CaptureCameras, look_along
-from r2l_nerfstudio.errors import InputError
-from r2l_nerfstudio.run_config import capture_path, load_run_config, resolve_run
 
 INWARD = math.radians(30)
-"""Cameras that on average look no farther past their common focus look at something; others look around."""
+"""Mean angle past their common focus below which cameras look at an object; otherwise they look around."""
 OPEN_GAP = math.radians(75)
-"""A sector without cameras that is wider ends the way around."""
+"""A wider sector without cameras limits the azimuth."""
 BEYOND = math.radians(2)
 MOST_POSITIONS = 96
 
 
-def read_views(run: Path, data: Path | None = None) -> tuple[InputDataset, float]:
-    """The training views of a student's run, in its frame, and the share of them that training held out.
-
-    Args:
-        run: its config.yml or folder.
-        data: where the capture is now; where it was when the student was trained, by default.
-
-    Raises:
-        InputError: the capture is gone or cannot be read.
-    """
-    config_path = resolve_run(run)
-    config = load_run_config(config_path)
-    datamanager = config.pipeline.datamanager
-    place = capture_path(config, config_path) if data is None else Path(data)
-    try:
-        outputs = parse_capture(dataparser_at(config, place))
-    except CaptureError as error:
-        raise InputError(
-            f"The capture {place} of the student {config_path} cannot be read ({' '.join(str(error).split())[:300]}), and"
-            " without its cameras nobody knows where a visitor may go: say with --data where it is now."
-        ) from error
-    dataset = InputDataset(outputs, getattr(datamanager, "camera_res_scale_factor", 1.0))
-    return dataset, getattr(datamanager, "holdout_fraction", 0.0)
-
-
-def read_capture(run: Path, data: Path | None = None) -> CaptureCameras:
-    """The training cameras of a student's run, in its frame; arguments and errors as of `read_views`."""
-    return capture_cameras(read_views(run, data)[0].cameras)
-
-
 def view_limits(cameras: CaptureCameras, is_bounded: bool, radius: float) -> dict[str, Any]:
-    """The region and a start in it, as the web page takes them (`OrbitLimits` or `WalkLimits` in its types).
+    """Return the region and a start in it, as the web page reads them (`OrbitLimits` or `WalkLimits` in its types).
 
     Args:
-        cameras: of the training.
-        is_bounded: the student knows a bounded object and nothing around it: it may be seen from farther and nearer.
-        radius: of the scene, in the run's unit.
+        cameras: training cameras.
+        is_bounded: whether the student shows a bounded object and nothing around it, which may be seen from farther and
+            nearer.
+        radius: radius of the scene, in the run's unit.
 
     Returns:
-        angles in radians, lengths in the run's unit.
+        Angles in radians, lengths in the run's unit.
     """
     forward = torch.linalg.cross(cameras.up, cameras.mean_axes[:, 0])
     frame = look_along(forward, cameras.up)
@@ -94,7 +58,7 @@ def view_limits(cameras: CaptureCameras, is_bounded: bool, radius: float) -> dic
 
 
 def start_pose(view: dict[str, Any]) -> Float[Tensor, "3 4"]:
-    """The pose at a region's start: OpenGL axes, in the run's frame."""
+    """Return the pose at a region's start: OpenGL axes, in the run's frame."""
     azimuth, elevation = view["start"]["azimuth"], view["start"]["elevation"]
     frame = torch.tensor(view["frame"]).T
     sin_a, cos_a, sin_e, cos_e = math.sin(azimuth), math.cos(azimuth), math.sin(elevation), math.cos(elevation)
@@ -109,7 +73,7 @@ def start_pose(view: dict[str, Any]) -> Float[Tensor, "3 4"]:
 
 
 def _walk(cameras: CaptureCameras, frame: Float[Tensor, "3 3"]) -> dict[str, Any]:
-    """For cameras that look around: where they stood, and where they looked."""
+    """Return the region for cameras that look around: their positions and directions."""
     azimuth, elevation = _angles(-cameras.axes @ frame)
     chosen = torch.linspace(0, len(azimuth) - 1, min(len(azimuth), MOST_POSITIONS)).round().long()
     positions = cameras.positions[chosen]
@@ -134,17 +98,17 @@ def _walk(cameras: CaptureCameras, frame: Float[Tensor, "3 3"]) -> dict[str, Any
 
 
 def _angles(backward: Float[Tensor, "num 3"]) -> tuple[Float[Tensor, "num"], Float[Tensor, "num"]]:
-    """Azimuth and elevation, in radians, of unit vectors (right, up, backward)."""
+    """Return azimuth and elevation, in radians, of unit vectors (right, up, backward)."""
     return torch.atan2(backward[:, 0], backward[:, 2]), backward[:, 1].clamp(-1, 1).asin()
 
 
 def _most_usual(azimuth: Float[Tensor, "num"], elevation: Float[Tensor, "num"]) -> int:
-    """The camera nearest to the middle of all, which face azimuth 0 on average."""
+    """Return the camera nearest to the middle of all, which face azimuth 0 on average."""
     return int((azimuth.abs() / math.pi + (elevation - elevation.median()).abs()).argmin())
 
 
 def _way_around(azimuth: Float[Tensor, "num"], start: float) -> list[float] | None:
-    """The sector that holds all azimuths, `start` in it; None where no gap is wide."""
+    """Return the sector that contains all azimuths and `start`; None if no gap is wide."""
     angles = azimuth.sort().values
     gaps = torch.cat([angles[1:] - angles[:-1], (angles[:1] + 2 * math.pi) - angles[-1:]])
     widest = int(gaps.argmax())

@@ -1,4 +1,5 @@
-"""What phones' processors make of an ONNX graph, in the words of ONNX Runtime's own checker."""
+"""ONNX graphs for phones: operators that their processors support, checked with ONNX Runtime's mobile usability
+checker."""
 
 from __future__ import annotations
 
@@ -14,14 +15,14 @@ if TYPE_CHECKING:
     from onnxruntime.tools.mobile_helpers import usability_checker
 
 OPSET = 18
-"""Older than what a desktop gets: every ONNX Runtime Mobile of the last years reads it."""
+"""Older than the desktop's opset: ONNX Runtime Mobile has supported it for years."""
 
 
-def phone_verdict(path: Path) -> str:
-    """One line of ONNX Runtime's mobile usability checker on a graph that Android's NNAPI takes whole.
+def mobile_verdict(path: Path) -> str:
+    """Return one line of ONNX Runtime's mobile usability checker on a graph that Android's NNAPI supports completely.
 
     Args:
-        path: of the ONNX file.
+        path: the ONNX file.
 
     Raises:
         InputError: it has an operator that NNAPI lacks, or a shape that is not fixed.
@@ -38,7 +39,7 @@ def phone_verdict(path: Path) -> str:
         else:
             what = f"has shapes that are not fixed at {nnapi.nodes_unsupported_due_to_dynamic_input} operators"
         raise InputError(
-            f"--target mobile: this graph {what}. Only the network alone runs on a phone's own processors: leave --part out;"
+            f"--target mobile: this graph {what}. Only the network runs on a phone's processors: leave out --part;"
             " what comes before and after it runs on the phone's CPU (--target desktop --part encoding)."
         )
     core_ml = usability_checker.check_coreml_partitions(model, True, "coreml_supported_mlprogram_ops.md")
@@ -53,10 +54,11 @@ def _judged(info: usability_checker.PartitioningInfo) -> str:
 
 
 def order_depth_first(model: onnx.ModelProto) -> None:
-    """Let every DepthToSpace take its channels depth first, the order that phones know, by sorting the filters before it.
+    """Make every DepthToSpace take its channels depth first, the order that phones support, by sorting the filters
+    before it.
 
     Args:
-        model: each of its DepthToSpace follows a convolution of its own.
+        model: each of its DepthToSpace operators follows a convolution of its own.
     """
     from onnx import numpy_helper
 
