@@ -13,6 +13,7 @@ from benchmarks.render import Render
 from benchmarks.tables import Tables
 from benchmarks.train import Train
 from benchmarks.web import Web
+from benchmarks.web_renderer import WebRenderer
 from r2l_nerfstudio.errors import command_line
 
 COMMANDS = {
@@ -24,6 +25,7 @@ COMMANDS = {
     "tables": Tables,
     "train": Train,
     "web": Web,
+    "web-renderer": WebRenderer,
 }
 
 
