@@ -1,4 +1,4 @@
-"""A student's learning curve in minutes and decibels, on a real capture, in slices that may be run one by one."""
+"""The learning curve of a student on a real capture, in slices that can be run one by one."""
 
 from __future__ import annotations
 
@@ -24,39 +24,39 @@ from r2l_nerfstudio.engines.cache import device_name
 from r2l_nerfstudio.errors import InputError
 
 PUBLISHED = {"r2l": {"lego": 32.53}}
-"""PSNR in dB on test views as the papers' own code reports it for single captures; R2L's teacher of lego has 31.42."""
+"""PSNR in dB on test views as the papers' code reports it for single captures; R2L's teacher of lego has 31.42."""
 MARK = HELD_OUT
 LOOKS = {"cuda": 100, "cpu": 20}
-"""Iterations between looks at the held-out views."""
+"""Iterations between measurements on the held-out views."""
 
 
 @dataclass
 class Curve:
-    """Train a student for so many minutes and draw its PSNR on held-out views over them. Run it again to go on where a
-    slice, or a kill, ended; the final figures on test views are measured once, when the minutes are used up."""
+    """Train a student for a number of minutes and plot its PSNR on held-out views over time. Run it again to continue
+    where a slice, or an interruption, ended; the final figures on test views are measured once, at the end."""
 
     capture: Literal["lego", "fern", "fox"]
     """Which capture."""
     data_dir: Path
     """Folder that holds lego_400, fern_504, fox_540."""
     teacher: Path | None = None
-    """A trained run to learn from; without it, a nerfacto with Nerfstudio's defaults is trained first."""
+    """A trained teacher; without it, a nerfacto with Nerfstudio's defaults is trained first."""
     method: str = "r2l"
     """The student's method, as for ns-train."""
     minutes: float = 25.0
-    """Of the student's training in all, the teacher's views included."""
+    """Minutes of the student's training in all, teacher views included."""
     slice_minutes: float | None = None
-    """Stop after so many minutes of this call, with everything saved."""
+    """Stop this call after so many minutes, with everything saved."""
     scale: float = 1.0
     """Resolution, as a share of the capture's."""
     test_views: int = 25
     """At most this many test views, evenly spaced, for the final figures."""
     cache_dir: Path | None = None
-    """Folder to keep the teacher's views in, so that a later slice need not render them again."""
+    """Folder to keep teacher views in, so that a later slice need not render them again."""
     output_dir: Path = Path("outputs/curve")
-    """Where runs go."""
+    """Folder of all runs."""
     results_dir: Path = RESULTS
-    """Where figures go."""
+    """Folder of the figures."""
 
     def main(self) -> None:
         """Run a slice; write `curve_CAPTURE_METHOD.{json,png}`."""
@@ -78,7 +78,7 @@ class Curve:
         folder = config.get_base_dir()
         figures_file = self.results_dir / f"curve_{self.capture}_{self.method}.json"
         if figures_file.exists() and "student_psnr" in json.loads(figures_file.read_text()):
-            raise InputError(f"{figures_file} holds a finished curve: name another --results-dir, or delete it.")
+            raise InputError(f"{figures_file} is a finished curve: give another --results-dir, or delete it.")
         if any((folder / "nerfstudio_models").glob("*.ckpt")):
             config.load_dir = folder / "nerfstudio_models"
         end = threading.Timer(60 * (self.slice_minutes or math.inf), os.kill, (os.getpid(), signal.SIGINT))
@@ -108,7 +108,7 @@ class Curve:
         )
 
     def _teacher(self) -> Path:
-        """A nerfacto of default size; found again when it is there."""
+        """Train a nerfacto of default size, or find the one of an earlier call."""
         from nerfstudio.configs.method_configs import all_methods
         from nerfstudio.scripts.train import main
 
@@ -132,10 +132,10 @@ class Curve:
 
 
 def read_curve(folder: Path, minutes: float) -> list[dict[str, float]]:
-    """Looks at the held-out views, from a run's TensorBoard log: minutes of training, PSNR in dB.
+    """Return the measurements on held-out views from a run's TensorBoard log: minutes of training, PSNR in dB.
 
     Args:
-        folder: of the run.
+        folder: folder of the run.
         minutes: that the whole training takes.
     """
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -156,7 +156,7 @@ def read_curve(folder: Path, minutes: float) -> list[dict[str, float]]:
 
 
 def draw(figures: dict[str, Any], file: Path) -> None:
-    """The curve as a picture."""
+    """Plot the curve."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4), layout="constrained")

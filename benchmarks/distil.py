@@ -30,7 +30,7 @@ ZOOMED_VIEWS = 3
 
 @dataclass(frozen=True)
 class Capture:
-    """A capture and the teacher it gets when two CPU cores must do."""
+    """A capture and its teacher, small enough for two CPU cores."""
 
     folder: str
     dataparser: Callable[[Path], DataParserConfig]
@@ -51,8 +51,8 @@ CAPTURES = {
 
 @dataclass
 class Distil:
-    """Teacher, then student, on a real capture: PSNR and SSIM on test views, PSNR against the teacher on unseen poses,
-    seconds per frame of both in one run, size. Test views are used for nothing but the final figures."""
+    """Train a teacher, then a student, on a real capture and measure PSNR and SSIM on test views, PSNR against the
+    teacher at unseen cameras, seconds per frame of both, and sizes. Test views are used for the final figures only."""
 
     capture: str
     """lego, fern or fox of --data-dir, or a name for the capture at --data."""
@@ -61,13 +61,13 @@ class Distil:
     data: Path | None = None
     """Any other capture."""
     dataparser: str = "nerfstudio-data"
-    """How the capture at --data is read, as `ns-train` names it: nerfstudio-data, blender-data, colmap, ..."""
+    """Dataparser for --data, as `ns-train` names it: nerfstudio-data, blender-data, colmap, ..."""
     method: str = "r2l-lite"
     """The student's method, as for ns-train."""
     teacher: Path | None = None
-    """A trained run to use; without it, a shrunk nerfacto is trained."""
+    """A trained teacher; without it, a small nerfacto is trained."""
     teacher_iterations: int = 2500
-    """Iterations of the shrunk nerfacto."""
+    """Iterations of the small nerfacto."""
     iterations: int = 3000
     """Iterations of the student."""
     rays: int = 4096
@@ -75,17 +75,17 @@ class Distil:
     num_views: int = 150
     """Teacher views in the ring."""
     view_downscale: float = 1.0
-    """Teacher views for training are this much smaller than the photographs."""
-    real_iterations: int = 500
-    """Last iterations, with photographs."""
+    """Downscaling factor of teacher views relative to the photos."""
+    photo_iterations: int = 500
+    """Length of the photo stage in iterations."""
     test_views: int = 25
     """At most this many test views, evenly spaced, for the final figures."""
     cache_dir: Path | None = None
-    """Folder to keep the teacher's views in, for the next run with this teacher."""
+    """Folder to keep teacher views in, for the next run with this teacher."""
     output_dir: Path = Path("outputs/benchmark")
-    """Where runs go."""
+    """Folder of all runs."""
     results_dir: Path = RESULTS
-    """Where figures go."""
+    """Folder of the figures."""
 
     def main(self) -> None:
         """Run and write `distil_CAPTURE_METHOD.{json,md,png}`."""
@@ -100,7 +100,7 @@ class Distil:
             "student_rays_per_iteration": self.rays,
             "ring_views": self.num_views,
             "view_downscale": self.view_downscale,
-            "real_iterations": self.real_iterations,
+            "photo_iterations": self.photo_iterations,
             "student_minutes_in_all": round(seconds / 60, 1),
             **figures,
         }
@@ -146,7 +146,7 @@ class Distil:
         datamanager.train_num_rays_per_batch = self.rays
         datamanager.num_views = self.num_views
         datamanager.view_downscale = self.view_downscale
-        datamanager.real_iterations = self.real_iterations
+        datamanager.photo_iterations = self.photo_iterations
         datamanager.cache_dir = self.cache_dir
         start = time.perf_counter()
         main(config)
@@ -154,7 +154,7 @@ class Distil:
 
 
 def find_capture(name: str, data_dir: Path | None, data: Path | None, dataparser: str) -> tuple[Capture, Path]:
-    """Return how a capture is trained on, and where it is.
+    """Return how to train on a capture, and its location.
 
     Args:
         name: one of `CAPTURES`, or any name where `data` is given.
@@ -185,9 +185,7 @@ def find_capture(name: str, data_dir: Path | None, data: Path | None, dataparser
 
         capture, place = Capture(str(data), configured, optimize_cameras=True), data
     if not place.exists():
-        raise InputError(
-            f"There is no capture at {place}: name its folder with --data, or the one above with --data-dir."
-        )
+        raise InputError(f"There is no capture at {place}: give its folder with --data, or its parent with --data-dir.")
     return capture, place
 
 
@@ -197,8 +195,8 @@ def measure(
     """Return all figures of a finished student, and images for its contact sheet.
 
     Args:
-        config_path: of the student's run.
-        teacher_path: of its teacher's run.
+        config_path: config.yml of the student's run.
+        teacher_path: config.yml of its teacher's run.
         test_views: at most this many, evenly spaced.
 
     Returns:
@@ -237,12 +235,12 @@ def measure(
 
 
 def rounded(value: float | None) -> float | None:
-    """Four digits after the point."""
+    """Round to four digits."""
     return None if value is None else round(value, 4)
 
 
 def train_rays_per_second(run: Path) -> float | None:
-    """Median of what Nerfstudio logged while training; None where no log was kept."""
+    """Return the median of what Nerfstudio logged during training; None if there is no log."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     log = EventAccumulator(str(run))
@@ -255,6 +253,6 @@ def train_rays_per_second(run: Path) -> float | None:
 
 
 def as_table(figures: dict[str, Any]) -> str:
-    """Figures as a Markdown table."""
+    """Return the figures as a Markdown table."""
     lines = ["| figure | value |", "|---|---|"]
     return "\n".join(lines + [f"| {key.replace('_', ' ')} | {value} |" for key, value in figures.items()]) + "\n"

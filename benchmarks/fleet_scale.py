@@ -1,4 +1,5 @@
-"""What `r2l-fleet` adds to each stage, and what its driver needs: many captures, stand-in stages of one second, real Ray.
+"""Measure the overhead of `r2l-fleet` per stage, and its driver's needs: many captures, stand-in stages of one second,
+real Ray.
 
     python benchmarks/fleet_scale.py --captures 1000 --slots 16
 
@@ -56,14 +57,14 @@ class Scale:
 
     captures: int = 1000
     slots: int = 16
-    """Stages at a time: the CPUs that Ray is told of."""
+    """Stages at a time: the number of CPUs that Ray is given."""
     seconds: float = 1.0
     """Length of a stand-in stage."""
     output: Path = RESULTS / "fleet_scale"
-    """Where the figures go, without ending."""
+    """Path of the figures, without a suffix."""
 
     def main(self) -> None:
-        """Measure, print, write."""
+        """Measure, print and write."""
         with tempfile.TemporaryDirectory() as scratch:
             figures = self.measure(Path(scratch))
         write_figures(self.output, figures, markdown(figures))

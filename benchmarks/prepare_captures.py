@@ -38,7 +38,7 @@ SHA256: dict[CaptureName, str] = {
     "fern": "2638a019434ccbf33253b234219382dd386dc3dfe35c6e3267843826bd81f57e",
     "fox": "120f14e4797aa44dfcdcd6b65baef22f46ed37568274454b9a88555e93d785cc",
 }
-"""Of all names and contents, licence texts left out, as `digest` returns it."""
+"""SHA-256 of all names and contents except licence texts, as returned by `digest`."""
 TEST_EVERY = 8
 """LLFF's split: the first of every eight views is a test view."""
 JPEG_QUALITY = 95
@@ -91,7 +91,7 @@ def capture_in(source: Path, capture: CaptureName) -> Iterator[Path]:
     """Yield a capture's folder in a downloaded archive or folder; archives are unpacked for as long as the block runs.
 
     Raises:
-        InputError: there is no such file, it is no archive, or it does not hold the capture.
+        InputError: there is no such file, it is not an archive, or it does not contain the capture.
     """
     if source.is_dir():
         yield _marked(source, source, capture)
@@ -212,7 +212,7 @@ def make_fox(source: Path, output: Path) -> None:
 
 
 def _split(paths: list[str]) -> tuple[list[str], list[str]]:
-    """Test and training views."""
+    """Return test and training views."""
     test = paths[::TEST_EVERY]
     return test, [path for path in paths if path not in test]
 

@@ -1,4 +1,5 @@
-"""What each part of the recipe teaches: students of one teacher, part by part, in equal processor time, three seeds each."""
+"""What each part of the training recipe contributes: students of one teacher, in equal processor time, three seeds
+each."""
 
 from __future__ import annotations
 
@@ -42,13 +43,13 @@ def adam(lr: float) -> Changes:
 
 
 COMMON: Changes = {
-    "pipeline.datamanager.real_iterations": 0,
+    "pipeline.datamanager.photo_iterations": 0,
     "pipeline.datamanager.refresh_share": 0.0,
     "pipeline.model.engine": "torch",
 }
 WARM_UP: Changes = {"optimizers.*.scheduler": WarmupCosineSchedulerConfig(warmup_steps=50)}
 LITE: dict[str, tuple[str, Changes]] = {"r2l": ("r2l-lite", {}), "mobile-r2l": ("mobile-r2l-lite", {})}
-"""What is compared: the method a CPU trains, as it is."""
+"""The baseline: a method for a CPU, unchanged."""
 PAPER: dict[str, tuple[str, Changes]] = {
     "r2l": (
         "r2l-paper",
@@ -62,7 +63,7 @@ PAPER: dict[str, tuple[str, Changes]] = {
         "mobile-r2l-paper",
         {
             "pipeline.model.width": 128,
-            "pipeline.model.factor": 4,
+            "pipeline.model.upsampling_factor": 4,
             "pipeline.datamanager.whole_images": 4,
         },
     ),
@@ -89,7 +90,7 @@ SHRUNK = ("pipeline.model.width", "pipeline.model.depth")
 
 EVEN: dict[str, Changes] = {
     method: {
-        "pipeline.model.ray_code": "points",
+        "pipeline.model.ray_encoding": "points",
         "pipeline.model.volume_resolution": 40,
         "pipeline.model.num_frequencies": 6,
         "pipeline.model.jitter_points": False,
@@ -184,7 +185,7 @@ def rows_of(method: Literal["r2l", "mobile-r2l"]) -> dict[str, tuple[str, Change
         "full, Adam at 1e-3": adam(1e-3),
         "full, twice the rates": rates(full, 2.0),
         "full, 4 times the rates": rates(full, 4.0),
-        "full, points evenly spaced": {"pipeline.model.ray_code": "points"},
+        "full, points evenly spaced": {"pipeline.model.ray_encoding": "points"},
         "full - foreground": {"pipeline.datamanager.foreground_fraction": 0.0},
         "full - jitter": {"pipeline.model.jitter_points": False},
     }
@@ -254,19 +255,19 @@ def configured(method: str, changes: Changes) -> DistillationTrainerConfig:
 
 @dataclass
 class Point:
-    """Where a training stands."""
+    """A measurement during training."""
 
     seconds: float
-    """Of processor time, looks left out."""
+    """Seconds of processor time, without measurements."""
     steps: int
     rays: int
-    """Pixels learnt from; a network of whole images evaluates one ray per cell of them."""
+    """Pixels trained on; a network of ray images evaluates one ray per cell of them."""
     psnr: float
-    """Against the teacher on unseen poses, in dB."""
+    """PSNR in dB against the teacher at unseen cameras."""
 
 
 class Laboratory:
-    """One teacher, its views, and unseen poses; students of one data manager come and go.
+    """One teacher, its views, and unseen cameras, for several students of one data manager.
 
     Args:
         config: of any row; what concerns teacher and views counts.
@@ -287,14 +288,14 @@ class Laboratory:
     def learn(
         self, config: DistillationTrainerConfig, seconds: float, seed: int, looks: int, say: Callable[[Point], None]
     ) -> list[Point]:
-        """Train a student for so much processor time.
+        """Train a student for a given processor time.
 
         Args:
-            config: its recipe.
-            seconds: of processor time.
-            seed: of weights and batches.
-            looks: how often its quality is measured, the end included.
-            say: told of every look.
+            config: configuration with its recipe.
+            seconds: processor time in seconds.
+            seed: seed of weights and batches.
+            looks: number of measurements, the final one included.
+            say: called with every measurement.
         """
         torch.manual_seed(seed)
         ours = config.pipeline
@@ -329,7 +330,7 @@ class Laboratory:
 
     @torch.no_grad()
     def quality(self) -> float:
-        """Mean PSNR in dB against the teacher on the unseen poses."""
+        """Return the mean PSNR in dB against the teacher at the unseen cameras."""
         pipeline = self.pipeline
         pipeline.eval()
         with pipeline.averaged() if pipeline.average is not None else nullcontext():
@@ -346,7 +347,7 @@ class Laboratory:
 
 
 class _Stopwatch:
-    """Processor time of this process; a GPU's work counts by wall time."""
+    """Return the processor time of this process; a GPU's work counts by wall time."""
 
     def __init__(self) -> None:
         self._clock = time.perf_counter if torch.cuda.is_available() else time.process_time
@@ -357,7 +358,7 @@ class _Stopwatch:
 
     @contextmanager
     def stopped(self):  # noqa: ANN201
-        """Time in this block does not count."""
+        """Exclude the time of this block."""
         began = self._clock()
         yield
         self._start += self._clock() - began
@@ -365,32 +366,33 @@ class _Stopwatch:
 
 @dataclass
 class Recipes:
-    """The recipe part by part on one teacher: equal processor time for each, PSNR against the teacher on unseen poses."""
+    """Measure the training recipe part by part with one teacher: equal processor time for each, PSNR against the
+    teacher at unseen cameras."""
 
     teacher: Path
-    """The trained run that teaches all."""
+    """Trained run of the teacher."""
     name: str
-    """Of the capture, for the file of figures."""
+    """Name of the capture, for the file of figures."""
     method: Literal["r2l", "mobile-r2l"] = "r2l"
     """Which student."""
     rows: tuple[str, ...] = ()
-    """Only these recipes; none: all."""
+    """Recipes to measure; all by default."""
     seconds: float = 40.0
-    """Of processor time for every student."""
+    """Seconds of processor time per student."""
     seeds: int = 3
     """Students per recipe."""
     looks: int = 4
     """Points of every learning curve."""
     num_views: int = 200
-    """Teacher views that all learn from."""
+    """Teacher views that all students learn from."""
     cache_dir: Path | None = None
     """Folder to keep the teacher's views in."""
     results_dir: Path = RESULTS
-    """Where figures go; rows already measured there for as long are kept."""
+    """Folder of the figures; rows already measured there for the same time are kept."""
     data: Path | None = None
-    """The capture, if it is no longer where the teacher learnt from it."""
+    """The capture's location, if it has moved since the teacher was trained."""
     patience: dict[str, float] = field(default_factory=dict)
-    """Other seconds for some recipes, by name."""
+    """Other times for some recipes, by name."""
 
     def main(self) -> None:
         """Measure; write `recipes_NAME_METHOD.json` after every student, and `.md` and `.png` in the end."""
@@ -399,7 +401,7 @@ class Recipes:
         if unknown:
             from r2l_nerfstudio.errors import InputError
 
-            raise InputError(f"--rows: there is no {', '.join(sorted(unknown))}; choose from {'; '.join(recipes)}.")
+            raise InputError(f"--rows: unknown recipes {', '.join(sorted(unknown))}; choose from {'; '.join(recipes)}.")
         file = self.results_dir / f"recipes_{self.name}_{self.method}.json"
         figures: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {"rows": {}}
         first = configured(*LITE[self.method])
@@ -443,7 +445,7 @@ class Recipes:
 
 
 def as_table(figures: dict[str, Any]) -> str:
-    """The figures of one file as Markdown."""
+    """Return the figures of one file as Markdown."""
     title = (
         f"{figures['capture']}, {figures['method']}, {figures['resolution']}, {figures['teacher_views']} teacher views"
     )
@@ -461,7 +463,7 @@ def as_table(figures: dict[str, Any]) -> str:
 
 
 def ratios(figures: dict[str, Any]) -> list[str]:
-    """How much sooner our recipe is where the longest training by the published one ends."""
+    """Time for our recipe to reach the published recipe's PSNR."""
     of = {
         name: sorted((row for row in figures["rows"].values() if row["recipe"] == name), key=lambda row: row["seconds"])
         for name in ("paper", "ours")
@@ -491,7 +493,7 @@ def ratios(figures: dict[str, Any]) -> list[str]:
 
 
 def draw_curves(figures: dict[str, Any], file: Path) -> None:
-    """PSNR over processor time and over pixels, of the published recipe and ours; one line a seed."""
+    """Plot PSNR over processor time and over pixels, for the published recipe and ours; one line per seed."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import LogLocator, NullFormatter
 
@@ -510,7 +512,7 @@ def draw_curves(figures: dict[str, Any], file: Path) -> None:
             for axis, what, scale in ((axes[0], "seconds", 1), (axes[1], "rays", 1e6)):
                 xs, ys = [point[what] / scale for point in points], [point["psnr"] for point in points]
                 axis.plot(xs, ys, "o-", ms=3, lw=1, color=colours[row["recipe"]], alpha=shade, label=label)
-    for axis, label in zip(axes, ("seconds of one thread", "million pixels learnt from"), strict=True):
+    for axis, label in zip(axes, ("seconds of one thread", "million pixels learned from"), strict=True):
         axis.set(xscale="log", xlabel=label)
         axis.grid(alpha=0.3, which="both")
         # Plain numbers, as many as fit.

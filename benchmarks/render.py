@@ -1,4 +1,5 @@
-"""How fast every engine of this machine draws both students, beside the machine's own multiplication, in one run."""
+"""Frame times of every engine of this machine for all students, beside the machine's own matrix products, in one
+run."""
 
 from __future__ import annotations
 
@@ -31,15 +32,16 @@ from r2l_nerfstudio.rays.ray_image import ray_image_size
 from r2l_nerfstudio.rays.spacing import SceneBounds
 
 SIZES = {"r2l": 100, "r2l-lite": 400, "mobile-r2l": 800, "mobile-r2l-lite": 400}
-"""Pixels along each side of the frame that each method draws."""
+"""Pixels along each side of each method's frame."""
 TEACHER_SIDE = 64
-"""Pixels along each side of the teacher's frame, whose time is scaled up: a whole one takes minutes on a CPU."""
+"""Pixels along each side of the teacher's frame, whose time is scaled up: a full one takes minutes on a CPU."""
 _FIELD_OF_VIEW = 0.6
-"""Radians, nearly: half a frame over the focal length, doubled."""
+"""Approximate field of view in radians: image width over focal length."""
 _CHUNKS = (2048, 16384)
-"""Rows at a time in which bare multiplication is tried as well: engines may keep a chunk in a cache."""
+"""Chunk sizes for matrix products: engines may keep a chunk in a cache."""
 _FRAMES = 2
-"""Engines whose whole frames are timed: those with the fastest networks; the rest of a frame is the same for all."""
+"""Number of engines whose frames are timed: those with the fastest networks; the rest of a frame is the same for
+all."""
 
 
 @dataclass
@@ -48,17 +50,17 @@ class Render:
     matrix products of the network's own shapes. Weights are random: they make no difference to the time."""
 
     methods: tuple[str, ...] = tuple(SIZES)
-    """Which students."""
+    """Methods to measure."""
     engines: tuple[EngineName, ...] = ENGINE_NAMES
-    """Which engines; those that cannot run here are listed with the reason."""
+    """Engines to measure; those that cannot run here are listed with the reason."""
     seconds: float = 20.0
-    """Seconds of measuring networks for each student, and again for frames; the fastest call of all rounds counts."""
+    """Seconds to measure networks for each student, and again frames; the fastest call of all rounds counts."""
     teacher: bool = True
-    """Time a nerfacto of default size beside each student."""
+    """Time a nerfacto of default size for each student."""
     results_dir: Path = RESULTS
-    """Where figures go."""
+    """Folder of the figures."""
     cache_dir: Path = Path("outputs/benchmark/engines")
-    """Where compiled networks are kept for the next run."""
+    """Folder of compiled networks, for the next run."""
 
     def main(self) -> None:
         """Measure and write `render_DEVICE.{json,md}`."""
@@ -166,7 +168,8 @@ class Render:
 
 
 def student(method: str, side: int, device: torch.device) -> tuple[LightFieldModel, Cameras]:
-    """A student of a method's size with random weights, and a camera whose frame it draws without resampling."""
+    """Return a student of a method's size with random weights, and a camera whose frame it renders without
+    resampling."""
     from nerfstudio.configs.method_configs import all_methods
 
     torch.manual_seed(0)
@@ -207,7 +210,7 @@ def fill_ball(model: LightFieldModel) -> None:
 
 
 def frame_code(model: LightFieldModel, camera: Cameras) -> torch.Tensor:
-    """Everything that the network reads for one frame."""
+    """Return everything that the network reads for one frame."""
     codes: list[torch.Tensor] = []
 
     def record(code: torch.Tensor) -> torch.Tensor:
@@ -244,7 +247,7 @@ def evaluated(model: LightFieldModel, code: torch.Tensor, side: int) -> float:
 
 
 def flops(network: nn.Module, code: torch.Tensor) -> int:
-    """Of one frame, a multiply-add counted as two."""
+    """Return the floating-point operations of one frame, a multiply-add counted as two."""
     return sum(2 * rows * inner * outer for rows, inner, outer in products(network, code))
 
 
@@ -272,7 +275,8 @@ def bare_products(network: nn.Module, code: torch.Tensor, dtype: torch.dtype) ->
 
 
 def fastest(calls: dict[str, Callable[[], Any]], seconds: float, device: torch.device) -> dict[str, float]:
-    """Milliseconds of each call at its fastest, all of them in turns, for so many seconds or three rounds at least."""
+    """Return the minimum milliseconds of each call, all of them in turns, for so many seconds or at least three
+    rounds."""
 
     def finish() -> float:
         if device.type == "cuda":
@@ -294,7 +298,8 @@ def fastest(calls: dict[str, Callable[[], Any]], seconds: float, device: torch.d
 
 @torch.no_grad()
 def teacher_milliseconds(device: torch.device) -> float:
-    """Of a nerfacto of default size, in torch, for a frame of `TEACHER_SIDE` pixels a side."""
+    """Return the milliseconds of a nerfacto of default size, in PyTorch, for a frame of `TEACHER_SIDE` pixels per
+    side."""
     from nerfstudio.models.nerfacto import NerfactoModelConfig
 
     box = SceneBox(aabb=torch.tensor([[-1.0] * 3, [1.0] * 3]))
@@ -308,7 +313,7 @@ def teacher_milliseconds(device: torch.device) -> float:
 
 
 def as_markdown(figures: dict[str, Any]) -> str:
-    """The figures as one table for each student."""
+    """Return the figures as one table per student."""
     lines = [
         f"# Drawing on {figures['device']}",
         "",

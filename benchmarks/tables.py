@@ -66,7 +66,7 @@ class Scene:
 
 
 def find_scenes(root: Path, names: Sequence[str] = ()) -> list[Scene]:
-    """Captures in a folder, in order of set and name.
+    """Return the captures in a folder, in order of set and name.
 
     Args:
         root: a capture, or a folder of captures, or of folders of captures.
@@ -77,7 +77,7 @@ def find_scenes(root: Path, names: Sequence[str] = ()) -> list[Scene]:
     """
     root = Path(root)
     if not root.is_dir():
-        raise InputError(f"There is no folder {root}: name the one that holds the scenes with --data.")
+        raise InputError(f"There is no folder {root}: give the one that contains the scenes with --data.")
     found: dict[str, Scene] = {}
     level, without = [root], []
     for _ in range(DEEPEST + 1):
@@ -122,8 +122,8 @@ def _scene(folder: Path) -> Scene:
 
 @dataclass
 class Tables:
-    """Train a teacher and students on all scenes found, measure them on their test views, and write the papers' four tables
-    with our rows beside the published ones. Goes on where an earlier call stopped."""
+    """Train a teacher and students on all scenes found, measure them on their test views, and write the papers' four
+    tables with our rows beside the published ones. Continues where an earlier call stopped."""
 
     data: Path
     """Folder of the scenes: NeRF-Synthetic's, LLFF's, or any captures."""
@@ -132,13 +132,13 @@ class Tables:
     methods: tuple[str, ...] = ("r2l-lite", "mobile-r2l-lite")
     """Students, as for ns-train."""
     teachers: Path | None = None
-    """Folder with a trained run per scene, SCENE/config.yml; without it a shrunk nerfacto is trained for each."""
+    """Folder with a trained run per scene, SCENE/config.yml; without it a small nerfacto is trained for each."""
     teacher_iterations: int = 2500
-    """Iterations of the shrunk nerfacto."""
+    """Iterations of the small nerfacto."""
     iterations: int = 3000
     """Iterations of a student."""
     minutes: float | None = None
-    """Train each student for so long instead."""
+    """Minutes to train each student, instead of iterations."""
     num_views: int = 150
     """Teacher views in the ring."""
     scale: float | None = None
@@ -146,15 +146,15 @@ class Tables:
     test_views: int = 25
     """At most this many test views a scene, evenly spaced; they are used for nothing but the final figures."""
     engine: EngineOption = "torch"
-    """What runs the network while frames are timed."""
+    """Engine that runs the network while frames are timed."""
     output_dir: Path = Path("outputs/tables")
-    """Where runs and each scene's figures go."""
+    """Folder of runs and of each scene's figures."""
     results_dir: Path = RESULTS
-    """Where tables.json and tables.md go."""
+    """Folder of tables.json and tables.md."""
     changes: tyro.conf.Suppress[dict[str, Any]] = field(default_factory=dict)
-    """Of the students' configurations, by dotted name."""
+    """Changes of the students' configurations, by dotted name."""
     teacher_changes: tyro.conf.Suppress[dict[str, Any]] = field(default_factory=dict)
-    """Of the teachers', likewise."""
+    """Changes of the teachers' configurations, by dotted name."""
 
     def main(self) -> None:
         """Measure what is missing, and write the tables after each scene.
@@ -210,7 +210,7 @@ class Tables:
         }
 
     def measured(self, scene: Scene, method: str) -> dict[str, Any]:
-        """Figures of one scene and method: those of an earlier call with these settings, else measured now.
+        """Return the figures of one scene and method: those of an earlier call with these settings, or measured now.
 
         Raises:
             InputError: if the scene or its teacher cannot be used.
@@ -285,13 +285,13 @@ class Tables:
 
 
 def measure(run: Path, teacher_run: Path, test_views: int, engine: EngineOption) -> dict[str, Any]:
-    """Figures of a trained student and its teacher on the capture's test views.
+    """Return the figures of a trained student and its teacher on the capture's test views.
 
     Args:
         run: the student's config.yml.
         teacher_run: its teacher's.
         test_views: at most this many, evenly spaced.
-        engine: what runs the student's network.
+        engine: engine that runs the student's network.
     """
     from nerfstudio.utils.eval_utils import eval_setup
 
@@ -364,7 +364,7 @@ def flop_per_pixel(model: Any) -> float:
 
 @dataclass
 class Row:
-    """Means over the scenes of one set for one method."""
+    """Return means over the scenes of one set for one method."""
 
     group: Group
     method: str
@@ -408,7 +408,7 @@ class Row:
 
 
 def rows_of(figures: list[dict[str, Any]]) -> list[Row]:
-    """Figures by set and method, in order of appearance."""
+    """Return figures by set and method, in order of appearance."""
     rows: dict[tuple[Group, str], Row] = {}
     for one in figures:
         key = (one["group"], one["settings"]["method"])
@@ -417,7 +417,7 @@ def rows_of(figures: list[dict[str, Any]]) -> list[Row]:
 
 
 def as_tables(figures: list[dict[str, Any]]) -> str:
-    """The four tables in Markdown, with footnotes."""
+    """Return the four tables in Markdown, with footnotes."""
     rows = rows_of(figures)
     parts = ["# Published and measured figures", ""]
     reduced = [row for row in rows if row.is_reduced]

@@ -54,5 +54,5 @@ class HarmonicsModel(R2LModel):
 
 config = copy.deepcopy(r2l.config)
 config.method_name = "r2l-harmonics"
-config.pipeline.model = HarmonicsModelConfig(ray_code="points", depth=64)
+config.pipeline.model = HarmonicsModelConfig(ray_encoding="points", depth=64)
 method = MethodSpecification(config=config, description="R2L with spherical harmonics of the ray's direction.")

@@ -15,7 +15,7 @@ mobile_r2l = MethodSpecification(
         "mobile-r2l",
         CropDataManagerConfig(train_num_rays_per_batch=1 << 20, crop_cells=16),
         # 9 fewer blocks than the paper leave room for features in its 8.7 MB.
-        MobileR2LModelConfig(ray_code="composited", blocks=20, max_grid_points=240_000),
+        MobileR2LModelConfig(ray_encoding="composited", blocks=20, max_grid_points=240_000),
         max_num_iterations=30000,
         optimizers=our_optimizers(ends=2e-3),
         ema_decay=0.995,
@@ -27,7 +27,7 @@ mobile_r2l_lite = MethodSpecification(
     config=student_config(
         "mobile-r2l-lite",
         CropDataManagerConfig(train_num_rays_per_batch=8192, crop_cells=6),
-        MobileR2LModelConfig(ray_code="composited", width=128, blocks=2, up_width=32),
+        MobileR2LModelConfig(ray_encoding="composited", width=128, blocks=2, up_width=32),
         max_num_iterations=20000,
         optimizers=small_optimizers(),
         ema_decay=0.99,
@@ -42,7 +42,7 @@ mobile_r2l_paper = MethodSpecification(
             train_num_rays_per_batch=10 * 800 * 800,
             whole_images=10,
             pose_sampler=PoseSamplerConfig(focal_range=(1.0, 1.0)),
-            real_iterations=0,
+            photo_iterations=0,
             foreground_fraction=0.0,
         ),
         MobileR2LModelConfig(

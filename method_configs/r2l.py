@@ -15,7 +15,7 @@ r2l = MethodSpecification(
         "r2l",
         RayDataManagerConfig(train_num_rays_per_batch=32768),
         # 24 fewer layers than the paper leave room for features in its 12 MB.
-        R2LModelConfig(ray_code="composited", depth=64, max_grid_points=370_000),
+        R2LModelConfig(ray_encoding="composited", depth=64, max_grid_points=370_000),
         max_num_iterations=30000,
         optimizers=our_optimizers(),
     ),
@@ -26,7 +26,7 @@ r2l_lite = MethodSpecification(
     config=student_config(
         "r2l-lite",
         RayDataManagerConfig(train_num_rays_per_batch=2048, hard_fraction=0.0),
-        R2LModelConfig(ray_code="composited", width=128, depth=6),
+        R2LModelConfig(ray_encoding="composited", width=128, depth=6),
         max_num_iterations=30000,
         optimizers=small_optimizers(),
     ),
@@ -39,8 +39,8 @@ r2l_paper = MethodSpecification(
         RayDataManagerConfig(
             train_num_rays_per_batch=98304,
             pose_sampler=PoseSamplerConfig(focal_range=(1.0, 2.0)),
-            real_iterations=1000,
-            real_fraction=1.0,
+            photo_iterations=1000,
+            photo_fraction=1.0,
             foreground_fraction=0.0,
             hard_fraction=1 / 6,  # 16,384 of 98,304
             hard_pool_batches=100,

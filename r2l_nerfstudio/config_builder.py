@@ -173,7 +173,9 @@ class ConfigBuilder:
         hints = _hints(cls)
         # No code of the class runs: neither __new__ nor __init__ nor __setstate__.
         instance = object.__new__(cls)
-        for key, value in marker.values.items():
+        renamed = getattr(cls, "RENAMED", {})
+        values = {renamed.get(key, key) if isinstance(key, str) else key: value for key, value in marker.values.items()}
+        for key, value in values.items():
             inside = f"{where}.{key}" if where else str(key)
             if key not in declared:
                 if not isinstance(key, str) or key.startswith("_") or hasattr(cls, key):
@@ -195,7 +197,7 @@ class ConfigBuilder:
             object.__setattr__(instance, key, built)
         for name, missing in declared.items():
             factory = missing.default_factory
-            is_left_out = name not in marker.values
+            is_left_out = name not in values
             # Missing values are not guessed.
             is_made = name in ("pipeline", "datamanager", "dataparser", "model")
             if is_left_out and not is_made and factory is not dataclasses.MISSING:

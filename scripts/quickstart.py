@@ -74,10 +74,10 @@ class Sizes:
     mobile_blocks: int = 2
     ring_views: int = 70
     """Teacher views to learn from."""
-    real_iterations: int = 150
+    photo_iterations: int = 150
     """Length of the photo stage in iterations."""
     unseen_views: int = 12
-    """Cameras for the figures, sampled anew from the band; no training used them."""
+    """Cameras for the figures, sampled again from the band; no training used them."""
     picture_rows: int = 4
 
 
@@ -97,7 +97,7 @@ FAST = Sizes(
     mobile_pixels=512,
     mobile_blocks=1,
     ring_views=6,
-    real_iterations=10,
+    photo_iterations=10,
     unseen_views=3,
     picture_rows=2,
 )
@@ -269,7 +269,7 @@ def student_config(method: str, teacher: Path, root: Path, sizes: Sizes, device:
         model.blocks = sizes.mobile_blocks
     quieten(config, device, seed)
     datamanager.num_views = sizes.ring_views
-    datamanager.real_iterations = sizes.real_iterations
+    datamanager.photo_iterations = sizes.photo_iterations
     # Both students learn from the same views: the second one finds those rendered for the first.
     datamanager.pose_sampler = PoseSamplerConfig(focal_range=(1.0, 1.0))
     datamanager.cache_dir = root / "teacher_views"

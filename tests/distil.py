@@ -26,7 +26,7 @@ TINY_STUDENT = {
     "pipeline.check_frame": False,
     "pipeline.datamanager.num_views": 3,
     "pipeline.datamanager.train_num_rays_per_batch": 256,
-    "pipeline.datamanager.real_iterations": 4,
+    "pipeline.datamanager.photo_iterations": 4,
     "pipeline.model.width": 16,
 }
 """What makes a student small enough for a test, as dotted names in its configuration."""
@@ -47,7 +47,7 @@ def student_config(
         teacher: the teacher's config.yml or folder.
         output: where runs go; the run's folder is `output/tiny/METHOD/run`.
         method: as `ns-train` lists it.
-        **overrides: configuration by dotted name, as in `**{"pipeline.model.ray_code": "plucker"}`.
+        **overrides: configuration by dotted name, as in `**{"pipeline.model.ray_encoding": "plucker"}`.
     """
     from nerfstudio.configs.method_configs import all_methods
 

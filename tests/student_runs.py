@@ -31,14 +31,14 @@ def tiny_mobile_r2l(**overrides: Any) -> MobileR2LModelConfig:
         "blocks": 2,
         "up_width": 8,
         "last_width": 8,
-        "factor": 4,
+        "upsampling_factor": 4,
         "num_points": 4,
         "num_frequencies": 4,
     }
     return MobileR2LModelConfig(**{**sizes, **overrides})
 
 
-COMPOSITED = {"ray_code": "composited", "num_samples": 6, "num_probes": 16, "occupancy_cells": 8}
+COMPOSITED = {"ray_encoding": "composited", "num_samples": 6, "num_probes": 16, "occupancy_cells": 8}
 
 
 def tiny_composited_r2l(**overrides: Any) -> R2LModelConfig:
@@ -67,7 +67,7 @@ def write_run(
         spacing: of the points along its rays.
         has_accumulation: whether its teacher had one.
         has_depth: likewise.
-        focal: in pixels, of the views that a MobileR2L would have learnt from.
+        focal: in pixels, of the views that a MobileR2L would have learned from.
 
     Returns:
         its config.yml.

@@ -185,7 +185,7 @@ def test_damaged_transforms(refused, tiny_teacher: Path, capture: Path) -> None:
 
 
 class PhotographicTeacher:
-    """Shows each training camera the photograph of the one `shift` further."""
+    """Shows each training camera the photo of the one `shift` further."""
 
     config_path = Path("teacher/config.yml")
     views_only = False
@@ -225,7 +225,7 @@ def test_no_view_left_after_the_hold_out(refused, tiny_teacher: Path) -> None:
 @pytest.mark.parametrize(
     ("option", "flag"),
     [
-        ("pipeline.model.ray_code", "--pipeline.model.ray-code"),
+        ("pipeline.model.ray_encoding", "--pipeline.model.ray-encoding"),
         ("pipeline.model.spacing", "--pipeline.model.spacing"),
         ("pipeline.datamanager.pose_sampler.kind", "--pipeline.datamanager.pose-sampler.kind"),
     ],
@@ -238,14 +238,14 @@ def test_unknown_kinds(option: str, flag: str, refused, tiny_teacher: Path) -> N
 def test_unknown_kinds_in_python() -> None:
     with pytest.raises(InputError, match="--pipeline.datamanager.pose-sampler.kind from auto, neighbour, sphere, box"):
         PoseSamplerConfig(kind="spiral")
-    with pytest.raises(InputError, match="--pipeline.model.ray-code from points, plucker, two-plane"):
+    with pytest.raises(InputError, match="--pipeline.model.ray-encoding from points, plucker, two-plane"):
         RayCode("spiral")
 
 
 @pytest.mark.parametrize(
     ("flag", "known"),
     [
-        ("--pipeline.model.ray-code", "two-plane"),
+        ("--pipeline.model.ray-encoding", "two-plane"),
         ("--pipeline.model.spacing", "disparity"),
         ("--pipeline.datamanager.pose-sampler.kind", "neighbour"),
     ],
@@ -261,7 +261,9 @@ def test_unknown_kinds_on_the_command_line(flag: str, known: str, capsys: pytest
 
 
 def test_odd_depth(refused, tiny_teacher: Path) -> None:
-    assert "--pipeline.model.depth 5" in refused(tiny_teacher, **{"pipeline.model.depth": 5})
+    assert "--pipeline.model.depth must be an even number of at least 4 (got 5)" in refused(
+        tiny_teacher, **{"pipeline.model.depth": 5}
+    )
 
 
 @pytest.mark.parametrize("what", ["absent", "empty", "file"])
@@ -293,12 +295,14 @@ def test_going_on_from_a_checkpoint_cut_short(refused, tiny_teacher: Path, tmp_p
 
 
 def test_impossible_factor(refused, tiny_teacher: Path, tmp_path: Path) -> None:
-    config = student_config(tiny_teacher, tmp_path / "students", "mobile-r2l-lite", **{"pipeline.model.factor": 5})
-    assert "--pipeline.model.factor 5" in refused.config(config)
+    config = student_config(
+        tiny_teacher, tmp_path / "students", "mobile-r2l-lite", **{"pipeline.model.upsampling_factor": 5}
+    )
+    assert "--pipeline.model.upsampling-factor must be one of 2, 3, 4, 6, 8, 12, 16 (got 5)" in refused.config(config)
 
 
 def test_views_smaller_than_a_cell(refused, tiny_teacher: Path, tmp_path: Path) -> None:
-    overrides = {"pipeline.model.factor": 12, "pipeline.datamanager.view_downscale": 3.0}
+    overrides = {"pipeline.model.upsampling_factor": 12, "pipeline.datamanager.view_downscale": 3.0}
     config = student_config(tiny_teacher, tmp_path / "students", "mobile-r2l-lite", **overrides)
     said = refused.config(config)
     assert "8x8" in said and "--pipeline.datamanager.view-downscale" in said
@@ -308,11 +312,11 @@ def test_lens_that_cannot_be_undistorted(refused, capture: Path, tmp_path: Path)
     edit(capture / "transforms.json", '"w"', '"camera_model": "EQUIRECTANGULAR", "w"')
     teacher = train_teacher("nerfacto", capture, tmp_path / "runs", iterations=2)
     config = student_config(teacher, tmp_path / "students", "mobile-r2l-lite")
-    assert "--pipeline.datamanager.real-iterations 0" in refused.config(config)
+    assert "--pipeline.datamanager.photo-iterations 0" in refused.config(config)
 
 
 @pytest.mark.parametrize(
-    "option", ["real_fraction", "hard_fraction", "holdout_fraction", "foreground_fraction", "refresh_share"]
+    "option", ["photo_fraction", "hard_fraction", "holdout_fraction", "foreground_fraction", "refresh_share"]
 )
 def test_shares_out_of_range(option: str, refused, tiny_teacher: Path) -> None:
     said = refused(tiny_teacher, **{f"pipeline.datamanager.{option}": 1.5})

@@ -35,7 +35,7 @@ QUIET = ("machine.device_type", "logging.local_writer.enable", "logging.profiler
 STUDENT = {
     **{name: TINY_STUDENT[name] for name in (*QUIET, "pipeline.check_frame", "pipeline.model.width")},
     "pipeline.datamanager.train_num_rays_per_batch": 256,
-    "pipeline.datamanager.real_iterations": 2,
+    "pipeline.datamanager.photo_iterations": 2,
     "pipeline.model.depth": 4,
 }
 TEACHER = {**{name: TINY_STUDENT[name] for name in QUIET}, "pipeline.datamanager.train_num_rays_per_batch": 128} | {

@@ -1,4 +1,4 @@
-"""What pictures on a CPU are drawn from is what a student learnt from, to 100 dB and more."""
+"""What pictures on a CPU are drawn from is what a student learned from, to 100 dB and more."""
 
 from __future__ import annotations
 

@@ -201,7 +201,7 @@ WHOLE = {
 # time goes into torch's exporter, which takes it by the operator: so few layers, and no volume.
 @pytest.mark.parametrize(("kind", "shape"), WHOLE, ids=["-".join(key) for key in WHOLE])
 def test_plans_of_whole_students_are_built_encoding_and_all(kind: str, shape: str, rtx: ModuleType):
-    config = tiny_r2l(depth=4, volume_resolution=0) if kind == "r2l" else tiny_mobile_r2l(blocks=1, factor=2)
+    config = tiny_r2l(depth=4, volume_resolution=0) if kind == "r2l" else tiny_mobile_r2l(blocks=1, upsampling_factor=2)
     model = config.setup(scene_box=None, num_train_data=1, metadata={}, device="cpu", grad_scaler=None).eval()
     bounds = SceneBounds("sphere" if kind == "r2l" else "disparity", (0.1, -0.1, 0.05), 0.8, 1.0, 3.0)
     model.set_scene(bounds, torch.eye(3), torch.ones(3), has_accumulation=True, has_depth=True, focal=50.0)

@@ -50,8 +50,8 @@ pytestmark = needs_graph_export
 
 CONFIGS = {
     "r2l": tiny_r2l(),
-    "plucker": tiny_r2l(ray_code="plucker", volume_resolution=0),
-    "two-plane": tiny_r2l(ray_code="two-plane", volume_resolution=0),
+    "plucker": tiny_r2l(ray_encoding="plucker", volume_resolution=0),
+    "two-plane": tiny_r2l(ray_encoding="two-plane", volume_resolution=0),
     "mobile-r2l": tiny_mobile_r2l(volume_resolution=5),
     "composited-r2l": tiny_composited_r2l(),
     "composited-mobile": tiny_composited_mobile_r2l(),
@@ -296,10 +296,10 @@ def test_int8_that_costs_too_much_is_refused(
     monkeypatch.setattr(int8, "write_onnx", write_once)
     student, of_rays = (load_student(path, device="cpu", engine="torch") for path in (captured, run("r2l")))
     output = tmp_path / "student.onnx"
-    # Without photographs the student's own pictures judge.
+    # Without photos the student's own pictures judge.
     monkeypatch.setattr(int8, "held_out", lambda *_: [])
     monkeypatch.setattr(int8, "NEEDED_DB", 99.0)
-    with pytest.raises(InputError, match="all layers but the first and the last.*own pictures.*not kept.*fp16"):
+    with pytest.raises(InputError, match="all layers but the first and the last.*own images.*not kept.*fp16"):
         export_int8(student, CAMERA, output, captured)
     with pytest.raises(InputError, match="--width 300 --height 300: .*at most 65536 pixels"):
         export_int8(of_rays, replace(CAMERA, width=300, height=300), output, captured)

@@ -99,7 +99,7 @@ def test_sizes_of_a_mobile_r2l(kernels: tuple[int, ...], factor: int, tmp_path: 
     arguments = {"activation_fn": "gelu", "input_height": 5, "input_width": 6}
     file = write_tar(tmp_path / "mobile.tar", mobile_weights(kernels=kernels, blocks=2), arguments)
     network = read_tar(file)
-    assert network.sizes == {"width": 8, "blocks": 2, "factor": factor, "up_width": 6, "last_width": 4}
+    assert network.sizes == {"width": 8, "blocks": 2, "upsampling_factor": factor, "up_width": 6, "last_width": 4}
     assert network.cells == (5, 6)
 
 
@@ -279,7 +279,7 @@ def test_no_file_a_folder_and_files_of_other_kinds(refused, tmp_path: Path) -> N
     assert "no checkpoint at" in refused(tmp_path / "nowhere.onnx")
     assert "is a folder" in refused(tmp_path)
     text = tmp_path / "text.tar"
-    text.write_text("no archive")
+    text.write_text("not an archive")
     assert "not an archive of torch" in refused(text)
     empty = tmp_path / "empty.tar"
     empty.touch()
@@ -363,7 +363,7 @@ def test_options_that_cannot_be(refused, tmp_path: Path) -> None:
     assert "--near must be below --far" in refused(file, near=7.0)
     assert "positive integer" in refused(file, num_points=0)
     assert "--ndc" in refused(file, ndc="yes")
-    assert "choose one of" in refused(file, scene="lego")
+    assert "must be one of" in refused(file, scene="lego")
     assert "both set the origin" in refused(file, scene="fern", center=(0.0, 0.0, 0.0))
     mobile = write_tar(tmp_path / "mobile.tar", mobile_weights())
     assert "--cells" in refused(mobile, cells=(4, 40))
@@ -392,7 +392,7 @@ def test_a_student_that_draws_something_else_is_not_kept(
         return torch.arange(3 * points * (2 * octaves + 1))
 
     monkeypatch.setattr(published_network, "our_columns", other)
-    assert "does not draw" in refused(write_tar(tmp_path / "r2l.tar", r2l_weights()))
+    assert "does not render" in refused(write_tar(tmp_path / "r2l.tar", r2l_weights()))
 
 
 # Captures.

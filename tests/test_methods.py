@@ -66,7 +66,7 @@ def test_ns_train_lists_it_and_asks_for_a_teacher(method: str, capsys: pytest.Ca
         tyro.cli(AnnotatedBaseConfigUnion, args=[method, "--help"])
     assert caught.value.code == 0
     said = capsys.readouterr().out
-    for flag in ("--teacher", "--pipeline.model.ray-code", "--pipeline.datamanager.pose-sampler.kind"):
+    for flag in ("--teacher", "--pipeline.model.ray-encoding", "--pipeline.datamanager.pose-sampler.kind"):
         assert flag in said
     assert "--pipeline.datamanager.dataparser" not in said  # the teacher's
 
@@ -78,15 +78,15 @@ def test_command_line_reaches_the_configuration() -> None:
         "--teacher": "outputs/run/config.yml",
         "--max-num-iterations": "77",
         "--pipeline.model.width": "64",
-        "--pipeline.model.ray-code": "two-plane",
-        "--pipeline.datamanager.real-iterations": "0",
+        "--pipeline.model.ray-encoding": "two-plane",
+        "--pipeline.datamanager.photo-iterations": "0",
         "--pipeline.datamanager.pose-sampler.kind": "box",
         "--optimizers.hidden.optimizer.lr": "0.5",
     }
     config = tyro.cli(AnnotatedBaseConfigUnion, args=["r2l", *(part for pair in flags.items() for part in pair)])
     assert config.teacher == Path("outputs/run/config.yml") and config.max_num_iterations == 77
-    assert config.pipeline.model.width == 64 and config.pipeline.model.ray_code == "two-plane"
-    assert config.pipeline.datamanager.real_iterations == 0
+    assert config.pipeline.model.width == 64 and config.pipeline.model.ray_encoding == "two-plane"
+    assert config.pipeline.datamanager.photo_iterations == 0
     assert config.pipeline.datamanager.pose_sampler.kind == "box"
     assert config.optimizers["hidden"]["optimizer"].lr == 0.5
     assert config.optimizers["ends"]["optimizer"].lr != 0.5

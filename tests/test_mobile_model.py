@@ -28,7 +28,7 @@ def model(factor: int = 4, accumulation: bool = True, depth: bool = True, **conf
     """A student with random weights of a scene in the unit ball."""
     torch.manual_seed(1)
     made = MobileR2LModelConfig(
-        width=16, blocks=1, factor=factor, up_width=8, last_width=8, zero_init=False, **config
+        width=16, blocks=1, upsampling_factor=factor, up_width=8, last_width=8, zero_init=False, **config
     ).setup(scene_box=SceneBox(aabb=torch.tensor([[-1.0, -1, -1], [1, 1, 1]])), num_train_data=1, metadata={})
     torch.nn.init.normal_(made.network.tail.weight, std=0.7)  # so that pixels differ
     bounds = SceneBounds("sphere", (0.0, 0.0, 0.0), 1.0, 2.0, 4.0)
@@ -182,12 +182,12 @@ def test_single_rays_are_answered_as_pictures_of_one_pixel() -> None:
 def test_the_factor_fits_the_capture_unless_it_is_set(size: tuple[int, int], factor: int) -> None:
     config = MobileR2LModelConfig()
     config.fit_to(*size)
-    assert config.factor == factor
-    config = MobileR2LModelConfig(factor=6)
+    assert config.upsampling_factor == factor
+    config = MobileR2LModelConfig(upsampling_factor=6)
     config.fit_to(*size)
-    assert config.factor == 6
-    with pytest.raises(InputError, match="--pipeline.model.factor"):
-        MobileR2LModelConfig(factor=5).fit_to(*size)
+    assert config.upsampling_factor == 6
+    with pytest.raises(InputError, match="--pipeline.model.upsampling-factor"):
+        MobileR2LModelConfig(upsampling_factor=5).fit_to(*size)
 
 
 # Crops.

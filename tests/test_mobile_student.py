@@ -36,7 +36,7 @@ def test_factors(factor: int, steps: list[int]) -> None:
 
 @pytest.mark.parametrize("factor", [0, 1, 5, 9, 18, 10])
 def test_impossible_factor_is_an_error_that_names_the_flag(factor: int) -> None:
-    with pytest.raises(InputError, match="--pipeline.model.factor"):
+    with pytest.raises(InputError, match="--pipeline.model.upsampling-factor"):
         MobileR2L(10, factor=factor)
 
 

@@ -42,7 +42,7 @@ def student() -> MobileR2LModel:
     capture = capture_cameras(cameras)
     survey = Survey.take(SceneTeacher(), cameras)
     config = MobileR2LModelConfig(
-        width=64, blocks=3, factor=4, up_width=16, last_width=16, jitter_points=False, volume_resolution=20
+        width=64, blocks=3, upsampling_factor=4, up_width=16, last_width=16, jitter_points=False, volume_resolution=20
     )
     model = config.setup(scene_box=SceneBox(aabb=torch.tensor([[-1.0] * 3, [1.0] * 3])), num_train_data=1, metadata={})
     model.set_scene(

@@ -231,7 +231,7 @@ def test_rgba_on_the_background_is_the_image() -> None:
 
 
 def _batch(count: int = 40) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Outputs that are leaves, and a batch of which rays 10..19 are not to be learnt and 20..39 are photographs."""
+    """Outputs that are leaves, and a batch of which rays 10..19 are not to be learned and 20..39 are photos."""
     generator = torch.Generator().manual_seed(4)
     origins = torch.nn.functional.normalize(torch.randn(count, 3, generator=generator), dim=-1) * 3
     directions = torch.nn.functional.normalize(0.1 * torch.randn(count, 3, generator=generator) - origins, dim=-1)

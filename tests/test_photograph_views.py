@@ -1,4 +1,4 @@
-"""Photographs as undistorted views: each pixel's colour is the one that its ray had in the photograph."""
+"""Photos as undistorted views: each pixel's colour is the one that its ray had in the photo."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ LENSES = {
 
 
 class Painted:
-    """A dataset of photographs whose colours are the directions of their own rays, by Nerfstudio's cameras."""
+    """A dataset of photos whose colours are the directions of their own rays, by Nerfstudio's cameras."""
 
     def __init__(self, width: int = 60, height: int = 44, views: int = 2, **lens) -> None:
         torch.manual_seed(3)
@@ -74,7 +74,7 @@ def test_a_view_wider_than_the_photograph_ends_where_that_ends() -> None:
     y = float(camera.cy) - 0.5 - float(camera.fy) * local[..., 1] / -local[..., 2]
     depth = torch.stack([x, 59 - x, y, 43 - y]).amin(0)
     valid = views.pixels[0, ..., 3] == 1
-    # Half a pixel of the photograph after it was shrunk.
+    # Half a pixel of the photo after it was shrunk.
     assert valid[depth > 1].all() and not valid[depth < -1].any()
     assert 0.2 < valid.float().mean() < 0.8
 
@@ -135,7 +135,7 @@ def test_pose_corrections_are_those_of_the_teachers_training() -> None:
     ids=["panorama", "fourth radial parameter"],
 )
 def test_a_lens_that_cannot_be_undistorted_is_an_error_with_a_remedy(lens: dict) -> None:
-    with pytest.raises(InputError, match=r"1\.png cannot be undistorted.*--pipeline.datamanager.real-iterations 0"):
+    with pytest.raises(InputError, match=r"1\.png cannot be undistorted.*--pipeline.datamanager.photo-iterations 0"):
         taken(Painted(**lens))
 
 

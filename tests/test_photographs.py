@@ -1,4 +1,4 @@
-"""Photographs as rays: the teacher's rays, its pose corrections, masks, and views that stay unseen."""
+"""Photos as rays: the teacher's rays, its pose corrections, masks, and views that stay unseen."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def test_every_pixel_has_nerfstudios_ray_and_its_colour(kind: str, scale: float,
         assert (plain.directions.reshape(-1, 3) - sample.directions[: side * side]).abs().max() > 1e-3
     torch.testing.assert_close(sample.directions.norm(dim=-1), torch.ones(len(sample.directions)))
     assert (sample.weight == 1).all()
-    assert (sample.geometry_weight == 0).all()  # a photograph says nothing of depth or opacity
+    assert (sample.geometry_weight == 0).all()  # a photo says nothing of depth or opacity
 
 
 @pytest.mark.parametrize("mode", ["SO3xR3", "SE3"])

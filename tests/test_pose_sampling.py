@@ -1,4 +1,4 @@
-"""Pseudo cameras stay where the capture was taken."""
+"""Sampled cameras stay where the capture was taken."""
 
 import math
 

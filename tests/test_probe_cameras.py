@@ -15,7 +15,7 @@ from r2l_nerfstudio.rays.spacing import SceneBounds, SpacingKind
 CENTER = torch.tensor([1.0, 2.0, 3.0])
 CONFIGS = {
     "r2l": R2LModelConfig(width=8, depth=4, num_points=4),
-    "mobile-r2l": MobileR2LModelConfig(width=8, blocks=1, factor=4, up_width=8, last_width=8, num_points=4),
+    "mobile-r2l": MobileR2LModelConfig(width=8, blocks=1, upsampling_factor=4, up_width=8, last_width=8, num_points=4),
 }
 
 

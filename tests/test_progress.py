@@ -70,7 +70,7 @@ def test_the_user_may_stop_it() -> None:
     progress = TrainingProgress(10)
     progress.update(0)
     progress.ask_to_stop()
-    assert not progress.finished  # the iteration at hand is finished first
+    assert not progress.finished  # the iteration available is finished first
     progress.update(1)
     assert progress.finished and progress.stopped
 

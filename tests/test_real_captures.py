@@ -48,7 +48,7 @@ def cut_out(tiny_capture: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 
 
 class Compositing:
-    """Renders each photo as a model trained with some background color has learnt to."""
+    """Renders each photo as a model trained with some background colour has learned to."""
 
     views_only = False
     config_path = Path("teacher/config.yml")

@@ -221,7 +221,7 @@ def test_capture_through_nerfstudios_dataparser(capture, options):
     back = camera_in_dataparser_frame(world, train)
     torch.testing.assert_close(back.camera_to_worlds, train.cameras.camera_to_worlds, atol=2e-5, rtol=0)
 
-    # The photograph is the truth at the pose that the dataparser gives.
+    # The photo is the truth at the pose that the dataparser gives.
     for outputs in (train, test):
         truth = Scene().render(camera_in_world_frame(outputs.cameras, outputs)[1]).rgb
         photograph = torch.from_numpy(np.array(Image.open(outputs.image_filenames[1]))) / 255

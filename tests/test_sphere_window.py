@@ -77,7 +77,7 @@ def student(kind: str) -> LightFieldModel:
     config = (
         R2LModelConfig(width=16, depth=4, zero_init=False)
         if kind == "r2l"
-        else MobileR2LModelConfig(width=16, blocks=1, factor=4, up_width=8, last_width=8, zero_init=False)
+        else MobileR2LModelConfig(width=16, blocks=1, upsampling_factor=4, up_width=8, last_width=8, zero_init=False)
     )
     made = config.setup(scene_box=SceneBox(aabb=torch.tensor([[-1.0] * 3, [1.0] * 3])), num_train_data=1, metadata={})
     torch.nn.init.normal_(made.network.tail.weight, std=0.7)  # so that pixels differ

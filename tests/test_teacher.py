@@ -198,7 +198,7 @@ def test_pose_corrections_are_those_of_training(tiny_teacher: Path) -> None:
     teacher = Teacher.load(tiny_teacher)
     corrections = teacher.pose_corrections()
     assert corrections.shape == (6, 3, 4) and not corrections.requires_grad
-    assert (corrections - torch.eye(4)[:3]).abs().max() > 1e-4  # it has learnt some
+    assert (corrections - torch.eye(4)[:3]).abs().max() > 1e-4  # it has learned some
     coordinates = torch.tensor([[0.5, 0.5], [7.5, 3.5], [20.5, 9.5]])
     bundle = teacher.dataparser_outputs.cameras.generate_rays(torch.tensor([[4], [0], [2]]), coordinates)
     of_rays = corrections[bundle.camera_indices[:, 0]]
@@ -235,7 +235,7 @@ def test_background_of_a_teacher_trained_on_random_colours(
     config = teacher_config("nerfacto", blender_capture, tmp_path, 2, **{"pipeline.model.background_color": "random"})
     train(config)
     white = Teacher.load(config.get_base_dir())
-    assert torch.equal(white.background, torch.ones(3))  # as the photographs are composited
+    assert torch.equal(white.background, torch.ones(3))  # as the photos are composited
     camera = white.dataparser_outputs.cameras[0]
     painted = white.view(camera)
     unpainted = replace(white, background=None).view(camera)

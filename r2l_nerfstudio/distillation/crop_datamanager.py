@@ -72,7 +72,7 @@ class CropDataManager(DistillationDataManager):
         if min(rows, columns) < 1:
             raise InputError(
                 f"Views of {cameras.width}x{cameras.height} pixels are smaller than one cell of {factor}x{factor}"
-                " pixels: lower --pipeline.datamanager.view-downscale or --pipeline.model.factor."
+                " pixels: lower --pipeline.datamanager.view-downscale or --pipeline.model.upsampling-factor."
             )
         return rows, columns
 

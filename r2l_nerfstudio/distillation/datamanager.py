@@ -10,7 +10,7 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 import torch
 import tyro
@@ -33,6 +33,7 @@ from r2l_nerfstudio.distillation.view_ring import TeacherView, ViewRenderer, Vie
 from r2l_nerfstudio.errors import InputError, one_line
 from r2l_nerfstudio.ranges import FloatRange, IntRange
 from r2l_nerfstudio.rays.ray_image import StudentRays
+from r2l_nerfstudio.renamed_fields import RenamedFields
 from r2l_nerfstudio.teacher import Teacher
 
 HOLDOUT_VIEWS = 4
@@ -42,8 +43,10 @@ MOST_FAILURES = 3
 
 
 @dataclass
-class DistillationDataManagerConfig(VanillaDataManagerConfig):
+class DistillationDataManagerConfig(RenamedFields, VanillaDataManagerConfig):
     """Supervision for a student: a ring of teacher views, then photos."""
+
+    RENAMED: ClassVar[dict[str, str]] = {"real_iterations": "photo_iterations", "real_fraction": "photo_fraction"}
 
     _target: type = field(default_factory=lambda: DistillationDataManager)
     dataparser: tyro.conf.Suppress[DataParserConfig] = field(default_factory=NerfstudioDataParserConfig)
@@ -60,10 +63,10 @@ class DistillationDataManagerConfig(VanillaDataManagerConfig):
     """Share of the rays of teacher views that are drawn from foreground pixels: a white background is soon learned."""
     refresh_share: Annotated[float, FloatRange(0, 1)] = 0.15
     """Share of the training time that may be used to replace teacher views by new ones; 0 keeps the first ones."""
-    real_iterations: Annotated[int, IntRange(0, 10**9)] = 2000
+    photo_iterations: Annotated[int, IntRange(0, 10**9)] = 2000
     """Iterations of the photo stage: the last iterations, which mix in rays of photos; 0 learns from the teacher
     only."""
-    real_fraction: Annotated[float, FloatRange(0, 1)] = 0.5
+    photo_fraction: Annotated[float, FloatRange(0, 1)] = 0.5
     """Share of photos in each batch of the photo stage."""
     holdout_fraction: Annotated[float, FloatRange(0, 1)] = 0.1
     """Share of the training photos that is held out, to measure on and never train on."""
@@ -178,7 +181,7 @@ class DistillationDataManager(VanillaDataManager[InputDataset]):
         # Photos first: a capture that cannot be used must fail before the teacher has rendered for minutes.
         self.photographs: Any = None
         self.held_photographs: Batch | None = None
-        if config.real_iterations > 0:
+        if config.photo_iterations > 0:
             kept, held = split_holdout(len(self.train_dataset), config.holdout_fraction)
             corrections = teacher.pose_corrections()
             self.photographs = self.read_photographs(kept, corrections)
@@ -269,7 +272,7 @@ class DistillationDataManager(VanillaDataManager[InputDataset]):
         self.train_count += 1
         self._refresh()
         real = self.photographs is not None and self.photographs_now
-        return self.draw(int(self.config.real_fraction * self.get_train_rays_per_batch()) if real else 0)
+        return self.draw(int(self.config.photo_fraction * self.get_train_rays_per_batch()) if real else 0)
 
     def next_train(self, step: int) -> tuple[RayBundle, dict[str, Tensor]]:
         """Return `next_batch` in Nerfstudio's form."""

@@ -149,5 +149,5 @@ def _where(
     raise InputError(
         f"The photo {path} cannot be undistorted (camera type {CameraType(kind).name}, lens parameters k1-k4 {k1:g}"
         f" {k2:g} {k3:g} {k4:g}, p1 p2 {p1:g} {p2:g}): learn from the teacher only with"
-        " --pipeline.datamanager.real-iterations 0, or distil an r2l student, which supports any lens."
+        " --pipeline.datamanager.photo-iterations 0, or distil an r2l student, which supports any lens."
     )

@@ -355,7 +355,7 @@ class DistillationPipeline(VanillaPipeline):
         """Start the photo stage when the progress reaches it."""
         assert self.progress is not None
         self.done.fill_(self.progress.fraction)
-        share = self.datamanager.config.real_iterations / max(1, self.progress.steps)
+        share = self.datamanager.config.photo_iterations / max(1, self.progress.steps)
         self.datamanager.photographs_now = share > 0 and self.progress.fraction >= 1 - share - 1e-9
 
     def _after_iterations(self, function: Callable[[int], None], every: int) -> TrainingCallback:

@@ -83,7 +83,7 @@ class RayDataManager(DistillationDataManager):
         total = self.config.train_num_rays_per_batch
         num_hard = self.hard_rays.available
         if num_real:
-            num_hard = int(num_hard * (1 - self.config.real_fraction))
+            num_hard = int(num_hard * (1 - self.config.photo_fraction))
         fresh = total - num_hard - num_real
         if self.config.published_hard_rays:  # Until the pool is full its share of the batch is left out.
             fresh = min(fresh, total - self.hard_rays.per_step)

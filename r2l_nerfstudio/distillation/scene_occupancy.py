@@ -1,4 +1,4 @@
-"""Where the scene is, from what the teacher showed of it: the occupancy of a composited ray encoding."""
+"""Occupancy of a composited ray encoding, from what the teacher shows of the scene."""
 
 from __future__ import annotations
 
@@ -17,15 +17,16 @@ from r2l_nerfstudio.rays.pinhole import pinhole_rays
 from r2l_nerfstudio.rays.scene_grid import GridWarp
 
 SURE = 0.5
-"""Accumulation from which a pixel's depth is taken at its word."""
+"""Accumulation from which a pixel's depth is trusted."""
 SEEN = 0.05
-"""Accumulation from which a pixel shows something at all."""
+"""Accumulation from which a pixel shows anything."""
 LEAST_HITS = 2
-"""Pixels that must end in a cell: one may be a teacher's mistake, and what it hides is found again (`_unexplained`)."""
+"""Pixels that must end in a cell: a single one may be an error of the teacher, and what it hides is found again
+(`_unexplained`)."""
 PIXELS_PER_VIEW = 1 << 16
 CARVING_VIEWS = 64
 SPARE = 0.15
-"""Rows, as a share of those in use, for what later views show; let go when training ends."""
+"""Spare rows for what later views show, as a share of those in use; released when training ends."""
 _AT_ONCE = 1 << 15
 
 
@@ -37,10 +38,10 @@ class SceneOccupancy:
     along it that no view shows to be empty. Nothing that a teacher view shows is left out.
 
     Args:
-        encoding: whose occupancy.
+        encoding: encoding whose occupancy is set.
         occupancy_cells: about this many cells cubed.
-        max_grid_points: of the feature volume, at most.
-        has_depth: whether teacher views know their depth.
+        max_grid_points: grid points of the feature volume, at most.
+        has_depth: whether teacher views have depth.
     """
 
     def __init__(
@@ -58,7 +59,7 @@ class SceneOccupancy:
         """Choose coordinates and box, mark what the ring shows, lay out the volume. Ranks agree on the union.
 
         Args:
-            ring: of teacher views.
+            ring: ring of teacher views.
             cameras: the training cameras as pinholes.
         """
         encoding, scene = self.encoding, self.encoding.occupancy.scene
@@ -68,7 +69,8 @@ class SceneOccupancy:
         origin, axes = self._apex(cameras)
         axes = axes.to(points)
         if warp == "ball":
-            # The box must hold things too thin for their depth to be sure as well: look for them in the whole ball first.
+            # The box must also contain things that are too thin for their depth to be trusted: search the whole ball
+            # first.
             scene.fit(warp, points[:0], origin, axes)
             self._mark_afresh(ring, points)
             claimed = self._claimed_points()
@@ -76,7 +78,7 @@ class SceneOccupancy:
             scene.include(claimed)
         else:
             scene.fit(warp, points, origin, axes)
-        if _ranks() > 1:  # one box for all: the first rank's
+        if _ranks() > 1:  # One box for all ranks: the first rank's.
             for tensor in (scene.low, scene.extent):
                 torch.distributed.broadcast(tensor, 0)
         self._mark_afresh(ring, points)
@@ -94,16 +96,16 @@ class SceneOccupancy:
 
     @torch.no_grad()
     def grow(self, ring: ViewRing, least: float = 0.05) -> Tensor | None:
-        """Mark what views show that came into the ring since the last call.
+        """Mark what views show that were added to the ring since the last call.
 
         Args:
             ring: the same as before.
             least: share of the ring that must be new.
 
         Returns:
-            for each row of the volume the one it was, or 0 if it is new; None if nothing changed, or there is no room.
+            For each row of the volume its former row, or 0 if it is new; None if nothing changed, or there is no room.
         """
-        assert self._counts is not None, "start() comes first"
+        assert self._counts is not None, "start() must be called first"
         new = range(self._views_seen, ring.views_put)
         if len(new) < least * ring.capacity:
             return None
@@ -124,7 +126,8 @@ class SceneOccupancy:
 
     @torch.no_grad()
     def resume(self, ring: ViewRing) -> None:
-        """Go on from the occupancy of a checkpoint that was loaded into the encoding, counting the ring's pixels anew."""
+        """Continue from the occupancy of a checkpoint that was loaded into the encoding, counting the ring's pixels
+        again."""
         occupancy = self.encoding.occupancy
         self._counts = torch.zeros_like(occupancy.cells, dtype=torch.int32)
         if self.has_depth:
@@ -132,7 +135,7 @@ class SceneOccupancy:
                 self._counts += occupancy.counts(self._surface(ring, index)[0])
 
     def describe(self) -> str:
-        """One line on what is held."""
+        """Return one line on the occupancy."""
         occupancy, volume = self.encoding.occupancy, self.encoding.volume
         return (
             f"{occupancy.share():.0%} of {'x'.join(map(str, occupancy.resolution))} cells occupied;"
@@ -145,7 +148,7 @@ class SceneOccupancy:
         return "frustum" if choose_sampler(cameras) == "box" else "contracted"
 
     def _apex(self, cameras: CaptureCameras) -> tuple[Float[Tensor, "3"], Float[Tensor, "3 3"]]:
-        """Origin (scene coordinates) and axes of a camera behind all cameras, looking as they do."""
+        """Return origin (scene coordinates) and axes of a camera behind all cameras, with their mean direction."""
         code, axes = self.encoding.ray_code, cameras.mean_axes
         backward = axes[:, 2]
         along = cameras.positions @ backward
@@ -154,7 +157,7 @@ class SceneOccupancy:
         return (position.to(code.center) - code.center) / code.radius, axes
 
     def _surface(self, ring: ViewRing, index: int) -> tuple[Float[Tensor, "points 3"], Float[Tensor, "points"]]:
-        """Points in scene coordinates at which a view's pixels end, and sides of the pixels there."""
+        """Return points in scene coordinates at which a view's pixels end, and sides of the pixels there."""
         code = self.encoding.ray_code
         origins, directions, accumulation, depth, valid = _pixels(ring, index)
         ends = valid & (accumulation >= SURE) & (depth > 0)
@@ -171,7 +174,8 @@ class SceneOccupancy:
         self._mark(ring, range(len(ring)))
 
     def _claimed_points(self) -> Float[Tensor, "points 3"]:
-        """Corners of a ball's cells that are occupied although no depth is sure there, in scene coordinates."""
+        """Return corners of a ball's cells that are occupied although no depth is trusted there, in scene
+        coordinates."""
         occupancy = self.encoding.occupancy
         cells = self._claimed.nonzero().flip(-1)
         unit = torch.cat([cells, cells + 1]) / cells.new_tensor(occupancy.resolution)
@@ -183,18 +187,19 @@ class SceneOccupancy:
         counts = _sum_of_ranks(self._counts.clone())
         occupancy.mark((counts >= LEAST_HITS).to(torch.uint8))
         for cells in self._unexplained(ring, indices):
-            # Carved to little in a bounded scene; elsewhere whole rays, which need no neighbors.
+            # Carving leaves little of a bounded scene; elsewhere whole rays, which need no neighbours.
             occupancy.mark(cells, dilation=int(self.encoding.is_bounded))
             self._claimed = cells
         if _ranks() > 1:
             cells = occupancy.cells.int()
             torch.distributed.all_reduce(cells, torch.distributed.ReduceOp.MAX)
             occupancy.cells = cells.to(torch.uint8)
-        if not bool(occupancy.cells.any()):  # a teacher that shows nothing, or nothing that can be placed
+        if not bool(occupancy.cells.any()):  # A teacher that shows nothing, or nothing that can be located.
             occupancy.mark(torch.ones_like(occupancy.cells))
 
     def _unexplained(self, ring: ViewRing, indices: range | list[int]) -> Iterator[UInt8[Tensor, "z y x"]]:
-        """Cells along rays that show something and on which nothing is marked, where no view shows emptiness."""
+        """Return cells along rays that show something although nothing is marked on them, where no view shows empty
+        space."""
         encoding = self.encoding
         claimed = torch.zeros_like(encoding.occupancy.cells).flatten()
         for index in indices:
@@ -214,11 +219,12 @@ class SceneOccupancy:
             yield claimed.view_as(encoding.occupancy.cells)
 
     def _empty(self, ring: ViewRing, wanted: UInt8[Tensor, "cells"]) -> UInt8[Tensor, "cells"]:
-        """Which of these cells some view looks through without seeing anything (space carving, with accumulation)."""
+        """Return which of these cells a view looks through without seeing anything (space carving, with
+        accumulation)."""
         occupancy = self.encoding.occupancy
         numbers = wanted.nonzero()[:, 0]
         empty = torch.zeros_like(wanted)
-        if occupancy.scene.warp != "ball":  # there is always something behind
+        if occupancy.scene.warp != "ball":  # There is always something behind.
             return empty
         x, y, _ = occupancy.resolution
         cell = torch.stack([numbers % x, numbers // x % y, numbers // (x * y)], dim=-1)
@@ -231,7 +237,7 @@ class SceneOccupancy:
             depth = -local[:, 2]
             column = (local[:, 0] / depth * fx + cx).floor().long()
             row = (cy - local[:, 1] / depth * fy).floor().long()
-            # A pixel inside, so that its neighbours exist: a cell may be as wide as a few pixels.
+            # One pixel from the border, so that its neighbours exist: a cell may be as wide as a few pixels.
             inside = (depth > 0) & (column >= 1) & (row >= 1) & (column < ring.width - 1) & (row < ring.height - 1)
             accumulation = ring.pixels[index, ..., 3].float()[None, None]
             around = torch.nn.functional.max_pool2d(accumulation, 3, stride=1, padding=1)[0, 0]
@@ -241,7 +247,7 @@ class SceneOccupancy:
         return empty
 
     def _resolution(self, cell: float) -> tuple[int, int, int]:
-        """Cells of the volume: of this side, or as much larger as its grid points have room."""
+        """Return the volume's cells: of this side, or larger if its grid points need it."""
         scene, occupancy = self.encoding.occupancy.scene, self.encoding.occupancy
         floor = scene.cell_of(4 * self.occupancy_cells)
         cell = max(cell, floor)
@@ -253,7 +259,7 @@ class SceneOccupancy:
 
 
 def _pixels(ring: ViewRing, index: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Origins, directions, accumulation, depth and validity of a view's pixels, evenly thinned out."""
+    """Return origins, directions, accumulation, depth and validity of a view's pixels, evenly subsampled."""
     stride = max(1, ring.height * ring.width // PIXELS_PER_VIEW)
     chosen = torch.arange(0, ring.height * ring.width, stride, device=ring.device)
     x, y = (chosen % ring.width).float() + 0.5, (chosen // ring.width).float() + 0.5

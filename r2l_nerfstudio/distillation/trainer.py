@@ -147,11 +147,11 @@ class DistillationTrainerConfig(TrainerConfig):
         self.pipeline.teacher = config_path
         self.pipeline.teacher_time = self.teacher_time
         datamanager = self.pipeline.datamanager
-        if self.teacher_time is not None and (datamanager.real_iterations or self.pipeline.check_frame):
+        if self.teacher_time is not None and (datamanager.photo_iterations or self.pipeline.check_frame):
             CONSOLE.print(
                 f"The teacher is frozen at time {self.teacher_time:g}: learning from it only, without photos."
             )
-            datamanager.real_iterations, self.pipeline.check_frame = 0, False
+            datamanager.photo_iterations, self.pipeline.check_frame = 0, False
         taught_from = teacher.pipeline.datamanager
         dataparser = dataparser_of(teacher)
         if dataparser is not None:

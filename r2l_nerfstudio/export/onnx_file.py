@@ -119,7 +119,7 @@ def metadata(student: Student, spec: GraphSpec) -> dict[str, str]:
         "precision": spec.precision,
         "part": spec.part,
         "frame": "the run's, to which its dataparser_transforms.json leads; OpenGL camera axes",
-        "ray_code": model.config.ray_code,
+        "ray_encoding": model.config.ray_encoding,
         "spacing": code.spacing,
         "samples": code.num_points,
         "frequencies": code.num_frequencies,

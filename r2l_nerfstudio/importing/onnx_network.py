@@ -293,8 +293,9 @@ def _run(path: Path, steps: list[Step], weights: dict[str, Tensor], given: str, 
 def _check_connections(network: PublishedNetwork, in_dim: int) -> None:
     """Check that the file's graph joins the weights, which are in our order of layers, as our network does: by its
     values."""
-    sizes = network.sizes
-    ours = MobileR2L(in_dim, 3, **cast(dict[str, Any], sizes))
+    sizes = dict(network.sizes)
+    factor = sizes.pop("upsampling_factor")
+    ours = MobileR2L(in_dim, 3, factor=factor, **cast(dict[str, Any], sizes))
     ours.load_state_dict(network.state)
     code = torch.randn(1, in_dim, 3, 4, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():

@@ -371,7 +371,13 @@ def mobile_sizes(path: Path, width: int, blocks: int, steps: list[int], channels
             " MobileR2L's: steps of 2, a last one of 2 or 3, and one number of channels for all but the last",
         )
     up_width = channels[0] if len(channels) > 1 else 64
-    return {"width": width, "blocks": blocks, "factor": factor, "up_width": up_width, "last_width": channels[-1]}
+    return {
+        "width": width,
+        "blocks": blocks,
+        "upsampling_factor": factor,
+        "up_width": up_width,
+        "last_width": channels[-1],
+    }
 
 
 def cells_of(arguments: dict[str, Any]) -> tuple[int, int] | None:

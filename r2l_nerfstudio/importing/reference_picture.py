@@ -84,7 +84,7 @@ def published_picture(
         far: position of the last point.
         is_ndc: whether points lie in normalized device coordinates.
     """
-    factor = network.sizes.get("factor", 1)
+    factor = network.sizes.get("upsampling_factor", 1)
     reads_ray_image = network.kind == "mobile-r2l"
     rows, columns = height // factor, width // factor
     points = published_points(

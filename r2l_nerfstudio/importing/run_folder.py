@@ -176,7 +176,7 @@ def checkpoint_state(placement: Placement, config: TrainerConfig) -> dict[str, A
     )
     center = frame.cameras.positions.mean(0)
     radius = float((frame.cameras.positions - center).norm(dim=-1).max().clamp_min(1e-3))
-    factor = network.sizes.get("factor", 1)
+    factor = network.sizes.get("upsampling_factor", 1)
     alpha = frame.outputs.alpha_color
     model.set_scene(
         SceneBounds("near-far", tuple(center.tolist()), radius, placement.scene.near, placement.scene.far),
@@ -241,7 +241,7 @@ def compare(student: Student, placement: Placement) -> tuple[float, float]:
         InputError: if they differ by more than rounding.
     """
     network, scene = placement.network, placement.scene
-    factor = network.sizes.get("factor", 1)
+    factor = network.sizes.get("upsampling_factor", 1)
     height, width = (size * factor for size in placement.cells)
     focal = placement.focal * factor
     pose = placement.frame.cameras.camera_to_worlds[0]

@@ -1,4 +1,4 @@
-"""Cameras that are no pinholes, from pictures that are: for students that draw whole images only."""
+"""Render any camera from pinhole images, for students that render whole images only."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from r2l_nerfstudio.errors import InputError
 from r2l_nerfstudio.models.camera_rays import CameraRays
 
 WIDEST = math.tan(math.radians(60))
-"""Half the field of view, as a tangent, up to which one picture serves a lens; beyond it six do."""
+"""Tangent of half the field of view up to which one image serves a lens; beyond it six do."""
 
 RenderPinhole = Callable[[Tensor, Tensor, int, int], Tensor]
 
@@ -22,11 +22,11 @@ RenderPinhole = Callable[[Tensor, Tensor, int, int], Tensor]
 def render_by_faces(
     camera: CameraRays, focal: float, render_pinhole: RenderPinhole
 ) -> Float[Tensor, "height width channels"]:
-    """What a camera with lens distortion, a fisheye or a panorama sees, read from pinhole pictures at its centre.
+    """Render a camera with lens distortion, a fisheye or a panorama from pinhole images at its centre.
 
     Args:
         camera: the camera, on the device to render on.
-        focal: of the pictures, in pixels.
+        focal: focal length of the pinhole images in pixels.
         render_pinhole: from pose [3, 4], intrinsics [4], height, width to [height, width, channels].
 
     Raises:
@@ -36,11 +36,11 @@ def render_by_faces(
     spread = (origins - origins[:1, :1]).norm(dim=-1).max()
     if float(spread) > 1e-5 * (1 + float(origins[0, 0].norm())):
         raise InputError(
-            "This student draws from one point at a time, but the rays of an omnidirectional stereo panorama or"
-            " an orthophoto have many origins: choose a perspective, fisheye or equirectangular camera, or an r2l student,"
-            " which answers any ray."
+            "This student renders from one point at a time, but the rays of an omnidirectional stereo panorama or an"
+            " orthophoto have many origins: choose a perspective, fisheye or equirectangular camera, or an r2l"
+            " student, which renders any ray."
         )
-    # Where the rays begin, which for one eye of VR180 is not where the camera is.
+    # The origin of the rays, which for one eye of VR180 is not the camera's.
     pose = torch.cat([camera.camera.camera_to_worlds[0, :, :3].to(directions), origins[0, 0, :, None]], dim=-1)
     local = directions @ pose[:, :3]
     tangents = local[..., :2] / -local[..., 2:]
@@ -58,12 +58,12 @@ def render_by_faces(
             if picture is None:
                 picture = read.new_empty(*local.shape[:2], read.shape[-1])
             picture[here] = read
-    assert picture is not None  # every direction has a nearest axis
+    assert picture is not None  # Every direction has a nearest axis.
     return picture
 
 
 def _face(axis: int, sign: float) -> Float[Tensor, "3 3"]:
-    """Rotation (columns right, up, backward) of a camera that looks along an axis."""
+    """Return the rotation (columns right, up, backward) of a camera that looks along an axis."""
     backward = torch.zeros(3)
     backward[axis] = -sign
     up = torch.tensor([0.0, 1.0, 0.0] if axis != 1 else [0.0, 0.0, 1.0])
@@ -78,8 +78,8 @@ def _read(
     focal: float,
     render_pinhole: RenderPinhole,
 ) -> Float[Tensor, "height width channels"]:
-    """Draw one pinhole picture that spans `extent` (tangents) around a face's axis, and read it along directions."""
-    # A pixel more on every side: reading between pixels must not run out of them.
+    """Render one pinhole image that spans `extent` (tangents) around a face's axis, and sample it along directions."""
+    # One pixel more on every side, so that sampling between pixels stays inside.
     half = (extent * focal).ceil() + 1
     width, height = (2 * int(value) for value in half.tolist())
     intrinsics = torch.stack([half.new_tensor(focal), half.new_tensor(focal), half[0], half[1]])

@@ -15,14 +15,14 @@ from r2l_nerfstudio.rays.pinhole import image_rays
 
 
 def is_pinhole(camera: Cameras) -> bool:
-    """Whether a camera is an undistorted perspective one."""
+    """Return whether a camera is an undistorted perspective one."""
     if int(camera.camera_type.flatten()[0]) != CameraType.PERSPECTIVE.value:
         return False
     return camera.distortion_params is None or not bool(camera.distortion_params.any())
 
 
 def pinhole_parameters(camera: Cameras, device: torch.device) -> tuple[Float[Tensor, "3 4"], Float[Tensor, "4"]]:
-    """Camera to world, and fx, fy, cx, cy in pixels, of a batch of one camera, on a device in fp32."""
+    """Return camera to world, and fx, fy, cx, cy in pixels, of a batch of one camera, on a device in fp32."""
     intrinsics = torch.cat([camera.fx[0], camera.fy[0], camera.cx[0], camera.cy[0]]).to(device, torch.float32)
     return camera.camera_to_worlds[0].to(device, torch.float32), intrinsics
 
@@ -30,13 +30,13 @@ def pinhole_parameters(camera: Cameras, device: torch.device) -> tuple[Float[Ten
 def camera_rays(
     camera: Cameras, device: torch.device
 ) -> tuple[Float[Tensor, "height width 3"], Float[Tensor, "height width 3"]]:
-    """Origins and unit directions of all pixels of one camera.
+    """Return origins and unit directions of all pixels of one camera.
 
-    Pinholes take the analytic way: `Cameras.generate_rays` alone takes 0.9 s for 800x800 on two cores.
+    Pinholes take an analytic path: `Cameras.generate_rays` takes 0.9 s for 800x800 on two cores.
 
     Args:
         camera: one camera, with or without a batch dimension.
-        device: where the rays are wanted.
+        device: device of the rays.
     """
     camera = camera.reshape((1,))
     if is_pinhole(camera):
@@ -51,7 +51,7 @@ class CameraRays:
 
     Args:
         camera: one camera, with or without a batch dimension.
-        device: where the rays are wanted.
+        device: device of the rays.
     """
 
     def __init__(self, camera: Cameras, device: torch.device) -> None:
@@ -74,10 +74,10 @@ class CameraRays:
 def crop_interval(
     origins: Float[Tensor, "*batch 3"], directions: Float[Tensor, "*batch 3"], box: OrientedBox
 ) -> tuple[Float[Tensor, "*batch 1"], Float[Tensor, "*batch 1"]]:
-    """Distances at which rays enter and leave a crop box; entry beyond exit where they miss it."""
+    """Return distances at which rays enter and leave a crop box; the entry is beyond the exit where they miss it."""
     shape = origins.shape[:-1]
     box = OrientedBox(R=box.R.to(origins), T=box.T.to(origins), S=box.S.to(origins))
     enter, leave = intersect_obb(origins.reshape(-1, 3), directions.reshape(-1, 3), box)
-    # A ray that misses comes back as 1e10 on both ends.
+    # A ray that misses has 1e10 at both ends.
     leave = torch.where(enter >= 1e9, 0.0, leave)
     return enter.reshape(*shape, 1), leave.reshape(*shape, 1)

@@ -35,17 +35,17 @@ FrequencyEncode = Callable[[Tensor, int], Tensor]
 
 
 class EncodedRays(NamedTuple):
-    """What a network reads of rays, and what is known without it."""
+    """What a network reads of rays, and what is known without the network."""
 
     code: Float[Tensor, "*batch code"]
     geometry: Float[Tensor, "*pixels 2"] | None = None
-    """Accumulation, and depth as a position in [0, 1] of the scene's spacing; None where the network gives both."""
+    """Accumulation, and depth as a position in [0, 1] of the scene's spacing; None if the network predicts both."""
 
 
 class RaySpan(NamedTuple):
-    """The part of rays along which a scene is looked for, in scene coordinates.
+    """The part of rays along which the scene is searched, in scene coordinates.
 
-    Rays lie in groups of neighbors with one origin; those of a group have their sample points at the same distances.
+    Rays lie in groups of neighbouring rays with one origin; those of a group have their sample points at the same distances.
     """
 
     origin: Float[Tensor, "groups 1 3"]
@@ -71,7 +71,7 @@ class CompositedSettings:
     samples: int = 24
     """Sample points per ray."""
     probes: int = 64
-    """Bins per ray in which the scene is looked for."""
+    """Bins per ray in which the scene is searched."""
     point_octaves: int = 4
     """Octaves of the encoding of the expected point."""
     direction_octaves: int = 3
@@ -84,14 +84,14 @@ class CompositedEncoding(nn.Module):
     Occupancy, box and features are part of the checkpoint; the grid points that have features follow from the occupancy.
 
     Args:
-        ray_code: the model's, which holds the scene's bounds.
+        ray_code: the model's encoding, which has the scene's bounds.
         settings: sizes.
     """
 
     def __init__(self, ray_code: RayCode, settings: CompositedSettings) -> None:
         super().__init__()
         self.settings = settings
-        self._ray_code = (ray_code,)  # in a tuple: it is the model's part, not this module's
+        self._ray_code = (ray_code,)  # In a tuple, since it is the model's submodule, not this module's.
         self.occupancy = OccupancyGrid()
         self.volume = SparseVolume(settings.channels)
         self._volume_cells = (1, 1, 1)
@@ -107,11 +107,11 @@ class CompositedEncoding(nn.Module):
         self._volume_cells = tuple(state["volume_cells"])
 
     def _index_again(self, _: Any) -> None:
-        """After loading: which rows belong to which grid points."""
+        """Restore after loading which rows belong to which grid points."""
         self.volume.index = grid_point_index(self.occupancy.cells, self._volume_cells).to(self.volume.rows.device)
 
     def for_graph(self, dtype: torch.dtype) -> CompositedEncoding:
-        """A copy in plain operators of torch on any device, for exporters.
+        """Return a copy in plain PyTorch operators on any device, for exporters.
 
         Args:
             dtype: in which features are kept, int8 included; they are weighted and summed in fp32.
@@ -137,12 +137,12 @@ class CompositedEncoding(nn.Module):
 
     @property
     def ray_code(self) -> RayCode:
-        """Where rays start and end."""
+        """The encoding that knows where rays start and end."""
         return self._ray_code[0]
 
     @property
     def is_bounded(self) -> bool:
-        """Whether there is nothing but background around the scene."""
+        """Whether only background surrounds the scene."""
         return self.occupancy.scene.warp == "ball"
 
     @property
@@ -152,13 +152,14 @@ class CompositedEncoding(nn.Module):
         return s.channels + 1 + encoded_dim(3, s.point_octaves) + encoded_dim(3, s.direction_octaves)
 
     def lay_out(self, volume_cells: tuple[int, int, int], spare: float = 0.0) -> Int64[Tensor, "rows"]:
-        """Hold features where the occupancy says; as `SparseVolume.lay_out`, `spare` being a share of the rows."""
+        """Hold features where the occupancy is set; as `SparseVolume.lay_out`, `spare` being a share of the rows."""
         self._volume_cells = volume_cells
         index = grid_point_index(self.occupancy.cells, volume_cells)
         return self.volume.lay_out(index, int(spare * int(index.max())))
 
     def span(self, origins: Float[Tensor, "groups 1 3"], directions: Float[Tensor, "groups group 3"]) -> RaySpan:
-        """Where the scene is looked for: inside its box if it is bounded, else between the nearest and farthest depth.
+        """Return where the scene is searched: inside its box if it is bounded, else between the nearest and farthest
+        depth.
 
         Args:
             origins: in the teacher's frame.
@@ -204,7 +205,7 @@ class CompositedEncoding(nn.Module):
             return Composited(*found.split((self.settings.channels, 1, 1, 3), dim=-1)), is_empty
 
     def in_torch(self, span: RaySpan, jitter: bool, samples: int) -> tuple[Composited, Bool[Tensor, "groups"]]:
-        """`composited` in operators of torch: on a GPU, and in exported graphs."""
+        """Compute `composited` in PyTorch operators: on a GPU, and in exported graphs."""
         probes = self.positions(self.middles(span.origin.device))
         cells = span.origin.new_tensor(self.volume.cells)
         placed = place_samples(self.occupancy, span.lead_start, span.lead_step, probes, samples, cells, jitter)
@@ -223,10 +224,10 @@ class CompositedEncoding(nn.Module):
     def code(
         self, found: Composited, directions: Float[Tensor, "rays 3"], encode: FrequencyEncode = frequency_encode
     ) -> Float[Tensor, "rays code"]:
-        """What a network reads of composited rays.
+        """Return what a network reads of composited rays.
 
         Args:
-            found: what they meet.
+            found: what the rays meet.
             directions: unit length.
             encode: as `frequency_encode`.
         """
@@ -257,12 +258,12 @@ class CompositedEncoding(nn.Module):
         return torch.cat([found.accumulation, fraction], dim=-1)
 
     def middles(self, device: torch.device | str = "cpu") -> Float[Tensor, "probes"]:
-        """Middles of the bins of a ray's span, in [0, 1]."""
+        """Return the middles of the bins of a ray's span, in [0, 1]."""
         probes = self.settings.probes
         return (torch.arange(probes, device=device, dtype=torch.float32) + 0.5) / probes
 
     def march_space(self) -> MarchSpace:
-        """Bounds, occupancy and grid points as the CPU's kernels take them."""
+        """Return bounds, occupancy and grid points in the form of the CPU kernels."""
         code, scene = self.ray_code, self.occupancy.scene
         watched = [self.occupancy.cells, self.volume.index, code.near, code.far, *scene.buffers()]
         state = weights_state(watched)
@@ -293,10 +294,10 @@ def encode_single_rays(
     jitter: bool = False,
     encode: FrequencyEncode = frequency_encode,
 ) -> EncodedRays:
-    """Encode rays for a network that reads each by itself (R2L).
+    """Encode rays for a network that reads rays one by one (R2L).
 
     Args:
-        encoding: of the scene.
+        encoding: the scene's encoding.
         origins: in the teacher's frame.
         directions: unit length.
         jitter: draw the sample points at random inside their shares (training).
@@ -330,8 +331,8 @@ def encode_ray_image(
     each block of 2x2 pixels. Pixels of the margin have none: they are not drawn.
 
     Args:
-        encoding: of the scene.
-        factor: pixels along each side of a cell.
+        encoding: the scene's encoding.
+        factor: upsampling factor, pixels along each side of a cell.
         pixel_samples: sample points per pixel; cells have the settings'.
         origins: in the teacher's frame; one for all pixels of a cell, as of a pinhole camera.
         directions: unit length.
@@ -365,12 +366,12 @@ def encode_ray_image(
 def finished(
     values: Float[Tensor, "*pixels 3"], geometry: Float[Tensor, "*pixels 2"], background: Float[Tensor, "3"] | None
 ) -> Float[Tensor, "*pixels 5"]:
-    """The five numbers of pixels: rgb, accumulation, depth as a position in [0, 1] of the scene's spacing.
+    """Return the five numbers of pixels: rgb, accumulation, depth as a position in [0, 1] of the scene's spacing.
 
     Args:
-        values: colors of the network.
-        geometry: of `EncodedRays`.
-        background: around a bounded scene, where colors count as far as there is something; None elsewhere.
+        values: colours of the network.
+        geometry: geometry of `EncodedRays`.
+        background: background around a bounded scene, where colours are weighted by accumulation; None elsewhere.
     """
     if background is not None:
         accumulation = geometry[..., :1]
@@ -384,5 +385,5 @@ def _between(first: Float[Tensor, "*n"], last: Float[Tensor, "*n"]) -> Float[Ten
 
 
 def _mean(summed: Float[Tensor, "rays n"], accumulation: Float[Tensor, "rays 1"]) -> Float[Tensor, "rays n"]:
-    """Weighted mean of what was summed, 0.5 where there is nothing."""
+    """Return the weighted mean of a sum, 0.5 where there is nothing."""
     return (summed + 0.5 * LEAST) / (accumulation + LEAST)

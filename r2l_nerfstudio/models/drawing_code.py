@@ -1,4 +1,5 @@
-"""The code of rays for pictures: what `LightFieldModel.encode` gives, without gradients, in a fraction of its time."""
+"""Ray encoding for rendering on a CPU: what `LightFieldModel.encode` returns, without gradients, in a fraction of its
+time."""
 
 from __future__ import annotations
 
@@ -18,21 +19,22 @@ from r2l_nerfstudio.students.ray_features import FeatureVolume
 
 @dataclass
 class _Table:
-    """A feature volume as rows, one for each grid point, x running fastest. Never changed, only replaced."""
+    """A feature volume as rows, one for each grid point, x running fastest. It is replaced, never changed."""
 
     state: int
     rows: Float[Tensor, "points channels"]
 
 
 class DrawingCode:
-    """Codes for a CPU. Coordinates lie in memory one after the other, points before rays, so that each step is one pass over
-    contiguous numbers; sines are doubled from octave to octave; a feature volume is read by weighted sums of rows.
+    """Ray encoding on a CPU. Coordinates are stored one after the other, points before rays, so that each step is one
+    pass over contiguous numbers; sines are doubled from octave to octave; a feature volume is read with weighted sums
+    of rows.
 
     Equal to `RayCode.forward` and `FeatureVolume.forward` to 120 dB.
 
     Args:
-        ray_code: of the student.
-        volume: of the student, if it has one.
+        ray_code: the student's encoding.
+        volume: the student's volume, if it has one.
         volume_points: points per ray at which it is read.
     """
 
@@ -46,7 +48,7 @@ class DrawingCode:
     def __call__(
         self, origins: Float[Tensor, "*batch 3"], directions: Float[Tensor, "*batch 3"]
     ) -> Float[Tensor, "*batch code"]:
-        """The code of rays: fp32, contiguous, and without gradients.
+        """Return the code of rays: fp32, contiguous, and without gradients.
 
         Args:
             origins: in the teacher's frame, fp32, on a CPU.
@@ -62,7 +64,7 @@ class DrawingCode:
 
     def _write(self, origins: Float[Tensor, "n 3"], directions: Float[Tensor, "n 3"], code: Tensor) -> None:
         ray_code = self._ray_code
-        # One coordinate after the other in memory, whatever they are given as.
+        # One coordinate after the other in memory, whatever the input's layout.
         origins, directions = torch.stack([origins.T, directions.T]).mT
         points: Tensor | None = None
         if ray_code.kind == "points":
@@ -79,24 +81,24 @@ class DrawingCode:
     def _points(
         self, origins: Float[Tensor, "n 3"], directions: Float[Tensor, "n 3"], count: int
     ) -> Float[Tensor, "count 3 n"]:
-        """As `RayCode.points` without jitter."""
+        """Return `RayCode.points` without jitter."""
         start, step = self._ray_code.line(origins, directions)
         positions = self._ray_code.positions(torch.linspace(0.0, 1.0, count, device=start.device))
         points = start.new_empty(count, 3, len(start))
         torch.addcmul(start.T, positions[:, None, None], step.T, out=points)
         if not self._ray_code.is_contracted:
             return points
-        # As `contract`, whose norm is slow along any axis but the last.
+        # Like `contract`, whose norm is slow along any axis but the last.
         norm = points.square().sum(1, keepdim=True).sqrt_().clamp_min_(1.0)
         return points.mul_((2.0 - 1.0 / norm).div_(norm))
 
     def _read(self, points: Float[Tensor, "count 3 n"], volume: FeatureVolume, features: Tensor) -> None:
-        """Write what `FeatureVolume.forward` returns: of each point's eight corners, weighted and summed."""
+        """Write what `FeatureVolume.forward` returns: each point's eight corners, weighted and summed."""
         count, _, n = points.shape
         resolution = volume.grid.shape[-1]
         half = (resolution - 1) / 2
         where = points.transpose(0, 1).contiguous().mul_(half / volume.extent).add_(half).clamp_(0.0, resolution - 1.0)
-        where.nan_to_num_(0.0)  # Nerfstudio's camera paths hold poses that are not numbers: no index comes of them
+        where.nan_to_num_(0.0)  # Nerfstudio's camera paths contain non-finite poses, which give no index.
         # On the last face the cell before it is read, with all weight on its far corners.
         low = where.floor().clamp_(max=max(resolution - 2, 0))
         x, y, z = where.sub_(low)
@@ -113,7 +115,7 @@ class DrawingCode:
             first.to(torch.int32).flatten()[:, None] + corners.flatten(),
             self._rows(volume),
             mode="sum",
-            # Three axes: torch copies these several times as fast as a transpose of two.
+            # PyTorch copies three axes several times as fast as a transpose of two.
             per_sample_weights=weights.permute(1, 2, 0).contiguous().flatten(0, 1),
         )
         features.unflatten(-1, (volume.grid.shape[1], count)).copy_(read.unflatten(0, (count, n)).permute(1, 2, 0))

@@ -1,4 +1,4 @@
-"""What every student is behind Nerfstudio's Model contract: rays in, colour, accumulation and depth out."""
+"""The base of all students behind Nerfstudio's Model interface: rays in, colour, accumulation and depth out."""
 
 from __future__ import annotations
 
@@ -39,6 +39,7 @@ from r2l_nerfstudio.rays.conventions import OURS, RayConventions
 from r2l_nerfstudio.rays.ray_code import RayCode, RayCodeKind
 from r2l_nerfstudio.rays.ray_image import StudentRays
 from r2l_nerfstudio.rays.spacing import MISSED_FRACTION, SceneBounds, SpacingKind
+from r2l_nerfstudio.renamed_fields import RenamedFields
 from r2l_nerfstudio.students.ray_features import FeatureVolume
 from r2l_nerfstudio.viewer.engine_menu import EngineMenu, in_render_thread
 from r2l_nerfstudio.viewer.panel import FrameTime, ViewerPanel
@@ -46,12 +47,14 @@ from r2l_nerfstudio.viewer.teacher_split import TeacherSplit
 
 
 @dataclass
-class LightFieldModelConfig(ModelConfig):
-    """What all students share."""
+class LightFieldModelConfig(RenamedFields, ModelConfig):
+    """Settings that all students share."""
+
+    RENAMED: ClassVar[dict[str, str]] = {"ray_code": "ray_encoding"}
 
     _target: type = field(default_factory=lambda: LightFieldModel)
     enable_collider: tyro.conf.Suppress[bool] = False
-    """Students know where their rays begin and end."""
+    """The students' ray encoding has near and far."""
     collider_params: tyro.conf.Suppress[dict[str, float] | None] = None
     loss_coefficients: tyro.conf.Suppress[dict[str, float]] = field(default_factory=dict)
     prompt: tyro.conf.Suppress[str | None] = None
@@ -59,9 +62,9 @@ class LightFieldModelConfig(ModelConfig):
     """Features of the hidden layers."""
     zero_init: bool = True
     """Start every residual block as the identity."""
-    ray_code: RayCodeKind = "points"
-    """How a ray becomes numbers: points along it, Plücker coordinates, where it meets two planes, or composited: features
-    gathered along it where the scene is."""
+    ray_encoding: RayCodeKind = "points"
+    """Ray encoding: points along the ray, Plücker coordinates, intersections with two planes, or composited: features
+    gathered along the ray where the scene is."""
     num_points: Annotated[int, IntRange(1, 4096)] = 16
     """Points per ray."""
     num_frequencies: Annotated[int, IntRange(0, 64)] = 10
@@ -69,13 +72,13 @@ class LightFieldModelConfig(ModelConfig):
     jitter_points: bool = True
     """Draw the points at random inside their segments while training."""
     spacing: Literal["auto", "sphere", "near-far", "disparity"] = "auto"
-    """Where the points lie; auto: inside the scene's sphere for a bounded capture, else by disparity."""
+    """Spacing of the points; auto: inside the scene's sphere for a bounded capture, else by disparity."""
     feature_channels: Annotated[int, IntRange(1, 256)] = 4
     """composited: features per grid point."""
     num_samples: Annotated[int, IntRange(1, 4096)] = 24
     """composited: sample points per ray."""
     num_probes: Annotated[int, IntRange(1, 4096)] = 64
-    """composited: bins per ray in which the scene is looked for."""
+    """composited: bins per ray in which the scene is searched."""
     occupancy_cells: Annotated[int, IntRange(1, 1024)] = 64
     """composited: the occupancy grid has about this many cells cubed."""
     max_grid_points: Annotated[int, IntRange(1, 10**8)] = 200_000
@@ -86,7 +89,8 @@ class LightFieldModelConfig(ModelConfig):
     direction_octaves: Annotated[int, IntRange(0, 64)] = 3
     """composited: octaves of the encoding of the direction."""
     volume_resolution: Annotated[int, IntRange(0, 1024)] = 0
-    """Grid points a side of a learned feature volume, read at the ray's points; 0 is the paper: no volume."""
+    """Grid points along each side of a learned feature volume, read at the ray's points; 0 for none, as in the
+    paper."""
     volume_channels: Annotated[int, IntRange(1, 256)] = 4
     """Features per grid point of that volume."""
     volume_points: Annotated[int, IntRange(1, 4096)] = 16
@@ -101,14 +105,15 @@ class LightFieldModelConfig(ModelConfig):
     depth_weight: Annotated[float, FloatRange(0, 1e6)] = 0.1
     """Weight of the depth loss, on positions in [0, 1] along the ray."""
     engine: EngineOption = "auto"
-    """What runs the network of a trained student; auto: the fastest that agrees with torch on the machine at hand."""
+    """Engine that runs the network of a trained student; auto: the fastest one that agrees with PyTorch on this
+    machine."""
 
     def fit_to(self, width: int, height: int) -> None:  # noqa: B027
-        """Settle what depends on the size of the views to learn from, in pixels, before a model is made."""
+        """Set what depends on the size in pixels of the training views, before a model is built."""
 
     @property
     def forced_spacing(self) -> Literal["sphere", "near-far", "disparity"] | None:
-        """The spacing asked for; None to decide from the capture.
+        """The configured spacing; None to choose by the capture.
 
         Raises:
             InputError: for an unknown one.
@@ -124,7 +129,7 @@ class LightFieldModelConfig(ModelConfig):
 class LightFieldModel(Model):
     """A student: a network from encoded rays to colour, accumulation and depth.
 
-    The ray code, its bounds, the background and which outputs the teacher could teach all live in the checkpoint.
+    The ray encoding, its bounds, the background and the teacher's outputs are in the checkpoint.
     """
 
     config: LightFieldModelConfig
@@ -135,7 +140,7 @@ class LightFieldModel(Model):
     factor: int = 1
     """Upsampling factor: pixels along each side of a cell; 1 for a network that reads single rays."""
     margin: int = 0
-    """Cells around a picture that are evaluated and dropped."""
+    """Cells around an image that are evaluated and dropped."""
     crop_margin: int = 0
     """Cells around a crop that are evaluated and dropped in training."""
     network: torch.nn.Module
@@ -143,15 +148,15 @@ class LightFieldModel(Model):
     position along the ray."""
     background: Tensor
     _runner: Callable[[Tensor], Tensor] | None = None
-    """What runs the network in place of `engines`; see `drawn_by`."""
+    """Runs the network in place of `engines`; see `drawn_by`."""
 
     def populate_modules(self) -> None:
-        """Ray code and network; no metric network, it would live in every checkpoint."""
+        """Build ray encoding and network; no metric network, which would be in every checkpoint."""
         super().populate_modules()
         c = self.config
-        is_composited = c.ray_code == "composited"
-        # Composited students need its bounds only.
-        self.ray_code = RayCode("points" if is_composited else c.ray_code, c.num_points, c.num_frequencies)
+        is_composited = c.ray_encoding == "composited"
+        # Composited students only need its bounds.
+        self.ray_code = RayCode("points" if is_composited else c.ray_encoding, c.num_points, c.num_frequencies)
         self.composited: CompositedEncoding | None = None
         self.volume: FeatureVolume | None = None
         if is_composited:
@@ -181,7 +186,7 @@ class LightFieldModel(Model):
             interrupts=(IOChangeException,),
             say=lambda line: CONSOLE.print(line, markup=False, highlight=False),
         )
-        # Nerfstudio's viewer looks for these among the attributes of modules.
+        # Nerfstudio's viewer finds these among the attributes of modules.
         self.engine_menu = EngineMenu(self.engines)
         self.engine_dropdown = self.engine_menu.dropdown
         self.viewer_panel = ViewerPanel(self.frame_time)
@@ -199,18 +204,18 @@ class LightFieldModel(Model):
 
     @property
     def out_dim(self) -> int:
-        """Numbers per pixel that the network gives: what is composited needs no network for its geometry."""
+        """Numbers per pixel that the network predicts: the geometry of a composited encoding needs no network."""
         return 5 if self.composited is None and not self.config.color_only else 3
 
     @abstractmethod
     def build_network(self, code_dim: int) -> torch.nn.Module:
-        """The network, for codes of this length."""
+        """Build the network, for codes of this length."""
 
     @abstractmethod
     def render_pinhole(
         self, pose: Float[Tensor, "3 4"], intrinsics: Float[Tensor, "4"], height: int, width: int
     ) -> Float[Tensor, "height width 5"]:
-        """The network's five numbers for every pixel of an undistorted perspective camera.
+        """Return the network's five numbers for every pixel of an undistorted perspective camera.
 
         Args:
             pose: camera to world, OpenGL axes, in the teacher's frame.
@@ -265,14 +270,14 @@ class LightFieldModel(Model):
         focal: float,
         conventions: RayConventions = OURS,
     ) -> None:
-        """Fix what a student keeps of its scene.
+        """Set what a student stores of its scene.
 
         Args:
             bounds: where the scene lies.
             axes: columns: the capture's mean right, up and backward directions.
-            background: the colour where there is nothing.
-            has_accumulation: whether the teacher teaches it.
-            has_depth: likewise.
+            background: the background colour.
+            has_accumulation: whether the teacher has accumulation.
+            has_depth: whether the teacher has depth.
             focal: focal length in pixels of the views to learn from.
             conventions: how the ray encoding reads rays.
         """
@@ -287,12 +292,12 @@ class LightFieldModel(Model):
         self.background.copy_(background)
         if self.focal is not None:
             self.focal.fill_(focal)
-        # Nobody teaches what has no weight.
+        # Outputs with zero loss weight are unsupervised, so they are not exposed.
         self.has_accumulation = has_accumulation and self.config.accumulation_weight > 0 and not self.config.color_only
         self.has_depth = has_depth and self.config.depth_weight > 0 and not self.config.color_only
 
     def describe_scene(self) -> str:
-        """One line on the bounds in use."""
+        """Return one line on the bounds in use."""
         code = self.ray_code
         if code.conventions.frame is not None:
             ndc = "normalized device coordinates" if code.conventions.ndc else "world units, planar depth"
@@ -304,7 +309,8 @@ class LightFieldModel(Model):
         )
 
     def get_param_groups(self) -> dict[str, list[Parameter]]:
-        """`hidden`: the matrices between hidden layers; `ends`: the network's others; `volume`: features in space."""
+        """Return `hidden`: the matrices between hidden layers; `ends`: the network's others; `volume`: features in
+        space."""
         hidden = [p for p in self.network.get_submodule("blocks").parameters() if p.ndim >= 2]
         chosen = {id(p) for p in hidden}
         groups = {"hidden": hidden, "ends": [p for p in self.network.parameters() if id(p) not in chosen]}
@@ -317,7 +323,7 @@ class LightFieldModel(Model):
     def encode(
         self, origins: Float[Tensor, "*batch 3"], directions: Float[Tensor, "*batch 3"], jitter: bool = False
     ) -> Float[Tensor, "*batch code"]:
-        """What the network reads of rays. Always fp32.
+        """Return what the network reads of rays. Always fp32.
 
         Args:
             origins: in the teacher's frame.
@@ -329,7 +335,7 @@ class LightFieldModel(Model):
     def encode_rays(
         self, origins: Float[Tensor, "*batch 3"], directions: Float[Tensor, "*batch 3"], jitter: bool = False
     ) -> EncodedRays:
-        """As `encode`, with the geometry that is known without the network."""
+        """Return `encode`, with the geometry that is known without the network."""
         if self.composited is not None:
             return self.encode_composited(self.composited, origins, directions, jitter)
         if origins.device.type == "cpu" and not (jitter or torch.is_grad_enabled()):
@@ -349,15 +355,15 @@ class LightFieldModel(Model):
         directions: Float[Tensor, "*batch 3"],
         jitter: bool,
     ) -> EncodedRays:
-        """As `encode_rays`, of rays whose features are composited."""
+        """Return `encode_rays` for rays whose features are composited."""
 
     def finish(
         self, values: Float[Tensor, "*pixels out"], geometry: Float[Tensor, "*pixels 2"] | None
     ) -> Float[Tensor, "*pixels 5"]:
-        """The five numbers of pixels: rgb, accumulation, depth as a position along the ray.
+        """Return the five numbers of pixels: rgb, accumulation, depth as a position along the ray.
 
-        Around a bounded scene, what the network says counts as far as there is something: what is empty is exactly the
-        background.
+        Around a bounded scene the network's colours are weighted by accumulation: empty pixels are exactly the
+            background.
 
         Args:
             values: of the network.
@@ -369,7 +375,7 @@ class LightFieldModel(Model):
         return finished(values, geometry, self.background if self.composited.is_bounded else None)
 
     def bundle_rays(self, ray_bundle: RayBundle) -> tuple[Float[Tensor, "*batch 3"], Float[Tensor, "*batch 3"]]:
-        """Origins and directions of a bundle as the ray encoding reads them.
+        """Return origins and directions of a bundle as the ray encoding reads them.
 
         Nerfstudio's own bundles hold unit directions and the length of the planar ones as metadata; those of our data
         managers hold directions by the encoding's conventions.
@@ -380,11 +386,11 @@ class LightFieldModel(Model):
         return ray_bundle.origins, directions
 
     def unknown_depth(self, like: Float[Tensor, "*batch 1"]) -> Float[Tensor, "*batch 1"]:
-        """Depth of rays for a student that has none: infinite, so that nothing appears to hide a camera."""
+        """Return the depth of a student without depth: infinite, so that nothing appears to hide a camera."""
         return torch.full_like(like, torch.inf)
 
     def run_network(self, code: Float[Tensor, "*in"]) -> Float[Tensor, "*out"]:
-        """The network on encoded rays, as rendering calls it; fp32 in and out."""
+        """Run the network on encoded rays, for rendering; fp32 in and out."""
         if self._runner is not None:
             return self._runner(code)
         with self.frame_time.network():
@@ -392,7 +398,8 @@ class LightFieldModel(Model):
 
     @contextmanager
     def drawn_by(self, runner: Callable[[Tensor], Tensor]) -> Iterator[None]:
-        """Within it, render with another runner of the network than the engines: a quantized one, or one that is measured.
+        """Within it, render with another runner of the network than the engines: a quantised one, or one that is
+        measured.
 
         Args:
             runner: from encoded rays to values, both fp32, shapes as the network's.
@@ -435,16 +442,17 @@ class LightFieldModel(Model):
         return outputs
 
     def to_outputs(self, values: Float[Tensor, "height width 5"], camera: CameraRays) -> dict[str, Tensor]:
-        """Nerfstudio's outputs, of the network's numbers for all pixels of a camera.
+        """Return Nerfstudio's outputs from the network's numbers for all pixels of a camera.
 
-        Rays that miss a bounded scene's sphere see the background: nobody taught the student, but there is nothing.
+        Rays that miss a bounded scene's sphere show the background: the student was not trained on them, but there is
+        nothing.
         """
-        # Of a student of colour only, the others are empty.
+        # For a student of colour only, the others are empty.
         rgb, accumulation, fraction = values[..., :3], values[..., 3:4], values[..., 4:5]
         crossing = None
         if self.ray_code.spacing == "sphere":
             origins, directions = camera.rays
-            # All rays of a pinhole begin at one point: what depends on that alone is reckoned once.
+            # All rays of a pinhole have one origin: what depends only on it is computed once.
             crossing = self.ray_code.crossing(origins[:1, :1] if camera.is_pinhole else origins, directions)
             assert crossing is not None
             rgb = torch.where(crossing.is_missed, self.background, rgb)
@@ -474,15 +482,16 @@ class LightFieldModel(Model):
         return cropped
 
     def get_rgba_image(self, outputs: dict[str, Tensor], output_name: str = "rgb") -> Float[Tensor, "height width 4"]:
-        """Colour without its background, and opacity, in [0, 1]: what `ns-render --rendered-output-names rgba` saves."""
+        """Return colour without its background, and opacity, in [0, 1]: what `ns-render --rendered-output-names rgba`
+        saves."""
         rgb = outputs[output_name]
         opacity = outputs.get("accumulation", torch.ones_like(rgb[..., :1]))
-        # Where nearly nothing is seen, colour is nearly all rounding: it stays in range, and nobody sees it.
+        # At almost zero opacity, colour is almost all rounding: it is kept in range, and not visible.
         color = (rgb - self.background * (1 - opacity)) / opacity.clamp_min(1e-3)
         return torch.cat([color.clamp(0, 1), opacity], dim=-1)
 
     def get_metrics_dict(self, outputs: dict[str, Tensor], batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Training PSNR in dB."""
+        """Return the training PSNR in dB."""
         truth = batch["image"].to(self.device)
         error = (outputs["rgb"] - self.blend(truth)).square().mean()
         return {"psnr": -10 * torch.log10(error.detach().clamp_min(1e-12))}
@@ -490,11 +499,11 @@ class LightFieldModel(Model):
     def get_loss_dict(
         self, outputs: dict[str, Tensor], batch: dict[str, Tensor], metrics_dict: dict[str, Tensor] | None = None
     ) -> dict[str, Tensor]:
-        """Mean squared errors of colour and, where they are known, accumulation and coded depth."""
+        """Return mean squared errors of colour and, where known, accumulation and coded depth."""
         truth = self.blend(batch["image"].to(self.device))
         weight = batch.get("weight", torch.ones_like(truth[..., :1])).to(self.device)
         losses = {"rgb_loss": _weighted_mean((outputs["rgb"] - truth).square().mean(-1, keepdim=True), weight)}
-        if "geometry_weight" not in batch:  # Nerfstudio's own evaluation batches: photographs alone
+        if "geometry_weight" not in batch:  # Nerfstudio's evaluation batches: photos only
             return losses
         known = batch["geometry_weight"]
         if self.has_accumulation:
@@ -509,7 +518,7 @@ class LightFieldModel(Model):
         return losses
 
     def blend(self, image: Float[Tensor, "*batch channels"]) -> Float[Tensor, "*batch 3"]:
-        """A photograph on the background, if it has an alpha channel."""
+        """Blend a photo with the background, if it has an alpha channel."""
         if image.shape[-1] == 3:
             return image
         return image[..., :3] * image[..., 3:] + self.background * (1 - image[..., 3:])
@@ -517,7 +526,8 @@ class LightFieldModel(Model):
     def get_image_metrics_and_images(
         self, outputs: dict[str, Tensor], batch: dict[str, Tensor]
     ) -> tuple[dict[str, float], dict[str, Tensor]]:
-        """PSNR, SSIM (and LPIPS where it can be had); photograph beside render, accumulation and depth in colour."""
+        """Return PSNR, SSIM (and LPIPS if its weights can be loaded), and images: photo beside render, accumulation and
+        depth in colour."""
         truth = self.blend(batch["image"].to(self.device))
         metrics = image_metrics(outputs["rgb"], truth)
         images = {"img": torch.cat([truth, outputs["rgb"]], dim=1)}
@@ -529,5 +539,5 @@ class LightFieldModel(Model):
 
 
 def _weighted_mean(errors: Float[Tensor, "*batch 1"], weight: Float[Tensor, "*batch 1"]) -> Float[Tensor, ""]:
-    """Mean over what counts; 0 where nothing does."""
+    """Return the mean over what counts; 0 where nothing does."""
     return (errors * weight).sum() / weight.sum().clamp_min(1.0)

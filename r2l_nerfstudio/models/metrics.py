@@ -1,4 +1,4 @@
-"""Image metrics as the field computes them, all in one place: PSNR, SSIM, and LPIPS where its weights can be loaded.
+"""Image metrics as they are usually computed: PSNR, SSIM, and LPIPS if its weights can be loaded.
 
 Every figure is of one image, clamped to [0, 1]; a set of images gets the mean of its images' figures (not the PSNR of the
 mean error). torchmetrics is imported late: it takes seconds, and every `ns-*` command imports this module.
@@ -28,23 +28,23 @@ SSIM_SIGMA = 1.5
 
 @lru_cache(maxsize=2)
 def _lpips(network: LpipsNetwork = "alex") -> torch.nn.Module | None:
-    """The LPIPS network, fetched at the first use; None, with one line that says so, where it cannot be loaded."""
+    """Return the LPIPS network, downloaded on first use; None, with one log line, if it cannot be loaded."""
     from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
 
     try:
         return LearnedPerceptualImagePatchSimilarity(net_type=network, normalize=True)
-    except Exception as error:  # no network, no disk: whatever keeps the weights away
+    except Exception as error:  # No network or no disk: many exceptions.
         CONSOLE.print(f"[yellow]Skipping LPIPS ({network}): its weights could not be loaded ({type(error).__name__}).")
         return None
 
 
 def psnr(image: Float[Tensor, "height width 3"], truth: Float[Tensor, "height width 3"]) -> float:
-    """PSNR in dB of an image, clamped to [0, 1], against one in [0, 1]."""
+    """Return the PSNR in dB of an image, clamped to [0, 1], against one in [0, 1]."""
     return unclamped_psnr(image.float().clamp(0, 1), truth.float())
 
 
 def ssim(image: Float[Tensor, "height width 3"], truth: Float[Tensor, "height width 3"]) -> float:
-    """SSIM of an image, clamped to [0, 1], against one in [0, 1]: mean over channels and pixels.
+    """Return the SSIM of an image, clamped to [0, 1], against one in [0, 1]: mean over channels and pixels.
 
     A Gaussian window of 11x11 pixels with a standard deviation of 1.5; beyond its border the image is reflected.
     """
@@ -53,21 +53,21 @@ def ssim(image: Float[Tensor, "height width 3"], truth: Float[Tensor, "height wi
     found = structural_similarity_index_measure(
         *_batches(image, truth), data_range=1.0, gaussian_kernel=True, sigma=SSIM_SIGMA, kernel_size=SSIM_WINDOW
     )
-    return float(cast(Tensor, found))  # a pair only where more is asked for
+    return float(cast(Tensor, found))  # It returns a pair only if asked for more.
 
 
 def lpips(
     image: Float[Tensor, "height width 3"], truth: Float[Tensor, "height width 3"], network: LpipsNetwork = "alex"
 ) -> float | None:
-    """LPIPS (Zhang et al. 2018, version 0.1) of an image, clamped to [0, 1], against one in [0, 1].
+    """Return the LPIPS (Zhang et al. 2018, version 0.1) of an image, clamped to [0, 1], against one in [0, 1].
 
     Args:
-        image: to be judged.
-        truth: what it should be.
-        network: whose features are compared. Figures of different networks do not compare.
+        image: image to measure.
+        truth: reference image.
+        network: network whose features are compared. Figures of different networks are not comparable.
 
     Returns:
-        The distance; None where the network's weights cannot be loaded.
+        The distance; None if the network's weights cannot be loaded.
     """
     measure = _lpips(network)
     if measure is None:
@@ -102,12 +102,12 @@ def image_metrics(
     truth: Float[Tensor, "height width 3"],
     networks: tuple[LpipsNetwork, ...] = ("alex",),
 ) -> dict[str, float]:
-    """Metrics of an image in [0, 1].
+    """Return metrics of an image in [0, 1].
 
     Args:
-        rgb: to be judged.
-        truth: what it should be.
-        networks: whose LPIPS to include.
+        rgb: image to measure.
+        truth: reference image.
+        networks: networks whose LPIPS is included.
 
     Returns:
         `psnr` (dB), `ssim` and, if its weights can be loaded, `lpips` (of AlexNet, as Nerfstudio reports it) and
@@ -122,7 +122,7 @@ def image_metrics(
 
 
 def mean_metrics(images: Iterable[dict[str, float]]) -> dict[str, float]:
-    """Means over images of what `image_metrics` gave for each, in order of first appearance.
+    """Return means over images of `image_metrics`, in order of first appearance.
 
     Raises:
         ValueError: if there is no image, or one lacks a figure that another has.
@@ -136,5 +136,5 @@ def mean_metrics(images: Iterable[dict[str, float]]) -> dict[str, float]:
 def _batches(
     image: Tensor, truth: Tensor
 ) -> tuple[Float[Tensor, "1 3 height width"], Float[Tensor, "1 3 height width"]]:
-    """As torchmetrics takes them."""
+    """Return them in torchmetrics' layout."""
     return image.permute(2, 0, 1)[None].float().clamp(0, 1), truth.permute(2, 0, 1)[None].float()

@@ -1,10 +1,10 @@
-"""MobileR2L behind Nerfstudio's Model contract: a small image of rays, then super-resolution."""
+"""MobileR2L behind Nerfstudio's Model interface: a low-resolution ray image, then upsampling."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 import torch
 from jaxtyping import Float
@@ -25,73 +25,78 @@ from r2l_nerfstudio.students.mobile import MobileR2L, up_steps
 
 FACTORS = (4, 8, 12)
 CELLS_ACROSS = 100
-"""The ray image's longer side, about: the published networks have 100 cells for 800 pixels and 84 for 1008."""
+"""Approximate cells along the ray image's longer side: the published networks have 100 for 800 pixels and 84 for
+1008."""
 
 MAX_CELLS = 1 << 16
-"""Of one frame; where the trained pitch would take more, as for very wide views, it is drawn coarser."""
+"""Cells of one frame; if the trained pitch needs more, as for very wide views, it is rendered coarser."""
 
 WINDOW_STEP = 4
-"""Cells; sides of a window that is drawn alone are rounded up to it: engines are slow at the first picture of each size."""
+"""Cells; sides of a window are rounded up to a multiple of it, since engines are slow at the first image of each
+size."""
 
 
 @dataclass
 class MobileR2LModelConfig(LightFieldModelConfig):
-    """MobileR2L: one network evaluation per cell of a ray image, and super-resolution."""
+    """MobileR2L: one network evaluation per cell of a ray image, and upsampling."""
+
+    RENAMED: ClassVar[dict[str, str]] = {**LightFieldModelConfig.RENAMED, "factor": "upsampling_factor"}
 
     _target: type = field(default_factory=lambda: MobileR2LModel)
     zero_init: bool = False
-    """Start every residual block as the identity. BatchNorm does without: 23.0 dB with it, 23.7 without it (lego, 100x100,
-    60 s on one core)."""
+    """Start every residual block as the identity. With BatchNorm it does not help: 23.0 dB with it, 23.7 without it
+    (lego, 100x100, 60 s on one core)."""
     num_points: Annotated[int, IntRange(1, 4096)] = 8
     """Points per ray."""
     num_frequencies: Annotated[int, IntRange(0, 64)] = 6
     """Octaves of the frequency encoding."""
     blocks: Annotated[int, IntRange(1, 1024)] = 29
     """Residual blocks of the body."""
-    factor: Annotated[int, IntRange(0, 64)] = 0
-    """Pixels per cell along each side; 0: 4, 8 or 12, whichever leaves about 100 cells across."""
+    upsampling_factor: Annotated[int, IntRange(0, 64)] = 0
+    """Upsampling factor: pixels along each side of a cell; 0: 4, 8 or 12, whichever gives about 100 cells across."""
     up_width: Annotated[int, IntRange(1, 8192)] = 64
-    """Channels of the super-resolution's steps but the last."""
+    """Channels of all upsampling steps but the last."""
     last_width: Annotated[int, IntRange(1, 8192)] = 16
-    """Channels of its last step."""
+    """Channels of the last upsampling step."""
     margin: int = MARGIN
-    """Cells around a picture that are drawn and dropped, so that its border sees its surroundings; 0, as published: none,
-    and zeros beyond the border."""
+    """Cells around an image that are evaluated and dropped, so that its border pixels have neighbours; 0, as published:
+    none, and zeros beyond the border."""
     pixel_samples: int = 12
     """composited: sample points per pixel; cells have `num_samples`."""
     join_width: int = 32
-    """composited: channels of the layer in which the pixels' own features join."""
+    """composited: channels of the layer that joins the pixels' own features."""
 
     def fit_to(self, width: int, height: int) -> None:
-        """Choose the factor for views of this size, unless it is set.
+        """Choose the upsampling factor for views of this size, unless it is set.
 
         Raises:
-            InputError: for a factor that cannot be.
+            InputError: for an invalid factor or margin.
         """
-        if self.factor == 0:
-            self.factor = next((f for f in FACTORS if max(width, height) <= CELLS_ACROSS * f), FACTORS[-1])
-        up_steps(self.factor)
+        if self.upsampling_factor == 0:
+            self.upsampling_factor = next((f for f in FACTORS if max(width, height) <= CELLS_ACROSS * f), FACTORS[-1])
+        up_steps(self.upsampling_factor)
         if self.margin not in (0, 1):
             raise InputError(
                 f"--pipeline.model.margin must be 0 or 1 (got {self.margin}): a pixel depends on its own cell and the"
                 " eight around it."
             )
-        if self.margin == 0 and self.ray_code == "composited":
+        if self.margin == 0 and self.ray_encoding == "composited":
             raise InputError("--pipeline.model.margin 0: composited features need a margin; set it to 1.")
 
 
 class MobileR2LModel(LightFieldModel):
-    """A convolutional student. It draws at the angular pitch it was trained at; other cameras' pictures are resampled."""
+    """A convolutional student. It renders at the angular pitch it was trained at; images of other cameras are
+    resampled."""
 
     config: MobileR2LModelConfig
     network: MobileR2L
     reads_ray_image = True
     focal: Tensor
-    """Focal length in pixels of the views it learnt from; the pitch at which it draws is 1 / focal."""
+    """Focal length in pixels of the views it was trained on; it renders at a pitch of 1 / focal."""
 
     def build_network(self, code_dim: int) -> MobileR2L:
         config = self.config
-        self.factor = config.factor or FACTORS[0]
+        self.factor = config.upsampling_factor or FACTORS[0]
         self.margin = self.crop_margin = config.margin
         # Features and accumulation of each pixel of a cell join the last step.
         joined = 0 if self.composited is None else config.feature_channels + 1
@@ -108,14 +113,13 @@ class MobileR2LModel(LightFieldModel):
             join_width=config.join_width,
         )
 
-    # Rays only, as Nerfstudio's own models of rays: cameras go through `get_outputs_for_camera`.
+    # Rays only, like Nerfstudio's models of rays: cameras go through `get_outputs_for_camera`.
     def get_outputs(self, ray_bundle: RayBundle) -> dict[str, Tensor]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """Colour, accumulation and coded depth of the pixels of ray images, without their margins.
+        """Return colour, accumulation and coded depth of the pixels of ray images, without their margins.
 
         Args:
-            ray_bundle: rays of the cells, margin included (crops rows columns), `rays_per_cell`
-                times as many along each side; or single rays (rays), as `ns-render` asks
-                to find out what hides a camera.
+            ray_bundle: rays of the cells, margin included (crops rows columns), `rays_per_cell` times as many along
+                each side; or single rays (rays), with which `ns-render` finds out what hides a camera.
 
         Returns:
             `rgb` (crops height width 3), `accumulation` and `depth_fraction` (crops height width 1); for single rays
@@ -144,9 +148,9 @@ class MobileR2LModel(LightFieldModel):
 
     @torch.no_grad()
     def _answer_rays(self, origins: Float[Tensor, "rays 3"], directions: Float[Tensor, "rays 3"]) -> dict[str, Tensor]:
-        """Each ray as a picture of one pixel, seen along it by an upright camera."""
+        """Render each ray as an image of one pixel, with an upright camera that looks along it."""
         right = torch.linalg.cross(directions, self.ray_code.axes[:, 1].expand_as(directions))
-        # Straight up or down, any right will do.
+        # Straight up or down any right will do.
         other = torch.linalg.cross(directions, self.ray_code.axes[:, 0].expand_as(directions))
         right = torch.where(right.norm(dim=-1, keepdim=True) > 1e-3, right, other)
         right = right / right.norm(dim=-1, keepdim=True)
@@ -172,11 +176,11 @@ class MobileR2LModel(LightFieldModel):
     def render_pinhole(
         self, pose: Float[Tensor, "3 4"], intrinsics: Float[Tensor, "4"], height: int, width: int
     ) -> Float[Tensor, "height width 5"]:
-        """Draws at the trained pitch, rounded to whole pixels across, and resamples if that is another size."""
+        """Render at the trained pitch, rounded to whole pixels across, and resample if that is another size."""
         fx, fy = intrinsics[:2].tolist()
         drawn_width, drawn_height = self.drawn_size(fx, fy, width, height)
         across, down = drawn_width / width, drawn_height / height
-        # What one pixel of the resampled picture is read from, and one more.
+        # The pixels from which one resampled pixel is read, and one more.
         spill = math.ceil(max(1.0, across, down)) + 1
         drawn_intrinsics = intrinsics * intrinsics.new_tensor([across, down] * 2)
         values = self._draw(pose, drawn_intrinsics, drawn_height, drawn_width, spill)
@@ -185,7 +189,7 @@ class MobileR2LModel(LightFieldModel):
         return values[0].permute(1, 2, 0)
 
     def drawn_size(self, fx: float, fy: float, width: int, height: int) -> tuple[int, int]:
-        """Width and height in pixels at which a camera's picture is drawn before it is resampled."""
+        """Return the width and height in pixels at which a camera's image is rendered before it is resampled."""
         focal = float(self.focal)
         drawn_width, drawn_height = width * focal / fx, height * focal / fy
         cells = drawn_width * drawn_height / self.factor**2
@@ -195,8 +199,8 @@ class MobileR2LModel(LightFieldModel):
     def _draw(
         self, pose: Tensor, intrinsics: Tensor, height: int, width: int, spill: int
     ) -> Float[Tensor, "1 5 height width"]:
-        """The network's numbers at the trained pitch; on a CPU zeros where a bounded scene is out of sight, but for some
-        pixels around it."""
+        """Return the network's numbers at the trained pitch; on a CPU zeros where a bounded scene is out of sight,
+        except for some pixels around it."""
         window = Window(0, 0, width, height)
         # On GPUs a new size costs more than it saves: engines are planned, and graphs captured, for each.
         if self.ray_code.spacing == "sphere" and self.device.type == "cpu":
@@ -216,7 +220,8 @@ class MobileR2LModel(LightFieldModel):
         return pad(values, beyond) if any(beyond) else values
 
     def _cells(self, start: int, end: int, size: int) -> tuple[int, int]:
-        """Where to begin, in pixels, and how many cells to draw, margin included, along one side of a window."""
+        """Return where to begin, in pixels, and how many cells to evaluate, margin included, along one side of a
+        window."""
         most = math.ceil(size / self.factor)
         first, last = start // self.factor, math.ceil(end / self.factor)
         count = min(most, max(1, math.ceil((last - first) / WINDOW_STEP)) * WINDOW_STEP)
@@ -238,7 +243,7 @@ class MobileR2LModel(LightFieldModel):
     def _encoding(
         self, pose: Tensor, intrinsics: Tensor, rows: int, columns: int, corner: Float[Tensor, "2"] | None
     ) -> EncodedRays:
-        """As `encoding_for_camera`, of a window of cells, margin included, that begins at a pixel (x, y)."""
+        """Return `encoding_for_camera` for a window of cells, margin included, that begins at a pixel (x, y)."""
         in_cells = ray_image_intrinsics(intrinsics, self.factor, corner, self.rays_per_cell, self.margin)
         rays = self.ray_code.image_rays(pose, in_cells, rows * self.rays_per_cell, columns * self.rays_per_cell)
         code, geometry = self.encode_rays(*rays)

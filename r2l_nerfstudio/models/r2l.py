@@ -1,4 +1,4 @@
-"""R2L behind Nerfstudio's Model contract: one network evaluation per pixel."""
+"""R2L behind Nerfstudio's Model interface: one network evaluation per pixel."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ from r2l_nerfstudio.students.resmlp import ResMLP
 from r2l_nerfstudio.students.sparse_volume import Composited
 
 MAX_RAYS = 1 << 20
-"""Of one frame; where averaging would take more, fewer rays are averaged."""
+"""Rays of one frame; if averaging would take more, fewer rays are averaged."""
 COMPOSITED_AT_ONCE = 1 << 16
-"""Rays: a GPU's sample points of more would take gigabytes."""
+"""Rays composited at once: sample points of more would take gigabytes on a GPU."""
 
 
 @dataclass
@@ -35,7 +35,7 @@ class R2LModelConfig(LightFieldModelConfig):
     eval_num_rays_per_chunk: Annotated[int, IntRange(1)] = 65536
     """Rays per network evaluation when rendering."""
     depth: Annotated[int, IntRange(2, 1024)] = 88
-    """Linear layers in all."""
+    """Number of linear layers."""
 
 
 class R2LModel(LightFieldModel):
@@ -47,9 +47,9 @@ class R2LModel(LightFieldModel):
     def build_network(self, code_dim: int) -> ResMLP:
         return ResMLP(code_dim, self.out_dim, self.config.width, self.config.depth, zero_init=self.config.zero_init)
 
-    # Rays only, as Nerfstudio's own models of rays: cameras go through `get_outputs_for_camera`.
+    # Rays only, like Nerfstudio's models of rays: cameras go through `get_outputs_for_camera`.
     def get_outputs(self, ray_bundle: RayBundle) -> dict[str, Tensor]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """Colour, accumulation and depth of rays.
+        """Return colour, accumulation and depth of rays.
 
         Returns:
             `rgb` (*batch 3), `accumulation` (*batch 1), `depth` (*batch 1, distance along the ray), and
@@ -86,8 +86,8 @@ class R2LModel(LightFieldModel):
         width: int,
         camera: CameraRays | None = None,
     ) -> Float[Tensor, "height width 5"]:
-        """Draws pictures coarser than those it learnt from at their pitch, and averages: features as fine as their pixels
-        would flicker otherwise."""
+        """Render images coarser than the training views at the pitch of those, and average: features as fine as their
+        pixels would flicker otherwise."""
         across, down = self._supersampling(intrinsics, height, width)
         drawn_height, drawn_width = math.ceil(height * down), math.ceil(width * across)
         if (drawn_height, drawn_width) == (height, width):
@@ -100,7 +100,7 @@ class R2LModel(LightFieldModel):
         return values[0].permute(1, 2, 0)
 
     def _supersampling(self, intrinsics: Float[Tensor, "4"], height: int, width: int) -> tuple[float, float]:
-        """Rays per pixel across and down."""
+        """Return the rays per pixel across and down."""
         if self.focal is None:
             return 1.0, 1.0
         across, down = ((float(self.focal) / intrinsics[:2]).clamp_min(1.0)).tolist()
@@ -109,7 +109,7 @@ class R2LModel(LightFieldModel):
 
     def render_values(self, camera: CameraRays) -> Float[Tensor, "height width 5"]:
         if not camera.is_pinhole:
-            if self.ray_code.conventions.is_planar:  # which only pinholes are
+            if self.ray_code.conventions.is_planar:  # Only pinholes are planar.
                 return render_by_faces(camera, float(camera.camera.fx[0]), self.render_pinhole)
             return self.render_rays(*camera.rays)
         return self.render_pinhole(*camera.pinhole, camera.height, camera.width, camera)
@@ -127,11 +127,11 @@ class R2LModel(LightFieldModel):
     def render_rays(
         self, origins: Float[Tensor, "*batch 3"], directions: Float[Tensor, "*batch 3"]
     ) -> Float[Tensor, "*batch 5"]:
-        """Five numbers per ray, the network evaluated in chunks of at most `eval_num_rays_per_chunk`; zeros for those that
-        pass by a bounded scene, or the background for those that meet nothing in it.
+        """Return five numbers per ray, with the network evaluated in chunks of at most `eval_num_rays_per_chunk`; zeros
+        for rays that miss a bounded scene, or the background for those that meet nothing in it.
 
-        On a CPU the chunks are few of the engines' own: a code of four kilobytes a ray is to stay near, and threads of torch
-        and of an engine get in each other's way at every change.
+        On a CPU the chunks are small multiples of the engines' own: a code of four kilobytes per ray should stay in
+        cache, and threads of PyTorch and of an engine slow each other down at every change.
         """
         if self.composited is not None:
             parts = zip(*(t.reshape(-1, 3).split(COMPOSITED_AT_ONCE) for t in (origins, directions)), strict=True)
@@ -153,7 +153,8 @@ class R2LModel(LightFieldModel):
     def _render_composited(
         self, encoding: CompositedEncoding, origins: Float[Tensor, "rays 3"], directions: Float[Tensor, "rays 3"]
     ) -> Float[Tensor, "rays 5"]:
-        """Five numbers per ray; around a bounded scene the network is evaluated only for rays that meet something."""
+        """Return five numbers per ray; around a bounded scene the network is evaluated only for rays that meet
+        something."""
         rays = (origins[:, None], directions[:, None])
         span = encoding.span(*rays)
         found, is_empty = encoding.composited(span)

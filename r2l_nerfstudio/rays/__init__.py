@@ -1,1 +1,1 @@
-"""How a ray becomes numbers: pinhole rays, spacing along a ray, scene contraction, ray codes, encoding. Plain torch."""
+"""Ray encodings in plain PyTorch: pinhole rays, spacing along a ray, scene contraction, encoding."""

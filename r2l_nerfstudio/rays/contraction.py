@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def contract(positions: Float[Tensor, "*batch 3"]) -> Float[Tensor, "*batch 3"]:
-    """Map all of space into a ball of radius 2, leaving the unit ball as it is (mip-NeRF 360, eq. 10).
+    """Map all of space into a ball of radius 2 and keep the unit ball unchanged (mip-NeRF 360, eq. 10).
 
     Args:
         positions: points, in units of the scene's radius around its centre.

@@ -1,4 +1,4 @@
-"""How a ray encoding reads rays: ours, or that of the published code. Part of every student's checkpoint."""
+"""Conventions of ray encodings: ours, or those of the published code. They are part of every student's checkpoint."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 NDC_NEAR = 1.0
 """Distance of the plane at which normalized device coordinates begin, in units of the encoding's frame."""
 FLATTEST = 1e-3
-"""Rays that do not look along -z of a forward-facing frame are bent to this slope, so that their code stays finite."""
+"""Slope to which rays that do not look along -z of a forward-facing frame are bent, so that their code stays finite."""
 
 
 @dataclass(frozen=True)
@@ -27,8 +27,8 @@ class RayConventions:
     """Directions have a component of 1 along the camera's viewing axis instead of length 1: positions along the ray are
     then planar depths."""
     pixel_offset: float = 0.5
-    """Where in a pixel its ray passes, in pixels from its upper left corner: 0.5 is the center, 0 the corner. A MobileR2L
-    has the cells of its ray image for pixels."""
+    """Position of a ray in its pixel, in pixels from the upper left corner: 0.5 is the center, 0 the corner. For
+    MobileR2L the cells of its ray image count as pixels."""
     is_contracted: bool = True
     """Whether points outside the unit ball are contracted (mip-NeRF 360); bounded scenes never are."""
     frame: tuple[tuple[float, float, float, float], ...] | None = None
@@ -47,7 +47,7 @@ class RayConventions:
         return float(torch.linalg.det(matrix)) ** (1 / 3)
 
     def to_state(self) -> dict[str, Any]:
-        """Plain values, for a checkpoint that loads with `weights_only`."""
+        """Return plain values, for a checkpoint that loads with `weights_only`."""
         return {
             "is_planar": self.is_planar,
             "pixel_offset": self.pixel_offset,
@@ -58,7 +58,8 @@ class RayConventions:
 
     @classmethod
     def from_state(cls, state: dict[str, Any]) -> RayConventions:
-        """Inverse of `to_state`; an empty state, as of checkpoints from before there were conventions, means ours."""
+        """Return the conventions of a state from `to_state`; an empty state, as in checkpoints without conventions,
+        means ours."""
         state = dict(state)
         if state.get("frame") is not None:
             state["frame"] = tuple(tuple(float(value) for value in row) for row in state["frame"])
@@ -73,7 +74,7 @@ OURS = RayConventions()
 def ndc_rays(
     origins: Float[Tensor, "*#batch 3"], directions: Float[Tensor, "*#batch 3"], ndc: Float[Tensor, "2"]
 ) -> tuple[Float[Tensor, "*batch 3"], Float[Tensor, "*batch 3"]]:
-    """Rays in normalized device coordinates: position 0 lies on the near plane, 1 at infinity (NeRF, app. C).
+    """Return rays in normalized device coordinates: position 0 lies on the near plane, 1 at infinity (NeRF, app. C).
 
     Args:
         origins: in a frame whose cameras look along -z.

@@ -1,4 +1,4 @@
-"""Frequency encoding as R2L and MobileR2L use it."""
+"""Frequency encoding of R2L and MobileR2L."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ from jaxtyping import Float
 from torch import Tensor
 
 _DOUBLED = 6
-"""Octaves from one pair of sine and cosine on a CPU: the error of rounding doubles with each."""
+"""Octaves computed from one pair of sine and cosine on a CPU: the rounding error doubles with each."""
 
 
 def frequency_encode(values: Float[Tensor, "*batch dim"], num_frequencies: int) -> Float[Tensor, "*batch encoded"]:
-    """The values themselves, then sines and cosines of 2^0 … 2^(L-1) times them, without a factor pi (R2L, sec. 3.2).
+    """Return the values, then sines and cosines of 2^0 … 2^(L-1) times them, without a factor pi (R2L, sec. 3.2).
 
     Always in fp32: the top frequency turns half-precision rounding of a coordinate into noise.
 
     Args:
         values: numbers of order one.
-        num_frequencies: L; 0 returns the values alone.
+        num_frequencies: L; 0 returns the values only.
 
     Returns:
         dim * (2 L + 1) numbers: values, then for all frequencies sines, then cosines.
@@ -33,15 +33,16 @@ def frequency_encode(values: Float[Tensor, "*batch dim"], num_frequencies: int) 
 def frequency_encode_into(
     values: Float[Tensor, "batch dim"], num_frequencies: int, code: Float[Tensor, "batch encoded"]
 ) -> None:
-    """Write what `frequency_encode` returns, without gradients and without memory besides.
+    """Write what `frequency_encode` returns, without gradients and without temporary memory.
 
-    On a CPU, where sines take most of a code's time, they are reckoned for every sixth octave only and doubled from there
-    (sin 2x = 2 sin x cos x, cos 2x = 1 - 2 sin^2 x): off by 7e-6 at most, 130 dB in the mean. Elsewhere to the same bits.
+    On a CPU, where sines take most of an encoding's time, they are computed for every sixth octave only and doubled
+    from there (sin 2x = 2 sin x cos x, cos 2x = 1 - 2 sin^2 x): the error is 7e-6 at most, 130 dB on average. Elsewhere
+    the result is bit-identical.
 
     Args:
         values: fp32 numbers of order one.
         num_frequencies: L; may be 0.
-        code: written to.
+        code: output.
     """
     dim = values.shape[-1]
     code[:, :dim] = values
@@ -68,5 +69,5 @@ def frequency_encode_into(
 
 
 def encoded_dim(dim: int, num_frequencies: int) -> int:
-    """Length of `frequency_encode`'s result for `dim` values."""
+    """Return the length of `frequency_encode`'s result for `dim` values."""
     return dim * (2 * num_frequencies + 1)

@@ -1,4 +1,4 @@
-"""Where the scene is: one bit per cell of a grid over the scene's box."""
+"""Occupancy: where the scene is, one bit per cell of a grid over the scene's box."""
 
 from __future__ import annotations
 
@@ -39,40 +39,41 @@ class OccupancyGrid(nn.Module):
         self.cells = _unpacked(state["bits"], tuple(state["shape"])).to(self.cells.device)
 
     def clear(self, resolution: tuple[int, int, int]) -> None:
-        """Start again with an empty grid of so many cells along x, y, z."""
+        """Start with an empty grid of this many cells along x, y, z."""
         x, y, z = resolution
         self.cells = torch.zeros(z, y, x, dtype=torch.uint8, device=self.cells.device)
 
     def mark(self, cells: UInt8[Tensor, "z y x"], dilation: int = 1) -> None:
-        """Set cells, and so many around each of them."""
+        """Set cells, and this many around each of them."""
         if dilation:
             cells = max_pool3d(cells[None, None].float(), 2 * dilation + 1, stride=1, padding=dilation)[0, 0]
         self.cells = self.cells | cells.to(torch.uint8)
 
     def counts(self, points: Float[Tensor, "points 3"]) -> Int32[Tensor, "z y x"]:
-        """How many of these points, in scene coordinates, lie in each cell; those outside the box on its surface."""
+        """Return how many of these points, in scene coordinates, lie in each cell; points outside the box count on its
+        surface."""
         numbers = self.flat_cell(self.scene(points))
         return torch.bincount(numbers, minlength=self.cells.numel()).to(torch.int32).view_as(self.cells)
 
     def flat_cell(self, unit_points: Float[Tensor, "*batch 3"]) -> Int32[Tensor, "*batch"]:
-        """Number in raster order of the cell that holds a point of the unit cube."""
+        """Return the index in raster order of the cell that contains a point of the unit cube."""
         x, y, z = self.resolution
         cell = (unit_points * unit_points.new_tensor([x, y, z])).to(torch.int32)
         ix, iy, iz = (cell[..., axis].clamp(max=size - 1) for axis, size in enumerate((x, y, z)))
         return (iz * y + iy) * x + ix
 
     def forward(self, unit_points: Float[Tensor, "*batch 3"]) -> Float[Tensor, "*batch"]:
-        """1 where the cell of a point of the unit cube is occupied, else 0."""
+        """Return 1 where the cell of a point of the unit cube is occupied, else 0."""
         return gathered(self.cells, self.flat_cell(unit_points)).to(unit_points.dtype)
 
     def share(self) -> float:
-        """Share of the cells that is occupied."""
+        """Return the share of occupied cells."""
         return float(self.cells.float().mean())
 
 
 def gathered(table: Tensor, numbers: Int32[Tensor, "*batch"]) -> Tensor:
-    """Entries of a table by their numbers in raster order; exporters make one Gather of it."""
-    # int32, which they are: Core ML's converter forgets it.
+    """Return entries of a table by their indices in raster order; exporters make one Gather of it."""
+    # Core ML's converter loses the type int32.
     return table.flatten().index_select(0, numbers.flatten().to(torch.int32)).view(numbers.shape)
 
 

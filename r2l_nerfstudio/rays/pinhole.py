@@ -13,7 +13,8 @@ def pinhole_rays(
     pixels: Float[Tensor, "*batch 2"],
     is_planar: bool = False,
 ) -> tuple[Float[Tensor, "*batch 3"], Float[Tensor, "*batch 3"]]:
-    """Origins and unit directions of rays through image points, equal to `Cameras.generate_rays` without distortion.
+    """Return origins and unit directions of rays through image points, equal to `Cameras.generate_rays` without
+    distortion.
 
     Args:
         camera_to_worlds: OpenGL camera axes (x right, y up, looking along -z) in the world frame.
@@ -22,7 +23,7 @@ def pinhole_rays(
         is_planar: scale directions to a component of 1 along the viewing axis instead of unit length.
 
     Returns:
-        origins and directions in the world frame.
+        Origins and directions in the world frame.
     """
     fx, fy, cx, cy = intrinsics.unbind(-1)
     x, y = pixels.unbind(-1)
@@ -47,7 +48,7 @@ def planar_directions(
 
 
 def pixel_centers(height: int, width: int, device: torch.device | str = "cpu") -> Float[Tensor, "height width 2"]:
-    """Centres (x, y) of the pixels of an image, in pixels: the first one is (0.5, 0.5)."""
+    """Return the centres (x, y) of the pixels of an image, in pixels: the first one is (0.5, 0.5)."""
     y, x = torch.meshgrid(
         torch.arange(height, device=device, dtype=torch.float32) + 0.5,
         torch.arange(width, device=device, dtype=torch.float32) + 0.5,
@@ -64,19 +65,19 @@ def image_rays(
     pixel_offset: float = 0.5,
     is_planar: bool = False,
 ) -> tuple[Float[Tensor, "height width 3"], Float[Tensor, "height width 3"]]:
-    """Rays through every pixel of one image: two small tables and one product, no per-pixel matrices.
+    """Return rays through every pixel of one image, from two small tables and one product, without per-pixel matrices.
 
     Args:
         camera_to_world: OpenGL camera axes in the world frame.
         intrinsics: fx, fy, cx, cy in pixels.
         height: image height in pixels.
         width: image width in pixels.
-        pixel_offset: where in each pixel: 0.5 is the centre, 0 the upper left corner.
+        pixel_offset: position in each pixel: 0.5 is the centre, 0 the upper left corner.
         is_planar: scale directions to a component of 1 along the viewing axis instead of unit length.
 
     Returns:
-        origins (a broadcast view) and directions in the world frame; these lie in memory one coordinate after the
-        other, which several times speeds up whatever is reckoned for each pixel.
+        Origins (a broadcast view) and directions in the world frame. Directions are stored coordinate by coordinate,
+        which makes per-pixel operations several times faster.
     """
     fx, fy, cx, cy = intrinsics.unbind(-1)
     device = camera_to_world.device
@@ -85,7 +86,7 @@ def image_rays(
     right, up, backward = camera_to_world[:3, :3, None, None].unbind(1)
     directions = x * right + y[:, None] * up - backward
     if not is_planar:
-        # Not `norm`: across the slowest axis that is 80 times slower.
+        # `norm` is 80 times slower across the slowest axis.
         directions = directions / directions.square().sum(0).sqrt()
     directions = directions.permute(1, 2, 0)
     return camera_to_world[:3, 3].expand_as(directions), directions

@@ -1,4 +1,4 @@
-"""Where along a ray the sample points lie: inside occupied cells, at equal steps."""
+"""Placement of sample points along rays: inside occupied cells, at equal steps."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class Placement(NamedTuple):
     fractions: Float[Tensor, "rays samples"]
     """Positions in [0, 1] of the ray's span, increasing."""
     lengths: Float[Tensor, "rays samples"]
-    """How much of the ray each point stands for, in cells of the feature volume."""
+    """Length of the ray that each point stands for, in cells of the feature volume."""
     is_empty: Bool[Tensor, "rays"]
     """Rays on which no probe is occupied: they meet nothing."""
 
@@ -41,9 +41,9 @@ def place_samples(
 
     Args:
         occupancy: where the scene is.
-        start: of the rays, in scene coordinates.
-        step: of the rays, likewise.
-        probes: in steps, the middle of each bin.
+        start: start of the rays, in scene coordinates.
+        step: step of the rays, in scene coordinates.
+        probes: middle of each bin, in steps.
         num_samples: points per ray.
         volume_cells: cells of the feature volume along x, y, z.
         jitter: draw each point at random inside its share (training), else take the middle.
@@ -61,7 +61,7 @@ def place_samples(
     share = ends[:, -1:] / num_samples
     draws = torch.rand(len(start), num_samples, device=start.device) if jitter else 0.5
     wanted = share * (torch.arange(num_samples, device=start.device, dtype=torch.float32) + draws)
-    # Counting the bins that end before, sample by sample: every runtime can count, few have a binary search.
+    # Counts the bins that end before each sample: every runtime can count, few have a binary search.
     before = [(ends <= wanted[:, i : i + 1]).float().sum(-1) for i in range(num_samples)]
     number = torch.stack(before, dim=-1).clamp(max=bins - 1).long()
     fractions = (number + wanted - (ends - weight).gather(-1, number)) / bins

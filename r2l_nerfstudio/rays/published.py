@@ -30,23 +30,23 @@ class Similarity:
 
     @property
     def rows(self) -> tuple[tuple[float, float, float, float], ...]:
-        """As `RayConventions.frame`."""
+        """Return the similarity in the form of `RayConventions.frame`."""
         matrix = torch.cat([self.scale * self.rotation, self.translation[:, None]], dim=-1).double()
         return tuple(tuple(row) for row in matrix.tolist())
 
     def poses(self, camera_to_worlds: Float[Tensor, "*batch 3 4"]) -> Float[Tensor, "*batch 3 4"]:
-        """Camera-to-world matrices in the other frame."""
+        """Return camera-to-world matrices in the other frame."""
         poses = camera_to_worlds.double()
         positions = self.scale * poses[..., 3] @ self.rotation.T + self.translation
         return torch.cat([self.rotation @ poses[..., :3], positions[..., None]], dim=-1)
 
     def inverse(self) -> Similarity:
-        """The similarity back."""
+        """Return the inverse similarity."""
         rotation = self.rotation.T
         return Similarity(rotation, 1 / self.scale, -(rotation @ self.translation) / self.scale)
 
     def then(self, other: Similarity) -> Similarity:
-        """This similarity, followed by another."""
+        """Return this similarity followed by another."""
         return Similarity(
             other.rotation @ self.rotation,
             other.scale * self.scale,
@@ -58,7 +58,8 @@ IDENTITY = Similarity(torch.eye(3, dtype=torch.float64), 1.0, torch.zeros(3, dty
 
 
 def from_dataparser(transform: Float[Tensor, "3 4"], scale: float) -> Similarity:
-    """From a dataparser's frame back to that of the capture's files: it maps a point p to scale * (R p + t)."""
+    """Return the similarity from a dataparser's frame to that of the capture's files: a dataparser maps a point p to
+    scale * (R p + t)."""
     transform = transform.double()
     return Similarity(transform[:, :3], float(scale), float(scale) * transform[:, 3]).inverse()
 
@@ -66,7 +67,7 @@ def from_dataparser(transform: Float[Tensor, "3 4"], scale: float) -> Similarity
 def fit_similarity(
     source: Float[Tensor, "num 3 4"], target: Float[Tensor, "num 3 4"]
 ) -> tuple[Similarity, float, float]:
-    """Least-squares similarity between two sets of poses of the same cameras.
+    """Return the least-squares similarity between two sets of poses of the same cameras.
 
     The rotation is the chordal mean of the cameras' rotations, which unlike that of their centers (Umeyama 1991) is
     determined even for centers on one line; scale and translation are least squares over the centers.
@@ -76,8 +77,8 @@ def fit_similarity(
         target: the same cameras in the other frame.
 
     Returns:
-        the similarity from source to target; the root mean square distance of the fitted centers from the target's, as a
-        share of the target centers' spread; and the largest angle between fitted and target axes in degrees.
+        The similarity from source to target; the root mean square distance of the fitted centers from the target's, as
+        a share of the target centers' spread; and the largest angle between fitted and target axes in degrees.
     """
     source, target = source.double(), target.double()
     left, _, right = torch.linalg.svd((target[:, :, :3] @ source[:, :, :3].mT).mean(0))
@@ -88,19 +89,19 @@ def fit_similarity(
     turned = (ours - ours_mean) @ rotation.T
     spread = (theirs - theirs_mean).square().sum(-1).mean().sqrt()
     scale = float(((theirs - theirs_mean) * turned).sum() / turned.square().sum().clamp_min(1e-30))
-    if not scale > 0:  # centers that do not correspond at all
+    if not scale > 0:  # The centers do not correspond at all.
         scale = float(spread / turned.square().sum(-1).mean().sqrt().clamp_min(1e-15)) or 1.0
     fitted = Similarity(rotation, scale, theirs_mean - scale * rotation @ ours_mean)
     moved = fitted.poses(source)
     residual = float((moved[:, :, 3] - theirs).square().sum(-1).mean().sqrt() / spread.clamp_min(1e-12))
-    # By the chord: the cosine of a small angle is all rounding.
+    # From the chord, since the cosine of a small angle is mostly rounding.
     chord = (moved[:, :, :3] - target[:, :, :3]).flatten(1).norm(dim=-1).max()
     degrees = torch.rad2deg(2 * (chord / 8**0.5).clamp_max(1.0).asin())
     return fitted, residual, float(degrees)
 
 
 def recentred(poses: Float[Tensor, "num 3 4"], center: Float[Tensor, "3"] | None = None) -> Similarity:
-    """The rigid motion into the frame of the mean camera, as LLFF's loader recenters poses.
+    """Return the rigid motion into the frame of the mean camera, as LLFF's loader recenters poses.
 
     Args:
         poses: camera-to-world matrices, OpenGL axes.
@@ -117,11 +118,11 @@ def recentred(poses: Float[Tensor, "num 3 4"], center: Float[Tensor, "3"] | None
 
 
 def llff_frame(poses: Float[Tensor, "num 3 4"], nearest: float, center: Float[Tensor, "3"] | None = None) -> Similarity:
-    """The published frame of a forward-facing capture: recentered, and scaled by 1 / (0.75 x the nearest bound).
+    """Return the published frame of a forward-facing capture: recentered, and scaled by 1 / (0.75 x the nearest bound).
 
     Args:
         poses: camera-to-world matrices of all its cameras, OpenGL axes.
-        nearest: smallest distance at which a camera sees anything, in the unit of the poses.
+        nearest: smallest visible distance, in the unit of the poses.
         center: as for `recentred`.
     """
     rigid = recentred(poses, center)
@@ -130,10 +131,10 @@ def llff_frame(poses: Float[Tensor, "num 3 4"], nearest: float, center: Float[Te
 
 
 def blender_residual(poses: Float[Tensor, "num 3 4"]) -> float:
-    """How far cameras are from NeRF-Synthetic's geometry: at 4.03 from the origin, looking at it.
+    """Return how far cameras are from NeRF-Synthetic's geometry: at 4.03 from the origin, looking at it.
 
     Returns:
-        the median of each camera's deviation in distance, as a share of 4.03, plus the sine of the angle by which it
+        The median of each camera's deviation in distance, as a share of 4.03, plus the sine of the angle by which it
         looks past the origin.
     """
     positions = poses[:, :, 3].double()
@@ -144,7 +145,7 @@ def blender_residual(poses: Float[Tensor, "num 3 4"]) -> float:
 
 @dataclass(frozen=True)
 class PublishedScene:
-    """What a published student's ray encoding knows of its scene."""
+    """Settings of a published student's ray encoding that depend on the scene."""
 
     conventions: RayConventions
     near: float
@@ -159,13 +160,13 @@ def published_scene(
     bounds: tuple[float, float],
     ndc: tuple[float, float] | None = None,
 ) -> PublishedScene:
-    """Conventions, near and far of a published student.
+    """Return conventions, near and far of a published student.
 
     Args:
         similarity: from the run's frame to the published one.
         reads_ray_image: MobileR2L rather than R2L.
-        is_inward: of a capture around an object, rather than a forward-facing one.
-        bounds: nearest and farthest distance that is seen, in the published frame's unit; not used around an object.
+        is_inward: whether the capture is around an object, rather than forward-facing.
+        bounds: nearest and farthest visible distance, in the published frame's unit; not used around an object.
         ndc: 2 focal / width and 2 focal / height, for a student that works in normalized device coordinates.
     """
     conventions = RayConventions(

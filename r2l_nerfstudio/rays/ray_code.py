@@ -1,4 +1,4 @@
-"""A ray as the numbers a student reads, and its bounds; both live in the student's checkpoint."""
+"""The ray encoding that a student reads, and its bounds; both are in the student's checkpoint."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ RayCodeKind = Literal["points", "plucker", "two-plane", "composited"]
 
 
 class RayCode(nn.Module):
-    """Turns rays into the encoded numbers a student reads, always in fp32.
+    """Encode rays into the numbers that a student reads, always in fp32.
 
     - `points`: K points along the ray (R2L, sec. 3.2), relative to the scene's centre, in units of its radius, contracted
       unless the scene is a sphere.
     - `plucker`: unit direction and moment around the scene's centre (Light Field Networks, eq. 2).
     - `two-plane`: where the ray meets two planes across the capture's viewing axis.
 
-    Wherever a method takes `directions`, they are as the encoding's conventions have them: of unit length, or planar.
+    `directions` follow the encoding's conventions: unit length, or planar.
 
     Args:
-        kind: which code.
+        kind: which encoding.
         num_points: K, for `points`.
         num_frequencies: L of the frequency encoding.
 
@@ -51,7 +51,8 @@ class RayCode(nn.Module):
         super().__init__()
         if kind not in get_args(RayCodeKind):
             raise InputError(
-                f"Unknown ray code {kind!r}: choose --pipeline.model.ray-code from {', '.join(get_args(RayCodeKind))}."
+                f"Unknown ray encoding {kind!r}: choose --pipeline.model.ray-encoding from"
+                f" {', '.join(get_args(RayCodeKind))}."
             )
         self.kind = kind
         self.num_points = num_points
@@ -63,7 +64,7 @@ class RayCode(nn.Module):
         self.register_buffer("near", torch.tensor(0.1))
         self.register_buffer("far", torch.ones(()))
         self.register_buffer("axes", torch.eye(3))
-        # In the extra state instead: checkpoints from before there were conventions have no such buffers.
+        # Kept in the extra state: older checkpoints have no such buffers.
         self.register_buffer("frame", torch.eye(3, 4), persistent=False)
         self.register_buffer("frame_rotation", torch.eye(3), persistent=False)
         self.register_buffer("ndc", torch.ones(2), persistent=False)
@@ -77,12 +78,12 @@ class RayCode(nn.Module):
 
     @property
     def dim(self) -> int:
-        """Length of the encoded code."""
+        """Length of the encoded ray."""
         values = {"points": 3 * self.num_points, "plucker": 6, "two-plane": 4}[self.kind]
         return encoded_dim(values, self.num_frequencies)
 
     def set_bounds(self, bounds: SceneBounds, axes: Float[Tensor, "3 3"]) -> None:
-        """Fix the scene's bounds and, for `two-plane`, the capture's mean right, up and backward axes (columns)."""
+        """Set the scene's bounds and, for `two-plane`, the capture's mean right, up and backward axes (columns)."""
         self.spacing = bounds.kind
         self.center.copy_(torch.tensor(bounds.center))
         self.radius.fill_(bounds.radius)
@@ -91,15 +92,15 @@ class RayCode(nn.Module):
         self.axes.copy_(axes)
 
     def set_conventions(self, conventions: RayConventions) -> None:
-        """Fix how rays are read.
+        """Set how rays are read.
 
         Raises:
-            InputError: if they do not go with the ray code or its spacing.
+            InputError: if they do not fit the ray encoding or its spacing.
         """
         if conventions != OURS and (self.kind != "points" or self.spacing == "sphere"):
             raise InputError(
-                f"Published ray conventions need points between a near and a far distance (got --pipeline.model.ray-code"
-                f" {self.kind} with {self.spacing} spacing): set --pipeline.model.ray-code points and"
+                f"Published ray conventions need points between a near and a far distance (got --pipeline.model.ray-encoding"
+                f" {self.kind} with {self.spacing} spacing): set --pipeline.model.ray-encoding points and"
                 " --pipeline.model.spacing near-far, or --pipeline.model.published-rays False."
             )
         self.conventions = conventions

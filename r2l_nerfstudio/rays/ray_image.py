@@ -1,4 +1,4 @@
-"""The small image of rays that a MobileR2L student reads: its geometry."""
+"""The geometry of the low-resolution ray image that a MobileR2L student reads."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from torch import Tensor
 from r2l_nerfstudio.rays.conventions import OURS, RayConventions
 
 MARGIN = 1
-"""Cells around a picture that are drawn and dropped: with their neighbours at hand, its border pixels are as any other."""
+"""Cells around an image that are evaluated and dropped, so that its border pixels have neighbours like any other."""
 
 
 def ray_image_size(height: int, width: int, factor: int, margin: int = MARGIN) -> tuple[int, int]:
-    """Rows and columns of cells, margin included, that cover a picture of any size in pixels."""
+    """Return rows and columns of cells, margin included, that cover an image of any size in pixels."""
     return math.ceil(height / factor) + 2 * margin, math.ceil(width / factor) + 2 * margin
 
 
@@ -26,14 +26,15 @@ def ray_image_intrinsics(
     rays_per_cell: int = 1,
     margin: int = MARGIN,
 ) -> Float[Tensor, "*batch 4"]:
-    """Intrinsics of the ray image, in cells: its rays pass through the centres of `factor` x `factor` pixels.
+    """Return the intrinsics of the ray image, in cells: its rays pass through the centres of `factor` x `factor`
+    pixels.
 
     Args:
-        intrinsics: fx, fy, cx, cy of the picture in pixels.
-        factor: pixels per cell along each side.
-        corner: (x, y) in pixels at which the first cell inside the margin begins; the picture's own corner by default.
-        rays_per_cell: along each side of a cell; with `factor` of them, each pixel has its own.
-        margin: cells around the picture.
+        intrinsics: fx, fy, cx, cy of the image in pixels.
+        factor: upsampling factor, pixels per cell along each side.
+        corner: (x, y) in pixels at which the first cell inside the margin begins; the image's own corner by default.
+        rays_per_cell: rays along each side of a cell; with `factor` of them, each pixel has its own.
+        margin: cells around the image.
     """
     cells = intrinsics / factor * rays_per_cell
     if corner is not None:
@@ -44,7 +45,7 @@ def ray_image_intrinsics(
 
 @dataclass(frozen=True)
 class StudentRays:
-    """The rays that a student reads: what a data manager has to know of it."""
+    """The rays that a student reads, for a data manager."""
 
     factor: int = 1
     """Upsampling factor: pixels along each side of a cell; 1 for a student of single rays."""
@@ -58,7 +59,7 @@ class StudentRays:
 
 @dataclass(frozen=True)
 class CellPixels:
-    """Pixels of a picture, cell by cell.
+    """Pixels of an image, cell by cell.
 
     Args:
         factor: pixels along each side of a cell.
@@ -69,13 +70,13 @@ class CellPixels:
     def by_cell(
         self, image: Float[Tensor, "*batch height width values"]
     ) -> Float[Tensor, "*batch rows columns pixels values"]:
-        """The `factor`² pixels of each cell, row by row."""
+        """Return the `factor`² pixels of each cell, row by row."""
         cells = image.unflatten(-2, (-1, self.factor)).unflatten(-4, (-1, self.factor))
         return cells.transpose(-4, -3).flatten(-3, -2)
 
     def to_image(
         self, cells: Float[Tensor, "*batch rows columns pixels values"]
     ) -> Float[Tensor, "*batch height width values"]:
-        """Inverse of `by_cell`."""
+        """Return the image of `by_cell`'s result."""
         image = cells.unflatten(-2, (self.factor, self.factor)).transpose(-4, -3)
         return image.flatten(-5, -4).flatten(-3, -2)

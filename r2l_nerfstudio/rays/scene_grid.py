@@ -1,4 +1,4 @@
-"""Coordinates in which a student keeps what it learns about space: a box around what its teacher showed."""
+"""Coordinates of a student's volume: a box around what its teacher showed."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ WARPS: tuple[GridWarp, ...] = ("ball", "contracted", "frustum")
 NEAREST = 0.05
 """Depth in scene radii below which a frustum's coordinates no longer grow."""
 OUTLIERS = 0.001
-"""A thousandth: a teacher's stray depths must not make a box large."""
+"""Share of outliers at each end: a teacher's stray depths must not make a box large."""
 DEPTH_SHARE = 0.3
 """Cells along a frustum's depth per cell along its longer side."""
 
@@ -65,7 +65,7 @@ class SceneGrid(nn.Module):
         """Choose the box around points, all but the outermost thousandth at each end of each axis.
 
         Args:
-            warp: which coordinates.
+            warp: kind of coordinates.
             points: what the teacher showed, in scene coordinates; without any, the whole ball, or all of contracted space.
             origin: apex of the frustum, in scene coordinates.
             axes: columns right, up, backward of the frustum.
@@ -96,19 +96,20 @@ class SceneGrid(nn.Module):
         self.low.copy_(low)
 
     def resolution(self, cell: float) -> tuple[int, int, int]:
-        """Cells along x, y, z of this side, in the warp's unit; along a frustum's depth their own."""
+        """Return the cells of this side along x, y, z, in the warp's unit; along a frustum's depth they have their own
+        side."""
         x, y, z = (max(4, round(side / cell)) for side in self.extent.tolist())
         return (x, y, max(8, round(DEPTH_SHARE * max(x, y)))) if self.warp == "frustum" else (x, y, z)
 
     def cell_of(self, cells: int) -> float:
-        """Side of a cell, for about `cells`^3 of them."""
+        """Return the side of a cell, for about `cells`^3 of them."""
         u, v, w = self.extent.tolist()
         if self.warp == "frustum":
             return (u * v * DEPTH_SHARE * max(u, v)) ** (1 / 3) / cells
         return (u * v * w) ** (1 / 3) / cells
 
     def pixel_cell(self, points: Float[Tensor, "points 3"], footprints: Float[Tensor, "points"]) -> float:
-        """Side of a cell as large as a pixel: the median over surface points.
+        """Return the side of a cell as large as a pixel: the median over surface points.
 
         Args:
             points: in scene coordinates.
@@ -120,7 +121,7 @@ class SceneGrid(nn.Module):
         return float(sides.mean(0).median().clamp_min(1e-6))
 
     def warped(self, points: Float[Tensor, "*batch 3"]) -> Float[Tensor, "*batch 3"]:
-        """Scene coordinates to those of the warp."""
+        """Convert scene coordinates to those of the warp."""
         if self.warp == "ball":
             return points
         if self.warp == "contracted":
@@ -130,16 +131,16 @@ class SceneGrid(nn.Module):
         return torch.cat([local[..., :2] * disparity, disparity], dim=-1)
 
     def forward(self, points: Float[Tensor, "*batch 3"]) -> Float[Tensor, "*batch 3"]:
-        """Scene coordinates to the unit cube; points outside the box come to its surface."""
+        """Convert scene coordinates to the unit cube; points outside the box move to its surface."""
         return ((self.warped(points) - self.low) / self.extent).clamp(0.0, 1.0)
 
     def box_span(
         self, start: Float[Tensor, "*batch 3"], step: Float[Tensor, "*batch 3"]
     ) -> tuple[Float[Tensor, "*batch 1"], Float[Tensor, "*batch 1"]]:
-        """Where lines in scene coordinates enter and leave a ball's box, in their steps and from their start on.
+        """Return where lines in scene coordinates enter and leave a ball's box, in their steps and from their start on.
 
         Returns:
-            entry and exit; the exit comes first on lines that miss the box.
+            Entry and exit; the exit comes first on lines that miss the box.
         """
         safe = torch.where(step.abs() < 1e-9, torch.full_like(step, 1e-9), step)
         first, second = (self.low - start) / safe, (self.low + self.extent - start) / safe

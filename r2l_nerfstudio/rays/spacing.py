@@ -1,4 +1,4 @@
-"""How distances along a ray are spaced: one number in [0, 1] per point, for every kind of capture."""
+"""Spacing of distances along a ray: one number in [0, 1] per point, for every kind of capture."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from torch import Tensor
 SpacingKind = Literal["sphere", "near-far", "disparity"]
 
 MISSED_FRACTION = 0.5
-"""Position along a ray that passes by a bounded scene at which it is said to end: where it comes closest."""
+"""Position at which a ray that passes by a bounded scene is taken to end: where it comes closest."""
 
 
 @dataclass(frozen=True)
 class SceneBounds:
-    """Where the scene lies, in the teacher's frame and its unit of length.
+    """Bounds of the scene, in the teacher's frame and its unit of length.
 
     `sphere` spaces points evenly from the entry into the scene's sphere to the exit from it: sliding a camera along
     its ray changes nothing, which suits captures that look inwards at a bounded object. `near-far` spaces them evenly,
@@ -30,9 +30,9 @@ class SceneBounds:
     radius: float
     """Radius of the scene around its centre; lengths are divided by it before encoding."""
     near: float
-    """Nearest distance from a camera at which the teacher sees something."""
+    """Nearest distance from a camera at which the teacher shows something."""
     far: float
-    """Farthest distance from a camera that is told apart."""
+    """Farthest distance from a camera that is distinguished."""
 
 
 class SphereCrossing(NamedTuple):
@@ -42,7 +42,7 @@ class SphereCrossing(NamedTuple):
     """Distance along the unit ray, negative behind its origin."""
     leave: Float[Tensor, "*batch 1"]
     is_missed: Bool[Tensor, "*batch 1"]
-    """Whether the ray passes by the sphere, or leaves it behind."""
+    """Whether the ray misses the sphere, or has it behind its origin."""
 
 
 def cross_sphere(
@@ -51,10 +51,10 @@ def cross_sphere(
     center: Float[Tensor, "3"],
     radius: Float[Tensor, ""],
 ) -> SphereCrossing:
-    """Where unit rays cross a sphere.
+    """Return where unit rays cross a sphere.
 
     A ray that misses gets a short interval around its point of closest approach, so that codes stay continuous across
-    the sphere's rim and still tell the ray's direction.
+    the sphere's rim and still depend on the ray's direction.
     """
     offset = origins - center
     middle = -(offset * directions).sum(-1, keepdim=True)
@@ -68,7 +68,7 @@ def cross_sphere(
 def stratified(
     num_points: int, shape: tuple[int, ...], jitter: bool, device: torch.device
 ) -> Float[Tensor, "*batch points"]:
-    """Positions in [0, 1]: equal steps including both ends, or one uniform draw per ray inside each segment.
+    """Return positions in [0, 1]: equal steps including both ends, or one uniform draw per ray inside each segment.
 
     The segments' edges are the mid-points between the steps (R2L, sec. 3.3).
     """

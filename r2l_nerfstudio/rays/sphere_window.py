@@ -1,4 +1,4 @@
-"""Where a bounded scene lies in a camera's picture: what is beyond need not be drawn."""
+"""The window of a camera's image that shows a bounded scene; the rest need not be rendered."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 class Window(NamedTuple):
-    """A part of a picture: from the left and upper to the right and lower edge, in whole pixels."""
+    """A part of an image: from the left and upper to the right and lower edge, in whole pixels."""
 
     left: int
     top: int
@@ -27,7 +27,8 @@ def sphere_window(
     radius: float,
     spill: int = 0,
 ) -> Window:
-    """The smallest window that holds a sphere's silhouette; the whole picture for a camera that is not clear of the sphere.
+    """Return the smallest window that contains a sphere's silhouette; the whole image for a camera that is not clear of
+    the sphere.
 
     Across the picture, the planes through the camera and its vertical axis that touch the sphere have the slopes
     (x d ± r sqrt(x² + d² - r²)) / (d² - r²), x and d being the centre's place to the right and in depth; likewise down.
@@ -35,19 +36,19 @@ def sphere_window(
     Args:
         camera_to_world: OpenGL camera axes in the world frame.
         intrinsics: fx, fy, cx, cy in pixels.
-        height: of the picture in pixels.
-        width: of the picture in pixels.
-        center: of the sphere in the world frame.
-        radius: of the sphere.
+        height: height of the image in pixels.
+        width: width of the image in pixels.
+        center: center of the sphere in the world frame.
+        radius: radius of the sphere.
         spill: pixels to add on every side.
 
     Returns:
-        within the picture; of no pixels where the sphere is out of sight.
+        A window within the image, with no pixels if the sphere is out of sight.
     """
     x, y, z = ((center - camera_to_world[:, 3]) @ camera_to_world[:, :3]).tolist()
     fx, fy, cx, cy = intrinsics.tolist()
     depth, clear = -z, z**2 - radius**2
-    # Poses that are not numbers come here too.
+    # Non-finite poses come here too.
     if not (depth > 0 and clear > 0 and math.isfinite(x + y)):
         return Window(0, 0, width, height)
     edges = []

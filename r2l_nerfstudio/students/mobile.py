@@ -127,7 +127,7 @@ def up_steps(factor: int) -> list[int]:
     rest = factor // 3 if steps else factor
     if factor < 2 or rest & (rest - 1):
         raise InputError(
-            f"--pipeline.model.factor must be one of 2, 3, 4, 6, 8, 12, 16 (got {factor}): upsampling has steps of 2,"
-            " and a last one of 2 or 3."
+            f"--pipeline.model.upsampling-factor must be one of 2, 3, 4, 6, 8, 12, 16 (got {factor}): upsampling has"
+            " steps of 2, and a last one of 2 or 3."
         )
     return [2] * (rest.bit_length() - 1) + steps

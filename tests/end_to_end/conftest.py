@@ -31,7 +31,7 @@ def command() -> Callable[..., list[str]]:
 def train_student(command: Callable[..., list[str]], tiny_teacher: Path) -> Callable[..., list[str]]:
     """A function from an output folder and further flags to the command that distils `tiny_teacher` into a tiny student.
 
-    The run's folder is `output/tiny/r2l-lite/run`; without flags it trains 30 iterations, 10 of them with photographs.
+    The run's folder is `output/tiny/r2l-lite/run`; without flags it trains 30 iterations, 10 of them with photos.
     """
 
     def build(output: Path, *flags: object) -> list[str]:
@@ -45,7 +45,7 @@ def train_student(command: Callable[..., list[str]], tiny_teacher: Path) -> Call
             *("--max-num-iterations", 30),
             *("--pipeline.datamanager.num-views", 4),
             *("--pipeline.datamanager.train-num-rays-per-batch", 512),
-            *("--pipeline.datamanager.real-iterations", 10),
+            *("--pipeline.datamanager.photo-iterations", 10),
             *("--pipeline.model.width", 32),
             *("--pipeline.model.depth", 6),
             # 30 iterations leave the teacher too blurred to be told from one in another frame.
@@ -85,6 +85,6 @@ def tiny_mobile_student(tiny_teacher: Path, tmp_path_factory: pytest.TempPathFac
         tiny_teacher,
         tmp_path_factory.mktemp("students"),
         "mobile-r2l-lite",
-        **{"max_num_iterations": 30, "pipeline.datamanager.real_iterations": 10},
+        **{"max_num_iterations": 30, "pipeline.datamanager.photo_iterations": 10},
     )
     return distil(config)

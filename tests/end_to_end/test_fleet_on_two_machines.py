@@ -47,7 +47,7 @@ STUDENT = {
     "pipeline.check-frame": False,
     "pipeline.datamanager.num-views": 3,
     "pipeline.datamanager.train-num-rays-per-batch": 256,
-    "pipeline.datamanager.real-iterations": 4,
+    "pipeline.datamanager.photo-iterations": 4,
     "pipeline.datamanager.crop-cells": 3,
     "pipeline.model.width": 16,
     "pipeline.model.blocks": 1,

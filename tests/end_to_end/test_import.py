@@ -117,7 +117,7 @@ def test_fine_tuning_by_a_method_of_the_other_kind_is_refused(
 
 PAPER = {
     "r2l-paper": {"pipeline.datamanager.hard_pool_batches": 3},
-    "mobile-r2l-paper": {"pipeline.datamanager.whole_images": 2, "pipeline.datamanager.real_iterations": 0},
+    "mobile-r2l-paper": {"pipeline.datamanager.whole_images": 2, "pipeline.datamanager.photo_iterations": 0},
 }
 
 

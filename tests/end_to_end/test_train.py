@@ -117,7 +117,7 @@ def test_a_killed_run_goes_on(
         "--output-dir": tmp_path,
         "--max-num-iterations": total,
         "--steps-per-save": 5,
-        "--pipeline.datamanager.real-iterations": 6,
+        "--pipeline.datamanager.photo-iterations": 6,
         "--logging.local-writer.enable": False,
     }
     config = tyro.cli(
@@ -130,7 +130,7 @@ def test_a_killed_run_goes_on(
     def watched_train(trainer: DistillationTrainer) -> None:
         begun["model"] = {key: value.clone() for key, value in trainer.pipeline.model.named_parameters()}
         begun["buffers"] = {key: value.clone() for key, value in trainer.pipeline.model.named_buffers()}
-        begun["spacing"] = trainer.pipeline.model.ray_code.spacing
+        begun["spacing"] = trainer.pipeline.model.ray_encoding.spacing
         begun["rates"] = [scheduler.last_epoch for scheduler in trainer.optimizers.schedulers.values()]
         begun["momenta"] = {
             name: copy.deepcopy(optimizer.state_dict()) for name, optimizer in trainer.optimizers.optimizers.items()
@@ -243,7 +243,7 @@ def test_checkpoint_is_small_and_safe(tiny_student: Path) -> None:
     content = read(file)
     assert content["step"] == 29
     others = {key for key in content["pipeline"] if not key.startswith("_model.")}
-    assert others == {"done"}  # neither teacher nor photographs
+    assert others == {"done"}  # neither teacher nor photos
     weights = sum(value.nbytes for value in content["pipeline"].values() if isinstance(value, torch.Tensor))
     assert file.stat().st_size < 4 * weights + 100_000
 
@@ -288,10 +288,10 @@ def test_every_code_learns_and_is_restored(
         method,
         **{
             "max_num_iterations": 60,
-            "pipeline.model.ray_code": code,
+            "pipeline.model.ray_encoding": code,
             "pipeline.model.spacing": spacing,
             "pipeline.datamanager.pose_sampler.kind": sampler,
-            "pipeline.datamanager.real_iterations": 0,
+            "pipeline.datamanager.photo_iterations": 0,
         },
     )
     for group in config.optimizers.values():
@@ -306,7 +306,7 @@ def test_every_code_learns_and_is_restored(
         trainer.train()
         assert pipeline.holdout_psnr(pipeline.datamanager.held_views) > before + 2
     _, restored, _, _ = eval_setup(config.get_base_dir() / "config.yml")
-    theirs, ours = pipeline.model.ray_code, restored.model.ray_code
+    theirs, ours = pipeline.model.ray_encoding, restored.model.ray_code
     assert ours.kind == code and ours.spacing == theirs.spacing
     assert spacing == "auto" or ours.spacing == spacing
     for name in ("center", "radius", "near", "far", "axes"):
@@ -379,8 +379,8 @@ def test_the_best_weights_on_held_out_photographs_are_kept(
         tmp_path,
         **{
             "max_num_iterations": 30,
-            "pipeline.datamanager.real_iterations": 20,
-            "pipeline.datamanager.real_fraction": 0.9,
+            "pipeline.datamanager.photo_iterations": 20,
+            "pipeline.datamanager.photo_fraction": 0.9,
             "pipeline.datamanager.holdout_fraction": 0.3,
             "pipeline.steps_per_holdout": 2,
         },
@@ -392,7 +392,7 @@ def test_the_best_weights_on_held_out_photographs_are_kept(
     with set_up(config) as trainer:
         pipeline = trainer.pipeline
         photographs = pipeline.datamanager.held_photographs
-        # What is learnt from the others does not carry over to the held-out ones.
+        # What is learned from the others does not carry over to the held-out ones.
         pipeline.datamanager.photographs.pixels = 255 - pipeline.datamanager.photographs.pixels
         seen: dict[int, float] = {}
         watch = pipeline.holdout_psnr
@@ -422,7 +422,7 @@ def test_weights_that_are_still_the_best_stay(
 ) -> None:
     with set_up(student_config(tiny_teacher, tmp_path)) as trainer:
         pipeline = trainer.pipeline
-        pipeline._watch_holdout(5)  # before the photographs: not a choice
+        pipeline._watch_holdout(5)  # before the photos: not a choice
         assert pipeline._best is None
         pipeline.finish(5)
         pipeline.datamanager.photographs_now = True
@@ -507,7 +507,7 @@ def test_watching_with_the_average_leaves_training_as_it_was(tiny_teacher: Path,
 
 @pytest.mark.parametrize("method", ["r2l-lite", "mobile-r2l-lite"])
 def test_minutes_are_kept(method: str, tiny_teacher: Path, tmp_path: Path, iterations: list, capsys) -> None:
-    overrides = {"max_minutes": 0.15, "max_num_iterations": 40, "pipeline.datamanager.real_iterations": 10}
+    overrides = {"max_minutes": 0.15, "max_num_iterations": 40, "pipeline.datamanager.photo_iterations": 10}
     with set_up(student_config(tiny_teacher, tmp_path, method, **overrides)) as trainer:
         real: list[float] = []
         draw = trainer.pipeline.datamanager.draw
@@ -591,7 +591,7 @@ class WatchedDevice(TorchDispatchMode):
 def test_no_iteration_asks_the_device_for_a_number(method: str, tiny_teacher: Path, tmp_path: Path) -> None:
     overrides = {
         "max_num_iterations": 40,
-        "pipeline.datamanager.real_iterations": 20,
+        "pipeline.datamanager.photo_iterations": 20,
         "pipeline.datamanager.refresh_share": 0.0,
         "pipeline.steps_per_holdout": 10,
         "logging.steps_per_log": 10,
@@ -629,7 +629,7 @@ def test_stopping_early_leaves_a_usable_student(
 
         trainer.train_iteration = impatient
         trainer.train()
-    assert len(iterations) == 31  # the one at hand is finished
+    assert len(iterations) == 31  # the one available is finished
     assert signal.getsignal(number) is before
     folder = trainer.base_dir
     _, pipeline, _, _ = eval_setup(folder / "config.yml")

@@ -79,7 +79,7 @@ def test_the_wheel_holds_the_package_alone(built: Path):
 
 def test_ns_train_lists_the_methods_and_their_flags(run: Callable[..., str]):
     command = "import sys; from nerfstudio.scripts.train import entrypoint; sys.argv[0] = 'ns-train'; entrypoint()"
-    assert "--pipeline.model.ray-code" in run("-c", command, "r2l", "--help")
+    assert "--pipeline.model.ray-encoding" in run("-c", command, "r2l", "--help")
 
 
 def test_r2l_export_lists_its_formats(run: Callable[..., str]):
