@@ -103,7 +103,7 @@ def test_pixels_are_bytes() -> None:
 
 def test_the_runtime_is_what_the_page_was_made_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    with pytest.raises(InputError, match="--runtime .*there is no such file"):
+    with pytest.raises(InputError, match="--runtime .*does not exist"):
         fetch_runtime(tmp_path / "gone.tgz")
     package = tmp_path / "package.tgz"
     with tarfile.open(package, "w:gz") as archive:

@@ -104,7 +104,7 @@ def _unpack(file: Path, folder: Path) -> None:
         for name in (*FILES, *GPU_FILES):
             member = archive.extractfile(f"package/dist/{name.removesuffix(PACKED)}")
             if member is None:
-                raise InputError(f"{file} holds a folder in place of {name}: fetch the package again.")
+                raise InputError(f"{file} has a folder in place of {name}: download the package again.")
             content = member.read()
             # Without the time, the same package gives the same files.
             (folder / name).write_bytes(gzip.compress(content, mtime=0) if name.endswith(PACKED) else content)

@@ -444,7 +444,5 @@ def test_command_line_tells_what_is_wrong(
     config.pipeline.datamanager.data = tmp_path / "gone"
     (run / "config.yml").write_text(yaml.dump(config))
     assert "cannot be read" in call(tmp_path / "new", "--load-config", run)
-    assert "there is no such file" in call(
-        tmp_path / "new", "--load-config", tiny_student, "--runtime", tmp_path / "gone.tgz"
-    )
+    assert "does not exist" in call(tmp_path / "new", "--load-config", tiny_student, "--runtime", tmp_path / "gone.tgz")
     assert not (tmp_path / "new").exists()

@@ -44,11 +44,11 @@ STUDENTS = {
     "r2l": (tiny_composited_r2l(), "sphere"),
     "mobile-r2l": (tiny_composited_mobile_r2l(), "sphere"),
     "r2l-unbounded": (tiny_composited_r2l(), "disparity"),
-    "mobile-r2l-unbounded": (tiny_composited_mobile_r2l(factor=6), "near-far"),
+    "mobile-r2l-unbounded": (tiny_composited_mobile_r2l(upsampling_factor=6), "near-far"),
     "points": (tiny_r2l(), "sphere"),
     "mobile-points": (tiny_mobile_r2l(margin=0, volume_resolution=5), "disparity"),
-    "plucker": (tiny_r2l(ray_code="plucker", volume_resolution=0), "near-far"),
-    "two-plane": (tiny_r2l(ray_code="two-plane"), "near-far"),
+    "plucker": (tiny_r2l(ray_encoding="plucker", volume_resolution=0), "near-far"),
+    "two-plane": (tiny_r2l(ray_encoding="two-plane"), "near-far"),
 }
 
 

@@ -12,13 +12,14 @@ export class NoGpu extends Error {}
 
 /**
  * @param {Scene} scene
- * @param {Promise<Uint8Array<ArrayBuffer>>} file the weights, on their way while shaders are compiled
+ * @param {() => Promise<Uint8Array<ArrayBuffer>>} load the weights, once there is a GPU; shaders are compiled meanwhile
  * @param {{lost: () => void, transparent: boolean}} options
  * @returns {Promise<Backend>}
  */
-export async function openGpu(scene, file, { lost, transparent }) {
+export async function openGpu(scene, load, { lost, transparent }) {
   const adapter = await navigator.gpu?.requestAdapter({ powerPreference: "high-performance" });
   if (!adapter) throw new NoGpu("there is no adapter");
+  const file = load();
   const { maxBufferSize, maxStorageBufferBindingSize } = adapter.limits;
   const device = await adapter.requestDevice({
     requiredFeatures: adapter.features.has("shader-f16") ? ["shader-f16"] : [],

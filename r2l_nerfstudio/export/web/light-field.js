@@ -169,14 +169,17 @@ export class LightField extends HTMLElement {
     const { weights } = scene.student;
     let reason = "the address asks for the processor";
     if (!skipsGpu) {
-      this.file ??= fetchWhole(base, weights.file, weights.bytes, weights.sha256, (done) => show(done / weights.bytes)).then((file) => {
-        this.arrived = performance.now();
-        return file;
-      });
-      // Met below; here only so that no browser complains about it before.
-      this.file.catch(() => undefined);
+      const load = () => {
+        this.file ??= fetchWhole(base, weights.file, weights.bytes, weights.sha256, (done) => show(done / weights.bytes)).then((file) => {
+          this.arrived = performance.now();
+          return file;
+        });
+        // Met where it is waited for; here only so that no browser complains about it before.
+        this.file.catch(() => undefined);
+        return this.file;
+      };
       try {
-        this.backend = await openGpu(scene, this.file, {
+        this.backend = await openGpu(scene, load, {
           transparent: this.hasAttribute("transparent"),
           lost: () => this.#recover(scene, base),
         });
