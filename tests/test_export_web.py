@@ -238,7 +238,15 @@ def test_what_a_visitor_loads_besides_the_student_stays_small() -> None:
     page = Path(web_folder.__file__).parent / "web"
     loaded = [name for name in web_folder.PAGE if name not in web_folder.UNREAD]
     assert {"light-field.js", "wgsl.js", "index.html", "page.css"} <= set(loaded)
-    assert sum(len(gzip.compress((page / name).read_bytes())) for name in loaded) <= 40_000
+    texts = [(page / name).read_text() for name in loaded]
+    assert sum(len(gzip.compress(web_folder.without_comments(text).encode())) for text in texts) <= 40_000
+
+
+def test_only_comments_are_left_out() -> None:
+    script = "// one\nconst a = 'http://b'; // two\n  /** three\n   * four */\n/** @type {T} */ (a).b();\n/** five */\n"
+    script += "c();\n"
+    left = "const a = 'http://b'; // two\n/** @type {T} */ (a).b();\nc();\n"
+    assert web_folder.without_comments(script) == left
 
 
 @pytest.mark.parametrize("config", [tiny_composited_r2l(), tiny_composited_mobile_r2l(), tiny_mobile_r2l(margin=0)])

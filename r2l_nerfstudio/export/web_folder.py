@@ -69,6 +69,7 @@ POSTER = 720
 NEEDED_DB = 50.0
 """Least PSNR against torch of a page's pixels; rounding to 8 bits leaves 59 dB."""
 PROBE_CELLS = 5
+_COMMENT = re.compile(r"^[ \t]*(?://.*|/\*\*(?:(?!\*/)[\s\S])*\*/)[ \t]*\n", re.MULTILINE)
 
 
 @dataclass(frozen=True)
@@ -139,7 +140,8 @@ def _fill(
 ) -> tuple[dict[str, float], tuple[str, ...]]:
     with as_file(files("r2l_nerfstudio.export") / "web") as page:
         for name in PAGE:
-            shutil.copyfile(page / name, folder / name)
+            text = (page / name).read_text(encoding="utf-8")
+            (folder / name).write_text(without_comments(text) if name.endswith(".js") else text, encoding="utf-8")
         if runtime is not None:
             (folder / RUNTIME).mkdir()
             shutil.copyfile(page / LICENSE, folder / RUNTIME / LICENSE)
@@ -187,6 +189,11 @@ def _fill(
     _poster(student, pose, picture).save(folder / "poster.jpg", quality=85)
     (folder / "package.json").write_text(json.dumps(_package(title, folder), indent=2) + "\n")
     return found, notes
+
+
+def without_comments(script: str) -> str:
+    """Return a script, its shaders included, without the comments that have lines of their own: no visitor reads them."""
+    return _COMMENT.sub("", script)
 
 
 def _package(title: str, folder: Path) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from r2l_nerfstudio.errors import InputError
 from r2l_nerfstudio.models.light_field import LightFieldModel
 from r2l_nerfstudio.rays.occupancy import packed
 from r2l_nerfstudio.students.mobile import ConvBlock, MobileR2L
-from r2l_nerfstudio.students.resmlp import ResMLP
+from r2l_nerfstudio.students.resmlp import ResidualBlock, ResMLP
 
 WebPrecision = Literal["fp16", "int8"]
 
@@ -158,6 +158,7 @@ def _layers(network: ResMLP | MobileR2L) -> Iterator[tuple[str, Layer]]:
     """Layers by the names of the page."""
     yield "head", network.head
     for number, block in enumerate(network.blocks):
+        assert isinstance(block, ResidualBlock | ConvBlock)
         yield f"blocks.{number}.first", block.first
         yield f"blocks.{number}.second", block.second
     if isinstance(network, MobileR2L):
