@@ -183,6 +183,7 @@ def install() -> None:
         uv_environment(),
     )
     check_multiprocess()
+    check_nerfacto()
     STAMP.write_text(wanted)
 
 
@@ -212,6 +213,21 @@ def check_multiprocess() -> None:
         raise InstallError(
             f"The package multiprocess does not work with this Python ({sys.version.split()[0]}; the reason is above):"
             f" ns-train cannot start with it. Install another version of it into {VENV}, or use another Python."
+        )
+
+
+def check_nerfacto() -> None:
+    """See that Nerfstudio's own `ns-train nerfacto` starts; the tests train with it.
+
+    Raises:
+        InstallError: if not; its last lines have been printed.
+    """
+    found = subprocess.run([str(BIN / "ns-train"), "nerfacto", "--help"], capture_output=True, text=True)
+    if found.returncode:
+        print((found.stdout + found.stderr)[-2000:], file=sys.stderr)
+        raise InstallError(
+            f"ns-train nerfacto does not start in {VENV} (the reason is above). Delete that folder and run this again; if it"
+            " stays so, a package in it is broken: install another version of the one that the reason names."
         )
 
 

@@ -1,5 +1,5 @@
 """Prepare captures and measure students: quality, learning curves, recipes, the papers' tables, frame times, training
-steps, the web page."""
+steps, the web page, memory over time."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from benchmarks.distil import Distil
 from benchmarks.prepare_captures import PrepareCaptures
 from benchmarks.recipes import Recipes
 from benchmarks.render import Render
+from benchmarks.soak import Soak
 from benchmarks.tables import Tables
 from benchmarks.train import Train
 from benchmarks.web import Web
@@ -26,6 +27,7 @@ COMMANDS = {
     "train": Train,
     "web": Web,
     "web-renderer": WebRenderer,
+    "soak": Soak,
 }
 
 

@@ -195,8 +195,11 @@ def ring_of_cameras(side: int, focal: float) -> CaptureCameras:
 
 
 @contextmanager
-def browser() -> Iterator[Browser]:
+def browser(*switches: str) -> Iterator[Browser]:
     """Headless Chromium.
+
+    Args:
+        *switches: further switches of its command line.
 
     Raises:
         InputError: it is missing, or Playwright, which drives it.
@@ -211,7 +214,9 @@ def browser() -> Iterator[Browser]:
             "This benchmark needs the package playwright, which is not installed: pip install playwright."
         ) from error
     with sync_playwright() as playwright:
-        started = playwright.chromium.launch(executable_path=executable, args=["--no-sandbox", "--disable-gpu"])
+        started = playwright.chromium.launch(
+            executable_path=executable, args=["--no-sandbox", "--disable-gpu", *switches]
+        )
         try:
             yield started
         finally:

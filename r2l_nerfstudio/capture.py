@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from r2l_nerfstudio.config_builder import unsafe_dataparser
-from r2l_nerfstudio.errors import InputError
+from r2l_nerfstudio.errors import InputError, one_line
 
 if TYPE_CHECKING:
     from nerfstudio.data.dataparsers.base_dataparser import DataParserConfig, DataparserOutputs
@@ -50,8 +50,16 @@ def parse_capture(config: DataParserConfig, split: str = "train") -> DataparserO
         raise
     except ZeroDivisionError as error:  # Nerfstudio divides by the spread of the positions.
         raise CaptureError(_ONE_PLACE) from error
+    except UnidentifiedImageError as error:
+        raise CaptureError(
+            f"{one_line(error)}: it is damaged, or in a format that Pillow does not read, such as EXR; convert the photos to"
+            " 8-bit PNG or JPEG and train the teacher again"
+        ) from error
     except (Exception, SystemExit) as error:  # Every dataparser raises its own exceptions.
-        raise CaptureError(f"{type(error).__name__}: {error}") from error
+        hint = ""
+        if isinstance(error, FileNotFoundError) and "\\" in Path(str(error.filename)).name:
+            hint = " (its paths were written on Windows: replace \\ by / in its file of cameras)"
+        raise CaptureError(f"{type(error).__name__}: {one_line(error)}{hint}") from error
     _check_cameras(outputs)
     return outputs
 

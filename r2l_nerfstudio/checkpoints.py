@@ -130,8 +130,8 @@ def check_size(build: Callable[[], nn.Module], path: Path, most: int | None = No
 
 
 def weight_bytes(build: Callable[[], nn.Module]) -> int | None:
-    """Return the bytes of a model's state without allocating it; None for a method that needs real tensors while it is
-    built.
+    """Return the bytes of a model's parameters and buffers without allocating them; None for a method that needs real
+    tensors while it is built.
 
     Raises:
         InputError: as `build`.
@@ -139,17 +139,13 @@ def weight_bytes(build: Callable[[], nn.Module]) -> int | None:
     try:
         with torch.device("meta"), torch.random.fork_rng(devices=[]):
             model = build()
-        return sum(
-            tensor.numel() * tensor.element_size() for tensor in model.state_dict().values() if _is_dense(tensor)
-        )
+        # Not its state dict: modules may copy tensors into theirs, and these have no numbers.
+        tensors = [*model.parameters(), *model.buffers()]
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors if tensor.layout == torch.strided)
     except InputError:
         raise
     except Exception:
         return None
-
-
-def _is_dense(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.layout == torch.strided
 
 
 def _check_file(path: Path, whose: str) -> None:

@@ -21,11 +21,20 @@ def dataparser_at(config: TrainerConfig, data: Path) -> DataParserConfig:
         config: configuration of a run whose data manager has a dataparser.
         data: the capture's folder or file.
     """
-    dataparser = copy.deepcopy(dataparser_of(config))
+    dataparser = dataparser_of(config)
     if dataparser is None:
         raise TypeError(f"{type(config.pipeline.datamanager).__name__} has no dataparser")
+    dataparser = without_points(dataparser)
     dataparser.data = data.absolute()
+    return dataparser
+
+
+def without_points(dataparser: DataParserConfig) -> DataParserConfig:
+    """Return a copy of a dataparser that does not read the points that only seed splats.
+
+    Reading them is slow, and Nerfstudio may ask at the keyboard whether to make a missing file of them.
+    """
+    dataparser = copy.deepcopy(dataparser)
     if hasattr(dataparser, "load_3D_points"):
-        # Reading points is slow and may prompt.
         setattr(dataparser, "load_3D_points", False)  # noqa: B010 - a field of some dataparsers only
     return dataparser

@@ -192,7 +192,7 @@ def _load(path: Path, device: torch.device | str | None, step: int | None, engin
         model.update_to_step(trained_step)
         model.load_state_dict(weights, strict=True)
         put_average(model, average)
-    except (RuntimeError, KeyError, TypeError, AttributeError) as error:
+    except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(
             f"The checkpoint {checkpoint} does not fit the student that {config_path} describes"
             f" ({one_line(error)}): a run's config.yml goes with its own checkpoints; restore both from one copy."

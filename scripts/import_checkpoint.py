@@ -14,7 +14,7 @@ import tyro
 from nerfstudio.utils.rich_utils import CONSOLE
 
 from r2l_nerfstudio.distillation.frame_check import OWN_SHARE
-from r2l_nerfstudio.errors import InputError, exit_on_input_error
+from r2l_nerfstudio.errors import InputError, command_line
 from r2l_nerfstudio.importing.capture_frame import LLFF_CENTERS, read_frame
 from r2l_nerfstudio.importing.onnx_network import read_onnx
 from r2l_nerfstudio.importing.published_network import PublishedNetwork, read_tar
@@ -105,8 +105,8 @@ class ImportCheckpoint:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise InputError(f"--{name.replace('_', '-')} must be a positive integer (got {value}).")
-        if self.checkpoint.is_dir():
-            raise InputError(f"{self.checkpoint} is a folder: give a published .tar or .onnx file.")
+        if self.checkpoint.exists() and not self.checkpoint.is_file():  # A folder, a pipe, an endless device.
+            raise InputError(f"{self.checkpoint} is not a regular file: give a published .tar or .onnx file.")
         read = read_onnx if self.checkpoint.suffix.lower() == ".onnx" else read_tar
         return read(self.checkpoint, self.num_points, self.num_frequencies)
 
@@ -128,7 +128,7 @@ class ImportCheckpoint:
 
 def main() -> None:
     """Run `r2l-import`."""
-    with exit_on_input_error():
+    with command_line():
         tyro.cli(ImportCheckpoint, description=__doc__, prog="r2l-import").main()
 
 

@@ -10,7 +10,7 @@ import tyro
 from nerfstudio.utils.rich_utils import CONSOLE
 
 from r2l_nerfstudio.engines.protocol import ENGINE_NAMES, EngineName
-from r2l_nerfstudio.errors import InputError, exit_on_input_error
+from r2l_nerfstudio.errors import InputError, command_line
 from r2l_nerfstudio.report.measure import measure
 from r2l_nerfstudio.report.page import as_html, as_markdown
 from r2l_nerfstudio.run_config import resolve_run
@@ -58,7 +58,7 @@ class Report:
 
 def main() -> None:
     """Run `r2l-report`."""
-    with exit_on_input_error():
+    with command_line():
         tyro.cli(Report, prog="r2l-report", description=__doc__).main()
 
 

@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import sys
 import time
 from pathlib import Path
@@ -16,11 +17,12 @@ import numpy as np
 import pytest
 import torch
 from fleets import QUIET, ThreadCluster, need, ran, run_fleet, stand_in_fleet, statuses, write_folder
+from test_report import measurements
 
 from r2l_nerfstudio.errors import InputError
 from r2l_nerfstudio.fleet import task
 from r2l_nerfstudio.fleet.captures import find_captures, folder_fingerprint
-from r2l_nerfstudio.fleet.cluster import Capacity
+from r2l_nerfstudio.fleet.cluster import Capacity, check_loopback, listening_addresses
 from r2l_nerfstudio.fleet.config import CaptureConfig, FleetConfig, TeacherConfig, check_fleet, load_fleet
 from r2l_nerfstudio.fleet.failures import judge
 from r2l_nerfstudio.fleet.figures import report_figures
@@ -515,15 +517,41 @@ def test_an_interrupted_teacher_continues_with_the_iterations_that_are_left(
         assert torch.load(run / "nerfstudio_models" / "step-000000009.ckpt", weights_only=True)["schedulers"] == [1.0]
 
 
+# Ray
+
+
+@pytest.mark.parametrize("address", ["0.0.0.0", "::", "192.168.1.5", "fe80::1", "::ffff:10.0.0.1"])
+def test_a_ray_that_others_can_reach_is_refused(address: str) -> None:
+    check_loopback({"127.0.0.1", "127.0.0.2", "::1", "::ffff:127.0.0.1"})
+    with pytest.raises(InputError, match=f"Ray listens on {address} instead of 127.0.0.1"):
+        check_loopback({"127.0.0.1", address})
+
+
+def test_what_listens_here_is_found() -> None:
+    with socket.socket() as server:
+        server.bind(("127.0.0.5", 0))
+        server.listen()
+        assert "127.0.0.5" in listening_addresses()
+    assert "127.0.0.5" not in listening_addresses()
+
+
 # What a user sees
 
 
-def test_a_reports_figures_are_found_and_nothing_is_made_up(tmp_path: Path) -> None:
-    (tmp_path / "report.json").write_text(
-        '{"views": [{"student": {"psnr": 9}}], "student": {"psnr": 25.5, "lpips": NaN}}'
-    )
-    assert report_figures(tmp_path) == {"student_psnr": 25.5}
-    (tmp_path / "report.json").write_text('{"teacher": {"psnr": NaN}}')
+@pytest.mark.parametrize("has_teacher", [True, False])
+def test_a_reports_figures_are_found(has_teacher: bool, tmp_path: Path) -> None:
+    figures = measurements(has_teacher).as_dict()
+    (tmp_path / "report.json").write_text(json.dumps(figures))
+    teacher = {"teacher_psnr": 28.0} if has_teacher else {}
+    assert report_figures(tmp_path) == {"student_psnr": 24.5, **teacher}
+
+
+@pytest.mark.parametrize(
+    "text", ["", "[]", "null", '{"mean": null}', '{"mean": {"teacher": {}}}', '{"mean": {"teacher": {"psnr": NaN}}}']
+)
+def test_figures_that_a_report_lacks_are_not_made_up(text: str, tmp_path: Path) -> None:
+    assert report_figures(tmp_path) == {}
+    (tmp_path / "report.json").write_text(text)
     assert report_figures(tmp_path) == {}
 
 

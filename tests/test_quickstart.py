@@ -147,15 +147,31 @@ def test_set_up_happens_once_per_pyproject(dev, monkeypatch, tmp_path):
     steps = []
     monkeypatch.setattr(dev, "run", lambda command, what, environment=None: steps.append(what))
     monkeypatch.setattr(dev.venv, "create", lambda path, **options: path.mkdir(exist_ok=True))
-    monkeypatch.setattr(dev, "check_multiprocess", lambda: None)
+    checks = []
+    for check in ("check_multiprocess", "check_nerfacto"):
+        monkeypatch.setattr(dev, check, lambda check=check: checks.append(check))
     dev.install()
-    assert len(steps) == 2
+    assert len(steps) == 2 and checks == ["check_multiprocess", "check_nerfacto"]
     dev.install()
-    assert len(steps) == 2
+    assert len(steps) == 2 == len(checks)
     with (tmp_path / "pyproject.toml").open("a") as file:
         file.write("# changed\n")
     dev.install()
     assert len(steps) == 4
+
+
+@pytest.mark.parametrize("code", [0, 1])
+def test_an_environment_without_a_working_nerfacto_is_refused(code: int, dev, monkeypatch, tmp_path, capsys):
+    program = tmp_path / "ns-train"
+    program.write_text(f"#!/bin/sh\necho fork_exec takes exactly 23 arguments, not $*\nexit {code}\n")
+    program.chmod(0o755)
+    monkeypatch.setattr(dev, "BIN", tmp_path)
+    if code == 0:
+        dev.check_nerfacto()
+        return
+    with pytest.raises(dev.InstallError, match="ns-train nerfacto does not start"):
+        dev.check_nerfacto()
+    assert "exactly 23 arguments, not nerfacto --help" in capsys.readouterr().err
 
 
 def test_failed_set_up_says_so_and_is_tried_again(dev, monkeypatch, capsys):

@@ -63,10 +63,15 @@ class DistillationDataManagerConfig(RenamedFields, VanillaDataManagerConfig):
     """Share of the rays of teacher views that are drawn from foreground pixels: a white background is soon learned."""
     refresh_share: Annotated[float, FloatRange(0, 1)] = 0.15
     """Share of the training time that may be used to replace teacher views by new ones; 0 keeps the first ones."""
-    photo_iterations: Annotated[int, IntRange(0, 10**9)] = 2000
+    # The aliases are the flags' former names, which scripts of users hold.
+    photo_iterations: Annotated[
+        int, IntRange(0, 10**9), tyro.conf.arg(aliases=["--pipeline.datamanager.real-iterations"])
+    ] = 2000
     """Iterations of the photo stage: the last iterations, which mix in rays of photos; 0 learns from the teacher
     only."""
-    photo_fraction: Annotated[float, FloatRange(0, 1)] = 0.5
+    photo_fraction: Annotated[
+        float, FloatRange(0, 1), tyro.conf.arg(aliases=["--pipeline.datamanager.real-fraction"])
+    ] = 0.5
     """Share of photos in each batch of the photo stage."""
     holdout_fraction: Annotated[float, FloatRange(0, 1)] = 0.1
     """Share of the training photos that is held out, to measure on and never train on."""

@@ -25,7 +25,7 @@ from nerfstudio.utils.decorators import check_main_thread
 from nerfstudio.utils.rich_utils import CONSOLE
 
 from r2l_nerfstudio.checkpoints import read_checkpoint, weight_bytes
-from r2l_nerfstudio.dataparsers import dataparser_of
+from r2l_nerfstudio.dataparsers import dataparser_of, without_points
 from r2l_nerfstudio.disk import check_writable, free_bytes
 from r2l_nerfstudio.distillation.learning_curve import LearningCurveWriter, read_learning_curve
 from r2l_nerfstudio.distillation.optimization import PublishedSchedulerConfig, ScheduledRate
@@ -155,7 +155,7 @@ class DistillationTrainerConfig(TrainerConfig):
         taught_from = teacher.pipeline.datamanager
         dataparser = dataparser_of(teacher)
         if dataparser is not None:
-            datamanager.dataparser = copy.deepcopy(dataparser)
+            datamanager.dataparser = without_points(dataparser)
         datamanager.camera_res_scale_factor = getattr(taught_from, "camera_res_scale_factor", 1.0)
         data = self.data or datamanager.data
         datamanager.data = (Path(data) if data is not None else capture_path(teacher, config_path)).absolute()

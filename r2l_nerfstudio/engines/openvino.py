@@ -93,7 +93,7 @@ class OpenVinoEngine:
                 "INFERENCE_PRECISION_HINT": _HINTS[precision],
                 "PERFORMANCE_HINT": "LATENCY",
                 "INFERENCE_NUM_THREADS": torch.get_num_threads(),
-                # Otherwise it caches something for every image size for as long as the viewer is open.
+                # Otherwise it caches something for every image size. oneDNN's own cache remains, limited to 1024 primitives.
                 "CPU_RUNTIME_CACHE_CAPACITY": "0",
             },
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import logging
 import math
 import os
@@ -150,14 +151,36 @@ def open_cluster(config: FleetConfig) -> Iterator[RayCluster]:
         return
     context = _start(config)
     try:
-        if not config.address and (found := ray.util.get_node_ip_address()) != LOOPBACK:
-            raise InputError(
-                f"Ray listens on {found} instead of {LOOPBACK}, so other machines could reach it: set the environment"
-                f" variable {_LOOPBACK_SWITCH}=0."
-            )
+        if not config.address:
+            check_loopback({ray.util.get_node_ip_address(), *listening_addresses()})
         yield RayCluster(getattr(context, "dashboard_url", "") or "")
     finally:
         ray.shutdown()
+
+
+def check_loopback(addresses: set[str]) -> None:
+    """Refuse a Ray of our own that other machines could reach.
+
+    Raises:
+        InputError: one of the addresses is not loopback.
+    """
+    for address in addresses:
+        found = ipaddress.ip_address(address)
+        found = getattr(found, "ipv4_mapped", None) or found
+        if not found.is_loopback:
+            raise InputError(
+                f"Ray listens on {address} instead of {LOOPBACK}, so other machines could reach it: set the environment"
+                f" variable {_LOOPBACK_SWITCH}=0."
+            )
+
+
+def listening_addresses() -> set[str]:
+    """Return the addresses that this process and those it started listen on, where the system tells."""
+    found = set()
+    for process in (psutil.Process(), *psutil.Process().children(recursive=True)):
+        with suppress(psutil.Error):
+            found |= {c.laddr.ip for c in process.net_connections("inet") if c.status == psutil.CONN_LISTEN}
+    return found
 
 
 def _start(config: FleetConfig) -> Any:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, cast, get_args
+from typing import Literal, get_args
 
 import numpy as np
 import torch
@@ -15,6 +14,8 @@ from nerfstudio.data.dataparsers.blender_dataparser import BlenderDataParserConf
 from nerfstudio.data.dataparsers.nerfstudio_dataparser import NerfstudioDataParserConfig
 from torch import Tensor
 
+from r2l_nerfstudio.capture import CaptureError, parse_capture
+from r2l_nerfstudio.dataparsers import without_points
 from r2l_nerfstudio.distillation.pose_sampling import CaptureCameras, capture_cameras
 from r2l_nerfstudio.errors import InputError, one_line
 from r2l_nerfstudio.rays.published import (
@@ -111,7 +112,6 @@ def _dataparser(data: Path, teacher: Path | None) -> DataParserConfig:
         parser = getattr(load_run_config(teacher).pipeline.datamanager, "dataparser", None)
         if parser is None:
             raise InputError(f"The run {teacher} was not trained on a capture: give another one with --teacher.")
-        parser = copy.deepcopy(parser)
     elif (data / "transforms_train.json").is_file():
         parser = BlenderDataParserConfig()
     elif (data / "transforms.json").is_file():
@@ -121,19 +121,17 @@ def _dataparser(data: Path, teacher: Path | None) -> DataParserConfig:
             f"The capture {data} has neither transforms_train.json (Blender) nor transforms.json (Nerfstudio):"
             " convert it with ns-process-data first, or give another folder with --data."
         )
+    parser = without_points(parser)
     parser.data = data.absolute()
-    if hasattr(parser, "load_3D_points"):
-        cast(Any, parser).load_3D_points = False
     return parser
 
 
 def _outputs(dataparser: DataParserConfig, data: Path, split: str) -> DataparserOutputs:
     try:
-        return dataparser.setup().get_dataparser_outputs(split=split)
-    except Exception as error:  # every dataparser has failures of its own
+        return parse_capture(dataparser, split)
+    except CaptureError as error:
         raise InputError(
-            f"The capture {data} cannot be read ({type(error).__name__}: {one_line(error)}): restore it, or give a"
-            " complete copy with --data."
+            f"The capture {data} cannot be read ({one_line(error)}): restore it, or give a complete copy with --data."
         ) from error
 
 

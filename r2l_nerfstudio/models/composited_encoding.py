@@ -16,7 +16,7 @@ from torch.nn.functional import normalize, pad
 
 from r2l_nerfstudio.engines.weights import weights_state
 from r2l_nerfstudio.rays.encoding import encoded_dim, frequency_encode
-from r2l_nerfstudio.rays.occupancy import OccupancyGrid, grid_point_index
+from r2l_nerfstudio.rays.occupancy import OccupancyGrid, checked_resolution, grid_point_index
 from r2l_nerfstudio.rays.placement import place_samples
 from r2l_nerfstudio.rays.ray_code import RayCode
 from r2l_nerfstudio.rays.ray_image import MARGIN, CellPixels
@@ -104,11 +104,21 @@ class CompositedEncoding(nn.Module):
         return {"volume_cells": list(self._volume_cells)}
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
-        self._volume_cells = tuple(state["volume_cells"])
+        self._volume_cells = checked_resolution(state["volume_cells"])
 
     def _index_again(self, _: Any) -> None:
-        """Restore after loading which rows belong to which grid points."""
-        self.volume.index = grid_point_index(self.occupancy.cells, self._volume_cells).to(self.volume.rows.device)
+        """Restore after loading which rows belong to which grid points.
+
+        Raises:
+            ValueError: the scene's box is empty, or there are fewer rows than grid points.
+        """
+        scene = self.occupancy.scene
+        if not bool((scene.extent > 0).all()):
+            raise ValueError(f"its scene's box has sides of {scene.extent.tolist()}")
+        index = grid_point_index(self.occupancy.cells, self._volume_cells)
+        if int(index.max()) >= len(self.volume.rows):
+            raise ValueError(f"it holds {len(self.volume.rows) - 1} features for {int(index.max())} grid points")
+        self.volume.index = index.to(self.volume.rows.device)
 
     def for_graph(self, dtype: torch.dtype) -> CompositedEncoding:
         """Return a copy in plain PyTorch operators on any device, for exporters.

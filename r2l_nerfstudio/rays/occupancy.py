@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
+import psutil
 import torch
 from jaxtyping import Float, Int32, UInt8
 from torch import Tensor, nn
 from torch.nn.functional import adaptive_max_pool3d, interpolate, max_pool3d, pad
 
 from r2l_nerfstudio.rays.scene_grid import SceneGrid
+
+_BYTES_PER_CELL = 16
+"""Peak memory while the grid points of occupied cells are numbered."""
 
 
 class OccupancyGrid(nn.Module):
@@ -36,7 +41,10 @@ class OccupancyGrid(nn.Module):
         return {"shape": list(self.cells.shape), "bits": packed(self.cells)}
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
-        self.cells = _unpacked(state["bits"], tuple(state["shape"])).to(self.cells.device)
+        shape, bits = checked_resolution(state["shape"]), state["bits"]
+        if not isinstance(bits, Tensor) or bits.dtype != torch.uint8 or bits.numel() != -(-math.prod(shape) // 8):
+            raise ValueError(f"the occupancy of {shape} cells is not stored in as many bits")
+        self.cells = _unpacked(bits.flatten(), shape).to(self.cells.device)
 
     def clear(self, resolution: tuple[int, int, int]) -> None:
         """Start with an empty grid of this many cells along x, y, z."""
@@ -69,6 +77,19 @@ class OccupancyGrid(nn.Module):
     def share(self) -> float:
         """Return the share of occupied cells."""
         return float(self.cells.float().mean())
+
+
+def checked_resolution(sizes: Any) -> tuple[int, int, int]:
+    """Return the resolution of a grid from a checkpoint.
+
+    Raises:
+        ValueError: it is not three sizes, or this machine has no memory for as many cells.
+    """
+    if not isinstance(sizes, list | tuple) or len(sizes) != 3 or not all(type(size) is int for size in sizes):
+        raise ValueError(f"{sizes!r} is no resolution of a grid"[:200])
+    if min(sizes) < 1 or _BYTES_PER_CELL * math.prod(sizes) > psutil.virtual_memory().available:
+        raise ValueError(f"no grid can have {list(sizes)} cells here"[:200])
+    return (sizes[0], sizes[1], sizes[2])
 
 
 def gathered(table: Tensor, numbers: Int32[Tensor, "*batch"]) -> Tensor:

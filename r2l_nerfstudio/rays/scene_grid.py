@@ -52,6 +52,8 @@ class SceneGrid(nn.Module):
         return {"warp": self.warp}
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
+        if state["warp"] not in WARPS:
+            raise ValueError(f"its scene is warped by {state['warp']!r}"[:200])
         self.warp = state["warp"]
 
     def fit(

@@ -18,6 +18,7 @@ from nerfstudio.utils.rich_utils import CONSOLE
 from torch import Tensor
 from torch.nn.functional import interpolate
 
+from r2l_nerfstudio.capture import CaptureError, parse_capture
 from r2l_nerfstudio.console import progress_bar
 from r2l_nerfstudio.dataparsers import dataparser_at
 from r2l_nerfstudio.distillation.datamanager import DistillationDataManagerConfig
@@ -202,10 +203,10 @@ def measure(
     datamanager = cast(DistillationDataManagerConfig, config.pipeline.datamanager)
     place = capture_path(config, config_path) if data is None else Path(data)
     loaded_teacher = _load_teacher(teacher, getattr(config.pipeline, "teacher", None), place, model.device)
-    parser = dataparser_at(config, place).setup()
+    parser = dataparser_at(config, place)
     try:
-        splits = {split: parser.get_dataparser_outputs(split=split) for split in ("train", "test")}
-    except Exception as error:  # Every dataparser raises its own exceptions.
+        splits = {split: parse_capture(parser, split) for split in ("train", "test")}
+    except CaptureError as error:
         raise InputError(
             f"The capture {place} cannot be read ({one_line(error)}): give its folder with --data."
         ) from error

@@ -39,6 +39,12 @@ def _frustum(x, y, z, origin, axes, nearest):  # noqa: ANN001, ANN202
 
 
 @_jit
+def _cell(x, most):  # noqa: ANN001, ANN202
+    """Round down to an index. As unsigned, what NaN becomes is clamped too: arrays are read without a bounds check."""
+    return np.int32(min(np.uint32(np.int32(x)), most))
+
+
+@_jit
 def _unit(x, low, inverse):  # noqa: ANN001, ANN202
     return min(max((x - low) * inverse, np.float32(0.0)), np.float32(1.0))
 
@@ -104,7 +110,7 @@ def place(  # noqa: ANN201
     nz, ny, nx = occupied.shape
     cells = occupied.reshape(-1)
     sx, sy, sz = np.float32(nx), np.float32(ny), np.float32(nz)
-    mx, my, mz = np.int32(nx - 1), np.int32(ny - 1), np.int32(nz - 1)
+    mx, my, mz = np.uint32(nx - 1), np.uint32(ny - 1), np.uint32(nz - 1)
     row, layer = np.int32(nx), np.int32(ny * nx)
     for ray in range(starts.shape[0]):
         if is_empty[ray]:
@@ -117,7 +123,7 @@ def place(  # noqa: ANN201
         else:
             _frustum_path(positions, ray, starts, steps, origin, axes, nearest, low, inverse, xs, ys, zs)
         for j in range(num_probes):
-            ix, iy, iz = min(np.int32(xs[j] * sx), mx), min(np.int32(ys[j] * sy), my), min(np.int32(zs[j] * sz), mz)
+            ix, iy, iz = _cell(xs[j] * sx, mx), _cell(ys[j] * sy, my), _cell(zs[j] * sz, mz)
             here = np.float32(cells[np.uint32(iz * layer + iy * row + ix)])
             weight[j] = here
             total += here
@@ -150,11 +156,7 @@ def _interpolate(x, y, z, index, rows, value, channels):  # noqa: ANN001, ANN202
     """Read all channels trilinearly at a point of the unit cube."""
     nz, ny, nx = index.shape
     x, y, z = x * np.float32(nx - 1), y * np.float32(ny - 1), z * np.float32(nz - 1)
-    ix, iy, iz = (
-        min(np.int32(x), np.int32(nx - 2)),
-        min(np.int32(y), np.int32(ny - 2)),
-        min(np.int32(z), np.int32(nz - 2)),
-    )
+    ix, iy, iz = _cell(x, np.uint32(nx - 2)), _cell(y, np.uint32(ny - 2)), _cell(z, np.uint32(nz - 2))
     fx, fy, fz = x - np.float32(ix), y - np.float32(iy), z - np.float32(iz)
     gx, gy, gz = np.float32(1.0) - fx, np.float32(1.0) - fy, np.float32(1.0) - fz
     near, far = index[iz], index[iz + 1]

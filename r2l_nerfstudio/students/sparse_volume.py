@@ -44,9 +44,10 @@ class SparseVolume(nn.Module):
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.channels = channels
-        self.rows = nn.Parameter(torch.zeros(1, 1 + channels))
+        empty = torch.zeros(1, 1 + channels)
+        empty[0, 0] = EMPTY_DENSITY
+        self.rows = nn.Parameter(empty)
         self.register_buffer("index", torch.zeros(2, 2, 2, dtype=torch.int32), persistent=False)
-        self.lay_out(self.index)
 
     def lay_out(self, index: Int32[Tensor, "z y x"], spare: int = 0) -> Int64[Tensor, "rows"]:
         """Hold these grid points from now on. Points held before keep their numbers; new ones start transparent.

@@ -40,16 +40,25 @@ class Served:
 
 
 @contextmanager
-def serve(command: list[str], environment: dict[str, str], folder: Path) -> Iterator[Served]:
-    """Run a command that has a viewer, on a free port of this machine, until the viewer answers."""
+def serve(
+    command: list[str], environment: dict[str, str], folder: Path, flags: str = "--viewer.websocket-"
+) -> Iterator[Served]:
+    """Run a command that has a viewer, on a free port of this machine, until the viewer answers.
+
+    Args:
+        command: with its arguments.
+        environment: of the process.
+        folder: current folder of the process, and where its output goes.
+        flags: how the command's flags for port and host begin.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     log = folder / "log.txt"
-    flags = ["--viewer.websocket-port", str(port), "--viewer.websocket-host", "127.0.0.1"]
+    address = [f"{flags}port", str(port), f"{flags}host", "127.0.0.1"]
     with log.open("w") as output:
         process = subprocess.Popen(
-            [*command, *flags], env=environment, stdout=output, stderr=subprocess.STDOUT, cwd=folder
+            [*command, *address], env=environment, stdout=output, stderr=subprocess.STDOUT, cwd=folder
         )
         served = Served(process, port, log)
 
