@@ -47,14 +47,14 @@ def sample_crops(
     """Draw crops at random places of random views.
 
     A crop may begin at any pixel, so the student learns every alignment of its grid of cells, and the grid does not
-        show when a camera moves by a pixel.
+    show when a camera moves by a pixel.
 
     Args:
         views: views to draw from.
         num_crops: number of crops.
         cells: cells along each side of a square crop, or rows and columns.
         factor: upsampling factor, pixels along each side of a cell.
-        generator: on the views' device, for a repeatable draw.
+        generator: for a repeatable draw.
         foreground_fraction: share of the crops with foreground in their middle.
         margin: cells around a crop.
         conventions: how the student's ray encoding reads rays.
@@ -68,10 +68,11 @@ def sample_crops(
     rows_of_cells, columns_of_cells = (cells, cells) if isinstance(cells, int) else cells
     down, across = rows_of_cells * factor, columns_of_cells * factor
     height, width = views.pixels.shape[1:3]
+    drawn_on = device if generator is None else generator.device
 
     def draw(*shape: int) -> tuple[Tensor, Tensor, Tensor]:
         def below(end: int) -> Tensor:
-            return torch.randint(end, shape, generator=generator, device=device)
+            return torch.randint(end, shape, generator=generator, device=drawn_on).to(device)
 
         return below(len(views)), below(height - down + 1), below(width - across + 1)
 

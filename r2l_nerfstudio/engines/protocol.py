@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-EngineName = Literal["torch", "inductor", "openvino", "onnxruntime", "tensorrt", "torch-tensorrt"]
+EngineName = Literal["torch", "inductor", "openvino", "onnxruntime", "tensorrt", "torch-tensorrt", "triton"]
 ENGINE_NAMES: tuple[EngineName, ...] = get_args(EngineName)
 
 Precision = Literal["fp32", "bf16", "fp16"]

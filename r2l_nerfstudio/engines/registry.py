@@ -22,6 +22,7 @@ _MODULES = {
     "onnxruntime": "onnxruntime",
     "tensorrt": "tensorrt",
     "torch-tensorrt": "torch_tensorrt",
+    "triton": "triton_engine",
 }
 
 

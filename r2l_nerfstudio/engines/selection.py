@@ -49,7 +49,8 @@ def candidates(device: torch.device, is_exact: bool) -> list[Candidate]:
             there.
     """
     if device.type == "cuda":
-        return [Candidate("torch", "fp16"), Candidate("tensorrt", "fp16"), Candidate("inductor", "fp16")]
+        names: tuple[EngineName, ...] = ("torch", "tensorrt", "triton", "inductor")
+        return [Candidate(name, "fp16") for name in names]
     openvino: frozenset[EngineName] = frozenset({"openvino"})
     either: frozenset[EngineName] = frozenset({"openvino", "onnxruntime"})
     if is_exact:

@@ -6,24 +6,29 @@ import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from itertools import repeat
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 from torch.nn.functional import normalize, pad
+from torch.utils.checkpoint import checkpoint
 
 from r2l_nerfstudio.engines.weights import weights_state
+from r2l_nerfstudio.rays.constants import constant
 from r2l_nerfstudio.rays.encoding import encoded_dim, frequency_encode
 from r2l_nerfstudio.rays.occupancy import OccupancyGrid, checked_resolution, grid_point_index
-from r2l_nerfstudio.rays.placement import place_samples
+from r2l_nerfstudio.rays.placement import Placement, place_samples
 from r2l_nerfstudio.rays.ray_code import RayCode
 from r2l_nerfstudio.rays.ray_image import MARGIN, CellPixels
 from r2l_nerfstudio.rays.scene_grid import NEAREST, WARPS
 from r2l_nerfstudio.students.cpu_march import MarchSpace, march
 from r2l_nerfstudio.students.sparse_volume import Composited, SparseVolume, composite, int8_rows, read_rows
 
+RAYS_AT_ONCE = 1 << 17
+"""On a GPU: the points of more rays would take gigabytes, for drawing as for training."""
 LEAST = 1e-4
 """Accumulation below which a ray's expected point moves to the middle of its span."""
 
@@ -215,21 +220,52 @@ class CompositedEncoding(nn.Module):
             return Composited(*found.split((self.settings.channels, 1, 1, 3), dim=-1)), is_empty
 
     def in_torch(self, span: RaySpan, jitter: bool, samples: int) -> tuple[Composited, Bool[Tensor, "groups"]]:
-        """Compute `composited` in PyTorch operators: on a GPU, and in exported graphs."""
+        """Compute `composited` in PyTorch operators: on a GPU, and in exported graphs.
+
+        For many rays, the backward pass recomputes what is read at the sample points instead of keeping it.
+        """
+        at_once = max(1, RAYS_AT_ONCE // span.direction.shape[1])
+        if self._is_graph or len(span.direction) <= at_once:
+            return self._in_one_go(span, jitter, samples, is_kept=True)
+        fields = (repeat(None) if field is None else field.split(at_once) for field in span)
+        is_kept = not torch.is_grad_enabled()
+        parts = [self._in_one_go(RaySpan(*part), jitter, samples, is_kept) for part in zip(*fields, strict=False)]
+        found = (torch.cat(values) for values in zip(*(found for found, _ in parts), strict=True))
+        return Composited(*found), torch.cat([is_empty for _, is_empty in parts])
+
+    def _in_one_go(
+        self, span: RaySpan, jitter: bool, samples: int, is_kept: bool
+    ) -> tuple[Composited, Bool[Tensor, "groups"]]:
         probes = self.positions(self.middles(span.origin.device))
-        cells = span.origin.new_tensor(self.volume.cells)
+        cells = constant(span.origin, self.volume.cells)
         placed = place_samples(self.occupancy, span.lead_start, span.lead_step, probes, samples, cells, jitter)
         is_empty = placed.is_empty if span.is_missed is None else placed.is_empty | span.is_missed
+        placed = placed._replace(is_empty=is_empty)
+        rows = self.volume.rows
+        if is_kept:
+            return self._gathered(rows, span, placed), is_empty
+        found = checkpoint(
+            lambda rows: tuple(self._gathered(rows, span, placed)),
+            rows,
+            use_reentrant=True,
+            preserve_rng_state=False,  # points are placed already
+        )
+        return Composited(*cast(tuple[Tensor, ...], found)), is_empty
+
+    def _gathered(self, rows: Float[Tensor, "rows values"], span: RaySpan, placed: Placement) -> Composited:
+        """Read rows of the volume at the sample points of rays, and composite them."""
         distances = self.distances(span, placed.fractions)[:, None, :, None]
         points = self.occupancy.scene(span.origin[:, None] + distances * span.direction[:, :, None]).flatten(0, 1)
-        values = read_rows(self.volume.rows, self.volume.index, points) if self._is_graph else self.volume(points)
+        if not self._is_graph:
+            rows = torch.cat([rows[:1].detach(), rows[1:]])  # empty space gets no gradient
+        values = read_rows(rows, self.volume.index, points)
         if self._widths is not None:
             values = values * self._widths
         lengths, fractions, empty = (
             t[:, None].expand(-1, span.direction.shape[1], *t.shape[1:]).flatten(0, 1)
-            for t in (placed.lengths, placed.fractions, is_empty)
+            for t in (placed.lengths, placed.fractions, placed.is_empty)
         )
-        return composite(values, lengths, fractions, points, empty), is_empty
+        return composite(values, lengths, fractions, points, empty)
 
     def code(
         self, found: Composited, directions: Float[Tensor, "rays 3"], encode: FrequencyEncode = frequency_encode

@@ -404,11 +404,13 @@ class LightFieldModel(Model):
         Args:
             runner: from encoded rays to values, both fp32, shapes as the network's.
         """
-        former, self._runner = self._runner, runner
+        former = self._runner
+        # Not by `setattr`: a module would become a part of this one, and never be found.
+        self.__dict__["_runner"] = runner
         try:
             yield
         finally:
-            self._runner = former
+            self.__dict__["_runner"] = former
 
     @torch.no_grad()
     def render_camera(self, camera: Cameras, obb_box: OrientedBox | None = None) -> dict[str, Tensor]:

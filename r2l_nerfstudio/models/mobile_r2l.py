@@ -18,6 +18,7 @@ from r2l_nerfstudio.models.camera_rays import CameraRays
 from r2l_nerfstudio.models.composited_encoding import CompositedEncoding, EncodedRays, encode_ray_image
 from r2l_nerfstudio.models.light_field import LightFieldModel, LightFieldModelConfig
 from r2l_nerfstudio.ranges import IntRange
+from r2l_nerfstudio.rays.constants import constant
 from r2l_nerfstudio.rays.pinhole import pixel_centers
 from r2l_nerfstudio.rays.ray_image import MARGIN, ray_image_intrinsics, ray_image_size
 from r2l_nerfstudio.rays.sphere_window import Window, sphere_window
@@ -182,7 +183,7 @@ class MobileR2LModel(LightFieldModel):
         across, down = drawn_width / width, drawn_height / height
         # The pixels from which one resampled pixel is read, and one more.
         spill = math.ceil(max(1.0, across, down)) + 1
-        drawn_intrinsics = intrinsics * intrinsics.new_tensor([across, down] * 2)
+        drawn_intrinsics = intrinsics * constant(intrinsics, [across, down] * 2)
         values = self._draw(pose, drawn_intrinsics, drawn_height, drawn_width, spill)
         if (drawn_height, drawn_width) != (height, width):
             values = interpolate(values, (height, width), mode="bilinear", antialias=True)
@@ -208,7 +209,7 @@ class MobileR2LModel(LightFieldModel):
             window = sphere_window(pose, intrinsics, height, width, code.center, float(code.radius), spill)
         left, columns = self._cells(window.left, window.right, width)
         top, rows = self._cells(window.top, window.bottom, height)
-        corner = intrinsics.new_tensor([left, top])
+        corner = constant(intrinsics, [left, top])
         margin = self.margin * self.factor
         code, geometry = self._encoding(pose, intrinsics, rows, columns, corner)
         values = self.run_network(code)

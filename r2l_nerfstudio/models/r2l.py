@@ -18,6 +18,7 @@ from r2l_nerfstudio.models.camera_rays import CameraRays
 from r2l_nerfstudio.models.composited_encoding import CompositedEncoding, EncodedRays, encode_single_rays
 from r2l_nerfstudio.models.light_field import LightFieldModel, LightFieldModelConfig
 from r2l_nerfstudio.ranges import IntRange
+from r2l_nerfstudio.rays.constants import constant
 from r2l_nerfstudio.students.resmlp import ResMLP
 from r2l_nerfstudio.students.sparse_volume import Composited
 
@@ -94,7 +95,7 @@ class R2LModel(LightFieldModel):
             if camera is not None and self.ray_code.reads_pixel_centers:
                 return self.render_rays(*camera.rays)
             return self.render_rays(*self.ray_code.image_rays(pose, intrinsics, height, width))
-        scale = intrinsics.new_tensor([drawn_width / width, drawn_height / height] * 2)
+        scale = constant(intrinsics, [drawn_width / width, drawn_height / height] * 2)
         values = self.render_rays(*self.ray_code.image_rays(pose, intrinsics * scale, drawn_height, drawn_width))
         values = interpolate(values.permute(2, 0, 1)[None], (height, width), mode="bilinear", antialias=True)
         return values[0].permute(1, 2, 0)

@@ -11,6 +11,7 @@ from jaxtyping import Float, Int32, UInt8
 from torch import Tensor, nn
 from torch.nn.functional import adaptive_max_pool3d, interpolate, max_pool3d, pad
 
+from r2l_nerfstudio.rays.constants import constant
 from r2l_nerfstudio.rays.scene_grid import SceneGrid
 
 _BYTES_PER_CELL = 16
@@ -66,7 +67,7 @@ class OccupancyGrid(nn.Module):
     def flat_cell(self, unit_points: Float[Tensor, "*batch 3"]) -> Int32[Tensor, "*batch"]:
         """Return the index in raster order of the cell that contains a point of the unit cube."""
         x, y, z = self.resolution
-        cell = (unit_points * unit_points.new_tensor([x, y, z])).to(torch.int32)
+        cell = (unit_points * constant(unit_points, [x, y, z])).to(torch.int32)
         ix, iy, iz = (cell[..., axis].clamp(max=size - 1) for axis, size in enumerate((x, y, z)))
         return (iz * y + iy) * x + ix
 

@@ -9,6 +9,7 @@ from jaxtyping import Bool, Float, Int8, Int32, Int64
 from torch import Tensor, nn
 from torch.nn.functional import embedding
 
+from r2l_nerfstudio.rays.constants import constant
 from r2l_nerfstudio.rays.occupancy import gathered
 
 EMPTY_DENSITY = -8.0
@@ -106,11 +107,6 @@ class SparseVolume(nn.Module):
             self.rows.data = self.rows.new_empty(saved.shape)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
-    def forward(self, points: Float[Tensor, "*batch 3"]) -> Float[Tensor, "*batch values"]:
-        """Return raw density, then features, at points of the unit cube. Empty space gets no gradient."""
-        rows = torch.cat([self.rows[:1].detach(), self.rows[1:]])
-        return read_rows(rows, self.index, points)
-
 
 def int8_rows(rows: Float[Tensor, "rows values"]) -> tuple[Int8[Tensor, "rows values"], Float[Tensor, "values"]]:
     """Rows rounded to 255 levels, and the width of a level of each column."""
@@ -129,8 +125,8 @@ def read_rows(
         points: in the unit cube.
     """
     z, y, x = index.shape
-    where = points * points.new_tensor([x - 1, y - 1, z - 1])
-    low = torch.minimum(where.floor(), where.new_tensor([x - 2, y - 2, z - 2]))
+    where = points * constant(points, [x - 1, y - 1, z - 1])
+    low = torch.minimum(where.floor(), constant(where, [x - 2, y - 2, z - 2]))
     shares = where - low
     ix, iy, iz = low.to(torch.int32).unbind(-1)
     first = (iz * y + iy) * x + ix

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from nerfstudio.viewer.viewer import Viewer
 
 _ON_CPU = ["auto", "torch", "openvino", "onnxruntime", "inductor"]
-_ON_GPU = ["auto", "torch", "tensorrt", "inductor", "torch-tensorrt"]
+_ON_GPU = ["auto", "torch", "tensorrt", "inductor", "torch-tensorrt", "triton"]
 
 
 class EngineMenu(ViewerControl):
