@@ -14,6 +14,7 @@ from benchmarks.soak import Soak
 from benchmarks.tables import Tables
 from benchmarks.train import Train
 from benchmarks.web import Web
+from benchmarks.web_renderer import WebRenderer
 from r2l_nerfstudio.errors import command_line
 
 COMMANDS = {
@@ -25,6 +26,7 @@ COMMANDS = {
     "tables": Tables,
     "train": Train,
     "web": Web,
+    "web-renderer": WebRenderer,
     "soak": Soak,
 }
 

@@ -33,8 +33,8 @@ from r2l_nerfstudio.engines.cache import device_name
 from r2l_nerfstudio.errors import InputError
 from r2l_nerfstudio.export.navigation import start_pose
 from r2l_nerfstudio.export.training_cameras import training_cameras
-from r2l_nerfstudio.export.web_folder import RUNTIME, SCENE, export_web
-from r2l_nerfstudio.export.web_runtime import BACKENDS, VERSION, fetch_runtime
+from r2l_nerfstudio.export.web_folder import FALLBACK, RUNTIME, SCENE, UNREAD, export_web
+from r2l_nerfstudio.export.web_runtime import FILES, VERSION, fetch_runtime
 from r2l_nerfstudio.export.web_server import WebServer
 from r2l_nerfstudio.psnr import psnr
 from r2l_nerfstudio.rays.spacing import SceneBounds
@@ -54,6 +54,8 @@ PATIENCE_MS = 600_000.0
 FEWEST = 2
 """So many pictures are timed at least; the one that the page begins with, unlike them, counts nowhere."""
 MOST = 30
+ELEMENT = "document.querySelector('light-field')"
+CANVAS = f"{ELEMENT}.shadowRoot.querySelector('canvas')"
 _FIELD_OF_VIEW = 0.6
 _RADIUS = 4.0
 
@@ -141,7 +143,7 @@ class Web:
             raise InputError(
                 f"Chromium draws with {found['backend']}, not with {count} threads: choose other --threads."
             )
-        size = page.evaluate("[document.querySelector('canvas').width, document.querySelector('canvas').height]")
+        size = page.evaluate(f"[{CANVAS}.width, {CANVAS}.height]")
         if size != [side, side]:
             raise InputError(
                 f"The page drew {size[0]}x{size[1]} pixels, not {side}x{side}: this is a fault of the page."
@@ -241,7 +243,7 @@ def visited(chromium: Browser, folder: Path, query: str, width: int, height: int
 
 def state(page: Page) -> dict[str, str]:
     """What the page says of itself."""
-    return page.evaluate("({...document.body.dataset})")
+    return page.evaluate(f"({{...{ELEMENT}.dataset}})")
 
 
 def settle(page: Page) -> None:
@@ -250,7 +252,7 @@ def settle(page: Page) -> None:
     Raises:
         InputError: the page gave up.
     """
-    page.wait_for_function("['resting', 'failed'].includes(document.body.dataset.state)")
+    page.wait_for_function(f"['resting', 'failed'].includes({ELEMENT}.dataset.state)")
     if state(page)["state"] == "failed":
         raise InputError(f"The page says: {page.locator('#message').inner_text()}")
 
@@ -259,7 +261,7 @@ def move(page: Page, view: dict[str, float]) -> None:
     """Ask for a view by the address, and wait for its picture."""
     before = int(state(page)["frames"])
     page.evaluate("hash => { location.hash = hash }", "&".join(f"{key}={value:.4f}" for key, value in view.items()))
-    page.wait_for_function(f"document.body.dataset.frames > {before}")
+    page.wait_for_function(f"{ELEMENT}.dataset.frames > {before}")
     settle(page)
 
 
@@ -289,17 +291,19 @@ def shown_view(limits: dict[str, Any], address: str) -> dict[str, Any]:
 
 def canvas_picture(page: Page) -> Float[Tensor, "height width 3"]:
     """What is on the canvas, in [0, 1]."""
-    url = page.evaluate("document.querySelector('canvas').toDataURL('image/png')")
+    url = page.evaluate(f"{CANVAS}.toDataURL('image/png')")
     image = Image.open(io.BytesIO(base64.b64decode(url.partition(",")[2])))
     return torch.from_numpy(np.asarray(image.convert("RGB"), dtype=np.float32) / 255)
 
 
 def loaded_bytes(files: dict[str, int], backend: Literal["webgpu", "wasm"]) -> int:
-    """What a visitor loads of a folder: the page, one runtime, one student."""
-    precision = "fp16" if backend == "webgpu" else "fp32"
-    page = [name for name in files if "/" not in name and not name.endswith((".onnx", ".txt"))]
-    runtime = [f"{RUNTIME}/{name}" for name in BACKENDS[backend]]
-    return sum(files[name] for name in [*page, *runtime, f"student.{precision}.onnx"])
+    """What a visitor loads of a folder: the page and the student, without WebGPU also a runtime."""
+    page = sum(size for name, size in files.items() if "/" not in name and name not in (*UNREAD, FALLBACK))
+    if backend == "webgpu":
+        return page
+    weights = sum(size for name, size in files.items() if name.endswith(".safetensors"))
+    runtime = [f"{RUNTIME}/{name}" for name in FILES]
+    return page - weights + sum(files[name] for name in [*runtime, FALLBACK, "worker.js"])
 
 
 def as_markdown(figures: dict[str, Any]) -> str:
@@ -333,15 +337,15 @@ def as_markdown(figures: dict[str, Any]) -> str:
             *(f"| {name} (published) | {synthetic} | {facing} |" for name, synthetic, facing in PUBLISHED),
         ]
     for row in figures["frames"]:
-        size = row["bytes"]["student.fp16.onnx"] / 1e6
-        lines.append(f"| `{row['method']}`, {row['frame']}: student.fp16.onnx | {size:.1f} | {size:.1f} |")
+        size = row["bytes"]["student.fp16.safetensors"] / 1e6
+        lines.append(f"| `{row['method']}`, {row['frame']}: student.fp16.safetensors | {size:.1f} | {size:.1f} |")
     for row in figures["frames"]:
         files = row["bytes"]
         lines += [
             "",
             f"## Bytes of the folder: {row['method']}, {row['frame']}",
             "",
-            f"A visitor loads {loaded_bytes(files, 'webgpu') / 1e6:.1f} MB where WebGPU has half precision, and"
+            f"A visitor loads {loaded_bytes(files, 'webgpu') / 1e6:.2f} MB where there is WebGPU, and"
             f" {loaded_bytes(files, 'wasm') / 1e6:.1f} MB where WebAssembly draws; the whole folder has"
             f" {sum(files.values()) / 1e6:.1f} MB.",
             "",

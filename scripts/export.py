@@ -200,6 +200,12 @@ class Web:
     """The capture's location, if it has moved since training. Its cameras limit where a visitor may move."""
     runtime: Path | None = None
     """The npm package onnxruntime-web as a .tgz file; by default npm downloads it once."""
+    precision: Literal["auto", "fp16", "int8"] = "auto"
+    """Precision of the weights that browsers with WebGPU load; auto: int8 if it loses at most 0.5 dB, else fp16."""
+    fallback: bool = True
+    """Include ONNX Runtime Web, which browsers without WebGPU load."""
+    single_file: bool = False
+    """Write one HTML file instead of a folder, with everything inside. It opens without a server, and needs WebGPU."""
     step: Annotated[int, IntRange(0)] | None = None
     """Training step of the checkpoint; the newest by default."""
     overwrite: bool = False
@@ -228,25 +234,44 @@ class Web:
 
     def write(self) -> None:
         """Write the folder."""
-        from r2l_nerfstudio.export.training_cameras import training_cameras
+        from r2l_nerfstudio.distillation.pose_sampling import capture_cameras
+        from r2l_nerfstudio.export.int8 import held_out
+        from r2l_nerfstudio.export.training_cameras import training_views
         from r2l_nerfstudio.export.web_folder import RUNTIME, export_web
         from r2l_nerfstudio.export.web_runtime import fetch_runtime
+        from r2l_nerfstudio.export.web_single_file import export_single_file
 
         started = time.perf_counter()
-        cameras = training_cameras(self.load_config, self.data)
+        dataset, held_share = training_views(self.load_config, self.data)
+        cameras = capture_cameras(dataset.cameras)
         student = load_student(self.load_config, device="cpu", step=self.step, engine="torch")
-        runtime = fetch_runtime(self.runtime)
+        photos = [] if self.precision == "fp16" else held_out(student, dataset, held_share)
         title = self.title or load_run_config(self.load_config).experiment_name or student.method_name
-        made = export_web(student, cameras, runtime, self.output, title, self.overwrite)
+        if self.single_file:
+            made = export_single_file(
+                student, cameras, self.output, title, self.overwrite, precision=self.precision, photos=photos
+            )
+            for note in made.notes:
+                CONSOLE.print(f"  {note}", soft_wrap=True, highlight=False)
+            size = self.output.stat().st_size
+            CONSOLE.print(
+                f"Written: {self.output} ({size / 1e6:.2f} MB; {time.perf_counter() - started:.0f} s).", soft_wrap=True
+            )
+            return
+        runtime = fetch_runtime(self.runtime) if self.fallback else None
+        made = export_web(
+            student, cameras, runtime, self.output, title, self.overwrite, precision=self.precision, photos=photos
+        )
+        for note in made.notes:
+            CONSOLE.print(f"  {note}", soft_wrap=True, highlight=False)
         for name, size in made.bytes.items():
             if not name.startswith(f"{RUNTIME}/"):
                 quality = f", {made.psnr[name]:.0f} dB against PyTorch" if name in made.psnr else ""
                 CONSOLE.print(f"  {name}: {size / 1e6:.2f} MB{quality}", soft_wrap=True, highlight=False)
         total = sum(made.bytes.values())
-        runtimes = sum(size for name, size in made.bytes.items() if name.startswith(f"{RUNTIME}/"))
         CONSOLE.print(
-            f"Written: {self.output} ({total / 1e6:.1f} MB, of which {runtimes / 1e6:.1f} MB are two builds of ONNX"
-            f" Runtime Web; a visitor loads one of them; {time.perf_counter() - started:.0f} s).",
+            f"Written: {self.output} ({total / 1e6:.1f} MB, of which a visitor with WebGPU loads"
+            f" {made.visitor_bytes / 1e6:.2f} MB; {time.perf_counter() - started:.0f} s).",
             soft_wrap=True,
         )
 

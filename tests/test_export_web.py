@@ -21,15 +21,21 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
+from student_runs import tiny_composited_mobile_r2l, tiny_composited_r2l, tiny_mobile_r2l, write_run
 
+from r2l_nerfstudio import load_student
 from r2l_nerfstudio.distillation.pose_sampling import CaptureCameras, look_along
 from r2l_nerfstudio.errors import InputError
-from r2l_nerfstudio.export import web_runtime, web_server
+from r2l_nerfstudio.export import web_folder, web_runtime, web_server
 from r2l_nerfstudio.export.graph import reduced_frequency_encode
 from r2l_nerfstudio.export.navigation import start_pose, view_limits
 from r2l_nerfstudio.export.web_folder import to_rgb
-from r2l_nerfstudio.export.web_runtime import BACKENDS, fetch_runtime
+from r2l_nerfstudio.export.web_runtime import FILES, GPU_FILES, fetch_runtime
 from r2l_nerfstudio.export.web_server import WebServer
+from r2l_nerfstudio.export.web_weights import WebPrecision, WebWeights
+from r2l_nerfstudio.models.light_field import LightFieldModelConfig
+from r2l_nerfstudio.psnr import psnr
 from r2l_nerfstudio.rays.encoding import frequency_encode
 
 UP = torch.tensor([0.0, 0.0, 1.0])
@@ -101,19 +107,18 @@ def test_the_runtime_is_what_the_page_was_made_for(tmp_path: Path, monkeypatch: 
         fetch_runtime(tmp_path / "gone.tgz")
     package = tmp_path / "package.tgz"
     with tarfile.open(package, "w:gz") as archive:
-        for names in BACKENDS.values():
-            for name in names:
-                inside = name.removesuffix(web_runtime.PACKED)
-                (tmp_path / inside).write_text(inside)
-                archive.add(tmp_path / inside, f"package/dist/{inside}")
+        for name in (*FILES, *GPU_FILES):
+            inside = name.removesuffix(web_runtime.PACKED)
+            (tmp_path / inside).write_text(inside)
+            archive.add(tmp_path / inside, f"package/dist/{inside}")
     with pytest.raises(InputError, match="is not the npm package onnxruntime-web"):
         fetch_runtime(package)
     assert not list((tmp_path / "cache" / "r2l-nerfstudio").iterdir())
     digest = hashlib.sha512(package.read_bytes()).digest()
     monkeypatch.setattr(web_runtime, "INTEGRITY", web_runtime.base64.b64encode(digest).decode())
     folder = fetch_runtime(package)
-    assert sorted(path.name for path in folder.iterdir()) == sorted(n for names in BACKENDS.values() for n in names)
-    wasm = BACKENDS["wasm"][2]
+    assert sorted(path.name for path in folder.iterdir()) == sorted((*FILES, *GPU_FILES))
+    wasm = FILES[2]
     assert gzip.decompress((folder / wasm).read_bytes()).decode() == wasm.removesuffix(web_runtime.PACKED)
     # Kept: the next export needs neither npm nor a network.
     monkeypatch.setattr(web_runtime.shutil, "which", lambda name: pytest.fail("npm was looked for"))
@@ -226,3 +231,50 @@ def test_the_server_outlasts_half_open_requests(served: WebServer, monkeypatch: 
 def test_the_server_refuses_no_host(host: str, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="--host.*127.0.0.1 for this machine"):
         WebServer(tmp_path, host=host)
+
+
+def test_what_a_visitor_loads_besides_the_student_stays_small() -> None:
+    """At most 40 KB of HTML, CSS, JavaScript and WGSL, gzipped file by file, without what only the fallback loads."""
+    page = Path(web_folder.__file__).parent / "web"
+    loaded = [name for name in web_folder.PAGE if name not in web_folder.UNREAD]
+    assert {"light-field.js", "wgsl.js", "index.html", "page.css"} <= set(loaded)
+    texts = [(page / name).read_text() for name in loaded]
+    assert sum(len(gzip.compress(web_folder.without_comments(text).encode())) for text in texts) <= 40_000
+
+
+def test_only_comments_are_left_out() -> None:
+    script = "// one\nconst a = 'http://b'; // two\n  /** three\n   * four */\n/** @type {T} */ (a).b();\n/** five */\n"
+    script += "c();\n"
+    left = "const a = 'http://b'; // two\n/** @type {T} */ (a).b();\nc();\n"
+    assert web_folder.without_comments(script) == left
+
+
+@pytest.mark.parametrize("config", [tiny_composited_r2l(), tiny_composited_mobile_r2l(), tiny_mobile_r2l(margin=0)])
+def test_weights_without_batch_norm_render_the_same(config: LightFieldModelConfig, tmp_path: Path) -> None:
+    student = load_student(write_run(tmp_path / "run", config), device="cpu", engine="torch")
+    pose = torch.cat([torch.eye(3), torch.tensor([[0.0], [0.0], [2.0]])], dim=1)
+    truth = web_folder.drawn_rgb(student, pose, 50.0, 24, 20)
+    for precision, needed in (("fp16", 60), ("int8", 35)):
+        weights = WebWeights(student.model, precision)
+        with weights.drawing():
+            found = psnr(web_folder.drawn_rgb(student, pose, 50.0, 24, 20), truth)
+        assert needed < found < 100
+    assert torch.equal(web_folder.drawn_rgb(student, pose, 50.0, 24, 20), truth)
+
+
+@pytest.mark.parametrize("precision", ["fp16", "int8"])
+def test_the_weights_file_holds_what_renders(precision: WebPrecision, tmp_path: Path) -> None:
+    """A transposed convolution, read back and applied as the page does: each phase has its own matrix."""
+    student = load_student(write_run(tmp_path / "run", tiny_composited_mobile_r2l()), device="cpu", engine="torch")
+    weights = WebWeights(student.model, precision)
+    weights.write(tmp_path / "weights.safetensors")
+    tensors = load_file(tmp_path / "weights.safetensors")
+    matrix = tensors["ups.0.weight"].float() * tensors.get("ups.0.weight.scale", torch.ones(()))
+    assert matrix.shape == (4, 4 * 16, 8)
+    hidden = torch.randn(1, 16, 3, 3, generator=torch.Generator().manual_seed(0))
+    truth = weights.network.up[0](hidden)[0, :, 2:4, 2:4]
+    for down in (0, 1):
+        for across in (0, 1):
+            taps = [hidden[0, :, 1 + y * (2 * down - 1), 1 + x * (2 * across - 1)] for y in (0, 1) for x in (0, 1)]
+            made = torch.cat(taps) @ matrix[2 * down + across] + tensors["ups.0.bias"]
+            assert torch.allclose(made, truth[:, down, across], atol=1e-5)

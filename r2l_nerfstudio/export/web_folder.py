@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 import math
+import re
 import shutil
 from dataclasses import dataclass
 from importlib.resources import as_file, files
@@ -20,11 +22,13 @@ from torch import Tensor
 from r2l_nerfstudio.atomic_output import atomic_folder
 from r2l_nerfstudio.distillation.pose_sampling import CaptureCameras
 from r2l_nerfstudio.errors import InputError
-from r2l_nerfstudio.export.graph import GraphPrecision
 from r2l_nerfstudio.export.navigation import start_pose, view_limits
 from r2l_nerfstudio.export.onnx_file import require_onnx
 from r2l_nerfstudio.export.web_graph import WebGraph, write_web_graph
-from r2l_nerfstudio.export.web_runtime import BACKENDS, describe_runtime
+from r2l_nerfstudio.export.web_precision import Photos, PrecisionChoice, choose_weights
+from r2l_nerfstudio.export.web_runtime import FILES, describe_runtime
+from r2l_nerfstudio.export.web_weights import WebWeights, encoding_description, require_safetensors
+from r2l_nerfstudio.models.r2l import R2LModel
 from r2l_nerfstudio.psnr import psnr
 from r2l_nerfstudio.rays.ray_image import ray_image_intrinsics, ray_image_size
 from r2l_nerfstudio.student import Student
@@ -32,25 +36,40 @@ from r2l_nerfstudio.student import Student
 PAGE = (
     "README.txt",
     "index.html",
-    "style.css",
-    "main.js",
+    "page.css",
+    "light-field.js",
+    "light-field.d.ts",
+    "style.js",
     "hands.js",
     "rigs.js",
     "pace.js",
-    "rays.js",
     "scene.js",
     "fetching.js",
+    "weights.js",
+    "layers.js",
+    "wgsl.js",
+    "kernel.js",
+    "renderer.js",
+    "gpu.js",
+    "fallback.js",
+    "rays.js",
     "worker.js",
 )
+UNREAD = ("README.txt", "light-field.d.ts", "package.json", "worker.js")
+"""Files that a browser with WebGPU does not load."""
 LICENSE = "LICENSE.onnxruntime-web.txt"
 SCENE = "scene.json"
+VERSION = 2
+"""Of scene.json: a page reads its own version only."""
 RUNTIME = "ort"
+FALLBACK = "student.onnx"
 LARGEST = 1280
 """Longer side in pixels of the page's pictures, where the student draws at any size."""
 POSTER = 720
 NEEDED_DB = 50.0
 """Least PSNR against torch of a page's pixels; rounding to 8 bits leaves 59 dB."""
 PROBE_CELLS = 5
+_COMMENT = re.compile(r"^[ \t]*(?://.*|/\*\*(?:(?!\*/)[\s\S])*\*/)[ \t]*\n", re.MULTILINE)
 
 
 @dataclass(frozen=True)
@@ -60,6 +79,8 @@ class WebExport:
     folder: Path
     psnr: dict[str, float]
     """In dB against torch, by model file."""
+    notes: tuple[str, ...] = ()
+    """Why the weights have their precision, in sentences."""
 
     @property
     def bytes(self) -> dict[str, int]:
@@ -67,69 +88,175 @@ class WebExport:
         paths = sorted(path for path in self.folder.rglob("*") if path.is_file())
         return {path.relative_to(self.folder).as_posix(): path.stat().st_size for path in paths}
 
+    @property
+    def visitor_bytes(self) -> int:
+        """What a browser with WebGPU loads."""
+        unread = (*UNREAD, FALLBACK)
+        return sum(size for name, size in self.bytes.items() if "/" not in name and name not in unread)
+
 
 def export_web(
-    student: Student, cameras: CaptureCameras, runtime: Path, output: Path, title: str, overwrite: bool = False
+    student: Student,
+    cameras: CaptureCameras,
+    runtime: Path | None,
+    output: Path,
+    title: str,
+    overwrite: bool = False,
+    precision: PrecisionChoice = "fp16",
+    photos: Photos = (),
 ) -> WebExport:
-    """Write the folder: page, runtime, student, scene.
+    """Write the folder: page, student, scene, and what browsers without WebGPU draw with.
 
     Args:
         student: on the CPU.
         cameras: of its training, in its frame.
-        runtime: folder with the runtime's files.
+        runtime: folder with the files of ONNX Runtime Web; None leaves the fallback out.
         output: the folder to make; its parent is made too.
         title: of the page.
         overwrite: whether an export that is there may be replaced.
+        precision: of the weights; auto: int8 if it costs little.
+        photos: held-out cameras and photos to judge int8 by; without any, by the student's own pictures.
 
     Raises:
-        InputError: packages are missing, the folder holds something, or the page's student differs from torch; nothing is
-            left then.
+        InputError: packages are missing, the folder holds something, int8 is asked for and costs too much, or the page's
+            student differs from torch; nothing is left then.
     """
-    require_onnx()
+    require_safetensors()
+    if runtime is not None:
+        require_onnx()
     with atomic_folder(output, overwrite, SCENE, "web export") as folder:
-        found = _fill(student, cameras, runtime, folder, title)
-    return WebExport(Path(output), found)
+        found, notes = _fill(student, cameras, runtime, folder, title, precision, photos)
+    return WebExport(Path(output), found, notes)
 
 
-def _fill(student: Student, cameras: CaptureCameras, runtime: Path, folder: Path, title: str) -> dict[str, float]:
+def _fill(
+    student: Student,
+    cameras: CaptureCameras,
+    runtime: Path | None,
+    folder: Path,
+    title: str,
+    precision: PrecisionChoice,
+    photos: Photos,
+) -> tuple[dict[str, float], tuple[str, ...]]:
     with as_file(files("r2l_nerfstudio.export") / "web") as page:
         for name in PAGE:
-            shutil.copyfile(page / name, folder / name)
-        (folder / RUNTIME).mkdir()
-        shutil.copyfile(page / LICENSE, folder / RUNTIME / LICENSE)
-    for names in BACKENDS.values():
-        for name in names:
-            shutil.copyfile(runtime / name, folder / RUNTIME / name)
+            text = (page / name).read_text(encoding="utf-8")
+            (folder / name).write_text(without_comments(text) if name.endswith(".js") else text, encoding="utf-8")
+        if runtime is not None:
+            (folder / RUNTIME).mkdir()
+            shutil.copyfile(page / LICENSE, folder / RUNTIME / LICENSE)
     code = student.model.ray_code
     view = view_limits(cameras, code.spacing == "sphere", float(code.radius))
     picture = _picture(student, cameras)
     pose = start_pose(view)
-    models, found = {}, {}
-    for precision in ("fp16", "fp32"):
-        file = folder / f"student.{precision}.onnx"
-        write_web_graph(student, precision, file)
-        found[file.name] = _check_model(student, precision, file, pose, picture)
-        content = file.read_bytes()
-        models[precision] = {"file": file.name, "bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-    graph = WebGraph(student, "fp32").eval()
-    scene = {
+    weights, notes = choose_weights(student, cameras, photos, precision)
+    file = folder / f"student.{weights.precision}.safetensors"
+    weights.write(file)
+    found = {file.name: _check_weights(student, weights, pose, picture)}
+    model = student.model
+    scene: dict[str, Any] = {
+        "version": VERSION,
         "title": title,
         "method": student.method_name,
-        "background": student.model.background.tolist(),
-        "factor": graph.factor,
-        "margin": graph.margin,
-        "rays": {"planar": code.conventions.is_planar, "offset": code.conventions.pixel_offset},
-        "raysPerCell": graph.rays_per_cell,
-        "sphere": {"center": code.center.tolist(), "radius": float(code.radius)} if code.spacing == "sphere" else None,
+        "background": model.background.tolist(),
         "picture": picture,
-        "models": models,
-        "runtime": describe_runtime(RUNTIME, runtime),
+        "poster": "poster.jpg",
         "view": view,
-        "probe": _probe(graph, pose, picture),
+        "sphere": {"center": code.center.tolist(), "radius": float(code.radius)} if code.spacing == "sphere" else None,
+        "student": {
+            "weights": {**_described(file), "precision": weights.precision},
+            "rays": {"planar": code.conventions.is_planar, "offset": code.conventions.pixel_offset},
+            "factor": model.factor,
+            "margin": model.margin,
+            "outputs": model.out_dim,
+            "encoding": encoding_description(model),
+            "network": weights.describe(),
+        },
+        "probe": _probe(student, weights, pose, picture),
+        "fallback": None,
     }
-    (folder / SCENE).write_text(json.dumps(scene, indent=1) + "\n")
+    if runtime is not None:
+        for name in FILES:
+            shutil.copyfile(runtime / name, folder / RUNTIME / name)
+        write_web_graph(student, "fp32", folder / FALLBACK)
+        found[FALLBACK] = _check_model(student, folder / FALLBACK, pose, picture)
+        scene["fallback"] = {
+            "model": _described(folder / FALLBACK),
+            "raysPerCell": model.rays_per_cell,
+            "runtime": describe_runtime(RUNTIME, runtime),
+        }
+    (folder / SCENE).write_text(json.dumps(scene, separators=(",", ":")) + "\n")
     _poster(student, pose, picture).save(folder / "poster.jpg", quality=85)
+    (folder / "package.json").write_text(json.dumps(_package(title, folder), indent=2) + "\n")
+    return found, notes
+
+
+def without_comments(script: str) -> str:
+    """Return a script, its shaders included, without the comments that have lines of their own: no visitor reads them."""
+    return _COMMENT.sub("", script)
+
+
+def _package(title: str, folder: Path) -> dict[str, Any]:
+    """The folder as an npm package: importing it defines `<light-field>`, which without `src` shows this scene."""
+    name = re.sub(r"[^a-z0-9]+", "-", title.lower()).strip("-") or "light-field"
+    return {
+        "name": name,
+        "version": "1.0.0",
+        "description": f"{title}: a neural light field, as the element <light-field>",
+        "type": "module",
+        "exports": {".": {"types": "./light-field.d.ts", "default": "./light-field.js"}, "./*": "./*"},
+        "types": "./light-field.d.ts",
+        "sideEffects": ["./light-field.js"],
+        "files": ["*"],
+    }
+
+
+def _described(file: Path) -> dict[str, Any]:
+    """A file as the page is told of it."""
+    content = file.read_bytes()
+    return {"file": file.name, "bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+
+
+def _check_weights(student: Student, weights: WebWeights, pose: Float[Tensor, "3 4"], picture: dict[str, Any]) -> float:
+    """PSNR in dB of the student with the file's weights against the student, at the start.
+
+    Raises:
+        InputError: it is too low for fp16; that of int8 was judged before.
+    """
+    camera = _small_camera(student, picture)
+    truth = drawn_rgb(student, pose, *camera)
+    with weights.drawing():
+        found = psnr(drawn_rgb(student, pose, *camera), truth)
+    if weights.precision == "fp16" and not found >= NEEDED_DB:
+        raise InputError(
+            f"The student's weights do not fit half precision ({found:.0f} dB against torch, and {NEEDED_DB:.0f} dB are"
+            " needed): nothing was written. Train it with a smaller learning rate, or export it with r2l-export onnx"
+            " --precision fp32."
+        )
     return found
+
+
+def _small_camera(student: Student, picture: dict[str, Any]) -> tuple[float, int, int]:
+    """Focal length, width and height of the page's picture; smaller for students that answer rays one by one."""
+    share = 1.0
+    if not student.model.reads_ray_image:
+        # Fewer rays tell as much.
+        share = min(1.0, 200 / max(picture["width"], picture["height"]))
+    return picture["focal"] * share, round(picture["width"] * share), round(picture["height"] * share)
+
+
+@torch.no_grad()
+def drawn_rgb(
+    student: Student, pose: Float[Tensor, "3 4"], focal: float, width: int, height: int
+) -> Float[Tensor, "height width 3"]:
+    """What the page draws: one ray per pixel, where `Student.render` averages several in coarse pictures."""
+    model = student.model
+    intrinsics = torch.tensor([focal, focal, width / 2, height / 2])
+    if not isinstance(model, R2LModel):
+        return torch.from_numpy(student.render(pose.numpy(), intrinsics.numpy(), width, height))
+    rays = model.ray_code.image_rays(pose, intrinsics, height, width)
+    rgb = model.render_rays(*rays)[..., :3]
+    return torch.where(model.ray_code.misses_scene(*rays), model.background, rgb)
 
 
 def _picture(student: Student, cameras: CaptureCameras) -> dict[str, Any]:
@@ -160,33 +287,31 @@ def page_rays(
     return origins[0, 0], directions
 
 
-def _check_model(
-    student: Student, precision: GraphPrecision, file: Path, pose: Float[Tensor, "3 4"], picture: dict[str, Any]
-) -> float:
-    """PSNR in dB of a model file's pixels against torch's, at the start.
+def _check_model(student: Student, file: Path, pose: Float[Tensor, "3 4"], picture: dict[str, Any]) -> float:
+    """PSNR in dB of the fallback's pixels against torch's, at the start.
 
     Raises:
         InputError: it is too low.
     """
     import onnxruntime
 
-    # R2L's graph goes through a picture in parts on the page; here a smaller one tells as much.
-    share = 1.0 if student.model.reads_ray_image else min(1.0, 200 / max(picture["width"], picture["height"]))
-    width, height, focal = round(picture["width"] * share), round(picture["height"] * share), picture["focal"] * share
+    focal, width, height = _small_camera(student, picture)
     origin, directions = page_rays(WebGraph(student, "fp32"), pose, {"width": width, "height": height, "focal": focal})
     session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
     (pixels,) = session.run(None, {"origin": origin.numpy(), "directions": directions.numpy()})
     rgb = torch.from_numpy(to_rgb(np.asarray(pixels))[:height, :width]).float() / 255
     intrinsics = torch.tensor([focal, focal, width / 2, height / 2])
     # The page itself paints the background where rays pass by the scene.
-    missed = student.model.ray_code.misses_scene(*student.model.ray_code.image_rays(pose, intrinsics, height, width))
-    truth = torch.from_numpy(student.render(pose.numpy(), intrinsics.numpy(), width, height))
+    code = student.model.ray_code
+    rays = code.image_rays(pose, intrinsics, height, width)
+    missed = code.misses_scene(*rays)
+    truth = drawn_rgb(student, pose, focal, width, height)
     found = psnr(torch.where(missed, student.model.background, rgb), truth)
     if not found >= NEEDED_DB:
         raise InputError(
-            f"The page's student in {precision} does not draw what torch draws ({found:.0f} dB, and {NEEDED_DB:.0f} dB are"
-            " needed): nothing was written. A network trained with very large weights may not fit half precision; export"
-            " it with r2l-export onnx --precision fp32."
+            f"The page's fallback does not draw what torch draws ({found:.0f} dB, and {NEEDED_DB:.0f} dB are needed):"
+            " nothing was written. A network trained with very large weights may not fit half precision; export it with"
+            " r2l-export onnx --precision fp32."
         )
     return found
 
@@ -197,23 +322,23 @@ def to_rgb(pixels: Int[np.ndarray, "height width"]) -> Int[np.ndarray, "height w
 
 
 @torch.no_grad()
-def _probe(graph: WebGraph, pose: Float[Tensor, "3 4"], picture: dict[str, Any]) -> dict[str, Any]:
-    """A few rays across the picture and their pixels: a browser that gives others does not draw this student."""
-    step = graph.factor if graph.reads_ray_image else max(1, picture["width"] // (2 * PROBE_CELLS))
-    side = step * PROBE_CELLS
-    if graph.reads_ray_image:
-        small = {"width": side, "height": side, "focal": picture["focal"]}
+def _probe(
+    student: Student, weights: WebWeights, pose: Float[Tensor, "3 4"], picture: dict[str, Any]
+) -> dict[str, Any]:
+    """A small picture and its pixels: a browser that gives others does not draw this student."""
+    if student.model.reads_ray_image:
+        side, focal = student.model.factor * PROBE_CELLS, picture["focal"]
     else:
-        small = {"width": PROBE_CELLS, "height": PROBE_CELLS, "focal": picture["focal"] / step}
-    origin, directions = page_rays(graph, pose, small)
-    directions = directions.contiguous()
-    rows, columns = directions.shape[:2]
+        side, focal = PROBE_CELLS, picture["focal"] / max(1, picture["width"] // (2 * PROBE_CELLS))
+    with weights.drawing():
+        rgb = drawn_rgb(student, pose, focal, side, side)
+    pixels = (rgb.clamp(0, 1) * 255).round().to(torch.uint8).numpy()
     return {
-        "origin": origin.tolist(),
-        "rows": rows,
-        "columns": columns,
-        "directions": [round(value, 7) for value in directions.flatten().tolist()],
-        "pixels": graph(origin, directions).flatten().tolist(),
+        "position": pose[:, 3].tolist(),
+        "axes": pose[:, :3].T.tolist(),
+        "side": side,
+        "focal": focal,
+        "pixels": base64.b64encode(pixels.tobytes()).decode(),
     }
 
 

@@ -20,21 +20,19 @@ VERSION = "1.30.0"
 INTEGRITY = "q0y+JrrtukXSzsBWEMccVfqX25LRmosXHF+CaRJmg8pZClzcV7svNc4rKY3jL02Vb7QmRMDs1SigqR4CXAfKYQ=="
 """SHA-512 of that version's package, in base64."""
 PACKED = ".gzip"
-"""Suffix of files that are stored compressed, at a quarter of their size. File servers treat .gz as an encoding, but
-not this."""
-BACKENDS = {
-    "webgpu": (
-        "ort.webgpu.min.mjs",
-        "ort-wasm-simd-threaded.asyncify.mjs",
-        "ort-wasm-simd-threaded.asyncify.wasm.gzip",
-    ),
-    "wasm": ("ort.wasm.min.mjs", "ort-wasm-simd-threaded.mjs", "ort-wasm-simd-threaded.wasm.gzip"),
-}
-"""Module, loader and WebAssembly of each."""
+"""Ends the names of what is kept compressed, a quarter of its size. File servers take .gz for an encoding, not this."""
+FILES = ("ort.wasm.min.mjs", "ort-wasm-simd-threaded.mjs", "ort-wasm-simd-threaded.wasm.gzip")
+"""Module, loader and WebAssembly."""
+GPU_FILES = (
+    "ort.webgpu.min.mjs",
+    "ort-wasm-simd-threaded.asyncify.mjs",
+    "ort-wasm-simd-threaded.asyncify.wasm.gzip",
+)
+"""Likewise for WebGPU: benchmarks compare the page's own renderer with it."""
 
 
 def fetch_runtime(package: Path | None = None) -> Path:
-    """Return the folder with the files of `BACKENDS`.
+    """Folder with the files of `FILES` and `GPU_FILES`.
 
     Args:
         package: the npm package as a .tgz file; None to download it with npm, unless it was before.
@@ -63,17 +61,13 @@ def fetch_runtime(package: Path | None = None) -> Path:
 
 
 def describe_runtime(folder: str, files: Path) -> dict[str, Any]:
-    """Return what the page needs to know of the files, once they are in a subfolder of it."""
-    found: dict[str, Any] = {"version": VERSION}
-    for backend, (module, loader, wasm) in BACKENDS.items():
-        size = (files / wasm).stat().st_size
-        paths = {"module": module, "loader": loader, "wasm": wasm}
-        found[backend] = {**{key: f"{folder}/{name}" for key, name in paths.items()}, "bytes": size}
-    return found
+    """What the page has to know of the files, once they are in a subfolder of it."""
+    paths = dict(zip(("module", "loader", "wasm"), (f"{folder}/{name}" for name in FILES), strict=True))
+    return {"version": VERSION, **paths, "bytes": (files / FILES[2]).stat().st_size}
 
 
 def _is_whole(folder: Path) -> bool:
-    return all((folder / name).is_file() for names in BACKENDS.values() for name in names)
+    return all((folder / name).is_file() for name in (*FILES, *GPU_FILES))
 
 
 def _npm_pack(folder: Path) -> Path:
@@ -107,11 +101,10 @@ def _check(file: Path) -> None:
 def _unpack(file: Path, folder: Path) -> None:
     folder.mkdir()
     with tarfile.open(file) as archive:
-        for names in BACKENDS.values():
-            for name in names:
-                member = archive.extractfile(f"package/dist/{name.removesuffix(PACKED)}")
-                if member is None:
-                    raise InputError(f"{file} has a folder in place of {name}: download the package again.")
-                content = member.read()
-                # Without the time, the same package gives the same files.
-                (folder / name).write_bytes(gzip.compress(content, mtime=0) if name.endswith(PACKED) else content)
+        for name in (*FILES, *GPU_FILES):
+            member = archive.extractfile(f"package/dist/{name.removesuffix(PACKED)}")
+            if member is None:
+                raise InputError(f"{file} has a folder in place of {name}: download the package again.")
+            content = member.read()
+            # Without the time, the same package gives the same files.
+            (folder / name).write_bytes(gzip.compress(content, mtime=0) if name.endswith(PACKED) else content)

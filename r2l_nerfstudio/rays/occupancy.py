@@ -39,7 +39,7 @@ class OccupancyGrid(nn.Module):
         return x, y, z
 
     def get_extra_state(self) -> dict[str, Any]:
-        return {"shape": list(self.cells.shape), "bits": _packed(self.cells)}
+        return {"shape": list(self.cells.shape), "bits": packed(self.cells)}
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
         shape, bits = checked_resolution(state["shape"]), state["bits"]
@@ -119,7 +119,8 @@ def grid_point_index(cells: UInt8[Tensor, "oz oy ox"], resolution: tuple[int, in
     return numbers.view(touched.shape).to(torch.int32)
 
 
-def _packed(cells: UInt8[Tensor, "z y x"]) -> UInt8[Tensor, "bytes"]:
+def packed(cells: UInt8[Tensor, "z y x"]) -> UInt8[Tensor, "bytes"]:
+    """Eight cells in raster order per byte, the first in its lowest bit."""
     flat = cells.flatten().cpu()
     flat = pad(flat, (0, -len(flat) % 8)).view(-1, 8)
     return (flat << torch.arange(8, dtype=torch.uint8)).sum(-1, dtype=torch.uint8)

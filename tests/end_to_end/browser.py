@@ -52,17 +52,32 @@ _SWITCHES = (
     "--disable-component-update",
     "--disable-sync",
 )
+_GPU_SWITCHES = (
+    "--no-sandbox",
+    "--enable-unsafe-webgpu",
+    "--use-webgpu-adapter=swiftshader",
+    # Its pictures reach the page only if the page is drawn by the same software.
+    "--enable-features=Vulkan",
+    "--use-vulkan=swiftshader",
+    "--use-angle=swiftshader",
+    "--enable-unsafe-swiftshader",
+    # It would end a browser that computes for long.
+    "--disable-gpu-watchdog",
+    *_SWITCHES[-5:],
+)
+"""WebGPU in software."""
 _HOST = "127.0.0.1"
 
 
 @contextmanager
-def chromium(profile: Path, width: int = 1000, height: int = 640) -> Iterator[BrowserContext]:
+def chromium(profile: Path, width: int = 1000, height: int = 640, has_gpu: bool = False) -> Iterator[BrowserContext]:
     """A browser with a new profile. It talks to this machine only, so that the page is the same everywhere.
 
     Args:
         profile: empty folder for the browser's own files.
         width: of its pages in pixels.
         height: of its pages in pixels.
+        has_gpu: whether pages have WebGPU, in software.
     """
     executable = find_chromium()
     from playwright.sync_api import sync_playwright
@@ -72,7 +87,7 @@ def chromium(profile: Path, width: int = 1000, height: int = 640) -> Iterator[Br
             str(profile),
             executable_path=executable,
             headless=True,
-            args=list(_SWITCHES),
+            args=list(_GPU_SWITCHES if has_gpu else _SWITCHES),
             viewport={"width": width, "height": height},
             timeout=1e3 * PATIENCE,
         )

@@ -2,19 +2,32 @@
 
 export class MissingFile extends Error {}
 
+/** A file of a page of one file; undefined in any other page. @param {string} name @returns {Uint8Array<ArrayBuffer> | undefined} */
+export function inlined(name) {
+  const files = /** @type {{lightFieldFiles?: Record<string, string>}} */ (globalThis).lightFieldFiles;
+  return files?.[name] === undefined ? undefined : Uint8Array.from(atob(files[name]), (byte) => byte.charCodeAt(0));
+}
+
 /**
- * @param {URL} url
+ * A page of one file holds the others in base64, by their names.
+ *
+ * @param {URL} base folder
+ * @param {string} name of the file in it
  * @param {number} bytes that it has
  * @param {string | null} sha256 in hexadecimal; null to check the size alone
  * @param {(done: number) => void} progress told the bytes so far
  * @returns {Promise<Uint8Array<ArrayBuffer>>}
  */
-export async function fetchWhole(url, bytes, sha256, progress) {
-  const name = url.pathname.split("/").pop();
+export async function fetchWhole(base, name, bytes, sha256, progress) {
   const again = "copy the whole folder of the export to the server again, or load the page again.";
+  const inside = inlined(name);
+  if (inside) {
+    progress(bytes);
+    return inside;
+  }
   let response;
   try {
-    response = await fetch(url);
+    response = await fetch(new URL(name, base));
   } catch {
     throw new MissingFile(`The file ${name} did not arrive: check the connection, then load the page again.`);
   }

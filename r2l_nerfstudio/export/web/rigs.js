@@ -8,6 +8,10 @@ const RETURN_MS = 120;
 const addScaled = (a, b, share) => [a[0] + share * b[0], a[1] + share * b[1], a[2] + share * b[2]];
 /** @type {(a: Vector, b: Vector) => number} */
 const distanceBetween = (a, b) => Math.hypot(a[0] - b[0], a[1] - b[1], a[2] - b[2]);
+/** @type {(a: Vector) => number} */
+const lengthOf = (a) => Math.hypot(a[0], a[1], a[2]);
+/** @type {(a: Vector, by: number) => Vector} */
+const scaled = (a, by) => [a[0] * by, a[1] * by, a[2] * by];
 /** @type {(value: number, range: Range) => number} */
 const clamp = (value, range) => Math.min(range[1], Math.max(range[0], value));
 
@@ -57,35 +61,40 @@ function axesTowards(frame, azimuth, elevation) {
   };
 }
 
-/** Around a centre that the training cameras looked at. */
+/** Around a center that the training cameras looked at, or a point near it. */
 export class OrbitRig {
   /** @param {OrbitLimits} limits */
   constructor(limits) {
     this.limits = limits;
     this.azimuth = this.elevation = this.distance = 0;
-    this.shift = [0, 0];
+    /** Of the point that is looked at, from the center. @type {Vector} */
+    this.target = [0, 0, 0];
     this.reset();
   }
 
   reset() {
     ({ azimuth: this.azimuth, elevation: this.elevation, distance: this.distance } = this.limits.start);
-    this.shift = [0, 0];
+    this.target = [0, 0, 0];
   }
 
   /** @param {URLSearchParams} query angles in degrees */
   startFrom(query) {
-    const { azimuth, elevation, distance } = this.limits;
+    const { azimuth, elevation, distance, shift } = this.limits;
     const angle = number(query, "azimuth");
     if (angle !== null) this.azimuth = nearestTurn((angle * Math.PI) / 180, azimuth);
     const height = number(query, "elevation");
     if (height !== null) this.elevation = clamp((height * Math.PI) / 180, elevation);
     const far = number(query, "distance");
     if (far !== null) this.distance = clamp(far, distance);
+    const target = vector(query, "target");
+    if (target) this.target = scaled(target, Math.min(1, shift / Math.max(lengthOf(target), 1e-9)));
   }
 
   /** The view as an address asks for it. */
   address() {
-    return `azimuth=${degrees(this.azimuth)}&elevation=${degrees(this.elevation)}&distance=${this.distance.toFixed(4)}`;
+    const [azimuth, elevation] = [degrees(this.azimuth), degrees(this.elevation)];
+    const target = lengthOf(this.target) > 1e-4 ? `&target=${written(this.target)}` : "";
+    return `azimuth=${azimuth}&elevation=${elevation}&distance=${this.distance.toFixed(4)}${target}`;
   }
 
   /**
@@ -103,17 +112,37 @@ export class OrbitRig {
    * @param {number} down
    */
   move(right, down) {
+    const { right: across, up } = this.pose();
+    const step = 0.7 * this.distance;
+    this.#aim(addScaled(addScaled(this.target, across, -right * step), up, down * step));
+  }
+
+  /** @param {Vector} next */
+  #aim(next) {
     const most = this.limits.shift;
-    this.shift = [
-      softStep(this.shift[0], -right * this.distance * 0.7, [-most, most], 0.2 * most),
-      softStep(this.shift[1], down * this.distance * 0.7, [-most, most], 0.2 * most),
-    ];
+    const [before, after] = [lengthOf(this.target), lengthOf(next)];
+    const soft = softStep(before, after - before, [0, most], 0.2 * most);
+    this.target = scaled(next, after > 0 ? soft / after : 1);
   }
 
   /** @param {number} steps above 0: closer */
   zoom(steps) {
     const { distance } = this.limits;
     this.distance = softStep(this.distance, this.distance * (Math.exp(-0.16 * steps) - 1), distance, 0.06 * distance[0]);
+  }
+
+  /**
+   * Look at a point, from nearer by.
+   *
+   * @param {Vector} point
+   * @param {number} share of the way
+   */
+  focus(point, share) {
+    const { center, shift, distance } = this.limits;
+    const wanted = addScaled(point, center, -1);
+    const reached = scaled(wanted, Math.min(1, shift / Math.max(lengthOf(wanted), 1e-9)));
+    this.target = addScaled(scaled(this.target, 1 - share), reached, share);
+    this.distance += share * (clamp(0.6 * this.distance, distance) - this.distance) * 0.5;
   }
 
   /**
@@ -124,20 +153,20 @@ export class OrbitRig {
    */
   settle(milliseconds) {
     const { azimuth, elevation, distance, shift } = this.limits;
-    const before = [this.azimuth, this.elevation, this.distance, ...this.shift].join();
+    const before = [this.azimuth, this.elevation, this.distance, ...this.target].join();
     if (azimuth) this.azimuth = comeBack(this.azimuth, azimuth, milliseconds);
     this.elevation = comeBack(this.elevation, elevation, milliseconds);
     this.distance = comeBack(this.distance, distance, milliseconds);
-    this.shift = this.shift.map((value) => comeBack(value, [-shift, shift], milliseconds));
-    return before !== [this.azimuth, this.elevation, this.distance, ...this.shift].join();
+    const far = lengthOf(this.target);
+    if (far > shift) this.target = scaled(this.target, comeBack(far, [0, shift], milliseconds) / far);
+    return before !== [this.azimuth, this.elevation, this.distance, ...this.target].join();
   }
 
   /** @returns {Pose} */
   pose() {
     const axes = axesTowards(this.limits.frame, this.azimuth, this.elevation);
-    let position = addScaled(this.limits.center, axes.backward, this.distance);
-    position = addScaled(addScaled(position, axes.right, this.shift[0]), axes.up, this.shift[1]);
-    return { ...axes, position };
+    const middle = addScaled(this.limits.center, this.target, 1);
+    return { ...axes, position: addScaled(middle, axes.backward, this.distance) };
   }
 }
 
@@ -163,10 +192,13 @@ export class WalkRig {
     if (angle !== null) this.azimuth = nearestTurn((angle * Math.PI) / 180, azimuth);
     const height = number(query, "elevation");
     if (height !== null) this.elevation = clamp((height * Math.PI) / 180, elevation);
+    const position = vector(query, "position");
+    if (position && nearest(this.limits.positions, position)[1] <= this.limits.reach) this.position = position;
   }
 
+  /** The view as an address asks for it. */
   address() {
-    return `azimuth=${degrees(this.azimuth)}&elevation=${degrees(this.elevation)}`;
+    return `azimuth=${degrees(this.azimuth)}&elevation=${degrees(this.elevation)}&position=${written(this.position)}`;
   }
 
   /**
@@ -192,6 +224,16 @@ export class WalkRig {
   /** @param {number} steps above 0: forward */
   zoom(steps) {
     this.#go(addScaled([0, 0, 0], this.pose().backward, -0.15 * this.limits.reach * steps));
+  }
+
+  /**
+   * Go towards a point.
+   *
+   * @param {Vector} point
+   * @param {number} share of what there is to go
+   */
+  focus(point, share) {
+    this.#go(scaled(addScaled(point, this.position, -1), 0.1 * share));
   }
 
   /** @param {Vector} step */
@@ -258,3 +300,12 @@ function number(query, name) {
   const text = query.get(name);
   return text === null || text.trim() === "" || !Number.isFinite(Number(text)) ? null : Number(text);
 }
+
+/** @type {(query: URLSearchParams, name: string) => Vector | null} three numbers with commas between */
+function vector(query, name) {
+  const found = (query.get(name) ?? "").split(",").map((text) => (text.trim() === "" ? NaN : Number(text)));
+  return found.length === 3 && found.every(Number.isFinite) ? /** @type {Vector} */ (found) : null;
+}
+
+/** @type {(place: Vector) => string} */
+const written = (place) => place.map((value) => value.toFixed(4)).join(",");

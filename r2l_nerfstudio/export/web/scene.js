@@ -1,4 +1,7 @@
-// Whether scene.json is what an export writes: checked once, so that nothing after it needs to ask.
+// Whether scene.json is what an export writes: checked once, so that nothing after it needs to ask. Its numbers become
+// constants of shaders, and its names addresses: neither may be anything else.
+
+export const SCENE_VERSION = 2;
 
 /** A file of this folder or of a folder in it: no other server, no data: address, no way up. */
 const OWN_FILE = /^(?![.])[\w.-]+(?:\/(?![.])[\w.-]+)*$/;
@@ -6,16 +9,24 @@ const OWN_FILE = /^(?![.])[\w.-]+(?:\/(?![.])[\w.-]+)*$/;
 /** @param {unknown} value */
 const isNumber = (value) => typeof value === "number" && Number.isFinite(value);
 /** @param {unknown} value */
+const isPositive = (value) => isNumber(value) && Number(value) > 0;
+/** @param {unknown} value */
 const isObject = (value) => typeof value === "object" && value !== null && !Array.isArray(value);
 /** @param {unknown} value @param {number} [length] */
 const isNumbers = (value, length) =>
   Array.isArray(value) && (length === undefined || value.length === length) && value.every(isNumber);
+/** @param {unknown} value @param {number} rows @param {number} columns */
+const isMatrix = (value, rows, columns) =>
+  Array.isArray(value) && value.length === rows && value.every((row) => isNumbers(row, columns));
+/** @param {unknown} value @param {number} low @param {number} high */
+const isWhole = (value, low, high) => Number.isInteger(value) && Number(value) >= low && Number(value) <= high;
 /** @param {unknown} value */
-const isSize = (value) => Number.isInteger(value) && Number(value) >= 1 && Number(value) <= 16384;
-/** @param {unknown} value */
-const isBytes = (value) => Number.isInteger(value) && Number(value) >= 1 && Number(value) <= 2 ** 32;
-/** @param {unknown} value */
-const isFile = (value) => typeof value === "string" && OWN_FILE.test(value);
+const isSize = (value) => isWhole(value, 1, 16384);
+/** @param {any} file */
+const isFile = (file) =>
+  typeof file.file === "string" && OWN_FILE.test(file.file) && isWhole(file.bytes, 1, 2 ** 32) && /^[0-9a-f]{64}$/.test(file.sha256);
+/** @param {unknown} name */
+const isName = (name) => typeof name === "string" && OWN_FILE.test(name);
 
 /**
  * The first field that is missing or is not what it should be; null for none.
@@ -27,17 +38,23 @@ export function faultyField(scene) {
   if (!isObject(scene)) return "everything";
   /** @type {[string, () => boolean][]} */
   const checks = [
+    ["version", () => scene.version === SCENE_VERSION],
     ["title", () => typeof scene.title === "string"],
     ["method", () => typeof scene.method === "string"],
     ["background", () => isNumbers(scene.background, 3)],
-    ["factor", () => isSize(scene.factor) && scene.factor <= 64],
-    ["margin", () => Number.isInteger(scene.margin) && scene.margin >= 0 && scene.margin <= 64],
-    ["sphere", () => scene.sphere === null || (isNumbers(scene.sphere.center, 3) && scene.sphere.radius > 0)],
-    ["picture", () => isSize(scene.picture.width) && isSize(scene.picture.height) && scene.picture.focal > 0],
-    ["models", () => ["fp16", "fp32"].every((name) => isModel(scene.models[name]))],
-    ["runtime", () => typeof scene.runtime.version === "string" && ["webgpu", "wasm"].every((name) => isBackend(scene.runtime[name]))],
+    ["poster", () => isName(scene.poster)],
+    ["sphere", () => scene.sphere === null || (isNumbers(scene.sphere.center, 3) && isPositive(scene.sphere.radius))],
+    ["picture", () => isSize(scene.picture.width) && isSize(scene.picture.height) && isPositive(scene.picture.focal)],
     ["view", () => ["orbit", "walk"].includes(scene.view.kind) && isObject(scene.view.start)],
+    ["student.weights", () => isFile(scene.student.weights)],
+    ["student.rays", () => typeof scene.student.rays.planar === "boolean" && isNumber(scene.student.rays.offset)],
+    ["student.factor", () => isWhole(scene.student.factor, 1, 64)],
+    ["student.margin", () => isWhole(scene.student.margin, 0, 1)],
+    ["student.outputs", () => [3, 5].includes(scene.student.outputs)],
+    ["student.encoding", () => isEncoding(scene.student.encoding)],
+    ["student.network", () => isNetwork(scene.student)],
     ["probe", () => isProbe(scene.probe)],
+    ["fallback", () => scene.fallback === null || isFallback(scene.fallback)],
   ];
   for (const [name, check] of checks) {
     try {
@@ -49,18 +66,70 @@ export function faultyField(scene) {
   return null;
 }
 
-/** @param {any} model */
-function isModel(model) {
-  return isFile(model.file) && isBytes(model.bytes) && /^[0-9a-f]{64}$/.test(model.sha256);
+/** @param {any} encoding */
+function isEncoding(encoding) {
+  const isPlaced =
+    ["sphere", "near-far", "disparity"].includes(encoding.spacing) &&
+    isNumbers(encoding.center, 3) &&
+    isPositive(encoding.radius) &&
+    isNumber(encoding.near) &&
+    isNumber(encoding.far) &&
+    isMatrix(encoding.axes, 3, 3);
+  if (!isPlaced) return false;
+  if (encoding.kind === "composited") {
+    const { low, extent, origin, occupancy, cells, channels, samples, pixelSamples, probes } = encoding;
+    return (
+      ["ball", "contracted", "frustum"].includes(encoding.warp) &&
+      [low, extent, origin].every((numbers) => isNumbers(numbers, 3)) &&
+      extent.every(isPositive) &&
+      [occupancy, cells].every((sizes) => isNumbers(sizes, 3) && sizes.every((/** @type {unknown} */ size) => isWhole(size, 1, 2048))) &&
+      isWhole(channels, 1, 63) &&
+      [samples, pixelSamples, probes].every((count) => isWhole(count, 1, 4096)) &&
+      [encoding.pointOctaves, encoding.directionOctaves].every((count) => isWhole(count, 0, 24))
+    );
+  }
+  const { volume, frame, rotation, ndc } = encoding;
+  return (
+    ["points", "plucker", "two-plane"].includes(encoding.kind) &&
+    typeof encoding.contracted === "boolean" &&
+    (frame === null || (isMatrix(frame, 3, 4) && isMatrix(rotation, 3, 3))) &&
+    (ndc === null || isNumbers(ndc, 2)) &&
+    isWhole(encoding.points, 1, 4096) &&
+    isWhole(encoding.octaves, 0, 24) &&
+    (volume === null ||
+      (isWhole(volume.resolution, 2, 512) && isWhole(volume.channels, 1, 256) && isWhole(volume.points, 1, 4096) && isPositive(volume.extent)))
+  );
 }
 
-/** @param {any} backend */
-function isBackend(backend) {
-  return isFile(backend.module) && isFile(backend.loader) && isFile(backend.wasm) && isBytes(backend.bytes);
+/** @param {any} student */
+function isNetwork({ network, factor }) {
+  const { kind, width, blocks, ups, join } = network;
+  const isUp = (/** @type {any} */ up) => isWhole(up.channels, 1, 8192) && [2, 3].includes(up.step);
+  return (
+    ["r2l", "mobile-r2l"].includes(kind) &&
+    isWhole(width, 1, 8192) &&
+    isWhole(blocks, 1, 1024) &&
+    Array.isArray(ups) &&
+    ups.every(isUp) &&
+    ups.reduce((product, { step }) => product * step, 1) === factor &&
+    isWhole(join, 0, 8192)
+  );
 }
 
 /** @param {any} probe */
 function isProbe(probe) {
-  const cells = isSize(probe.rows) && isSize(probe.columns) ? probe.rows * probe.columns : NaN;
-  return isNumbers(probe.origin, 3) && isNumbers(probe.directions, 3 * cells) && isNumbers(probe.pixels) && probe.pixels.length > 0;
+  return (
+    isNumbers(probe.position, 3) &&
+    isMatrix(probe.axes, 3, 3) &&
+    isWhole(probe.side, 1, 512) &&
+    isPositive(probe.focal) &&
+    typeof probe.pixels === "string" &&
+    atob(probe.pixels).length === 3 * probe.side ** 2
+  );
+}
+
+/** @param {any} fallback */
+function isFallback({ model, raysPerCell, runtime }) {
+  const names = [runtime.module, runtime.loader, runtime.wasm];
+  return isFile(model) && isWhole(raysPerCell, 1, 64) && names.every(isName) && isWhole(runtime.bytes, 1, 2 ** 32) && typeof runtime.version === "string";
 }

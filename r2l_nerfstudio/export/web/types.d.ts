@@ -3,26 +3,19 @@
 export type Vector = [number, number, number];
 export type Range = [number, number];
 
-export interface ModelFile {
+export interface ListedFile {
   file: string;
   bytes: number;
   sha256: string;
 }
 
-export interface RuntimeFiles {
-  module: string;
-  loader: string;
-  wasm: string;
-  bytes: number;
-}
-
-/** A few rays and the pixels they are known to have. */
+/** A small picture and the pixels it is known to have: red, green, blue, in base64. */
 export interface Probe {
-  origin: Vector;
-  rows: number;
-  columns: number;
-  directions: number[];
-  pixels: number[];
+  position: Vector;
+  axes: [Vector, Vector, Vector];
+  side: number;
+  focal: number;
+  pixels: string;
 }
 
 /** Angles in radians, lengths in the run's unit. `frame`: right, up, backward. */
@@ -62,20 +55,116 @@ export interface RayConventions {
   offset: number;
 }
 
+/** What the encodings share. */
+interface Placed {
+  spacing: "sphere" | "near-far" | "disparity";
+  center: Vector;
+  radius: number;
+  near: number;
+  far: number;
+  axes: number[][];
+}
+
+/** Features composited along rays; see docs/composited.md. */
+export interface Composited extends Placed {
+  kind: "composited";
+  warp: "ball" | "contracted" | "frustum";
+  low: Vector;
+  extent: Vector;
+  origin: Vector;
+  occupancy: Vector;
+  cells: Vector;
+  channels: number;
+  samples: number;
+  pixelSamples: number;
+  probes: number;
+  pointOctaves: number;
+  directionOctaves: number;
+}
+
+/** Numbers of the ray itself, and of a dense volume where there is one. */
+export interface Direct extends Placed {
+  kind: "points" | "plucker" | "two-plane";
+  contracted: boolean;
+  frame: number[][] | null;
+  rotation: number[][] | null;
+  ndc: number[] | null;
+  points: number;
+  octaves: number;
+  volume: { resolution: number; channels: number; points: number; extent: number } | null;
+}
+
+export type Encoding = Composited | Direct;
+
+export interface Network {
+  kind: "r2l" | "mobile-r2l";
+  width: number;
+  blocks: number;
+  ups: { channels: number; step: number }[];
+  join: number;
+}
+
+export interface Student {
+  weights: ListedFile & { precision: "fp16" | "int8" };
+  rays: RayConventions;
+  factor: number;
+  margin: number;
+  outputs: 3 | 5;
+  encoding: Encoding;
+  network: Network;
+}
+
+export interface Fallback {
+  model: ListedFile;
+  raysPerCell: number;
+  runtime: { version: string; module: string; loader: string; wasm: string; bytes: number };
+}
+
 export interface Scene {
+  version: number;
   title: string;
   method: string;
   background: Vector;
-  factor: number;
-  margin: number;
-  rays: RayConventions;
-  raysPerCell: number;
+  poster: string;
   sphere: Sphere | null;
   picture: { width: number; height: number; focal: number };
-  models: { fp16: ModelFile; fp32: ModelFile };
-  runtime: { version: string; webgpu: RuntimeFiles; wasm: RuntimeFiles };
   view: OrbitLimits | WalkLimits;
+  student: Student;
   probe: Probe;
+  fallback: Fallback | null;
+}
+
+/** A layer of the network, as its shader is written. */
+export interface Layer {
+  name: string;
+  inputs: number;
+  outputs: number;
+  /** `outputs`, in whole vectors of four. */
+  padded: number;
+  /** Vectors of four that one thread makes. */
+  groups: number;
+  activation: "none" | "relu" | "gelu";
+  /** Hidden pixels per row, before the layer. */
+  scale: number;
+  /** Pixels along each side that a pixel becomes. */
+  step: number;
+  /** Pixels that each of those is made of. */
+  taps: number;
+  /** Whether the output's former numbers are added. */
+  residual: boolean;
+  /** How many times the head's output is added. */
+  skip: number;
+  /** Names of buffers. */
+  input: string;
+  output: string;
+}
+
+/** Of a safetensors file. */
+export interface Tensor {
+  dtype: "F32" | "F16" | "I8" | "U8";
+  shape: number[];
+  count: number;
+  bytes: Uint8Array<ArrayBuffer>;
 }
 
 /** Columns right, up, backward, position. */
@@ -86,28 +175,60 @@ export interface Pose {
   position: Vector;
 }
 
-export interface FrameRequest {
-  kind: "frame";
-  id: number;
+/** What is drawn: a pose, and a size and focal length in pixels. */
+export interface Camera {
   pose: Pose;
   width: number;
   height: number;
   focal: number;
 }
 
+/** Moves the camera. */
+export interface Rig {
+  reset(): void;
+  startFrom(query: URLSearchParams): void;
+  address(): string;
+  turn(right: number, down: number): void;
+  move(right: number, down: number): void;
+  zoom(steps: number): void;
+  focus(point: Vector, share: number): void;
+  settle(milliseconds: number): boolean;
+  pose(): Pose;
+}
+
+/** What draws. */
+export interface Backend {
+  name: string;
+  canvas: HTMLCanvasElement;
+  /** Whether it draws pictures of any size on a canvas of any other. */
+  resizes: boolean;
+  fits(width: number, height: number): boolean;
+  /** Milliseconds that it took. */
+  draw(camera: Camera): Promise<number>;
+  /** Along the ray through a point of the last picture, given as shares of its sides; 0 where it is unknown. */
+  depthAt(x: number, y: number): Promise<number>;
+  /** The last picture: red, green, blue, opacity. */
+  read(): Promise<Uint8Array>;
+  close(): void;
+  device: GPUDevice | null;
+}
+
+export interface FrameRequest extends Camera {
+  kind: "frame";
+  id: number;
+}
+
 export interface StartRequest {
   kind: "start";
   scene: Scene;
   base: string;
-  backend: "webgpu" | "wasm";
   threads: number;
 }
 
 export type Answer =
-  | { kind: "progress"; text: string; done: number }
-  | { kind: "ready"; backend: string }
+  | { kind: "progress"; done: number }
+  | { kind: "ready" }
   | { kind: "frame"; id: number; width: number; height: number; pixels: Int32Array; milliseconds: number }
-  | { kind: "refused"; reason: string }
   | { kind: "failed"; sentence: string };
 
 /** What the page uses of ONNX Runtime Web. */

@@ -1,9 +1,10 @@
-// Loads the runtime and the student, and draws; apart from the page, which stays responsive meanwhile.
+// Loads ONNX Runtime and the student, and draws on the processor; apart from the page, which stays responsive meanwhile.
 
 import { fetchWhole, MissingFile, unpack } from "./fetching.js";
 import { cellRays, missTest, plane, seenCells } from "./rays.js";
 
-/** @import {Answer, FrameRequest, Runtime, Scene, Session, StartRequest} from "./types.d.ts" */
+/** @import {Answer, Camera, Fallback, FrameRequest, Runtime, Scene, Session, StartRequest} from "./types.d.ts" */
+/** @typedef {Camera & {id: number}} View */
 
 /** Rays of one evaluation of a student that answers rays one by one: their codes take some 30 MB. */
 const RAYS_AT_ONCE = 12288;
@@ -48,63 +49,44 @@ function reason(error) {
 async function start(request) {
   try {
     scene = request.scene;
-    const files = scene.runtime[request.backend];
-    const features = request.backend === "webgpu" ? await gpuFeatures() : null;
-    if (request.backend === "webgpu" && !features) return say({ kind: "refused", reason: "there is no GPU for it" });
-    const isHalf = features?.has("shader-f16");
-    const model = scene.models[isHalf ? "fp16" : "fp32"];
+    const { model, runtime: files } = /** @type {Fallback} */ (scene.fallback);
     const total = files.bytes + model.bytes;
     /** @param {number} done */
-    const progress = (done) => say({ kind: "progress", text: "Loading …", done: (0.97 * done) / total });
-    const wasm = await fetchWhole(new URL(files.wasm, request.base), files.bytes, null, progress);
-    const weights = await fetchWhole(new URL(model.file, request.base), model.bytes, model.sha256, (done) =>
-      progress(files.bytes + done),
-    );
-    say({ kind: "progress", text: "Starting …", done: 0.97 });
-    runtime = await import(new URL(files.module, request.base).href);
+    const progress = (done) => say({ kind: "progress", done: (0.97 * done) / total });
+    const base = new URL(request.base);
+    const wasm = await fetchWhole(base, files.wasm, files.bytes, null, progress);
+    const weights = await fetchWhole(base, model.file, model.bytes, model.sha256, (done) => progress(files.bytes + done));
+    runtime = await import(new URL(files.module, base).href);
     runtime.env.logLevel = "error";
-    runtime.env.wasm.wasmPaths = { mjs: new URL(files.loader, request.base).href };
+    runtime.env.wasm.wasmPaths = { mjs: new URL(files.loader, base).href };
     runtime.env.wasm.wasmBinary = await unpack(wasm, files.wasm);
     runtime.env.wasm.numThreads = request.threads;
     try {
       session = await runtime.InferenceSession.create(weights, {
-        executionProviders: [request.backend],
+        executionProviders: ["wasm"],
         graphOptimizationLevel: "all",
       });
     } catch (error) {
-      if (request.backend === "webgpu") return say({ kind: "refused", reason: reason(error) });
       throw new Error(`the student cannot be opened: ${reason(error)}`);
     }
-    const difference = await probe();
-    if (!(difference < WRONG)) {
-      if (request.backend === "webgpu") return say({ kind: "refused", reason: `wrong by ${difference}` });
-      throw new Error("it draws something else than the student");
-    }
-    say({ kind: "ready", backend: request.backend === "webgpu" ? "WebGPU" : `WebAssembly, ${threads(request.threads)}` });
+    if (!((await probe()) < WRONG)) throw new Error("it draws something else than the student");
+    say({ kind: "ready" });
   } catch (error) {
     if (error instanceof MissingFile) say({ kind: "failed", sentence: error.message });
-    else if (request.backend === "webgpu") say({ kind: "refused", reason: reason(error) });
     else fail("This browser cannot draw the scene", error);
   }
 }
 
-/** @param {number} count */
-function threads(count) {
-  return count === 1 ? "1 thread" : `${count} threads`;
-}
-
-/** What the GPU offers beyond the usual; null without one. */
-async function gpuFeatures() {
-  const gpu = /** @type {{gpu?: {requestAdapter(): Promise<{features: Set<string>} | null>}}} */ (navigator).gpu;
-  return (await gpu?.requestAdapter())?.features ?? null;
-}
-
-/** Mean difference from pixels that are known, in steps of 8-bit colour: some drivers compute wrongly, and say nothing. */
+/** Mean difference from pixels that are known, in steps of 8-bit color. */
 async function probe() {
-  const { origin, rows, columns, directions, pixels } = scene.probe;
-  const found = await evaluate(Float32Array.from(origin), Float32Array.from(directions), rows, columns);
-  const [got, wanted] = [new Uint8Array(found.buffer), new Uint8Array(Int32Array.from(pixels).buffer)];
-  return wanted.reduce((sum, value, index) => sum + Math.abs(value - got[index]), 0) / wanted.length;
+  const { position, axes, side, focal, pixels } = scene.probe;
+  const [right, up, backward] = axes;
+  const found = new Int32Array(side * side).fill(background());
+  const request = { id: newest, pose: { position, right, up, backward }, width: side, height: side, focal };
+  await drawOn(request, found);
+  const bytes = new Uint8Array(found.buffer);
+  const wanted = Uint8Array.from(atob(pixels), (byte) => byte.charCodeAt(0));
+  return wanted.reduce((sum, value, at) => sum + Math.abs(value - bytes[4 * Math.floor(at / 3) + (at % 3)]), 0) / wanted.length;
 }
 
 /**
@@ -126,18 +108,21 @@ async function evaluate(origin, directions, rows, columns) {
 async function draw(request) {
   if (request.id !== newest) return;
   const started = performance.now();
-  const { pose, width, height } = request;
-  const where = plane(width, height, request.focal);
-  const misses = missTest(pose, scene.sphere);
-  const origin = Float32Array.from(pose.position);
+  const { width, height, id } = request;
   const pixels = new Int32Array(width * height).fill(background());
-  const cells = seenCells(width, height, scene.factor, where, misses);
-  if (cells) {
-    const drawn = scene.factor > 1 ? drawImage : drawRays;
-    if (!(await drawn(request, origin, where, cells, misses, pixels))) return;
-  }
-  const milliseconds = performance.now() - started;
-  say({ kind: "frame", id: request.id, width, height, pixels, milliseconds }, [pixels.buffer]);
+  if (!(await drawOn(request, pixels))) return;
+  say({ kind: "frame", id, width, height, pixels, milliseconds: performance.now() - started }, [pixels.buffer]);
+}
+
+/** @param {View} view @param {Int32Array} pixels of the background @returns {Promise<boolean>} whether the picture is whole */
+async function drawOn(view, pixels) {
+  const { pose, width, height } = view;
+  const where = plane(width, height, view.focal);
+  const misses = missTest(pose, scene.sphere);
+  const cells = seenCells(width, height, scene.student.factor, where, misses);
+  if (!cells) return true;
+  const drawn = scene.student.factor > 1 ? drawImage : drawRays;
+  return drawn(view, Float32Array.from(pose.position), where, cells, misses, pixels);
 }
 
 function background() {
@@ -148,7 +133,7 @@ function background() {
 /**
  * One evaluation for all cells.
  *
- * @param {FrameRequest} request
+ * @param {View} request
  * @param {Float32Array} origin
  * @param {import("./rays.js").Plane} where
  * @param {import("./rays.js").Cells} cells
@@ -157,12 +142,13 @@ function background() {
  * @returns {Promise<boolean>} whether the picture is whole
  */
 async function drawImage(request, origin, where, cells, misses, pixels) {
-  const { factor, margin, raysPerCell } = scene;
+  const { factor, margin } = scene.student;
+  const { raysPerCell } = /** @type {Fallback} */ (scene.fallback);
   const { width, height } = request;
   const [rows, columns] = [cells.rows, cells.columns].map((count) => (count + 2 * margin) * raysPerCell);
   const [top0, left0] = [cells.top, cells.left].map((first) => (first - margin) * raysPerCell);
   const all = { top: top0, left: left0, rows, columns };
-  const found = await evaluate(origin, cellRays(request.pose, where, factor / raysPerCell, all, scene.rays), rows, columns);
+  const found = await evaluate(origin, cellRays(request.pose, where, factor / raysPerCell, all, scene.student.rays), rows, columns);
   const stride = cells.columns * factor;
   const [top, left] = [cells.top * factor, cells.left * factor];
   const [bottom, right] = [Math.min(height, top + cells.rows * factor), Math.min(width, left + stride)];
@@ -183,7 +169,7 @@ async function drawImage(request, origin, where, cells, misses, pixels) {
  */
 async function drawRays(request, origin, where, cells, misses, pixels) {
   const { width } = request;
-  const directions = cellRays(request.pose, where, 1, cells, scene.rays);
+  const directions = cellRays(request.pose, where, 1, cells, scene.student.rays);
   const places = new Int32Array(cells.rows * cells.columns);
   let count = 0;
   for (let row = 0; row < cells.rows; row++) {

@@ -1,23 +1,22 @@
-:root {
-  color-scheme: light dark;
+// Looks and parts of the element. In a module: a style sheet of its own would arrive later, and show the parts bare until then.
+
+export const STYLE = /* css */ `
+:host {
   --ink: #f4f4f2;
   --panel: rgb(24 25 28 / 72%);
-  --backdrop: #fff;
   --gap: max(12px, env(safe-area-inset-left), env(safe-area-inset-right));
+  display: block;
+  position: relative;
+  overflow: hidden;
+  container-type: inline-size;
+  min-height: 120px;
+  background: var(--backdrop, transparent);
+  color-scheme: light dark;
   font: 15px/1.45 system-ui, -apple-system, "Segoe UI", Roboto, "Noto Sans", sans-serif;
 }
 
 * {
   box-sizing: border-box;
-}
-
-html,
-body {
-  height: 100%;
-  margin: 0;
-  overflow: hidden;
-  overscroll-behavior: none;
-  background: var(--backdrop);
 }
 
 /* An element's own display would win over the browser's rule. */
@@ -26,22 +25,22 @@ body {
 }
 
 #stage,
-#picture {
-  position: fixed;
+canvas {
+  position: absolute;
   inset: 0;
   width: 100%;
   height: 100%;
 }
 
 #poster {
-  position: fixed;
+  position: absolute;
   left: 50%;
   top: 50%;
   height: 100%;
   translate: -50% -50%;
 }
 
-#picture {
+#stage {
   cursor: grab;
   outline: none;
   touch-action: none;
@@ -50,20 +49,20 @@ body {
   -webkit-touch-callout: none;
 }
 
-#picture:active {
+#stage:active {
   cursor: grabbing;
 }
 
-#picture:focus-visible {
+#stage:focus-visible {
   box-shadow: inset 0 0 0 3px #4c8dff;
 }
 
 #loading,
 #figures,
 #hint,
-.message,
+#toast,
 #message {
-  position: fixed;
+  position: absolute;
   margin: 0;
   color: var(--ink);
   background: var(--panel);
@@ -76,7 +75,7 @@ body {
   left: 50%;
   bottom: calc(28px + env(safe-area-inset-bottom));
   translate: -50% 0;
-  width: min(320px, calc(100vw - 48px));
+  width: min(320px, calc(100cqw - 48px));
   padding: 10px 16px 12px;
   display: grid;
   gap: 8px;
@@ -113,6 +112,14 @@ body {
   background: var(--ink);
 }
 
+#toast {
+  left: 50%;
+  bottom: calc(72px + env(safe-area-inset-bottom));
+  translate: -50% 0;
+  padding: 7px 14px;
+  white-space: nowrap;
+}
+
 #figures {
   left: calc(var(--gap) + env(safe-area-inset-left));
   bottom: calc(12px + env(safe-area-inset-bottom));
@@ -120,7 +127,7 @@ body {
   font-size: 13px;
   font-variant-numeric: tabular-nums;
   /* Clear of the buttons. */
-  max-width: calc(100vw - 2 * var(--gap) - 170px);
+  max-width: calc(100cqw - 2 * var(--gap) - 224px);
   overflow: hidden;
   text-overflow: ellipsis;
   white-space: nowrap;
@@ -132,7 +139,7 @@ body {
   top: calc(16px + env(safe-area-inset-top));
   translate: -50% 0;
   width: max-content;
-  max-width: calc(100vw - 24px);
+  max-width: calc(100cqw - 24px);
   padding: 7px 14px;
   text-align: center;
   text-wrap: balance;
@@ -159,7 +166,7 @@ body {
 }
 
 #buttons {
-  position: fixed;
+  position: absolute;
   right: calc(var(--gap) + env(safe-area-inset-right));
   bottom: calc(12px + env(safe-area-inset-bottom));
   display: flex;
@@ -198,20 +205,19 @@ svg {
   stroke-linejoin: round;
 }
 
-.message,
 #message {
   left: 50%;
   top: 50%;
   translate: -50% -50%;
   width: max-content;
-  max-width: min(480px, calc(100vw - 32px));
+  max-width: min(480px, calc(100cqw - 32px));
   padding: 18px 22px;
   background: rgb(24 25 28 / 90%);
 }
 
 dialog {
-  width: min(400px, calc(100vw - 32px));
-  max-height: calc(100dvh - 32px);
+  width: min(400px, calc(100cqw - 32px));
+  max-height: calc(100vh - 32px);
   padding: 20px 24px;
   border: 0;
   border-radius: 16px;
@@ -267,7 +273,7 @@ dialog button {
   cursor: pointer;
 }
 
-@media (max-width: 520px) {
+@container (max-width: 520px) {
   #details {
     display: none;
   }
@@ -294,3 +300,56 @@ dialog button {
     transition: none !important;
   }
 }
+`;
+
+export const MARKUP = /* html */ `
+<div id="stage" tabindex="0" role="application" aria-busy="true" aria-label="A scene">
+  <img id="poster" alt="" />
+</div>
+<div id="loading" role="status">
+  <span id="loading-text">Loading …</span>
+  <progress id="progress" max="1" value="0" aria-label="Loading"></progress>
+</div>
+<p id="hint" hidden>
+  <span class="mouse">Drag to turn · scroll to come closer · double click to look at a point</span>
+  <span class="touch">Drag to turn · pinch to come closer · tap twice to look at a point</span>
+</p>
+<p id="figures" hidden><span id="speed"></span><span id="details"></span></p>
+<p id="toast" role="status" hidden></p>
+<nav id="buttons" aria-label="Scene" hidden>
+  <button id="share" type="button" title="Link to this view (L)" aria-label="Link to this view">
+    <svg viewBox="0 0 24 24"><path d="M10 14a4 4 0 0 0 6 0l3-3a4 4 0 0 0-6-6l-1 1M14 10a4 4 0 0 0-6 0l-3 3a4 4 0 0 0 6 6l1-1" /></svg>
+  </button>
+  <button id="reset" type="button" title="Back to the start (R)" aria-label="Back to the start">
+    <svg viewBox="0 0 24 24"><path d="M5 12a7 7 0 1 0 2.2-5.1M7 3v4.2h4.2" /></svg>
+  </button>
+  <button id="help" type="button" title="Keys (H)" aria-label="Keys">
+    <svg viewBox="0 0 24 24"><path d="M9 9.2a3 3 0 1 1 4.4 2.6c-.9.5-1.4 1-1.4 2M12 17.4v.2" /></svg>
+  </button>
+  <button id="fullscreen" type="button" title="Full screen (F)" aria-label="Full screen">
+    <svg viewBox="0 0 24 24"><path d="M4 9V4h5M20 9V4h-5M4 15v5h5M20 15v5h-5" /></svg>
+  </button>
+</nav>
+<dialog id="keys">
+  <h1>Moving around</h1>
+  <dl>
+    <dt>Turn</dt>
+    <dd>drag · arrow keys</dd>
+    <dt>Closer, farther</dt>
+    <dd>scroll · pinch · <kbd>+</kbd> <kbd>−</kbd></dd>
+    <dt>Shift</dt>
+    <dd>right button · two fingers · <kbd>W</kbd> <kbd>A</kbd> <kbd>S</kbd> <kbd>D</kbd></dd>
+    <dt>Look at a point</dt>
+    <dd>double click · tap twice</dd>
+    <dt>Start again</dt>
+    <dd><kbd>R</kbd></dd>
+    <dt>Full screen</dt>
+    <dd><kbd>F</kbd></dd>
+    <dt>Link to this view</dt>
+    <dd><kbd>L</kbd></dd>
+  </dl>
+  <p id="about"></p>
+  <form method="dialog"><button>Close</button></form>
+</dialog>
+<p id="message" role="alert" hidden></p>
+`;
