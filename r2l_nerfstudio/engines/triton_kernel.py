@@ -112,6 +112,6 @@ def residual_mlp(
         grid = (triton.cdiv(rays, TILE),)
         _residual_mlp[grid](
             code, *head, *hidden, *tail, values, rays, in_dim, out_dim, layers // 2,
-            WIDTH=width, TILE=TILE, INNER=INNER, OUTPUTS=OUTPUTS, num_warps=4 if width <= 128 else 8, num_stages=2,
+            WIDTH=width, TILE=TILE, INNER=INNER, OUTPUTS=OUTPUTS, num_warps=4 if width <= 128 else 8, num_stages=2,  # pyright: ignore[reportCallIssue]
         )  # fmt: skip
     return values

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from r2l_nerfstudio.distillation.pose_sampling import CaptureCameras
 from r2l_nerfstudio.errors import InputError
-from r2l_nerfstudio.export.int8 import JUDGED_VIEWS, MOST_LOSS, NEEDED_DB, pseudo_views
+from r2l_nerfstudio.export.int8 import JUDGED_VIEWS, MOST_LOSS, NEEDED_DB, sampled_views
 from r2l_nerfstudio.export.web_weights import WebWeights
 from r2l_nerfstudio.psnr import psnr
 from r2l_nerfstudio.student import Student
@@ -56,7 +56,7 @@ def choose_weights(
 @torch.no_grad()
 def _likeness(student: Student, weights: WebWeights, cameras: CaptureCameras) -> float:
     found = []
-    for pose, intrinsics, size in pseudo_views(student, cameras, JUDGED_VIEWS, seed=1):
+    for pose, intrinsics, size in sampled_views(student, cameras, JUDGED_VIEWS, seed=1):
         camera = (pose.numpy(), intrinsics.numpy(), size.width, size.height)
         truth = torch.from_numpy(student.render(*camera))
         with weights.drawing():
