@@ -71,12 +71,13 @@ class Rehearsal(TorchDispatchMode):
             self._note(packet, args[0])
             return True
         if packet in (aten.bincount, aten._unique2, aten.unique_consecutive, aten.repeat_interleave):
-            self._note(packet, next(a for a in args if isinstance(a, Tensor)))
+            first = next(a for a in args if isinstance(a, Tensor))
+            self._note(packet, first)
             if packet is aten._unique2:
-                return args[0].reshape(-1)[:1], args[0].new_zeros(args[0].shape), args[0].new_ones(1)
+                return first.reshape(-1)[:1], first.new_zeros(first.shape), first.new_ones(1)
             if packet is aten.bincount:
                 length = kwargs.get("minlength") or (args[2] if len(args) > 2 else 1)
-                return args[0].new_zeros(length, dtype=torch.long)
+                return first.new_zeros(length, dtype=torch.long)
         found = func(*args, **kwargs)
         if packet in (aten._to_copy, aten.copy_, aten.copy) and not kwargs.get("non_blocking", False):
             source = args[1] if packet in (aten.copy_, aten.copy) and len(args) > 1 else args[0]

@@ -214,7 +214,8 @@ def test_glides_after_a_drag_unless_motion_is_reduced(folder: Path, context: Bro
         page.mouse.up()
         released = page.evaluate(f"{ELEMENT}.view")
         rest(page)
-        return tuple(float(re.search(r"azimuth=([-\d.]+)", view)[1]) for view in (released, state(page)["view"]))
+        first, last = (float(re.search(r"azimuth=([-\d.]+)", view)[1]) for view in (released, state(page)["view"]))
+        return first, last
 
     with opened(context, folder) as page:
         page.emulate_media(reduced_motion="reduce")
