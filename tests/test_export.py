@@ -274,16 +274,28 @@ def test_int8_is_kept_where_it_costs_little(
     weights = [tensor for tensor in model.graph.initializer if len(tensor.dims) == 4]
     assert weights and {tensor.data_type for tensor in weights} == {onnx.TensorProto.INT8}
     assert {prop.key: prop.value for prop in model.metadata_props}["precision"] == "int8"
-    if not flags:
-        tables = {
-            tensor.data_type for tensor in model.graph.initializer if len(tensor.dims) == 2 and tensor.dims[1] == 5
-        }
-        assert tables == {onnx.TensorProto.INT8}, "density and features of the grid points"
     student = load_student(captured, device="cpu", engine="torch")
     part = "network" if flags else "whole"
     given, truth = probe_inputs(student, GraphSpec("camera", "fp32", 27, 18, part), 0)
     found = run_onnx(output, given)
     assert all(psnr(torch.from_numpy(found[key]), torch.from_numpy(truth[key])) > 25 for key in truth if key != "depth")
+
+
+def test_features_of_composited_students_are_kept_in_int8(student: Callable[..., Student], tmp_path: Path) -> None:
+    exported, spec = student("composited-r2l"), replace(RAYS, part="encoding")
+    files = {kind: tmp_path / f"{kind}.onnx" for kind in ("fp16", "int8")}
+    onnx_file.write_onnx(exported, replace(spec, precision="fp16"), files["fp16"])
+    onnx_file.write_onnx(exported, replace(spec, precision="fp16", int8_features=True), files["int8"])
+    shape = list(exported.model.composited.volume.rows.shape)
+    kinds = {
+        kind: {tensor.data_type for tensor in onnx.load(str(file)).graph.initializer if list(tensor.dims) == shape}
+        for kind, file in files.items()
+    }
+    assert kinds == {"fp16": {onnx.TensorProto.FLOAT16}, "int8": {onnx.TensorProto.INT8}}
+    given, truth = probe_inputs(exported, spec, 0)
+    found = run_onnx(files["int8"], given)
+    apart = np.abs(found["code"] - truth["code"])
+    assert 0 < apart.mean() < 0.02, "int8 is near fp32, and not the same"
 
 
 def test_int8_that_costs_too_much_is_refused(
