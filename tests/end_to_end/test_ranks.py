@@ -69,7 +69,8 @@ def test_two_ranks_train_one_student(tiny_teacher: Path, tmp_path: Path) -> None
     multiprocessing.spawn(work, (port, tiny_teacher, tmp_path, runs), nprocs=2)
     for method, minutes in runs:
         first, second = (torch.load(tmp_path / f"{method}_{rank}.pt") for rank in range(2))
-        assert first["steps"] == second["steps"] > 10
+        # By the clock, a busy machine takes few steps.
+        assert first["steps"] == second["steps"] > (10 if minutes is None else 1)
         for kind in ("parameters", "buffers"):
             for name, value in first[kind].items():
                 assert torch.equal(value, second[kind][name]), name
