@@ -80,7 +80,7 @@ class Rehearsal(TorchDispatchMode):
                 return first.new_zeros(length, dtype=torch.long)
         found = func(*args, **kwargs)
         if packet in (aten._to_copy, aten.copy_, aten.copy) and not kwargs.get("non_blocking", False):
-            source = args[1] if packet in (aten.copy_, aten.copy) and len(args) > 1 else args[0]
+            source = args[min(int(packet in (aten.copy_, aten.copy)), len(args) - 1)]
             if isinstance(source, Tensor) and isinstance(found, Tensor):
                 kinds = source.device.type, found.device.type
                 is_scalar = source.device.type == "cpu" and source.ndim == 0 and packet in (aten.copy_, aten.copy)
