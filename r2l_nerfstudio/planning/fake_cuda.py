@@ -93,7 +93,8 @@ def _backward(
     inputs: Any = None,
 ) -> None:
     if create_graph or inputs is not None:
-        raise NotImplementedError("backward on fake CUDA tensors gives gradients of leaves only")
+        # A training step asks for neither; counting would be wrong without a word.
+        raise ValueError("backward on fake CUDA tensors takes neither create_graph nor inputs")
     _run(_listed(tensors), _listed(grad_tensors), None)
 
 
