@@ -106,7 +106,8 @@ class ImportCheckpoint:
             if value is not None and value < 1:
                 raise InputError(f"--{name.replace('_', '-')} must be a positive integer (got {value}).")
         if self.checkpoint.exists() and not self.checkpoint.is_file():  # A folder, a pipe, an endless device.
-            raise InputError(f"{self.checkpoint} is not a regular file: give a published .tar or .onnx file.")
+            kind = "a folder" if self.checkpoint.is_dir() else "not a regular file"
+            raise InputError(f"{self.checkpoint} is {kind}: give a published .tar or .onnx file.")
         read = read_onnx if self.checkpoint.suffix.lower() == ".onnx" else read_tar
         return read(self.checkpoint, self.num_points, self.num_frequencies)
 
