@@ -5,6 +5,7 @@
     python3 dev.py check             lint, format and types
     python3 dev.py docs              the documentation, into build/docs
     python3 dev.py test-oldest       the fast tests on the oldest supported PyTorch
+    python3 dev.py test-viser        the viewer's fast tests on the viser that Nerfstudio's main branch pins
 
 Creates .venv beside this repository's pyproject.toml and installs into it, again whenever that file changes.
 """
@@ -53,6 +54,10 @@ OLDEST_TESTS = tuple(
         "examples",  # among them training, saving and loading
     )
 )
+
+VISER_FOLDER = ROOT / ".viser-newest"
+VISER = "viser==1.0.0"  # what Nerfstudio's main branch pins; its requirements are those of the release's viser
+VISER_TESTS = ("tests/test_viewer_panel.py",)
 
 # uv does not read pip's settings, so they are passed on unless uv has its own.
 PIP_TO_UV = {
@@ -131,6 +136,28 @@ def test_oldest(rest: list[str]) -> int:
         )
         stamp.write_text(wanted)
     return call(str(python), "-m", "pytest", "-p", "no:cacheprovider", *OLDEST_TESTS, *rest)
+
+
+def test_viser(rest: list[str]) -> int:
+    """Run the viewer's fast tests on the viser that Nerfstudio's main branch pins, installed into a folder of its own.
+
+    Raises:
+        InstallError: if that cannot be installed.
+    """
+    stamp = VISER_FOLDER / "installed"
+    if not (stamp.exists() and stamp.read_text() == VISER):
+        target = ("--target", str(VISER_FOLDER), "--no-deps")
+        command = [str(PYTHON), "-m", "uv", "pip", "install", "--quiet", "--python", str(PYTHON), *target, VISER]
+        run(command, VISER, uv_environment())
+        stamp.write_text(VISER)
+    version = VISER.partition("==")[2]
+    check = f"import viser; assert viser.__version__ == {version!r}, viser.__version__"
+    environment = {**os.environ, "PYTHONPATH": str(VISER_FOLDER)}
+    for command in (["-c", check], ["-m", "pytest", "-q", "-p", "no:cacheprovider", *VISER_TESTS, *rest]):
+        code = subprocess.call([str(PYTHON), *command], cwd=ROOT, env=environment)
+        if code:
+            return code
+    return 0
 
 
 def python_for_oldest() -> str:
@@ -290,7 +317,7 @@ def fail(message: str) -> int:
     return 1
 
 
-COMMANDS = {"test": test, "check": check, "docs": docs, "test-oldest": test_oldest}
+COMMANDS = {"test": test, "check": check, "docs": docs, "test-oldest": test_oldest, "test-viser": test_viser}
 
 
 if __name__ == "__main__":

@@ -1,5 +1,5 @@
 """Prepare captures and measure students: quality, learning curves, recipes, the papers' tables, frame times, training
-steps, the web page, memory over time."""
+steps, the web page, memory over time, a GPU."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import tyro
 
 from benchmarks.curve import Curve
 from benchmarks.distil import Distil
+from benchmarks.gpu_day import GpuDay
 from benchmarks.prepare_captures import PrepareCaptures
 from benchmarks.recipes import Recipes
 from benchmarks.render import Render
@@ -26,6 +27,7 @@ COMMANDS = {
     "tables": Tables,
     "train": Train,
     "web": Web,
+    "gpu-day": GpuDay,
     "web-renderer": WebRenderer,
     "soak": Soak,
 }

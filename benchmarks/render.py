@@ -55,6 +55,8 @@ class Render:
     """Engines to measure; those that cannot run here are listed with the reason."""
     seconds: float = 20.0
     """Seconds to measure networks for each student, and again frames; the fastest call of all rounds counts."""
+    side: int | None = None
+    """Pixels along each side of the frame; by default each method's own."""
     teacher: bool = True
     """Time a nerfacto of default size for each student."""
     results_dir: Path = RESULTS
@@ -85,7 +87,7 @@ class Render:
     @torch.no_grad()
     def _student(self, method: str, device: torch.device) -> dict[str, Any]:
         CONSOLE.print(f"{method} …")
-        side = SIZES[method]
+        side = self.side or SIZES[method]
         model, camera = student(method, side, device)
         code = frame_code(model, camera)
         truth = build_engine("torch", model.network, "fp32", device)

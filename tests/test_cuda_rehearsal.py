@@ -1,4 +1,4 @@
-"""Code for a GPU, rehearsed on fake CUDA tensors: devices, shapes and types of teacher views, of frames and of the engine.
+"""Code for a GPU, rehearsed on fake CUDA tensors: devices, shapes and types of a whole training, of frames and of engines.
 
 What a value decides is answered by `fake_cuda.Rehearsal`; what is not covered is listed in docs/gpu.md.
 """
@@ -15,8 +15,10 @@ from unittest import mock
 import pytest
 import torch
 from fake_cuda import Rehearsal, rehearsed
+from fake_training import fake_training
 from nerfstudio.cameras.cameras import Cameras, CameraType
 from nerfstudio.cameras.rays import RayBundle
+from nerfstudio.data.scene_box import OrientedBox
 from student_runs import (
     fill,
     fill_occupancy,
@@ -27,14 +29,32 @@ from student_runs import (
 )
 from torch import Tensor
 
+from r2l_nerfstudio.distillation.crops import sample_crops
+from r2l_nerfstudio.distillation.hard_rays import HardRayPool
 from r2l_nerfstudio.distillation.survey import Survey
 from r2l_nerfstudio.distillation.view_ring import ViewRenderer, ViewRing
 from r2l_nerfstudio.engines import cuda_graph
 from r2l_nerfstudio.engines.torch_engine import TorchEngine
+from r2l_nerfstudio.export.graph import GraphSpec
 from r2l_nerfstudio.models.light_field import LightFieldModel
 from r2l_nerfstudio.rays.spacing import SceneBounds
+from r2l_nerfstudio.student import Student
 from r2l_nerfstudio.teacher import Teacher
+from r2l_nerfstudio.viewer.panel import FrameTime
 
+METHODS = ("r2l", "r2l-lite", "r2l-paper", "mobile-r2l", "mobile-r2l-lite", "mobile-r2l-paper")
+
+TRAINING_WAITS = {
+    (
+        "view_ring.py:put",
+        "copy from the host",
+    ): "a teacher view comes from a thread of its own, once in many iterations",
+    ("photographs.py:rays", "_unique2"): "Nerfstudio's cameras, for the rays of 32 iterations at once",
+    ("photographs.py:rays", "copy from the host"): "likewise",
+    ("photographs.py:rays", "item"): "likewise",
+    ("photographs.py:rays", "nonzero"): "likewise",
+}
+"""Where a training iteration may wait for the GPU, and why."""
 FRAME_WAITS = {
     ("camera_rays.py:is_pinhole", "item"): "before anything is drawn: the GPU has nothing else to do",
     ("camera_rays.py:camera_rays", "item"): "the camera's size, likewise",
@@ -55,7 +75,48 @@ def unexpected(watch: Rehearsal, allowed: dict[tuple[str, str], str]) -> list[st
     return sorted({str(wait) for wait in watch.waits if (Path(wait.where).name, wait.operator) not in allowed})
 
 
-# Teacher views.
+# Training.
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_training_from_the_first_view_to_the_checkpoint(method: str, tiny_capture: Path, tmp_path: Path) -> None:
+    with fake_training(method, tiny_capture, tmp_path, has_corrections=method == "r2l") as (trainer, watch):
+        pipeline = trainer.pipeline
+        assert pipeline.datamanager.ring.pixels.device.type == "cuda"
+        watch.waits.clear()
+        for step in (0, 10, 11):  # the last one with photos
+            _, losses, _ = trainer.train_iteration(step)
+            pipeline.update_average(step)
+            assert all(loss.device.type == "cuda" for loss in losses.values())
+        assert pipeline.datamanager.photographs_now
+        assert unexpected(watch, TRAINING_WAITS) == []
+        for name, parameter in pipeline.model.network.named_parameters():
+            assert parameter.grad is not None and parameter.grad.device.type == "cuda", name
+        pipeline._watch_holdout(500)
+        pipeline._grow_occupancy(600)
+        check_checkpoint(trainer)
+        pipeline.finish(12)
+
+
+def check_checkpoint(trainer: Any) -> None:
+    """What a checkpoint holds is on the GPU, or plain; and goes back there from a file, which is read on the host."""
+    pipeline, optimizers = trainer.pipeline, trainer.optimizers
+    state = {key: value.cpu() if isinstance(value, Tensor) else value for key, value in pipeline.state_dict().items()}
+    for name, value in pipeline.state_dict().items():  # counters of the host are no dimension large
+        assert not isinstance(value, Tensor) or value.device.type == "cuda" or value.ndim == 0, name
+    for optimizer in optimizers.optimizers.values():
+        saved = optimizer.state_dict()
+        for entry in saved["state"].values():
+            for name, value in entry.items():
+                assert not isinstance(value, Tensor) or name == "step" or value.device.type == "cuda", name
+                entry[name] = value.cpu() if isinstance(value, Tensor) else value
+        optimizer.load_state_dict(saved)
+        for entry in optimizer.state.values():
+            assert all(v.device.type == "cuda" for k, v in entry.items() if isinstance(v, Tensor) and k != "step")
+    average = {key.removeprefix("average."): v for key, v in state.items() if key.startswith("average.")}
+    if pipeline.average is not None:
+        pipeline.average.load_state_dict(average)
+        pipeline.average.update()
 
 
 def test_a_teacher_renders_its_views_on_the_gpu() -> None:
@@ -162,3 +223,101 @@ def test_frames(student: str, kind: str, spacing: str) -> None:
         if is_pinhole:
             graphs = {("cuda_graph.py:_capture", op) for op in ("item", "allclose")}
             assert unexpected(watch, {**FRAME_WAITS, **dict.fromkeys(graphs, "once for each shape")}) == []
+
+
+def test_a_crop_box_on_the_gpu() -> None:
+    made = model(tiny_r2l(), "disparity")
+    camera = Cameras(torch.eye(3, 4)[None], 30.0, 31.0, 12.0, 9.0, width=18, height=18)
+    box = OrientedBox.from_params((0.1, 0.0, 0.1), (0.3, 0.2, 0.1), (0.7, 0.6, 0.8))
+    with rehearsed(number=20.0, integer=18):
+        made.to("cuda")
+        with made.drawn_by(lambda code: made.network(code)):
+            outputs = made.get_outputs_for_camera(camera, box)
+    assert all(value.device.type == "cuda" for value in outputs.values())
+
+
+def test_the_panel_waits_once_for_a_frame() -> None:
+    """The network's share is taken from events, however often the network is called."""
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self) -> None:
+            pass
+
+        def elapsed_time(self, end: object) -> float:
+            return 4.0
+
+    made = FrameTime()
+    with (
+        rehearsed() as watch,
+        mock.patch("torch.cuda.is_initialized", lambda: True),
+        mock.patch("torch.cuda.Event", Event),
+        made.measure(10, 20),
+    ):
+        for _ in range(5):
+            with made.network():
+                pass
+        assert watch.waits == []
+    assert made.describe_network("torch").startswith("Network: 20 ms")
+    assert [wait.operator for wait in watch.waits] == ["synchronize"]
+
+
+# Planted bugs: what a rehearsal has to find.
+
+
+def test_a_generator_of_the_host_on_the_gpu_is_found() -> None:
+    """As it was in crops of held-out photos, which no CPU could show."""
+    views = SimpleNamespace(pixels=torch.zeros(2, 16, 16, 5, dtype=torch.uint8))
+    with rehearsed():
+        for name, shape in (("pixels", (2, 16, 16, 5)), ("depth", (2, 16, 16))):
+            setattr(views, name, torch.zeros(shape, device="cuda"))
+        views.camera_to_worlds = torch.zeros(2, 3, 4, device="cuda")
+        views.intrinsics, views.has_geometry = torch.ones(2, 4, device="cuda"), True
+        with mock.patch.object(type(views), "__len__", lambda _: 2, create=True):
+            sample_crops(views, 3, 2, 4, torch.Generator())  # pyright: ignore[reportArgumentType]
+        with pytest.raises(RuntimeError, match="expected a 'cuda' generator but found 'cpu'"):
+            torch.randint(5, (3,), generator=torch.Generator(), device="cuda")
+
+
+def test_a_ring_on_the_host_is_found(tiny_capture: Path, tmp_path: Path) -> None:
+    with fake_training("r2l-lite", tiny_capture, tmp_path) as (trainer, _):
+        ring = trainer.pipeline.datamanager.ring
+        ring.camera_to_worlds = ring.camera_to_worlds.cpu()
+        with pytest.raises(RuntimeError, match="same device"):
+            trainer.train_iteration(0)
+
+
+def test_an_average_on_the_host_is_found(tiny_capture: Path, tmp_path: Path) -> None:
+    with fake_training("mobile-r2l-lite", tiny_capture, tmp_path) as (trainer, _):
+        average = trainer.pipeline.average
+        assert average is not None
+        average.register_buffer("weight_0", average.get_buffer("weight_0").cpu())
+        with pytest.raises(RuntimeError, match="device"):
+            trainer.pipeline.update_average(0)
+
+
+def test_a_wait_for_every_batch_is_found(tiny_capture: Path, tmp_path: Path) -> None:
+    def add(self: HardRayPool, records: Tensor, errors: Tensor) -> None:
+        self._records[: len(records)] = records[errors > errors.mean().item()][:1]
+
+    with fake_training("r2l", tiny_capture, tmp_path) as (trainer, watch):
+        watch.waits.clear()
+        with mock.patch.object(HardRayPool, "add", add):
+            trainer.train_iteration(0)
+        assert unexpected(watch, TRAINING_WAITS)
+
+
+# Export.
+
+
+@pytest.mark.parametrize("student", STUDENTS)
+def test_graphs_of_exports_on_the_gpu(student: str) -> None:
+    """As the exporter of torch-tensorrt runs them."""
+    made = model(STUDENTS[student](), "sphere")
+    graph = GraphSpec("camera", "fp16", 24, 20).build(Student(made, student.partition(" ")[0]))
+    inputs = torch.eye(3, 4), torch.tensor([30.0, 30.0, 12.0, 10.0])
+    with rehearsed():
+        outputs = graph.to("cuda")(*(tensor.to("cuda") for tensor in inputs))
+    assert all(output.device.type == "cuda" for output in outputs)

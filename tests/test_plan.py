@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from r2l_nerfstudio.errors import InputError
 from r2l_nerfstudio.planning.cost import Cost, StudentCost, student_cost
 from r2l_nerfstudio.planning.device_use import DeviceUse
 from r2l_nerfstudio.planning.fake_cuda import fake_cuda
-from r2l_nerfstudio.planning.plan import GPUS, Capture, make_plan, step_seconds
+from r2l_nerfstudio.planning.plan import GPUS, Capture, make_plan, step_seconds, teacher_bytes
 from r2l_nerfstudio.scripts import plan as script
 
 GIB = 1 << 30
@@ -140,6 +141,12 @@ def test_a_size_between_two_listed_ones() -> None:
     assert script.find_gpu(8) == GPUS[0] and script.find_gpu(80) == GPUS[-1]
     assert script.find_gpu(16) == dataclasses.replace(GPUS[1], gigabytes=16)
     assert script.find_gpu(4).name == GPUS[0].name
+
+
+def test_a_capture_and_a_teacher_of_a_run(tiny_teacher: Path) -> None:
+    capture, teacher = script.Plan("r2l-lite", teacher=tiny_teacher)._capture()
+    assert (capture.width, capture.height) == (24, 24) and 0 < capture.photos <= 8
+    assert 0 < teacher_bytes(teacher, capture.photos) < GIB
 
 
 def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:

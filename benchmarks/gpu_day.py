@@ -1,0 +1,298 @@
+"""Everything that only a GPU can show, in stages of a few minutes, the most valuable first. NOT VERIFIED on a GPU.
+
+Each stage writes its figures when it ends; run the command again to go on with the first stage that has none.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import socket
+import subprocess
+import sys
+import time
+import traceback
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+from nerfstudio.utils.rich_utils import CONSOLE
+
+from benchmarks.curve import Curve
+from benchmarks.render import Render, fastest, results_stem, student
+from r2l_nerfstudio.engines.cache import device_name
+from r2l_nerfstudio.engines.parity import psnr
+from r2l_nerfstudio.engines.protocol import EngineName
+from r2l_nerfstudio.engines.torch_engine import TorchEngine
+from r2l_nerfstudio.errors import InputError
+from r2l_nerfstudio.planning.cost import StudentWork, student_cost
+
+StageName = Literal["smoke", "quality", "teachers", "engines", "viewer", "ranks"]
+METHODS = ("r2l", "mobile-r2l", "r2l-lite", "mobile-r2l-lite")
+ENGINES: tuple[EngineName, ...] = ("torch", "inductor", "triton", "tensorrt", "torch-tensorrt")
+SIDES = (400, 800, 1440)
+"""The last has as many pixels as 1920x1080."""
+CUDA_TEACHERS = {"instant-ngp": "tinycudann", "splatfacto": "gsplat"}
+PARITY_DB = 60.0
+"""Between fp32 on a CPU and on a GPU."""
+
+
+@dataclass
+class GpuDay:
+    """Run what only a GPU can show: smoke and parity, quality after 20 minutes, CUDA teachers, engines, viewer, ranks."""
+
+    data_dir: Path
+    """Folder that holds lego_400."""
+    stages: tuple[StageName, ...] = get_args(StageName)
+    """Which stages, in this order."""
+    methods: tuple[str, ...] = METHODS
+    """Which students."""
+    minutes: float = 20.0
+    """Of training in all, in the stage `quality`; its methods share them."""
+    teacher: Path | None = None
+    """A trained run to learn from; without it, a nerfacto of default size is trained on lego."""
+    view_size: int = 800
+    """Side of the teacher views of the stage `smoke`, in pixels."""
+    sides: tuple[int, ...] = SIDES
+    """Sides of the frames of the stage `engines`, in pixels."""
+    engines: tuple[EngineName, ...] = ENGINES
+    """Engines to measure."""
+    seconds: float = 10.0
+    """Of measuring each set of engines."""
+    tests: tuple[str, ...] = ("tests/end_to_end/test_viewer.py",)
+    """What pytest runs in the stage `viewer`."""
+    output_dir: Path = Path("outputs/gpu_day")
+    """Where runs go."""
+    results_dir: Path = Path("benchmarks/results")
+    """Where figures go."""
+    again: tuple[StageName, ...] = field(default=())
+    """Stages to run again although they have figures."""
+
+    def main(self) -> None:
+        """Run the stages that have no figures yet; write `gpu_DEVICE.json` after each, and print one table.
+
+        Raises:
+            InputError: a method or stage has no name that is known.
+        """
+        unknown = set(self.methods) - set(METHODS)
+        if unknown:
+            raise InputError(f"--methods {', '.join(sorted(unknown))}: choose from {', '.join(METHODS)}.")
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        name = device_name(torch.device(device))
+        self.results_dir.mkdir(parents=True, exist_ok=True)
+        file = results_stem(self.results_dir, "gpu", name).with_suffix(".json")
+        figures: dict[str, Any] = {"device": name, "torch": torch.__version__, "stages": {}}
+        if file.exists():
+            figures = json.loads(file.read_text())
+        for stage in self.stages:
+            if stage in figures["stages"] and stage not in self.again and "error" not in figures["stages"][stage]:
+                continue
+            CONSOLE.print(f"Stage {stage} …")
+            start = time.monotonic()
+            try:
+                found = STAGES[stage](self, device)
+            except (Exception, SystemExit) as error:  # the next stages have to have their turn
+                found = {"error": f"{type(error).__name__}: {error}", "traceback": traceback.format_exc()[-2000:]}
+            figures["stages"][stage] = {**found, "minutes": round((time.monotonic() - start) / 60, 2)}
+            file.write_text(json.dumps(figures, indent=2) + "\n")
+        CONSOLE.print(as_table(figures), markup=False, highlight=False, soft_wrap=True)
+        CONSOLE.print(f"Written: {file}", markup=False, soft_wrap=True)
+
+
+def smoke(day: GpuDay, device: str) -> dict[str, Any]:
+    """Of every method: frames equal to a CPU's, waits of a training step for the GPU, its time, and its memory beside the
+    plan's."""
+    return {method: {**_parity(method, device), **_step(method, day, device)} for method in day.methods}
+
+
+def _parity(method: str, device: str) -> dict[str, Any]:
+    side = 96
+    truth_model, camera = student(method, side, torch.device("cpu"))
+    truth = truth_model.get_outputs_for_camera(camera)
+    model, camera = student(method, side, torch.device(device))
+    model.load_state_dict(truth_model.state_dict())
+    found = {}
+    precisions = ("fp32", "fp16") if device == "cuda" else ("fp32",)
+    for precision in precisions:
+        engine = TorchEngine(model.network, precision)
+        with model.drawn_by(engine):
+            for _ in range(5):  # a CUDA graph is captured beside the first ones
+                outputs = model.get_outputs_for_camera(camera)
+                time.sleep(0.2 if device == "cuda" else 0.0)
+        agreement = min(psnr(outputs[key].cpu(), value) for key, value in truth.items() if key != "depth")
+        found[f"frame_{precision}_db"] = round(min(agreement, 999.0), 1)
+        if engine._graphs is not None:
+            found["cuda_graph"] = not engine._graphs.has_failed
+    found["agrees"] = found["frame_fp32_db"] >= PARITY_DB
+    return found
+
+
+def _step(method: str, day: GpuDay, device: str) -> dict[str, Any]:
+    from nerfstudio.configs.method_configs import all_methods
+
+    config = all_methods[method]
+    planned = student_cost(config, day.view_size, day.view_size)
+    work = StudentWork(config, day.view_size, day.view_size, device)
+    found: dict[str, Any] = {"planned_step_gib": round(planned.step.peak_bytes / 2**30, 3)}
+    work.step()
+    if device == "cuda":
+        held = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        torch.cuda.set_sync_debug_mode("warn")
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            work.step()
+        torch.cuda.set_sync_debug_mode("default")
+        found["waits"] = sorted({f"{w.filename}:{w.lineno}" for w in caught if "synchroniz" in str(w.message)})
+        found["step_gib"] = round((torch.cuda.max_memory_allocated() - held) / 2**30, 3)
+        found["reserved_gib"] = round(torch.cuda.max_memory_reserved() / 2**30, 3)
+    taken = fastest({"step": work.step}, min(day.seconds, 3.0), torch.device(device))
+    found["step_ms"] = round(taken["step"], 2)
+    found["tflops"] = round(planned.step.flops / taken["step"] / 1e9, 2)
+    return found
+
+
+def quality(day: GpuDay, device: str) -> dict[str, Any]:
+    """Learning curves and test PSNR of every method on lego at 400x400; what is finished is not trained again."""
+    found: dict[str, Any] = {}
+    folder = day.results_dir / "gpu_curves"
+    for method in day.methods:
+        file = folder / f"curve_lego_{method}.json"
+        if not (file.exists() and "student_psnr" in json.loads(file.read_text())):
+            Curve(
+                capture="lego",
+                data_dir=day.data_dir,
+                teacher=day.teacher,
+                method=method,
+                minutes=day.minutes / len(day.methods),
+                cache_dir=day.output_dir / "views",
+                output_dir=day.output_dir,
+                results_dir=folder,
+            ).main()
+        figures = json.loads(file.read_text())
+        found[method] = {
+            key: figures.get(key) for key in ("student_psnr", "teacher_psnr", "published_test_psnr", "minutes")
+        }
+    return found
+
+
+def teachers(day: GpuDay, device: str) -> dict[str, Any]:
+    """An instant-ngp and a splatfacto, where their extensions load, each as the teacher of an `r2l-lite`."""
+    found: dict[str, Any] = {}
+    for method, package in CUDA_TEACHERS.items():
+        if device != "cuda" or importlib.util.find_spec(package) is None:
+            found[method] = {"skipped": "needs a GPU" if device != "cuda" else f"{package} is not installed"}
+            continue
+        teacher = _train_teacher(day, method)
+        Curve(
+            capture="lego",
+            data_dir=day.data_dir,
+            teacher=teacher,
+            method="r2l-lite",
+            minutes=2.0,
+            output_dir=day.output_dir / method,
+            results_dir=day.results_dir / "gpu_curves" / method,
+        ).main()
+        file = day.results_dir / "gpu_curves" / method / "curve_lego_r2l-lite.json"
+        figures = json.loads(file.read_text())
+        found[method] = {key: figures.get(key) for key in ("student_psnr", "teacher_psnr")}
+    return found
+
+
+def _train_teacher(day: GpuDay, method: str) -> Path:
+    run = day.output_dir / "lego" / method / "gpu_day"
+    if not any((run / "nerfstudio_models").glob("*.ckpt")):
+        command = [
+            *(sys.executable, "-m", "nerfstudio.scripts.train", method, "--output-dir", str(day.output_dir)),
+            *("--experiment-name", "lego", "--timestamp", "gpu_day", "--vis", "tensorboard"),
+            *("--viewer.quit-on-train-completion", "True", "--max-num-iterations", "5000"),
+            *("blender-data", "--data", str(day.data_dir / "lego_400")),
+        ]
+        subprocess.run(command, check=True, timeout=420)
+    return run / "config.yml"
+
+
+def engines(day: GpuDay, device: str) -> dict[str, Any]:
+    """Milliseconds, share of bare matrix products and parity of every engine, by method and size of the frame."""
+    found: dict[str, Any] = {}
+    for side in day.sides:
+        render = Render(
+            methods=day.methods,
+            engines=day.engines,
+            seconds=day.seconds,
+            side=side,
+            teacher=False,
+            cache_dir=day.output_dir / "engines",
+        )
+        found[str(side)] = [render._student(method, torch.device(device)) for method in day.methods]
+    return found
+
+
+def viewer(day: GpuDay, device: str) -> dict[str, Any]:
+    """Nerfstudio's viewer on tiny students through a browser, by the repository's own tests."""
+    command = [sys.executable, "-m", "pytest", "-q", "-x", *day.tests]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=460)
+    return {"passed": done.returncode == 0, "summary": "".join(done.stdout.strip().splitlines()[-1:])}
+
+
+def ranks(day: GpuDay, device: str) -> dict[str, Any]:
+    """Two processes on one GPU train one student over gloo, and have equal weights."""
+    day.output_dir.mkdir(parents=True, exist_ok=True)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    torch.multiprocessing.spawn(_rank, (port, device, day.output_dir), nprocs=2)
+    first, second = (torch.load(day.output_dir / f"rank_{rank}.pt", weights_only=True) for rank in range(2))
+    return {"equal": all(torch.equal(first[name], second[name]) for name in first), "tensors": len(first)}
+
+
+def _rank(rank: int, port: int, device: str, folder: Path) -> None:
+    from nerfstudio.configs.method_configs import all_methods
+
+    torch.distributed.init_process_group("gloo", f"tcp://127.0.0.1:{port}", world_size=2, rank=rank)
+    torch.manual_seed(rank)  # equal weights have to come from the first rank
+    work = StudentWork(all_methods["r2l-lite"], 64, 64, device)
+    work.model.device_indicator_param.requires_grad_(False)  # in no loss
+    inner = work.model
+    work.model = torch.nn.parallel.DistributedDataParallel(inner, device_ids=[0] if device == "cuda" else None)  # pyright: ignore
+    work.model.get_loss_dict = inner.get_loss_dict  # pyright: ignore
+    for _ in range(3):
+        work.step()
+    torch.save({name: value.detach().cpu() for name, value in inner.named_parameters()}, folder / f"rank_{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+STAGES: dict[str, Callable[[GpuDay, str], dict[str, Any]]] = {
+    "smoke": smoke,
+    "quality": quality,
+    "teachers": teachers,
+    "engines": engines,
+    "viewer": viewer,
+    "ranks": ranks,
+}
+
+
+def as_table(figures: dict[str, Any]) -> str:
+    """All stages in one table, one line for each figure that somebody would ask for first."""
+    lines = [f"# {figures['device']}, torch {figures['torch']}", "", "| stage | what | figure |", "|---|---|---|"]
+    for stage, found in figures["stages"].items():
+        if "error" in found:
+            lines.append(f"| {stage} | failed | {found['error'][:200]} |")
+            continue
+        if stage == "engines":
+            for side, rows in found.items():
+                for row in rows if isinstance(rows, list) else []:
+                    for engine in row["engines"]:
+                        lines.append(
+                            f"| engines | {row['method']} {side}x{side} {engine['engine']} {engine['precision']} |"
+                            f" {engine['network_ms']:g} ms, {engine['share_of_bare_low_precision']:.0%} of bare matmul,"
+                            f" {engine['psnr_db']:g} dB |"
+                        )
+            continue
+        for what, value in found.items():
+            shown = ", ".join(f"{k} {v}" for k, v in value.items()) if isinstance(value, dict) else value
+            lines.append(f"| {stage} | {what} | {shown} |")
+    return "\n".join(lines) + "\n"
