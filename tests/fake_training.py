@@ -11,7 +11,7 @@ from unittest import mock
 
 import torch
 from distil import own_writers, student_config
-from fake_cuda import Rehearsal, on_host, rehearsed
+from rehearsal import Rehearsal, on_host, rehearsed
 from nerfstudio.engine.callbacks import TrainingCallbackAttributes
 
 from r2l_nerfstudio.distillation import photograph_views, photographs, pipeline, scene_occupancy
@@ -61,6 +61,7 @@ def fake_training(
             (photographs, "_stored_size"),
         ):
             put(target, name, on_host(getattr(target, name)))
+        put(pipeline, "STATISTICS_BATCHES", 2)
         put(pipeline, "check_cameras", lambda *_: None)
         put(pipeline, "background_of", lambda _: torch.ones(3))
         put(pipeline, "view_size", lambda *_: (SIZE, SIZE))

@@ -1,6 +1,6 @@
 """Code for a GPU, rehearsed on fake CUDA tensors: devices, shapes and types of a whole training, of frames and of engines.
 
-What a value decides is answered by `fake_cuda.Rehearsal`; what is not covered is listed in docs/gpu.md.
+What a value decides is answered by `rehearsal.Rehearsal`; what is not covered is listed in docs/gpu.md.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from unittest import mock
 
 import pytest
 import torch
-from fake_cuda import Rehearsal, rehearsed
+from rehearsal import Rehearsal, rehearsed
 from fake_training import fake_training
 from nerfstudio.cameras.cameras import Cameras, CameraType
 from nerfstudio.cameras.rays import RayBundle
@@ -229,7 +229,7 @@ def test_a_crop_box_on_the_gpu() -> None:
     made = model(tiny_r2l(), "disparity")
     camera = Cameras(torch.eye(3, 4)[None], 30.0, 31.0, 12.0, 9.0, width=18, height=18)
     box = OrientedBox.from_params((0.1, 0.0, 0.1), (0.3, 0.2, 0.1), (0.7, 0.6, 0.8))
-    with rehearsed(number=20.0, integer=18):
+    with rehearsed(number=20.0, integer=18), mock.patch.object(Cameras, "generate_rays", generate_rays):
         made.to("cuda")
         with made.drawn_by(lambda code: made.network(code)):
             outputs = made.get_outputs_for_camera(camera, box)
@@ -269,14 +269,10 @@ def test_the_panel_waits_once_for_a_frame() -> None:
 
 def test_a_generator_of_the_host_on_the_gpu_is_found() -> None:
     """As it was in crops of held-out photos, which no CPU could show."""
-    views = SimpleNamespace(pixels=torch.zeros(2, 16, 16, 5, dtype=torch.uint8))
     with rehearsed():
-        for name, shape in (("pixels", (2, 16, 16, 5)), ("depth", (2, 16, 16))):
-            setattr(views, name, torch.zeros(shape, device="cuda"))
-        views.camera_to_worlds = torch.zeros(2, 3, 4, device="cuda")
-        views.intrinsics, views.has_geometry = torch.ones(2, 4, device="cuda"), True
-        with mock.patch.object(type(views), "__len__", lambda _: 2, create=True):
-            sample_crops(views, 3, 2, 4, torch.Generator())  # pyright: ignore[reportArgumentType]
+        ring = ViewRing(SimpleNamespace(width=16, height=16), 2, "cuda")
+        ring._filled = 2
+        assert sample_crops(ring, 3, 2, 4, torch.Generator()).target.rgb.device.type == "cuda"
         with pytest.raises(RuntimeError, match="expected a 'cuda' generator but found 'cpu'"):
             torch.randint(5, (3,), generator=torch.Generator(), device="cuda")
 

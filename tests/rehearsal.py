@@ -58,6 +58,7 @@ class Rehearsal(TorchDispatchMode):
         kwargs = kwargs or {}
         self._check_generator(func, args, kwargs)
         packet = func.overloadpacket
+        _check_lists(packet, args)
         if packet in (aten._local_scalar_dense, aten.item):
             return self._scalar(func, args[0])
         if packet is aten.nonzero:
@@ -142,6 +143,17 @@ class Rehearsal(TorchDispatchMode):
     def synchronize(self, *_: Any) -> None:
         """In place of `torch.cuda.synchronize`."""
         self._wait("synchronize")
+
+
+def _check_lists(packet: Any, args: tuple) -> None:
+    """Operators on lists of tensors, whose devices fake tensors do not compare."""
+    name = str(packet).removeprefix("aten.")
+    if not name.startswith("_foreach_") or name.startswith("_foreach_copy"):
+        return
+    for tensors in zip(*(arg for arg in args if isinstance(arg, (list, tuple))), strict=False):
+        devices = {tensor.device for tensor in tensors if isinstance(tensor, Tensor)}
+        if len(devices) > 1:
+            raise RuntimeError(f"{packet}: expected all tensors to be on the same device, found {devices}")
 
 
 class masks_of(list):  # noqa: N801
