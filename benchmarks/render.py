@@ -198,7 +198,7 @@ def fill_ball(model: LightFieldModel) -> None:
     generator = torch.Generator().manual_seed(0)
     points = 0.9 * torch.nn.functional.normalize(torch.randn(200_000, 3, generator=generator), dim=-1)
     points = points.to(model.device)
-    warp = "ball" if encoding.ray_code.spacing == "sphere" else "contracted"
+    warp = "ball" if encoding.ray_encoding.spacing == "sphere" else "contracted"
     scene.fit(warp, points, points.new_zeros(3), torch.eye(3))
     encoding.occupancy.clear(scene.resolution(scene.cell_of(model.config.occupancy_cells)))
     encoding.occupancy.mark((encoding.occupancy.counts(points) > 0).to(torch.uint8))

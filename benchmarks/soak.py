@@ -151,8 +151,8 @@ def render(
     """
     draw = random.Random(0)
     student = load_student(run, device="cpu", engine=engine)
-    center = student.model.ray_code.center.numpy()
-    radius = float(student.model.ray_code.radius)
+    center = student.model.ray_encoding.center.numpy()
+    radius = float(student.model.ray_encoding.radius)
     samples: list[Sample] = []
     count, start = 0, time.monotonic()
     while time.monotonic() - start < seconds and count < frames:

@@ -27,7 +27,7 @@ def turn(angle: float) -> torch.Tensor:
 def main(run: Path, output: Path, frames: int = 60, size: int = 400) -> None:
     """Write `frames` images of `size` x `size` pixels at 30 frames per second."""
     student = load_student(run)
-    encoding = student.model.ray_code
+    encoding = student.model.ray_encoding
     axes, center = encoding.axes.cpu(), encoding.center.cpu()
     distance = (encoding.near + encoding.far).cpu() / 2
     intrinsics = [1.2 * size, 1.2 * size, size / 2, size / 2]

@@ -20,7 +20,7 @@ from r2l_nerfstudio import load_student
 def main(run: Path, output: Path, size: int = 400) -> None:
     """Write one image of `size` x `size` pixels."""
     student = load_student(run)
-    encoding = student.model.ray_code
+    encoding = student.model.ray_encoding
     # The mean training camera's axes (right, up, backward), moved back from the scene's centre.
     axes, center = encoding.axes.cpu(), encoding.center.cpu()
     distance = (encoding.near + encoding.far).cpu() / 2

@@ -217,7 +217,7 @@ def _check_scene(model: LightFieldModel, checkpoint: Path) -> None:
             f"The student's checkpoint {checkpoint} is damaged: its background is {background.tolist()}, and colours lie"
             " between 0 and 1. Restore it from a copy, or train the student again."
         )
-    for name, holder in (("radius", model.ray_code), ("focal", model)):
+    for name, holder in (("radius", model.ray_encoding), ("focal", model)):
         value = getattr(holder, name, None)
         if isinstance(value, Tensor) and value.numel() == 1 and not float(value) > 0:
             raise InputError(

@@ -102,7 +102,7 @@ def fill_occupancy(model: LightFieldModel) -> None:
     scene = encoding.occupancy.scene
     generator = torch.Generator().manual_seed(4)
     points = torch.nn.functional.normalize(torch.randn(3000, 3, generator=generator), dim=-1) * 0.7
-    warp = "ball" if encoding.ray_code.spacing == "sphere" else "contracted"
+    warp = "ball" if encoding.ray_encoding.spacing == "sphere" else "contracted"
     scene.fit(warp, points, torch.zeros(3), torch.eye(3))
     encoding.occupancy.clear(scene.resolution(scene.cell_of(model.config.occupancy_cells)))
     encoding.occupancy.mark((encoding.occupancy.counts(points) > 0).to(torch.uint8), dilation=0)

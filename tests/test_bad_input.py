@@ -22,7 +22,7 @@ from r2l_nerfstudio.distillation.frame_check import check_frame
 from r2l_nerfstudio.distillation.pose_sampling import PoseSamplerConfig
 from r2l_nerfstudio.distillation.trainer import DistillationTrainerConfig
 from r2l_nerfstudio.errors import InputError
-from r2l_nerfstudio.rays.ray_code import RayCode
+from r2l_nerfstudio.rays.ray_encoding import RayEncoding
 from r2l_nerfstudio.teacher import TeacherOutputs
 
 
@@ -239,7 +239,7 @@ def test_unknown_kinds_in_python() -> None:
     with pytest.raises(InputError, match="--pipeline.datamanager.pose-sampler.kind from auto, neighbour, sphere, box"):
         PoseSamplerConfig(kind="spiral")
     with pytest.raises(InputError, match="--pipeline.model.ray-encoding from points, plucker, two-plane"):
-        RayCode("spiral")
+        RayEncoding("spiral")
 
 
 @pytest.mark.parametrize(

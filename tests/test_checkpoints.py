@@ -91,7 +91,7 @@ def poisoned(weight: torch.Tensor, value: float) -> torch.Tensor:
         (replaced(BACKGROUND, lambda b: -b), "its background is"),
         (replaced("_model._extra_state", lambda s: {"has_accumulation": "yes", "has_depth": True}), "_extra_state"),
         (replaced("_model._extra_state", lambda s: [1]), "_extra_state"),
-        (replaced("_model.ray_code.radius", lambda r: -r), "radius is"),
+        (replaced("_model.ray_encoding.radius", lambda r: -r), "radius is"),
     ],
 )
 @pytest.mark.filterwarnings("ignore")

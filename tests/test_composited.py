@@ -22,7 +22,7 @@ from r2l_nerfstudio.models.composited_encoding import CompositedEncoding, Compos
 from r2l_nerfstudio.rays.occupancy import OccupancyGrid, grid_point_index
 from r2l_nerfstudio.rays.pinhole import image_rays
 from r2l_nerfstudio.rays.placement import place_samples
-from r2l_nerfstudio.rays.ray_code import RayCode
+from r2l_nerfstudio.rays.ray_encoding import RayEncoding
 from r2l_nerfstudio.rays.ray_image import CellPixels
 from r2l_nerfstudio.rays.spacing import SceneBounds
 
@@ -32,7 +32,7 @@ KINDS = [("sphere", "ball"), ("disparity", "contracted"), ("disparity", "frustum
 def encoding(spacing: str, warp: str) -> CompositedEncoding:
     """A shell around the center, or a wall before a forward-facing camera, with random features."""
     torch.manual_seed(0)
-    code = RayCode("points", 8, 4)
+    code = RayEncoding("points", 8, 4)
     code.set_bounds(SceneBounds(spacing, (0.1, 0.2, 0.3), 1.3, 0.3, 6.0), torch.eye(3))
     made = CompositedEncoding(code, CompositedSettings())
     points = 0.7 * torch.nn.functional.normalize(torch.randn(4000, 3), dim=-1)
@@ -180,7 +180,7 @@ def ring_of(sees: list[Tensor], has_depth: bool = True, views: int = 16, side: i
 
 
 def occupied_by(ring: Ring, cameras: CaptureCameras, has_depth: bool = True) -> CompositedEncoding:
-    code = RayCode("points", 8, 4)
+    code = RayEncoding("points", 8, 4)
     code.set_bounds(SceneBounds("sphere", (0.0, 0.0, 0.0), 1.0, 2.5, 5.5), torch.eye(3))
     made = CompositedEncoding(code, CompositedSettings())
     SceneOccupancy(made, 32, 50_000, has_depth).start(ring, cameras)
@@ -232,7 +232,7 @@ def test_depth_that_is_wrong_costs_no_picture() -> None:
 
 def test_new_views_add_cells_and_rows_keep_their_features() -> None:
     few, cameras = ring_of([(BALL, 1.0)])
-    code = RayCode("points", 8, 4)
+    code = RayEncoding("points", 8, 4)
     code.set_bounds(SceneBounds("sphere", (0.0, 0.0, 0.0), 1.0, 2.5, 5.5), torch.eye(3))
     made = CompositedEncoding(code, CompositedSettings())
     scene = SceneOccupancy(made, 32, 50_000, True)

@@ -72,7 +72,7 @@ def test_custom_ray_encoding(tiny_teacher: Path, tmp_path: Path, monkeypatch: py
     run = distil(shrunk(copy.deepcopy(method.config), "r2l-harmonics", **overrides))
     student = load_student(run, device="cpu")
     model = student.model
-    assert model.network.in_dim == model.ray_code.dim + 16
+    assert model.network.in_dim == model.ray_encoding.dim + 16
     origins, directions = torch.zeros(1, 3), torch.tensor([[0.6, 0.0, 0.8]])
     code = model.encode(origins, directions)
     # The first harmonics: a constant, then multiples of the direction's y, z and x.

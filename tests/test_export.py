@@ -157,7 +157,7 @@ def test_onnx_renders_what_torch_renders(
     assert not {"GridSample", "GatherND", "ScatterND", "Loop", "If"} & {node.op_type for node in model.graph.node}
     assert str(Path(torch.__file__).parents[1]).encode() not in file.read_bytes()
     props = {prop.key: prop.value for prop in model.metadata_props}
-    code = exported.model.ray_code
+    code = exported.model.ray_encoding
     assert json.loads(props["near"]) == pytest.approx(float(code.near))
     assert np.allclose(json.loads(props["axes"]), code.axes.numpy())
     assert json.loads(props["background"]) == pytest.approx([1.0, 0.9, 0.8])

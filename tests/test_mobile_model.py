@@ -92,7 +92,7 @@ def test_other_zooms_are_drawn_at_the_trained_pitch(zoom: float) -> None:
     # The network, as a function of direction alone that is smooth: a camera's picture is then known at any zoom.
     student.encode_rays = lambda origins, directions: EncodedRays(directions)
     student.network = _Directions(4)
-    student.ray_code.radius.fill_(100.0)  # no ray misses the scene
+    student.ray_encoding.radius.fill_(100.0)  # no ray misses the scene
     width, height = 36, 28
     rgb = student.get_outputs_for_camera(camera(width, height, zoom))["rgb"]
     _, directions = image_rays(POSE, torch.tensor([FOCAL * zoom, FOCAL * zoom, 18, 14]), height, width)

@@ -145,10 +145,10 @@ def test_a_checkpoint_keeps_the_scene() -> None:
     other = R2LModelConfig(width=16, depth=4).setup(
         scene_box=SceneBox(aabb=torch.tensor([[-1.0, -1, -1], [1, 1, 1]])), num_train_data=1, metadata={}
     )
-    assert other.ray_code.spacing != "sphere"
+    assert other.ray_encoding.spacing != "sphere"
     other.load_state_dict(student.state_dict(), strict=True)
     other.eval()
-    assert other.ray_code.spacing == "sphere" and not other.has_accumulation and other.has_depth
+    assert other.ray_encoding.spacing == "sphere" and not other.has_accumulation and other.has_depth
     assert torch.equal(other.background, BACKGROUND)
     for key, value in student.get_outputs_for_camera(camera()).items():
         assert torch.equal(other.get_outputs_for_camera(camera())[key], value)
@@ -266,7 +266,7 @@ def test_losses_are_weighted_means_over_what_is_known() -> None:
     torch.testing.assert_close(losses["rgb_loss"], color)
     opacity = (outputs["accumulation"] - batch["accumulation"])[:10].square().mean()
     torch.testing.assert_close(losses["accumulation_loss"], 0.25 * opacity)
-    target = student.ray_code.to_fraction(batch["origins"], batch["directions"], batch["depth"])
+    target = student.ray_encoding.to_fraction(batch["origins"], batch["directions"], batch["depth"])
     seen = batch["accumulation"] * (batch["depth"] > 0)
     errors = ((outputs["depth_fraction"] - target).square() * seen)[:10].sum() / seen[:10].sum()
     torch.testing.assert_close(losses["depth_loss"], 0.5 * errors)

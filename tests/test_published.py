@@ -36,7 +36,7 @@ from r2l_nerfstudio.rays.published import (
     llff_frame,
     published_scene,
 )
-from r2l_nerfstudio.rays.ray_code import RayCode
+from r2l_nerfstudio.rays.ray_encoding import RayEncoding
 from r2l_nerfstudio.rays.spacing import SceneBounds
 from r2l_nerfstudio.scripts.import_checkpoint import ImportCheckpoint
 from r2l_nerfstudio.student import Student
@@ -96,7 +96,7 @@ def test_imported_students_draw_the_published_pictures(name: str, imported) -> N
 @pytest.mark.parametrize("name", PICTURES)
 def test_sample_points_are_the_published_ones(name: str, imported) -> None:
     student, picture, pose = imported(name)
-    code = student.model.ray_code
+    code = student.model.ray_encoding
     rows, columns, count = picture["points"].shape[:3]
     factor = int(picture.get("factor", 1))
     rays = code.image_rays(pose, torch.from_numpy(picture["intrinsics"]) / factor, rows, columns)
@@ -110,7 +110,7 @@ def test_the_training_path_reads_the_same_rays(name: str, imported) -> None:
     model = student.model
     factor = int(picture.get("factor", 1))
     rows, columns = picture["points"].shape[:2]
-    rays = model.ray_code.image_rays(pose, torch.from_numpy(picture["intrinsics"]) / factor, rows, columns)
+    rays = model.ray_encoding.image_rays(pose, torch.from_numpy(picture["intrinsics"]) / factor, rows, columns)
     with torch.enable_grad():
         code = model.encode(*rays)
         if factor > 1:
@@ -172,7 +172,7 @@ def test_onnx_and_openvino_of_published_students(kind: str, ndc: bool, tmp_path:
 def test_the_ray_graph_of_a_published_r2l() -> None:
     student = published_student("r2l")
     pose, intrinsics = torch.eye(3, 4), torch.tensor([30.0, 30.0, 14.0, 10.0])
-    rays = student.model.ray_code.image_rays(pose, intrinsics, 20, 28)
+    rays = student.model.ray_encoding.image_rays(pose, intrinsics, 20, 28)
     (found,) = GraphSpec("rays", "fp32", 28, 20).build(student)(*(tensor.reshape(-1, 3) for tensor in rays))
     assert (found.view(20, 28, 3) - student.render(pose, intrinsics, 28, 20)).abs().max() < 1e-4
 
@@ -181,7 +181,7 @@ def test_the_ray_graph_of_a_published_r2l() -> None:
 def test_the_web_graph_of_published_students(kind: str, ndc: bool) -> None:
     student = published_student(kind, ndc)
     graph = WebGraph(student, "fp32").eval()
-    pose = torch.cat([student.model.ray_code.axes, student.model.ray_code.center[:, None]], dim=-1)
+    pose = torch.cat([student.model.ray_encoding.axes, student.model.ray_encoding.center[:, None]], dim=-1)
     picture = {"width": 24, "height": 16, "focal": 50.0}
     pixels = graph(*page_rays(graph, pose, picture)).numpy()
     rgb = torch.from_numpy(to_rgb(pixels)).float() / 255
@@ -238,15 +238,15 @@ def test_ndc_of_known_points() -> None:
 
 def test_conventions_live_in_the_checkpoint() -> None:
     student = published_student("mobile-r2l", ndc=True)
-    other = RayCode("points", 4, 4)
-    other.load_state_dict(student.model.ray_code.state_dict())
-    assert other.conventions == student.model.ray_code.conventions
-    rays = student.model.ray_code.image_rays(torch.eye(3, 4), torch.tensor([9.0, 9.0, 4.0, 4.0]), 8, 8)
-    assert torch.equal(other(*rays), student.model.ray_code(*rays))
+    other = RayEncoding("points", 4, 4)
+    other.load_state_dict(student.model.ray_encoding.state_dict())
+    assert other.conventions == student.model.ray_encoding.conventions
+    rays = student.model.ray_encoding.image_rays(torch.eye(3, 4), torch.tensor([9.0, 9.0, 4.0, 4.0]), 8, 8)
+    assert torch.equal(other(*rays), student.model.ray_encoding(*rays))
 
 
 def test_a_checkpoint_from_before_there_were_conventions_reads_as_ours() -> None:
-    code = RayCode("points", 4, 3)
+    code = RayEncoding("points", 4, 3)
     state = code.state_dict()
     state["_extra_state"] = {"spacing": "disparity"}
     assert set(state) == {"center", "radius", "near", "far", "axes", "_extra_state"}
@@ -255,7 +255,7 @@ def test_a_checkpoint_from_before_there_were_conventions_reads_as_ours() -> None
 
 
 def test_conventions_that_do_not_go_with_the_code() -> None:
-    for code, spacing in ((RayCode("plucker"), "near-far"), (RayCode("points"), "sphere")):
+    for code, spacing in ((RayEncoding("plucker"), "near-far"), (RayEncoding("points"), "sphere")):
         code.spacing = spacing
         with pytest.raises(InputError, match="published-rays"):
             code.set_conventions(RayConventions(is_planar=True))

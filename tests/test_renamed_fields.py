@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import tyro
 import yaml
 
 from r2l_nerfstudio.models.mobile_r2l import MobileR2LModelConfig
 from r2l_nerfstudio.run_config import load_run_config
+from r2l_nerfstudio.student import load_student
 
 OLD_RUNS = Path(__file__).parent / "data" / "before_composited"
 
@@ -50,3 +52,11 @@ def test_former_flags_still_work() -> None:
     pipeline = tyro.cli(type(default), default=copy.deepcopy(default), args=args).pipeline
     assert (pipeline.model.ray_encoding, pipeline.model.upsampling_factor) == ("plucker", 8)
     assert (pipeline.datamanager.photo_iterations, pipeline.datamanager.photo_fraction) == (7, 0.25)
+
+
+def test_weights_under_former_names_load_in_nerfstudios_commands() -> None:
+    model = load_student(OLD_RUNS / "r2l-lite", device="cpu").model
+    former = {key.replace("ray_encoding.", "ray_code."): value for key, value in model.state_dict().items()}
+    former["ray_code.radius"] = torch.tensor(3.0)
+    model.load_state_dict(former, strict=True)
+    assert float(model.ray_encoding.radius) == 3

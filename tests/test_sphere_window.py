@@ -104,7 +104,7 @@ def test_what_is_left_out_changes_no_picture(kind: str, monkeypatch: pytest.Monk
     rays.append(0)
     if kind == "r2l":
         nothing = lambda origins, _: torch.zeros_like(origins[..., :1], dtype=torch.bool)  # noqa: E731
-        monkeypatch.setattr(model.ray_code, "misses_scene", nothing)
+        monkeypatch.setattr(model.ray_encoding, "misses_scene", nothing)
     else:
         monkeypatch.setattr(mobile_r2l, "sphere_window", lambda _, __, height, width, *___: Window(0, 0, width, height))
     with model.drawn_by(count):

@@ -268,7 +268,7 @@ class DistillationPipeline(VanillaPipeline):
         Raises:
             InputError: if the checkpoint's ray encoding reads other rays than the data manager makes.
         """
-        read, rays = self.model.ray_code.conventions, getattr(self.datamanager, "rays", None)
+        read, rays = self.model.ray_encoding.conventions, getattr(self.datamanager, "rays", None)
         if rays is None:  # No teacher: nothing is trained.
             return
         made = rays.conventions

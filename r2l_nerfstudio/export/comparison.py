@@ -33,7 +33,7 @@ def probe_inputs(student: Student, spec: GraphSpec, probe: int) -> tuple[Arrays,
     if spec.inputs == "camera":
         inputs = {"camera_to_world": pose.numpy(), "intrinsics": intrinsics.numpy()}
     else:
-        rays = model.ray_code.image_rays(pose, intrinsics, spec.height, spec.width)
+        rays = model.ray_encoding.image_rays(pose, intrinsics, spec.height, spec.width)
         origins, directions = (np.ascontiguousarray(tensor.reshape(-1, 3).numpy()) for tensor in rays)
         inputs = {"origins": origins, "directions": directions}
     truth: Arrays = {}
@@ -83,7 +83,7 @@ def check_export(
         inputs, truth = probe_inputs(student, spec, probe)
         found = run(inputs)
         for name, value in truth.items():
-            unit = float(student.model.ray_code.far) if name == "depth" else 1.0
+            unit = float(student.model.ray_encoding.far) if name == "depth" else 1.0
             pair = (torch.from_numpy(np.array(array, dtype=np.float32)) / unit for array in (found[name], value))
             worst = min(worst, psnr(*pair))
     if not worst >= needed:

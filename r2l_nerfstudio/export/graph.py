@@ -62,7 +62,7 @@ class Encoding(nn.Module):
         self.composited = None if model.composited is None else model.composited.for_graph(kept)
         self.factor = model.factor
         self.pixel_samples = getattr(model.config, "pixel_samples", 0)
-        self.ray_code = copy.deepcopy(model.ray_code)
+        self.ray_encoding = copy.deepcopy(model.ray_encoding)
         self.volume = None if model.volume is None else GatheredVolume(model.volume, DTYPES[precision])
         self.volume_points = model.config.volume_points
         self.encode = reduced_frequency_encode if reduce_angles else frequency_encode
@@ -91,9 +91,9 @@ class Encoding(nn.Module):
                 self.composited, self.factor, self.pixel_samples, origins, directions, encode=self.encode
             )
             return EncodedRays(found.code.permute(2, 0, 1)[None], found.geometry)
-        code = self.encode(self.ray_code.values(origins, directions), self.ray_code.num_frequencies)
+        code = self.encode(self.ray_encoding.values(origins, directions), self.ray_encoding.num_frequencies)
         if self.volume is not None:
-            features = self.volume(self.ray_code.points(origins, directions, self.volume_points))
+            features = self.volume(self.ray_encoding.points(origins, directions, self.volume_points))
             code = torch.cat([code, features], dim=-1)
         return EncodedRays(code.permute(2, 0, 1)[None] if self.reads_ray_image else code)
 
@@ -184,7 +184,7 @@ class Pictures(nn.Module):
 
     def __init__(self, model: LightFieldModel) -> None:
         super().__init__()
-        self.ray_code = copy.deepcopy(model.ray_code)
+        self.ray_encoding = copy.deepcopy(model.ray_encoding)
         self.register_buffer("background", model.background.clone())
         self.outputs = ("rgb", *["accumulation"] * model.has_accumulation, *["depth"] * model.has_depth)
 
@@ -196,15 +196,15 @@ class Pictures(nn.Module):
         Rays that miss a bounded scene see its background; `depth` is the distance along the ray.
         """
         found, fraction = {"rgb": values[..., :3], "accumulation": values[..., 3:4]}, values[..., 4:5]
-        if self.ray_code.spacing == "sphere":
+        if self.ray_encoding.spacing == "sphere":
             # Arithmetic instead of a selection, for which Core ML's converter would store the background once per
             # pixel.
-            missed = self.ray_code.misses_scene(origins, directions).to(values.dtype)
+            missed = self.ray_encoding.misses_scene(origins, directions).to(values.dtype)
             found["rgb"] = found["rgb"] * (1 - missed) + self.background * missed
             found["accumulation"] = found["accumulation"] * (1 - missed)
             fraction = fraction * (1 - missed) + MISSED_FRACTION * missed
         if "depth" in self.outputs:
-            distance = self.ray_code.to_distance(origins, directions, fraction)
+            distance = self.ray_encoding.to_distance(origins, directions, fraction)
             found["depth"] = distance.clamp_min(0.0)
         return tuple(found[name] for name in self.outputs)
 
@@ -226,7 +226,7 @@ class PictureFrame(nn.Module):
         self.factor = model.factor
         self.rays_per_cell = model.rays_per_cell
         self.margin = model.margin
-        self.conventions: RayConventions = model.ray_code.conventions
+        self.conventions: RayConventions = model.ray_encoding.conventions
         self.height = height
         self.width = width
         margin = self.margin * self.rays_per_cell

@@ -145,7 +145,7 @@ def _fill(
         if runtime is not None:
             (folder / RUNTIME).mkdir()
             shutil.copyfile(page / LICENSE, folder / RUNTIME / LICENSE)
-    code = student.model.ray_code
+    code = student.model.ray_encoding
     view = view_limits(cameras, code.spacing == "sphere", float(code.radius))
     picture = _picture(student, cameras)
     pose = start_pose(view)
@@ -254,9 +254,9 @@ def drawn_rgb(
     intrinsics = torch.tensor([focal, focal, width / 2, height / 2])
     if not isinstance(model, R2LModel):
         return torch.from_numpy(student.render(pose.numpy(), intrinsics.numpy(), width, height))
-    rays = model.ray_code.image_rays(pose, intrinsics, height, width)
+    rays = model.ray_encoding.image_rays(pose, intrinsics, height, width)
     rgb = model.render_rays(*rays)[..., :3]
-    return torch.where(model.ray_code.misses_scene(*rays), model.background, rgb)
+    return torch.where(model.ray_encoding.misses_scene(*rays), model.background, rgb)
 
 
 def _picture(student: Student, cameras: CaptureCameras) -> dict[str, Any]:
@@ -283,7 +283,7 @@ def page_rays(
         size = ray_image_size(height, width, graph.factor, graph.margin)
         height, width = (count * graph.rays_per_cell for count in size)
         intrinsics = ray_image_intrinsics(intrinsics, graph.factor, None, graph.rays_per_cell, graph.margin)
-    origins, directions = graph.encoded_network.encoding.ray_code.image_rays(pose, intrinsics, height, width)
+    origins, directions = graph.encoded_network.encoding.ray_encoding.image_rays(pose, intrinsics, height, width)
     return origins[0, 0], directions
 
 
@@ -302,7 +302,7 @@ def _check_model(student: Student, file: Path, pose: Float[Tensor, "3 4"], pictu
     rgb = torch.from_numpy(to_rgb(np.asarray(pixels))[:height, :width]).float() / 255
     intrinsics = torch.tensor([focal, focal, width / 2, height / 2])
     # The page itself paints the background where rays pass by the scene.
-    code = student.model.ray_code
+    code = student.model.ray_encoding
     rays = code.image_rays(pose, intrinsics, height, width)
     missed = code.misses_scene(*rays)
     truth = drawn_rgb(student, pose, focal, width, height)

@@ -21,7 +21,7 @@ from r2l_nerfstudio.rays.constants import constant
 from r2l_nerfstudio.rays.encoding import encoded_dim, frequency_encode
 from r2l_nerfstudio.rays.occupancy import OccupancyGrid, checked_resolution, grid_point_index
 from r2l_nerfstudio.rays.placement import Placement, place_samples
-from r2l_nerfstudio.rays.ray_code import RayCode
+from r2l_nerfstudio.rays.ray_encoding import RayEncoding
 from r2l_nerfstudio.rays.ray_image import MARGIN, CellPixels
 from r2l_nerfstudio.rays.scene_grid import NEAREST, WARPS
 from r2l_nerfstudio.students.cpu_march import MarchSpace, march
@@ -89,14 +89,14 @@ class CompositedEncoding(nn.Module):
     Occupancy, box and features are part of the checkpoint; the grid points that have features follow from the occupancy.
 
     Args:
-        ray_code: the model's encoding, which has the scene's bounds.
+        ray_encoding: the model's encoding, which has the scene's bounds.
         settings: sizes.
     """
 
-    def __init__(self, ray_code: RayCode, settings: CompositedSettings) -> None:
+    def __init__(self, ray_encoding: RayEncoding, settings: CompositedSettings) -> None:
         super().__init__()
         self.settings = settings
-        self._ray_code = (ray_code,)  # In a tuple, since it is the model's submodule, not this module's.
+        self._ray_encoding = (ray_encoding,)  # In a tuple, since it is the model's submodule, not this module's.
         self.occupancy = OccupancyGrid()
         self.volume = SparseVolume(settings.channels)
         self._volume_cells = (1, 1, 1)
@@ -151,9 +151,9 @@ class CompositedEncoding(nn.Module):
             self.volume.rows.data = kept
 
     @property
-    def ray_code(self) -> RayCode:
+    def ray_encoding(self) -> RayEncoding:
         """The encoding that knows where rays start and end."""
-        return self._ray_code[0]
+        return self._ray_encoding[0]
 
     @property
     def is_bounded(self) -> bool:
@@ -180,7 +180,7 @@ class CompositedEncoding(nn.Module):
             origins: in the teacher's frame.
             directions: unit length; those of a group are less than about a cell of the occupancy apart.
         """
-        code, scene = self.ray_code, self.occupancy.scene
+        code, scene = self.ray_encoding, self.occupancy.scene
         origin, direction = (origins.float() - code.center) / code.radius, directions.float() / code.radius
         start, step = origin[:, 0], direction[:, 0]
         if direction.shape[1] > 1:
@@ -193,7 +193,7 @@ class CompositedEncoding(nn.Module):
 
     def positions(self, fractions: Float[Tensor, "*n"]) -> Float[Tensor, "*n"]:
         """In steps of a `RaySpan`, of positions in [0, 1]."""
-        return fractions if self.is_bounded else self.ray_code.distance(fractions, None)
+        return fractions if self.is_bounded else self.ray_encoding.distance(fractions, None)
 
     def distances(self, span: RaySpan, fractions: Float[Tensor, "groups *n"]) -> Float[Tensor, "groups *n"]:
         """From the origins, in the teacher's unit of length, of positions in [0, 1] of a span."""
@@ -300,7 +300,7 @@ class CompositedEncoding(nn.Module):
         fraction = _mean(found.fraction, found.accumulation)
         if self.is_bounded:
             distance = self.distances(span, fraction.view(*directions.shape[:2], 1))
-            fraction = self.ray_code.to_fraction(origins, directions, distance).flatten(0, 1)
+            fraction = self.ray_encoding.to_fraction(origins, directions, distance).flatten(0, 1)
         return torch.cat([found.accumulation, fraction], dim=-1)
 
     def middles(self, device: torch.device | str = "cpu") -> Float[Tensor, "probes"]:
@@ -310,7 +310,7 @@ class CompositedEncoding(nn.Module):
 
     def march_space(self) -> MarchSpace:
         """Return bounds, occupancy and grid points in the form of the CPU kernels."""
-        code, scene = self.ray_code, self.occupancy.scene
+        code, scene = self.ray_encoding, self.occupancy.scene
         watched = [self.occupancy.cells, self.volume.index, code.near, code.far, *scene.buffers()]
         state = weights_state(watched)
         if self._space is None or self._space[0] != state:

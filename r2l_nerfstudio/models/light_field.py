@@ -31,15 +31,15 @@ from r2l_nerfstudio.models.composited_encoding import (
     EncodedRays,
     finished,
 )
-from r2l_nerfstudio.models.drawing_code import DrawingCode
+from r2l_nerfstudio.models.cpu_ray_encoding import CpuRayEncoding
 from r2l_nerfstudio.models.metrics import image_metrics
 from r2l_nerfstudio.models.probe_cameras import probe_code
 from r2l_nerfstudio.ranges import FloatRange, IntRange
 from r2l_nerfstudio.rays.conventions import OURS, RayConventions
-from r2l_nerfstudio.rays.ray_code import RayCode, RayCodeKind
+from r2l_nerfstudio.rays.ray_encoding import RayEncoding, RayEncodingKind
 from r2l_nerfstudio.rays.ray_image import StudentRays
 from r2l_nerfstudio.rays.spacing import MISSED_FRACTION, SceneBounds, SpacingKind
-from r2l_nerfstudio.renamed_fields import RenamedFields
+from r2l_nerfstudio.renamed_fields import RenamedFields, current_name
 from r2l_nerfstudio.students.ray_features import FeatureVolume
 from r2l_nerfstudio.viewer.engine_menu import EngineMenu, in_render_thread
 from r2l_nerfstudio.viewer.panel import FrameTime, ViewerPanel
@@ -62,7 +62,7 @@ class LightFieldModelConfig(RenamedFields, ModelConfig):
     """Features of the hidden layers."""
     zero_init: bool = True
     """Start every residual block as the identity."""
-    ray_encoding: Annotated[RayCodeKind, tyro.conf.arg(aliases=["--pipeline.model.ray-code"])] = "points"
+    ray_encoding: Annotated[RayEncodingKind, tyro.conf.arg(aliases=["--pipeline.model.ray-code"])] = "points"
     """Ray encoding: points along the ray, Plücker coordinates, intersections with two planes, or composited: features
     gathered along the ray where the scene is."""
     num_points: Annotated[int, IntRange(1, 4096)] = 16
@@ -156,21 +156,21 @@ class LightFieldModel(Model):
         c = self.config
         is_composited = c.ray_encoding == "composited"
         # Composited students only need its bounds.
-        self.ray_code = RayCode("points" if is_composited else c.ray_encoding, c.num_points, c.num_frequencies)
+        self.ray_encoding = RayEncoding("points" if is_composited else c.ray_encoding, c.num_points, c.num_frequencies)
         self.composited: CompositedEncoding | None = None
         self.volume: FeatureVolume | None = None
         if is_composited:
             settings = CompositedSettings(
                 c.feature_channels, c.num_samples, c.num_probes, c.point_octaves, c.direction_octaves
             )
-            self.composited = CompositedEncoding(self.ray_code, settings)
+            self.composited = CompositedEncoding(self.ray_encoding, settings)
             code_dim = self.composited.dim
         else:
-            code_dim = self.ray_code.dim
+            code_dim = self.ray_encoding.dim
             if c.volume_resolution > 0:
                 self.volume = FeatureVolume(c.volume_resolution, c.volume_channels)
                 code_dim += c.volume_channels * c.volume_points
-        self.drawing_code = DrawingCode(self.ray_code, self.volume, self.config.volume_points)
+        self.cpu_ray_encoding = CpuRayEncoding(self.ray_encoding, self.volume, self.config.volume_points)
         self.network = self.build_network(code_dim)
         self.register_buffer("background", torch.ones(3))
         has_focal = self.reads_ray_image or is_composited
@@ -195,7 +195,7 @@ class LightFieldModel(Model):
     @property
     def rays(self) -> StudentRays:
         """The rays that it reads, for a data manager."""
-        return StudentRays(self.factor, self.rays_per_cell, self.margin, self.ray_code.conventions)
+        return StudentRays(self.factor, self.rays_per_cell, self.margin, self.ray_encoding.conventions)
 
     @property
     def rays_per_cell(self) -> int:
@@ -253,6 +253,12 @@ class LightFieldModel(Model):
             width, 2) of whole cells without the margin, None where the network predicts it.
         """
 
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        # For Nerfstudio's loader, and for a student that is a teacher.
+        for name in [name for name in state_dict if current_name(name) != name]:
+            state_dict[current_name(name)] = state_dict.pop(name)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
     def get_extra_state(self) -> dict[str, Any]:
         return {"has_accumulation": self.has_accumulation, "has_depth": self.has_depth}
 
@@ -281,8 +287,8 @@ class LightFieldModel(Model):
             focal: focal length in pixels of the views to learn from.
             conventions: how the ray encoding reads rays.
         """
-        self.ray_code.set_bounds(bounds, axes)
-        self.ray_code.set_conventions(conventions)
+        self.ray_encoding.set_bounds(bounds, axes)
+        self.ray_encoding.set_conventions(conventions)
         if self.volume is not None:
             # A bounded scene's points end a little beyond radius 1, contracted space ends at 2.
             extent = 1.05 if bounds.kind == "sphere" else 2.0
@@ -298,7 +304,7 @@ class LightFieldModel(Model):
 
     def describe_scene(self) -> str:
         """Return one line on the bounds in use."""
-        code = self.ray_code
+        code = self.ray_encoding
         if code.conventions.frame is not None:
             ndc = "normalized device coordinates" if code.conventions.ndc else "world units, planar depth"
             return f"published ray conventions, {ndc}, near {float(code.near):g}, far {float(code.far):g}"
@@ -339,11 +345,11 @@ class LightFieldModel(Model):
         if self.composited is not None:
             return self.encode_composited(self.composited, origins, directions, jitter)
         if origins.device.type == "cpu" and not (jitter or torch.is_grad_enabled()):
-            return EncodedRays(self.drawing_code(origins.float(), directions.float()))
-        code = self.ray_code(origins, directions, jitter)
+            return EncodedRays(self.cpu_ray_encoding(origins.float(), directions.float()))
+        code = self.ray_encoding(origins, directions, jitter)
         if self.volume is None:
             return EncodedRays(code)
-        points = self.ray_code.points(origins, directions, self.config.volume_points, jitter)
+        points = self.ray_encoding.points(origins, directions, self.config.volume_points, jitter)
         features = self.volume(points.flatten(0, -3))
         return EncodedRays(torch.cat([code, features.view(*code.shape[:-1], -1)], dim=-1))
 
@@ -381,7 +387,7 @@ class LightFieldModel(Model):
         managers hold directions by the encoding's conventions.
         """
         directions = ray_bundle.directions
-        if self.ray_code.conventions.is_planar and "directions_norm" in ray_bundle.metadata:
+        if self.ray_encoding.conventions.is_planar and "directions_norm" in ray_bundle.metadata:
             directions = directions * ray_bundle.metadata["directions_norm"]
         return ray_bundle.origins, directions
 
@@ -452,10 +458,10 @@ class LightFieldModel(Model):
         # For a student of colour only, the others are empty.
         rgb, accumulation, fraction = values[..., :3], values[..., 3:4], values[..., 4:5]
         crossing = None
-        if self.ray_code.spacing == "sphere":
+        if self.ray_encoding.spacing == "sphere":
             origins, directions = camera.rays
             # All rays of a pinhole have one origin: what depends only on it is computed once.
-            crossing = self.ray_code.crossing(origins[:1, :1] if camera.is_pinhole else origins, directions)
+            crossing = self.ray_encoding.crossing(origins[:1, :1] if camera.is_pinhole else origins, directions)
             assert crossing is not None
             rgb = torch.where(crossing.is_missed, self.background, rgb)
             accumulation = accumulation.masked_fill(crossing.is_missed, 0.0)
@@ -464,7 +470,7 @@ class LightFieldModel(Model):
         if self.has_accumulation:
             outputs["accumulation"] = accumulation
         if self.has_depth:
-            outputs["depth"] = self.ray_code.distance(fraction, crossing).clamp_min(0.0)
+            outputs["depth"] = self.ray_encoding.distance(fraction, crossing).clamp_min(0.0)
             outputs.setdefault("accumulation", torch.ones_like(outputs["depth"]))
         return outputs
 
@@ -514,7 +520,7 @@ class LightFieldModel(Model):
         if self.has_depth:
             seen = known * batch["accumulation"] * (batch["depth"] > 0)
             # Compared as positions in [0, 1]: a metre far away counts less than one close by.
-            target = self.ray_code.to_fraction(batch["origins"], batch["directions"], batch["depth"])
+            target = self.ray_encoding.to_fraction(batch["origins"], batch["directions"], batch["depth"])
             error = (outputs["depth_fraction"] - target).square()
             losses["depth_loss"] = self.config.depth_weight * _weighted_mean(error, seen)
         return losses

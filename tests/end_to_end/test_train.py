@@ -130,7 +130,7 @@ def test_a_killed_run_goes_on(
     def watched_train(trainer: DistillationTrainer) -> None:
         begun["model"] = {key: value.clone() for key, value in trainer.pipeline.model.named_parameters()}
         begun["buffers"] = {key: value.clone() for key, value in trainer.pipeline.model.named_buffers()}
-        begun["spacing"] = trainer.pipeline.model.ray_code.spacing
+        begun["spacing"] = trainer.pipeline.model.ray_encoding.spacing
         begun["rates"] = [scheduler.last_epoch for scheduler in trainer.optimizers.schedulers.values()]
         begun["momenta"] = {
             name: copy.deepcopy(optimizer.state_dict()) for name, optimizer in trainer.optimizers.optimizers.items()
@@ -158,7 +158,7 @@ def test_a_killed_run_goes_on(
     assert kept.keys() >= begun["model"].keys()
     for key, value in kept.items():
         assert torch.equal(value, saved["pipeline"][f"_model.{key}"])
-    assert begun["spacing"] == saved["pipeline"]["_model.ray_code._extra_state"]["spacing"]
+    assert begun["spacing"] == saved["pipeline"]["_model.ray_encoding._extra_state"]["spacing"]
     assert set(begun["rates"]) == {saved["step"] + 1}
     for group, state in begun["momenta"].items():
         assert state["state"].keys() == saved["optimizers"][group]["state"].keys() != set()
@@ -306,7 +306,7 @@ def test_every_code_learns_and_is_restored(
         trainer.train()
         assert pipeline.holdout_psnr(pipeline.datamanager.held_views) > before + 2
     _, restored, _, _ = eval_setup(config.get_base_dir() / "config.yml")
-    theirs, ours = pipeline.model.ray_code, restored.model.ray_code
+    theirs, ours = pipeline.model.ray_encoding, restored.model.ray_encoding
     assert ours.kind == code and ours.spacing == theirs.spacing
     assert spacing == "auto" or ours.spacing == spacing
     for name in ("center", "radius", "near", "far", "axes"):

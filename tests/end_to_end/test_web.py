@@ -166,7 +166,7 @@ def change(one: np.ndarray, other: np.ndarray) -> float:
 def rendered(student: Student, run: Path, angles: tuple[float, float, float]) -> np.ndarray:
     """The picture that torch makes of a view of the page."""
     cameras = training_cameras(run)
-    code = student.model.ray_code
+    code = student.model.ray_encoding
     view = view_limits(cameras, code.spacing == "sphere", float(code.radius))
     view["start"] = {
         "azimuth": math.radians(angles[0]),
