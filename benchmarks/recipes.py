@@ -312,18 +312,18 @@ class Laboratory:
             if isinstance(scheduler, ScheduledRate):
                 scheduler.progress = lambda: progress.fraction
         points: list[Point] = []
-        step, learnt = 0, 0
+        step, learned = 0, 0
         pipeline.train()
         while True:
             pipeline.train_step(optimizers, step)
             for scheduler in optimizers.schedulers.values():
                 scheduler.step()
             step += 1
-            learnt += pipeline.datamanager.get_train_rays_per_batch()
+            learned += pipeline.datamanager.get_train_rays_per_batch()
             progress.update(step)
             if progress.fraction >= (len(points) + 1) / looks:
                 with clock.stopped():
-                    points.append(Point(clock(), step, learnt, self.quality()))
+                    points.append(Point(clock(), step, learned, self.quality()))
                     say(points[-1])
             if progress.finished:
                 return points
@@ -499,9 +499,9 @@ def draw_curves(figures: dict[str, Any], file: Path) -> None:
 
     figure = Figure(figsize=(10, 4), layout="constrained")
     axes = figure.subplots(1, 2, sharey=True)
-    colours = {"paper": "tab:gray", "ours": "tab:blue"}
+    colors = {"paper": "tab:gray", "ours": "tab:blue"}
     drawn = sorted(
-        (row for row in figures["rows"].values() if row["recipe"] in colours),
+        (row for row in figures["rows"].values() if row["recipe"] in colors),
         key=lambda row: (row["recipe"], row["seconds"]),
     )
     longest = max((row["seconds"] for row in drawn), default=1.0)
@@ -511,7 +511,7 @@ def draw_curves(figures: dict[str, Any], file: Path) -> None:
             shade = 0.3 + 0.7 * row["seconds"] / longest
             for axis, what, scale in ((axes[0], "seconds", 1), (axes[1], "rays", 1e6)):
                 xs, ys = [point[what] / scale for point in points], [point["psnr"] for point in points]
-                axis.plot(xs, ys, "o-", ms=3, lw=1, color=colours[row["recipe"]], alpha=shade, label=label)
+                axis.plot(xs, ys, "o-", ms=3, lw=1, color=colors[row["recipe"]], alpha=shade, label=label)
     for axis, label in zip(axes, ("seconds of one thread", "million pixels learned from"), strict=True):
         axis.set(xscale="log", xlabel=label)
         axis.grid(alpha=0.3, which="both")

@@ -160,7 +160,7 @@ class Render:
                     absent[f"{name} {precision}"] = reason
                     continue
                 try:
-                    folder = cache.artefacts(name, engine_module(name).version())
+                    folder = cache.artifacts(name, engine_module(name).version())
                     engines[f"{name} {precision}"] = build_engine(name, network, precision, device, folder)
                 except InputError as error:
                     absent[f"{name} {precision}"] = str(error)

@@ -1,4 +1,4 @@
-"""Render a camera path to a video: a half turn around the scene's centre.
+"""Render a camera path to a video: a half turn around the scene's center.
 
     python examples/camera_path_video.py outputs/…/r2l-lite/… turn.mp4
 

@@ -21,7 +21,7 @@ def main(run: Path, output: Path, size: int = 400) -> None:
     """Write one image of `size` x `size` pixels."""
     student = load_student(run)
     encoding = student.model.ray_encoding
-    # The mean training camera's axes (right, up, backward), moved back from the scene's centre.
+    # The mean training camera's axes (right, up, backward), moved back from the scene's center.
     axes, center = encoding.axes.cpu(), encoding.center.cpu()
     distance = (encoding.near + encoding.far).cpu() / 2
     camera_to_world = torch.cat([axes, (center + distance * axes[:, 2])[:, None]], dim=1)

@@ -59,7 +59,7 @@ def write_run(
     has_depth: bool = True,
     focal: float = 50.0,
 ) -> Path:
-    """Write a run of a student with random weights that does not paint everything grey.
+    """Write a run of a student with random weights that does not paint everything gray.
 
     Args:
         folder: of the run, to be made.

@@ -113,11 +113,11 @@ def test_method_that_is_not_installed(refused, run: Path) -> None:
 
 
 @dataclass
-class ColourlessModelConfig(NerfactoModelConfig):
-    _target: type = field(default_factory=lambda: ColourlessModel)
+class ColorlessModelConfig(NerfactoModelConfig):
+    _target: type = field(default_factory=lambda: ColorlessModel)
 
 
-class ColourlessModel(NerfactoModel):
+class ColorlessModel(NerfactoModel):
     """Sees where things are, not what they look like."""
 
     def get_outputs_for_camera(self, camera: Cameras, obb_box=None) -> dict[str, torch.Tensor]:
@@ -125,9 +125,9 @@ class ColourlessModel(NerfactoModel):
         return {"depth": outputs["depth"], "thermal": outputs["accumulation"]}
 
 
-def test_teacher_without_colour(refused, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    edit(run / "config.yml", "nerfstudio.models.nerfacto.Nerfacto", f"{__name__}.Colourless")
-    monkeypatch.setenv("NERFSTUDIO_METHOD_CONFIGS", f"colourless={__name__}:method")
+def test_teacher_without_color(refused, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    edit(run / "config.yml", "nerfstudio.models.nerfacto.Nerfacto", f"{__name__}.Colorless")
+    monkeypatch.setenv("NERFSTUDIO_METHOD_CONFIGS", f"colorless={__name__}:method")
     message = refused(run)
     assert str(run / "config.yml") in message and "depth, thermal" in message and "Choose a teacher" in message
 
@@ -137,7 +137,7 @@ def test_teacher_that_has_learnt_nothing(refused, run: Path) -> None:
     content = torch.load(file, weights_only=False)  # nerfacto's schedulers put numpy scalars there
     for key, value in content["pipeline"].items():
         if key.startswith("_model.field.mlp_head."):
-            value.zero_()  # grey wherever it looks
+            value.zero_()  # gray wherever it looks
     torch.save(content, file)
     message = refused(run, **{"pipeline.check_frame": True})
     assert str(run) in message and "--data" in message and "--pipeline.check-frame False" in message

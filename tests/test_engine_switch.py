@@ -47,7 +47,7 @@ class Fake:
     run_error: Exception | None = None
     release: str = "1"
     builds: int = 0
-    artefact: bytes | None = None
+    artifact: bytes | None = None
     network: nn.Module | None = None
 
     def version(self) -> str:
@@ -62,11 +62,11 @@ class Fake:
             assert self.may_build.wait(60)
         if self.build_error is not None:
             raise self.build_error
-        if self.artefact is not None and order.cache is not None:
-            file = order.cache / "artefact"
-            if file.exists() and file.read_bytes() != self.artefact:
-                raise RuntimeError("not an artefact of mine")
-            write_atomically(file, self.artefact)
+        if self.artifact is not None and order.cache is not None:
+            file = order.cache / "artifact"
+            if file.exists() and file.read_bytes() != self.artifact:
+                raise RuntimeError("not an artifact of mine")
+            write_atomically(file, self.artifact)
         self.network, self.precision = order.network, order.precision
         return self
 
@@ -164,7 +164,7 @@ def test_precisions_are_those_that_suit(is_exact: bool, monkeypatch: pytest.Monk
 
 
 def test_the_choice_is_remembered(engines: Callable[..., dict[str, Fake]], tmp_path: Path):
-    fakes = engines(Fake("slow", seconds=0.05), Fake("fast", artefact=b"code"))
+    fakes = engines(Fake("slow", seconds=0.05), Fake("fast", artifact=b"code"))
     first = select_engine(job(tmp_path), wanted(fakes))
     assert (fakes["slow"].builds, fakes["fast"].builds) == (1, 1)
     again = select_engine(job(tmp_path), wanted(fakes))
@@ -227,13 +227,13 @@ def test_what_is_remembered_of_something_else_is_chosen_anew(
     assert chosen.engine is fakes["slow" if spoil is _now_wrong else "fast"]
 
 
-def test_a_broken_artefact_is_built_anew(engines: Callable[..., dict[str, Fake]], tmp_path: Path):
-    fakes = engines(Fake("fast", artefact=b"the whole artefact"))
+def test_a_broken_artifact_is_built_anew(engines: Callable[..., dict[str, Fake]], tmp_path: Path):
+    fakes = engines(Fake("fast", artifact=b"the whole artifact"))
     select_engine(job(tmp_path), wanted(fakes))
-    (file,) = tmp_path.rglob("artefact")
+    (file,) = tmp_path.rglob("artifact")
     file.write_bytes(b"the who")
     chosen = select_engine(job(tmp_path), wanted(fakes))
-    assert chosen.engine is fakes["fast"] and file.read_bytes() == b"the whole artefact"
+    assert chosen.engine is fakes["fast"] and file.read_bytes() == b"the whole artifact"
 
 
 def test_a_folder_that_cannot_be_written_to_costs_the_memory_alone(

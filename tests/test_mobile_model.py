@@ -96,12 +96,12 @@ def test_other_zooms_are_drawn_at_the_trained_pitch(zoom: float) -> None:
     width, height = 36, 28
     rgb = student.get_outputs_for_camera(camera(width, height, zoom))["rgb"]
     _, directions = image_rays(POSE, torch.tensor([FOCAL * zoom, FOCAL * zoom, 18, 14]), height, width)
-    inner = slice(2, -2)  # resampling has no neighbours beyond the border
+    inner = slice(2, -2)  # resampling has no neighbors beyond the border
     torch.testing.assert_close(rgb[inner, inner], (0.5 + 0.4 * directions)[inner, inner], atol=0.004, rtol=0)
 
 
 class _Directions(torch.nn.Module):
-    """Rays of cells to colours of pixels, by interpolation: what a trained network comes down to in a smooth scene."""
+    """Rays of cells to colors of pixels, by interpolation: what a trained network comes down to in a smooth scene."""
 
     def __init__(self, factor: int) -> None:
         super().__init__()
@@ -194,7 +194,7 @@ def test_the_factor_fits_the_capture_unless_it_is_set(size: tuple[int, int], fac
 
 
 def views(count: int = 3, height: int = 20, width: int = 28) -> PhotographViews:
-    """Views whose colours are their rays' directions, in 8 bits."""
+    """Views whose colors are their rays' directions, in 8 bits."""
     torch.manual_seed(0)
     poses = torch.cat([torch.linalg.qr(torch.randn(count, 3, 3)).Q, torch.randn(count, 3, 1)], dim=-1)
     intrinsics = torch.tensor([FOCAL, FOCAL, width / 2, height / 2]).expand(count, 4) + torch.rand(count, 4)

@@ -83,7 +83,7 @@ def resized(image: Tensor, size: int) -> Tensor:
     return interpolate(channels, (size, size), mode="bilinear", antialias=True)[0].permute(1, 2, 0)
 
 
-def test_it_learns_colour_accumulation_and_depth(student: MobileR2LModel, unseen: ViewRing) -> None:
+def test_it_learns_color_accumulation_and_depth(student: MobileR2LModel, unseen: ViewRing) -> None:
     for index in range(len(unseen)):
         outputs = student.get_outputs_for_camera(camera_of(unseen, index))
         truth = unseen.pixels[index].float() / 255

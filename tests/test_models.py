@@ -124,7 +124,7 @@ def test_camera_without_a_batch_dimension() -> None:
         (True, True, {"rgb", "accumulation", "depth"}),
         (True, False, {"rgb", "accumulation"}),
         (False, False, {"rgb"}),
-        # Nerfstudio colours depth by accumulation, and stops where there is none.
+        # Nerfstudio colors depth by accumulation, and stops where there is none.
         (False, True, {"rgb", "accumulation", "depth"}),
     ],
 )
@@ -203,7 +203,7 @@ def test_crop_without_depth_keeps_the_rays_that_meet_the_box() -> None:
         assert not _box().within((origins + distance * directions)[~meets]).any()
 
 
-def test_crop_paints_the_colour_that_the_viewer_asks_for() -> None:
+def test_crop_paints_the_color_that_the_viewer_asks_for() -> None:
     color = torch.tensor([1.0, 0.0, 0.5])
     away = OrientedBox.from_params((50.0, 0.0, 0.0), (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
     with background_color_override_context(color):
@@ -261,8 +261,8 @@ def test_losses_are_weighted_means_over_what_is_known() -> None:
     student = model(accumulation_weight=0.25, depth_weight=0.5)
     outputs, batch = _batch()
     losses = student.get_loss_dict(outputs, batch)
-    learnt = [*range(10), *range(20, 40)]
-    color = (outputs["rgb"] - batch["image"])[learnt].square().mean()
+    learned = [*range(10), *range(20, 40)]
+    color = (outputs["rgb"] - batch["image"])[learned].square().mean()
     torch.testing.assert_close(losses["rgb_loss"], color)
     opacity = (outputs["accumulation"] - batch["accumulation"])[:10].square().mean()
     torch.testing.assert_close(losses["accumulation_loss"], 0.25 * opacity)

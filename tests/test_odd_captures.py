@@ -48,7 +48,7 @@ class Lens:
 
 
 def colors(origins: np.ndarray, directions: np.ndarray) -> np.ndarray:
-    """A ball of radius 0.7 at the origin, coloured by position, before a room coloured by direction."""
+    """A ball of radius 0.7 at the origin, colored by position, before a room colored by direction."""
     middle = (directions * origins).sum(-1)
     inside = middle**2 - (origins**2).sum(-1) + 0.7**2
     points = origins + directions * (-middle - np.sqrt(np.maximum(inside, 0)))[..., None]
@@ -120,7 +120,7 @@ def with_an_exif_orientation_that_its_cameras_ignore(folder: Path) -> DataParser
     return nerfstudio(folder, Lens(w=18, h=30, cx=9, cy=15), "images/{}.jpg", save)
 
 
-def of_16_bits_and_grey(folder: Path) -> DataParserConfig:
+def of_16_bits_and_gray(folder: Path) -> DataParserConfig:
     def save(image: Image.Image, path: Path) -> None:
         Image.fromarray(np.asarray(image.convert("L")).astype(np.uint16) * 257).save(path)
 
@@ -289,7 +289,7 @@ GOOD: dict[str, tuple[Make, float]] = {
 TINY_OR_HUGE = {"scale 1e-3": scaled(1e-3), "scale 1e4": scaled(1e4)}
 BAD: dict[str, tuple[Make, str]] = {
     "rotated by EXIF": (rotated_by_exif, r"0.jpg has 30x18 pixels, and its camera 18x30: .*on its side.*-auto-orient"),
-    "16 bits, grey": (of_16_bits_and_grey, r"000.png is an image of an unusual kind \(mode I;16\).*8-bit RGB"),
+    "16 bits, gray": (of_16_bits_and_gray, r"000.png is an image of an unusual kind \(mode I;16\).*8-bit RGB"),
     "EXR": (of_exr, r"cannot identify image file .*0.exr'.*such as EXR; convert the photos to 8-bit"),
     "CMYK": (of_cmyk, r"0.jpg is an image of an unusual kind \(CMYK\).*8-bit RGB"),
     "palette": (of_a_palette, r"000.png is an image of an unusual kind \(a palette\).*8-bit RGB"),

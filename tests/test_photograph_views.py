@@ -1,4 +1,4 @@
-"""Photos as undistorted views: each pixel's colour is the one that its ray had in the photo."""
+"""Photos as undistorted views: each pixel's color is the one that its ray had in the photo."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ LENSES = {
 
 
 class Painted:
-    """A dataset of photos whose colours are the directions of their own rays, by Nerfstudio's cameras."""
+    """A dataset of photos whose colors are the directions of their own rays, by Nerfstudio's cameras."""
 
     def __init__(self, width: int = 60, height: int = 44, views: int = 2, **lens) -> None:
         torch.manual_seed(3)
@@ -55,7 +55,7 @@ def taken(dataset: Painted, focal: float = 50.0, size: tuple[int, int] = (40, 52
 
 @pytest.mark.parametrize("width", [60, 180], ids=["same pitch", "three times finer"])
 @pytest.mark.parametrize("lens", LENSES)
-def test_every_pixel_has_the_colour_of_its_ray(lens: str, width: int) -> None:
+def test_every_pixel_has_the_color_of_its_ray(lens: str, width: int) -> None:
     views = taken(Painted(width, round(width * 44 / 60), **LENSES[lens]))
     assert len(views) == 1 and views.pixels.shape == (1, 40, 52, 4) and not views.has_geometry
     directions = image_rays(views.camera_to_worlds[0], views.intrinsics[0], 40, 52)[1]
@@ -89,7 +89,7 @@ def test_a_photograph_of_the_views_own_camera_is_copied() -> None:
     assert torch.equal(views.camera_to_worlds[0], camera.camera_to_worlds)
 
 
-def test_masked_pixels_and_what_is_read_from_them_are_not_learnt() -> None:
+def test_masked_pixels_and_what_is_read_from_them_are_not_learned() -> None:
     dataset = Painted()
     dataset.mask = torch.ones(44, 60, 1, dtype=torch.bool)
     dataset.mask[10:30, 10:30] = False

@@ -58,7 +58,7 @@ CAMERAS = {
 
 @pytest.mark.parametrize("scale", [1.0, 0.5])
 @pytest.mark.parametrize("kind", CAMERAS)
-def test_every_pixel_has_nerfstudios_ray_and_its_colour(kind: str, scale: float, capture: Path) -> None:
+def test_every_pixel_has_nerfstudios_ray_and_its_color(kind: str, scale: float, capture: Path) -> None:
     edit(capture, **CAMERAS[kind])
     dataset = dataset_of(capture, scale)
     photographs = Photographs(dataset, [1, 4], None, WHITE, "cpu")
@@ -131,7 +131,7 @@ def test_masked_pixels_are_never_drawn(capture: Path) -> None:
     # Every pixel that counts is drawn about as often as any other.
     rays = photographs.rays(counts.flatten().nonzero()[:, 0])
     nearest = torch.cdist(drawn.directions[drawn.weight[:, 0] > 0][:2000], rays.directions).amin(-1)
-    assert nearest.max() < 1e-3  # neighbours are forty times as far apart
+    assert nearest.max() < 1e-3  # neighbors are forty times as far apart
 
 
 def test_photos_that_masks_cover_are_left_out(capture: Path, capsys: pytest.CaptureFixture) -> None:
@@ -191,7 +191,7 @@ def test_photos_shrink_where_memory_is_short(capture: Path, monkeypatch: pytest.
     small = Photographs(dataset, [1, 4], None, WHITE, "cpu")
     assert len(small.pixels) == 2 * 12 * 12
     assert "1/2 of their width and height" in capsys.readouterr().out
-    # A pixel of the small photo has the mean colour of four, and the ray through their middle.
+    # A pixel of the small photo has the mean color of four, and the ray through their middle.
     colors = whole.pixels[:576].view(12, 2, 12, 2, 3).float().mean(dim=(1, 3)).reshape(-1, 3)
     assert (small.pixels[:144].float() - colors).abs().max() <= 1
     rays = whole.rays(torch.arange(576)).directions.view(12, 2, 12, 2, 3).mean(dim=(1, 3)).reshape(-1, 3)
@@ -226,7 +226,7 @@ def large_capture(folder: Path, size: int = 1000, count: int = 12) -> Path:
         ("CMYK", "CMYK"),
         ("P", "a palette"),
         ("I;16", "mode I;16"),
-        ("LA", "grey with alpha"),
+        ("LA", "gray with alpha"),
         ("1", "one bit"),
         ("F", "mode F"),
     ],
@@ -234,8 +234,8 @@ def large_capture(folder: Path, size: int = 1000, count: int = 12) -> Path:
 def test_images_that_nerfstudio_misreads(mode: str, said: str, capture: Path) -> None:
     file = capture / "images" / "001.png"
     with Image.open(file) as image:
-        grey = image.convert("L")
-        other = Image.fromarray(np.array(grey).astype(np.uint16) * 256) if mode == "I;16" else image.convert(mode)
+        gray = image.convert("L")
+        other = Image.fromarray(np.array(gray).astype(np.uint16) * 256) if mode == "I;16" else image.convert(mode)
     other.save(file, format={"CMYK": "JPEG", "F": "TIFF"}.get(mode, "PNG"))
     with pytest.raises(InputError, match=f"001.png is an image of an unusual kind .*{said}.*8-bit RGB"):
         read_photo(dataset_of(capture), 0, WHITE)

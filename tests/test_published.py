@@ -315,8 +315,8 @@ def test_the_frame_of_a_forward_facing_capture() -> None:
     back = llff_frame(raw, 0.37 * 4 / 3)
     assert torch.allclose(back.poses(raw), poses, atol=1e-9)
     # With an origin of its own only the positions move.
-    centred = llff_frame(raw, 0.37 * 4 / 3, raw[0, :, 3])
-    assert torch.allclose(centred.poses(raw)[0, :, 3], torch.zeros(3, dtype=torch.float64), atol=1e-9)
+    centered = llff_frame(raw, 0.37 * 4 / 3, raw[0, :, 3])
+    assert torch.allclose(centered.poses(raw)[0, :, 3], torch.zeros(3, dtype=torch.float64), atol=1e-9)
 
 
 @dataclasses.dataclass

@@ -31,7 +31,7 @@ from r2l_nerfstudio.distillation.view_ring import ViewRenderer
 from r2l_nerfstudio.errors import InputError
 from r2l_nerfstudio.teacher import Teacher, TeacherOutputs
 
-# The colour behind the scene.
+# The color behind the scene.
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +48,7 @@ def cut_out(tiny_capture: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 
 
 class Compositing:
-    """Renders each photo as a model trained with some background colour has learned to."""
+    """Renders each photo as a model trained with some background color has learned to."""
 
     views_only = False
     config_path = Path("teacher/config.yml")
@@ -93,7 +93,7 @@ def test_one_background_for_teacher_photos_and_student(
 def test_a_background_that_only_the_teacher_knows(tiny_teacher: Path) -> None:
     teacher = Teacher.load(tiny_teacher)
 
-    class Grey:
+    class Gray:
         config = teacher.model.config
 
         def get_outputs_for_camera(self, camera: Cameras) -> dict[str, torch.Tensor]:
@@ -103,7 +103,7 @@ def test_a_background_that_only_the_teacher_knows(tiny_teacher: Path) -> None:
             rgb = torch.where(accumulation > 0, torch.tensor([1.0, 0.0, 0.0]), torch.tensor([0.5, 0.6, 0.7]))
             return {"rgb": rgb, "accumulation": accumulation}
 
-    teacher.model = Grey()
+    teacher.model = Gray()
     torch.testing.assert_close(background_of(teacher), torch.tensor([0.5, 0.6, 0.7]))
 
 
@@ -204,11 +204,11 @@ def test_an_instant_of_a_scene_that_does_not_change(tiny_teacher: Path) -> None:
 @pytest.mark.parametrize(
     ("outputs", "said"),
     [
-        ({"rgb": torch.full((24, 24, 3), 200.0)}, "colours between 200 and 200"),
-        ({"rgb": torch.full((24, 24, 3), -3.0)}, "colours between -3 and -3"),
-        ({"rgb": torch.zeros(24, 24, 4)}, r"colour of shape \[24, 24, 4\], and \[24, 24, 3\]"),
-        ({"rgb": torch.zeros(100, 3)}, r"colour of shape \[100, 3\]"),
-        ({"rgb": torch.zeros(3, 24, 24)}, r"colour of shape \[3, 24, 24\]"),
+        ({"rgb": torch.full((24, 24, 3), 200.0)}, "colors between 200 and 200"),
+        ({"rgb": torch.full((24, 24, 3), -3.0)}, "colors between -3 and -3"),
+        ({"rgb": torch.zeros(24, 24, 4)}, r"color of shape \[24, 24, 4\], and \[24, 24, 3\]"),
+        ({"rgb": torch.zeros(100, 3)}, r"color of shape \[100, 3\]"),
+        ({"rgb": torch.zeros(3, 24, 24)}, r"color of shape \[3, 24, 24\]"),
         ({"rgb": torch.zeros(24, 24, 3), "depth": torch.zeros(12, 12, 1)}, r"depth of shape \[12, 12, 1\]"),
         (
             {"rgb": torch.zeros(24, 24, 3), "accumulation": torch.zeros(24, 24, 2)},

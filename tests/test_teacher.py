@@ -209,7 +209,7 @@ def test_pose_corrections_are_those_of_training(tiny_teacher: Path) -> None:
     torch.testing.assert_close(bundle.directions, directions)
 
 
-def test_no_pose_corrections_where_none_were_learnt(run: Path, edit_checkpoint) -> None:
+def test_no_pose_corrections_where_none_were_learned(run: Path, edit_checkpoint) -> None:
     _edit_config(run, "mode: SO3xR3", "mode: 'off'")
     edit_checkpoint(lambda content: content["pipeline"].pop("_model.camera_optimizer.pose_adjustment"))
     assert Teacher.load(run).pose_corrections() is None
@@ -225,7 +225,7 @@ def test_fingerprint_follows_what_is_trained_not_where(run: Path, tiny_teacher: 
     assert Teacher.load(run).fingerprint() not in (original, retrained)
 
 
-def test_background_of_a_teacher_trained_on_random_colours(
+def test_background_of_a_teacher_trained_on_random_colors(
     run: Path, tiny_teacher: Path, blender_capture: Path, tmp_path: Path
 ) -> None:
     _edit_config(run, "background_color: last_sample", "background_color: random")
@@ -435,8 +435,8 @@ def test_run_without_a_capture(run: Path) -> None:
     assert "not trained on a capture" in _error(run)
 
 
-def test_teacher_without_colour(tiny_teacher: Path) -> None:
-    class Colourless(nn.Module):
+def test_teacher_without_color(tiny_teacher: Path) -> None:
+    class Colorless(nn.Module):
         config = NerfactoModelConfig()
 
         def get_outputs_for_camera(self, camera: Cameras) -> dict:
@@ -445,10 +445,10 @@ def test_teacher_without_colour(tiny_teacher: Path) -> None:
         def forward(self, bundle) -> dict:
             return self.get_outputs_for_camera(bundle)
 
-    teacher = replace(Teacher.load(tiny_teacher), model=Colourless())
+    teacher = replace(Teacher.load(tiny_teacher), model=Colorless())
     camera = teacher.dataparser_outputs.cameras[:1]
     for ask in (lambda: teacher.view(camera), lambda: teacher.rays(camera.generate_rays(0))):
-        with pytest.raises(InputError, match="no colour output: its outputs are depth, normals"):
+        with pytest.raises(InputError, match="no color output: its outputs are depth, normals"):
             ask()
 
 
@@ -566,7 +566,7 @@ def test_splat_depth_is_distance_along_the_ray(splat: Teacher) -> None:
     assert view.depth.shape == view.accumulation.shape == (24, 24, 1) and view.rgb.shape == (24, 24, 3)
 
 
-def test_splat_trained_on_random_colours_is_not_painted_grey(splat: Teacher) -> None:
+def test_splat_trained_on_random_colors_is_not_painted_gray(splat: Teacher) -> None:
     camera = splat.dataparser_outputs.cameras[0]
     assert torch.equal(splat.background, torch.zeros(3))
     torch.testing.assert_close(splat.view(camera).rgb[3, 4], torch.tensor([0.25, 0.0, 0.0]))

@@ -41,23 +41,23 @@ def cache(tmp_path: Path) -> EngineCache:
 
 
 @pytest.mark.parametrize("damage", [_loosen, _open_folder, _give_away, _link])
-def test_artefacts_that_others_may_have_written(damage: Callable[[Path, Path], None], cache: EngineCache) -> None:
-    folder = cache.artefacts("inductor", "1")
+def test_artifacts_that_others_may_have_written(damage: Callable[[Path, Path], None], cache: EngineCache) -> None:
+    folder = cache.artifacts("inductor", "1")
     folder.mkdir(mode=0o700)
     file = folder / "inductor-fp32.pt2"
     file.write_bytes(b"machine code")
     file.chmod(0o600)
-    assert cache.artefacts("inductor", "1") == folder
+    assert cache.artifacts("inductor", "1") == folder
     damage(folder, file)
-    assert cache.artefacts("inductor", "1") is None
+    assert cache.artifacts("inductor", "1") is None
 
 
 def test_a_folder_that_is_a_link(cache: EngineCache, tmp_path: Path) -> None:
     theirs = tmp_path / "theirs"
     theirs.mkdir(mode=0o700)
-    folder = cache.artefacts("inductor", "1")
+    folder = cache.artifacts("inductor", "1")
     folder.symlink_to(theirs)
-    assert cache.artefacts("inductor", "1") is None
+    assert cache.artifacts("inductor", "1") is None
 
 
 def test_records_that_others_may_have_written(cache: EngineCache) -> None:

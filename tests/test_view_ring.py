@@ -1,4 +1,4 @@
-"""The ring of teacher views: right rays with right colours, and what happens when something is wrong."""
+"""The ring of teacher views: right rays with right colors, and what happens when something is wrong."""
 
 import errno
 import os
@@ -29,7 +29,7 @@ def renderer(teacher: SceneTeacher | None = None, cache_dir=None, seed: int = 0)
     return ViewRenderer(teacher, sampler, survey, 24, 24, seed, cache_dir)
 
 
-def test_rays_carry_the_colours_the_teacher_gives_along_them() -> None:
+def test_rays_carry_the_colors_the_teacher_gives_along_them() -> None:
     ring = ViewRing(renderer(), 3, "cpu")
     ring.fill()
     sample = ring.sample(500)
@@ -76,7 +76,7 @@ def test_numbered_views_are_repeatable_and_seeds_differ() -> None:
     assert not torch.equal(first.camera_to_world, other.camera_to_world)
 
 
-def test_colours_that_are_not_finite_are_dropped_and_counted(capsys) -> None:
+def test_colors_that_are_not_finite_are_dropped_and_counted(capsys) -> None:
     ring = ViewRing(renderer(SceneTeacher(broken=(3, 5))), 2, "cpu")
     ring.fill()
     sample = ring.sample(20000)
@@ -129,7 +129,7 @@ def test_views_of_nothing_are_refused() -> None:
         made.render(0)
 
 
-def test_a_teacher_of_colours_alone_will_do() -> None:
+def test_a_teacher_of_colors_alone_will_do() -> None:
     teacher = SceneTeacher(geometry=False)
     ring = ViewRing(renderer(teacher), 2, "cpu")
     ring.fill()
@@ -147,10 +147,10 @@ def test_bounds_of_a_bounded_capture_are_its_sphere() -> None:
     assert other.kind == "disparity"
 
 
-def test_a_teacher_without_a_finite_colour_is_an_error() -> None:
+def test_a_teacher_without_a_finite_color_is_an_error() -> None:
     teacher = SceneTeacher()
     teacher.broken = (slice(None), slice(None))
-    with pytest.raises(InputError, match="no finite colour"):
+    with pytest.raises(InputError, match="no finite color"):
         Survey.take(teacher, scene_cameras())
 
 

@@ -173,7 +173,7 @@ def test_the_pace_is_that_of_the_last_finished_frame(monkeypatch: pytest.MonkeyP
 
 
 class PaintedTeacher:
-    """Answers with one colour, through Nerfstudio's global background as teachers on random backgrounds do."""
+    """Answers with one color, through Nerfstudio's global background as teachers on random backgrounds do."""
 
     COLOR = torch.tensor([0.2, 0.4, 0.6])
 

@@ -104,7 +104,7 @@ class Batch:
     """Number of rays, from the first, that were newly drawn from teacher views."""
 
     def as_nerfstudio(self) -> tuple[RayBundle, dict[str, Tensor]]:
-        """Return what Nerfstudio's data managers return: rays, and a dictionary in which colours are called `image`."""
+        """Return what Nerfstudio's data managers return: rays, and a dictionary in which colors are called `image`."""
         fields = {name: value for name, value in vars(self.target).items() if name != "rgb"}
         return self.ray_bundle, {"image": self.target.rgb, **fields}
 
@@ -164,7 +164,7 @@ class DistillationDataManager(VanillaDataManager[InputDataset]):
         Args:
             teacher: teacher to render views with.
             survey: what the teacher shows from its training cameras.
-            background: colour behind photos with an alpha channel.
+            background: color behind photos with an alpha channel.
             rays: which rays the student reads.
 
         Raises:

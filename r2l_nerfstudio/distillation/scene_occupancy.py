@@ -33,7 +33,7 @@ _AT_ONCE = 1 << 15
 class SceneOccupancy:
     """Marks the cells in which teacher views end.
 
-    A cell is occupied if at least two pixels end there, and so are its neighbours. Pixels that show something although no
+    A cell is occupied if at least two pixels end there, and so are its neighbors. Pixels that show something although no
     occupied cell lies on their ray (a wire thinner than a pixel, depth that is missing or wrong) then claim all cells
     along it that no view shows to be empty. Nothing that a teacher view shows is left out.
 
@@ -187,7 +187,7 @@ class SceneOccupancy:
         counts = _sum_of_ranks(self._counts.clone())
         occupancy.mark((counts >= LEAST_HITS).to(torch.uint8))
         for cells in self._unexplained(ring, indices):
-            # Carving leaves little of a bounded scene; elsewhere whole rays, which need no neighbours.
+            # Carving leaves little of a bounded scene; elsewhere whole rays, which need no neighbors.
             occupancy.mark(cells, dilation=int(self.encoding.is_bounded))
             self._claimed = cells
         if _ranks() > 1:
@@ -237,7 +237,7 @@ class SceneOccupancy:
             depth = -local[:, 2]
             column = (local[:, 0] / depth * fx + cx).floor().long()
             row = (cy - local[:, 1] / depth * fy).floor().long()
-            # One pixel from the border, so that its neighbours exist: a cell may be as wide as a few pixels.
+            # One pixel from the border, so that its neighbors exist: a cell may be as wide as a few pixels.
             inside = (depth > 0) & (column >= 1) & (row >= 1) & (column < ring.width - 1) & (row < ring.height - 1)
             accumulation = ring.pixels[index, ..., 3].float()[None, None]
             around = torch.nn.functional.max_pool2d(accumulation, 3, stride=1, padding=1)[0, 0]

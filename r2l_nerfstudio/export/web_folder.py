@@ -40,7 +40,7 @@ PAGE = (
     "light-field.js",
     "light-field.d.ts",
     "style.js",
-    "hands.js",
+    "input.js",
     "rigs.js",
     "pace.js",
     "scene.js",

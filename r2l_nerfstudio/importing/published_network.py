@@ -20,7 +20,7 @@ from r2l_nerfstudio.importing.pickle_reader import Checkpoint, TensorRef, plain
 
 PublishedKind = Literal["r2l", "mobile-r2l"]
 PlainNetwork = Callable[[Tensor], Tensor]
-"""A network from codes in the published order to colours in (0, 1)."""
+"""A network from codes in the published order to colors in (0, 1)."""
 
 MOST_FREQUENCIES = 16
 """Maximum octaves; more exceed the precision of float32 and indicate that the number of points was misread."""

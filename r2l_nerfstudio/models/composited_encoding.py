@@ -50,7 +50,7 @@ class EncodedRays(NamedTuple):
 class RaySpan(NamedTuple):
     """The part of rays along which the scene is searched, in scene coordinates.
 
-    Rays lie in groups of neighbouring rays with one origin; those of a group have their sample points at the same distances.
+    Rays lie in groups of neighboring rays with one origin; those of a group have their sample points at the same distances.
     """
 
     origin: Float[Tensor, "groups 1 3"]
@@ -415,9 +415,9 @@ def finished(
     """Return the five numbers of pixels: rgb, accumulation, depth as a position in [0, 1] of the scene's spacing.
 
     Args:
-        values: colours of the network.
+        values: colors of the network.
         geometry: geometry of `EncodedRays`.
-        background: background around a bounded scene, where colours are weighted by accumulation; None elsewhere.
+        background: background around a bounded scene, where colors are weighted by accumulation; None elsewhere.
     """
     if background is not None:
         accumulation = geometry[..., :1]

@@ -1,4 +1,4 @@
-"""The base of all students behind Nerfstudio's Model interface: rays in, colour, accumulation and depth out."""
+"""The base of all students behind Nerfstudio's Model interface: rays in, color, accumulation and depth out."""
 
 from __future__ import annotations
 
@@ -127,7 +127,7 @@ class LightFieldModelConfig(RenamedFields, ModelConfig):
 
 
 class LightFieldModel(Model):
-    """A student: a network from encoded rays to colour, accumulation and depth.
+    """A student: a network from encoded rays to color, accumulation and depth.
 
     The ray encoding, its bounds, the background and the teacher's outputs are in the checkpoint.
     """
@@ -144,7 +144,7 @@ class LightFieldModel(Model):
     crop_margin: int = 0
     """Cells around a crop that are evaluated and dropped in training."""
     network: torch.nn.Module
-    """From encoded rays to numbers in (0, 1): rgb, and unless composited or of colour only, accumulation and depth as a
+    """From encoded rays to numbers in (0, 1): rgb, and unless composited or of color only, accumulation and depth as a
     position along the ray."""
     background: Tensor
     _runner: Callable[[Tensor], Tensor] | None = None
@@ -281,7 +281,7 @@ class LightFieldModel(Model):
         Args:
             bounds: where the scene lies.
             axes: columns: the capture's mean right, up and backward directions.
-            background: the background colour.
+            background: the background color.
             has_accumulation: whether the teacher has accumulation.
             has_depth: whether the teacher has depth.
             focal: focal length in pixels of the views to learn from.
@@ -368,7 +368,7 @@ class LightFieldModel(Model):
     ) -> Float[Tensor, "*pixels 5"]:
         """Return the five numbers of pixels: rgb, accumulation, depth as a position along the ray.
 
-        Around a bounded scene the network's colours are weighted by accumulation: empty pixels are exactly the
+        Around a bounded scene the network's colors are weighted by accumulation: empty pixels are exactly the
             background.
 
         Args:
@@ -404,7 +404,7 @@ class LightFieldModel(Model):
 
     @contextmanager
     def drawn_by(self, runner: Callable[[Tensor], Tensor]) -> Iterator[None]:
-        """Within it, render with another runner of the network than the engines: a quantised one, or one that is
+        """Within it, render with another runner of the network than the engines: a quantized one, or one that is
         measured.
 
         Args:
@@ -455,7 +455,7 @@ class LightFieldModel(Model):
         Rays that miss a bounded scene's sphere show the background: the student was not trained on them, but there is
         nothing.
         """
-        # For a student of colour only, the others are empty.
+        # For a student of color only, the others are empty.
         rgb, accumulation, fraction = values[..., :3], values[..., 3:4], values[..., 4:5]
         crossing = None
         if self.ray_encoding.spacing == "sphere":
@@ -490,11 +490,11 @@ class LightFieldModel(Model):
         return cropped
 
     def get_rgba_image(self, outputs: dict[str, Tensor], output_name: str = "rgb") -> Float[Tensor, "height width 4"]:
-        """Return colour without its background, and opacity, in [0, 1]: what `ns-render --rendered-output-names rgba`
+        """Return color without its background, and opacity, in [0, 1]: what `ns-render --rendered-output-names rgba`
         saves."""
         rgb = outputs[output_name]
         opacity = outputs.get("accumulation", torch.ones_like(rgb[..., :1]))
-        # At almost zero opacity, colour is almost all rounding: it is kept in range, and not visible.
+        # At almost zero opacity, color is almost all rounding: it is kept in range, and not visible.
         color = (rgb - self.background * (1 - opacity)) / opacity.clamp_min(1e-3)
         return torch.cat([color.clamp(0, 1), opacity], dim=-1)
 
@@ -507,7 +507,7 @@ class LightFieldModel(Model):
     def get_loss_dict(
         self, outputs: dict[str, Tensor], batch: dict[str, Tensor], metrics_dict: dict[str, Tensor] | None = None
     ) -> dict[str, Tensor]:
-        """Return mean squared errors of colour and, where known, accumulation and coded depth."""
+        """Return mean squared errors of color and, where known, accumulation and coded depth."""
         truth = self.blend(batch["image"].to(self.device))
         weight = batch.get("weight", torch.ones_like(truth[..., :1])).to(self.device)
         losses = {"rgb_loss": _weighted_mean((outputs["rgb"] - truth).square().mean(-1, keepdim=True), weight)}
@@ -519,7 +519,7 @@ class LightFieldModel(Model):
             losses["accumulation_loss"] = self.config.accumulation_weight * _weighted_mean(error, known)
         if self.has_depth:
             seen = known * batch["accumulation"] * (batch["depth"] > 0)
-            # Compared as positions in [0, 1]: a metre far away counts less than one close by.
+            # Compared as positions in [0, 1]: a meter far away counts less than one close by.
             target = self.ray_encoding.to_fraction(batch["origins"], batch["directions"], batch["depth"])
             error = (outputs["depth_fraction"] - target).square()
             losses["depth_loss"] = self.config.depth_weight * _weighted_mean(error, seen)
@@ -535,7 +535,7 @@ class LightFieldModel(Model):
         self, outputs: dict[str, Tensor], batch: dict[str, Tensor]
     ) -> tuple[dict[str, float], dict[str, Tensor]]:
         """Return PSNR, SSIM (and LPIPS if its weights can be loaded), and images: photo beside render, accumulation and
-        depth in colour."""
+        depth in color."""
         truth = self.blend(batch["image"].to(self.device))
         metrics = image_metrics(outputs["rgb"], truth)
         images = {"img": torch.cat([truth, outputs["rgb"]], dim=1)}

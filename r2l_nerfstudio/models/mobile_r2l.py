@@ -61,7 +61,7 @@ class MobileR2LModelConfig(LightFieldModelConfig):
     last_width: Annotated[int, IntRange(1, 8192)] = 16
     """Channels of the last upsampling step."""
     margin: int = MARGIN
-    """Cells around an image that are evaluated and dropped, so that its border pixels have neighbours; 0, as published:
+    """Cells around an image that are evaluated and dropped, so that its border pixels have neighbors; 0, as published:
     none, and zeros beyond the border."""
     pixel_samples: int = 12
     """composited: sample points per pixel; cells have `num_samples`."""
@@ -117,7 +117,7 @@ class MobileR2LModel(LightFieldModel):
 
     # Rays only, like Nerfstudio's models of rays: cameras go through `get_outputs_for_camera`.
     def get_outputs(self, ray_bundle: RayBundle) -> dict[str, Tensor]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """Return colour, accumulation and coded depth of the pixels of ray images, without their margins.
+        """Return color, accumulation and coded depth of the pixels of ray images, without their margins.
 
         Args:
             ray_bundle: rays of the cells, margin included (crops rows columns), `rays_per_cell` times as many along

@@ -40,7 +40,7 @@ class R2LModelConfig(LightFieldModelConfig):
 
 
 class R2LModel(LightFieldModel):
-    """A residual MLP from an encoded ray to colour, accumulation and depth."""
+    """A residual MLP from an encoded ray to color, accumulation and depth."""
 
     config: R2LModelConfig
     network: ResMLP
@@ -50,11 +50,11 @@ class R2LModel(LightFieldModel):
 
     # Rays only, like Nerfstudio's models of rays: cameras go through `get_outputs_for_camera`.
     def get_outputs(self, ray_bundle: RayBundle) -> dict[str, Tensor]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """Return colour, accumulation and depth of rays.
+        """Return color, accumulation and depth of rays.
 
         Returns:
             `rgb` (*batch 3), `accumulation` (*batch 1), `depth` (*batch 1, distance along the ray), and
-            `depth_fraction`, the position in [0, 1] along the ray that codes the depth. Of a student of colour only, `rgb`
+            `depth_fraction`, the position in [0, 1] along the ray that codes the depth. Of a student of color only, `rgb`
             and an infinite `depth`.
         """
         origins, directions = self.bundle_rays(ray_bundle)

@@ -21,9 +21,9 @@ RayEncodingKind = Literal["points", "plucker", "two-plane", "composited"]
 class RayEncoding(nn.Module):
     """Encode rays into the numbers that a student reads, always in fp32.
 
-    - `points`: K points along the ray (R2L, sec. 3.2), relative to the scene's centre, in units of its radius, contracted
+    - `points`: K points along the ray (R2L, sec. 3.2), relative to the scene's center, in units of its radius, contracted
       unless the scene is a sphere.
-    - `plucker`: unit direction and moment around the scene's centre (Light Field Networks, eq. 2).
+    - `plucker`: unit direction and moment around the scene's center (Light Field Networks, eq. 2).
     - `two-plane`: where the ray meets two planes across the capture's viewing axis.
 
     `directions` follow the encoding's conventions: unit length, or planar.
@@ -170,7 +170,7 @@ class RayEncoding(nn.Module):
         num_points: int,
         jitter: bool = False,
     ) -> Float[Tensor, "*batch points 3"]:
-        """Points along rays in the coordinates that are encoded: relative to the scene's centre, in units of its radius,
+        """Points along rays in the coordinates that are encoded: relative to the scene's center, in units of its radius,
         contracted unless it is a sphere; or as the conventions have it."""
         # Without jitter all rays have the same ones.
         fractions = stratified(num_points, tuple(origins.shape[:-1]) if jitter else (), jitter, origins.device)

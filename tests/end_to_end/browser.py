@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 PATIENCE = 180.0
 """Seconds to wait for anything on the page: the CPU draws WebGL too, beside other work."""
 CHANGED = 4.0
-"""Steps of 8-bit colour between pictures that are not of the same."""
+"""Steps of 8-bit color between pictures that are not of the same."""
 SAME = 1.5
 """What JPEG and the page's own resampling may add up to."""
 
@@ -225,7 +225,7 @@ class ViewerPage:
 
 
 def difference(one: np.ndarray, other: np.ndarray) -> float:
-    """Mean absolute difference of two pictures in steps of 8-bit colour, blind to how finely the page draws them."""
+    """Mean absolute difference of two pictures in steps of 8-bit color, blind to how finely the page draws them."""
     small = [
         np.asarray(Image.fromarray(picture).resize((64, 48), Image.Resampling.BOX), float) for picture in (one, other)
     ]

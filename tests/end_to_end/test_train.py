@@ -300,7 +300,7 @@ def test_every_code_learns_and_is_restored(
     with set_up(config) as trainer:
         pipeline = trainer.pipeline
         assert pipeline.datamanager.photographs is None
-        # So short a training teaches little but the mean colour: begin far from it.
+        # So short a training teaches little but the mean color: begin far from it.
         pipeline.model.network.tail.bias.data[:3] = 2.0
         before = pipeline.holdout_psnr(pipeline.datamanager.held_views)
         trainer.train()
@@ -321,7 +321,7 @@ def test_every_code_learns_and_is_restored(
 # Trouble while training.
 
 
-def test_colours_that_are_not_finite_are_dropped(
+def test_colors_that_are_not_finite_are_dropped(
     tiny_teacher: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -341,7 +341,7 @@ def test_colours_that_are_not_finite_are_dropped(
     monkeypatch.setattr(Teacher, "_outputs", broken)
     run = distil(student_config(tiny_teacher, tmp_path))
     said = " ".join(capsys.readouterr().out.split())
-    assert "non-finite colours" in said and "dropped" in said
+    assert "non-finite colors" in said and "dropped" in said
     assert len(iterations) == 12 and all(torch.tensor(loss).isfinite() for _, loss in iterations)
     for value in read(*checkpoints(run / "nerfstudio_models"))["pipeline"].values():
         assert not isinstance(value, torch.Tensor) or value.isfinite().all()

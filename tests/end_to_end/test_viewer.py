@@ -150,7 +150,7 @@ def test_crop_box_leaves_only_what_is_inside(page: ViewerPage):
 
 def test_moving_the_camera_changes_the_picture(page: ViewerPage):
     before = page.settle()
-    assert before.std() > 2, "the canvas shows one colour only"
+    assert before.std() > 2, "the canvas shows one color only"
     page.save(SCREENSHOTS / "student.png")
     page.drag(120, 20)
     after = page.settle()
@@ -185,7 +185,7 @@ def test_an_idle_viewer_draws_nothing(page: ViewerPage):
 def test_split_shows_the_teacher_on_the_right(page: ViewerPage):
     before = page.settle()
     middle = before.shape[1] // 2
-    # Its line in between, and where the page blends it with its neighbours.
+    # Its line in between, and where the page blends it with its neighbors.
     left, right = np.s_[:, : middle - 12], np.s_[:, middle + 12 :]
     box = page.row("Split with teacher")
     assert not box.is_checked()

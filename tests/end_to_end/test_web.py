@@ -159,7 +159,7 @@ def psnr(one: np.ndarray, other: np.ndarray) -> float:
 
 
 def change(one: np.ndarray, other: np.ndarray) -> float:
-    """Mean absolute difference in steps of 8-bit colour."""
+    """Mean absolute difference in steps of 8-bit color."""
     return 255 * float(np.abs(one - other).mean())
 
 
@@ -311,7 +311,7 @@ def test_resizes_reloads_and_shares_the_machine(addresses: dict[str, str], visit
         ("student.onnx", None, "student.onnx is missing on the server"),
         ("ort/ort-wasm-simd-threaded.wasm.gzip", None, "ort-wasm-simd-threaded.wasm.gzip is missing"),
         ("ort/ort-wasm-simd-threaded.wasm.gzip", "flipped", "ort-wasm-simd-threaded.wasm.gzip is damaged"),
-        ("ort/ort.wasm.min.mjs", None, "cannot draw the scene"),
+        ("ort/ort.wasm.min.mjs", None, "cannot render the scene"),
         ("scene.json", "cut", "scene.json is missing or damaged"),
         ("worker.js", None, "A part of this page did not load"),
         ("scene.json", "older", "scene.json is of version 1 and this page of version 2"),
@@ -348,7 +348,7 @@ def test_says_when_the_browser_cannot(addresses: dict[str, str], context: Browse
     page = context.new_page()
     page.add_init_script("delete globalThis.WebAssembly")
     page.goto(addresses["r2l"])
-    assert "This browser cannot draw the scene" in sentence(page)
+    assert "This browser cannot render the scene" in sentence(page)
     page.close()
 
 
