@@ -217,8 +217,8 @@ def test_photographs_of_other_places(shift: int, tiny_capture: Path) -> None:
 
 
 def test_no_view_left_after_the_hold_out(refused, tiny_teacher: Path) -> None:
-    message = refused(tiny_teacher, **{"pipeline.datamanager.holdout_fraction": 1.0})
-    assert "No training view is left" in message and "--pipeline.datamanager.holdout-fraction" in message
+    message = refused(tiny_teacher, **{"pipeline.datamanager.held_out_fraction": 1.0})
+    assert "No training view is left" in message and "--pipeline.datamanager.held-out-fraction" in message
 
 
 # Set behind the parser's back, as a configuration file read with --load-config does.
@@ -316,7 +316,7 @@ def test_lens_that_cannot_be_undistorted(refused, capture: Path, tmp_path: Path)
 
 
 @pytest.mark.parametrize(
-    "option", ["photo_fraction", "hard_fraction", "holdout_fraction", "foreground_fraction", "refresh_share"]
+    "option", ["photo_fraction", "hard_fraction", "held_out_fraction", "foreground_fraction", "refresh_share"]
 )
 def test_shares_out_of_range(option: str, refused, tiny_teacher: Path) -> None:
     said = refused(tiny_teacher, **{f"pipeline.datamanager.{option}": 1.5})

@@ -25,7 +25,7 @@ from r2l_nerfstudio.distillation import photograph_views as photograph_views_mod
 from r2l_nerfstudio.distillation import photographs as photographs_module
 from r2l_nerfstudio.distillation.background import background_of
 from r2l_nerfstudio.distillation.photograph_views import photograph_views
-from r2l_nerfstudio.distillation.photographs import Photographs, read_photo, split_holdout
+from r2l_nerfstudio.distillation.photographs import Photographs, read_photo, split_held_out
 from r2l_nerfstudio.errors import InputError
 from r2l_nerfstudio.teacher import Teacher
 
@@ -296,28 +296,28 @@ def test_background_of_a_student_is_its_teachers(color, alpha_color, expected, t
 @pytest.mark.parametrize("fraction", [0.01, 0.1, 0.25, 0.5, 0.6])
 @pytest.mark.parametrize("views", [2, 3, 6, 17, 100])
 def test_held_out_views_are_apart_and_spread(views: int, fraction: float) -> None:
-    kept, held = split_holdout(views, fraction)
+    kept, held = split_held_out(views, fraction)
     assert sorted(kept + held) == list(range(views)) and not set(kept) & set(held)
     assert len(held) == max(1, round(fraction * views))
     if len(held) > 1:
         gaps = [later - earlier for earlier, later in zip(held, held[1:], strict=False)]
         assert max(gaps) - min(gaps) <= 1
-    assert split_holdout(views, fraction) == (kept, held)
+    assert split_held_out(views, fraction) == (kept, held)
 
 
 def test_nothing_is_held_out_for_a_fraction_of_zero() -> None:
-    assert split_holdout(5, 0.0) == ([0, 1, 2, 3, 4], [])
+    assert split_held_out(5, 0.0) == ([0, 1, 2, 3, 4], [])
 
 
 @pytest.mark.parametrize(("views", "fraction"), [(1, 0.1), (5, 1.0), (3, 2.0)])
 def test_no_view_left_is_an_error(views: int, fraction: float) -> None:
-    with pytest.raises(InputError, match="--pipeline.datamanager.holdout-fraction"):
-        split_holdout(views, fraction)
+    with pytest.raises(InputError, match="--pipeline.datamanager.held-out-fraction"):
+        split_held_out(views, fraction)
 
 
 def test_pixels_of_held_out_views_are_never_drawn(tiny_capture: Path) -> None:
     dataset = dataset_of(tiny_capture)
-    kept, held = split_holdout(6, 0.4)
+    kept, held = split_held_out(6, 0.4)
     assert len(held) == 2
     photographs = Photographs(dataset, kept, None, WHITE, "cpu")
     sample = photographs.sample(20000)

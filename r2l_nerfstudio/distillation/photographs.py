@@ -30,7 +30,7 @@ _MODES = ("RGB", "RGBA", "L")
 _ROWS_AT_ONCE = 256
 
 
-def split_holdout(num_views: int, fraction: float) -> tuple[list[int], list[int]]:
+def split_held_out(num_views: int, fraction: float) -> tuple[list[int], list[int]]:
     """Return training views to learn from, and every n-th one to hold out.
 
     Args:
@@ -48,7 +48,7 @@ def split_holdout(num_views: int, fraction: float) -> tuple[list[int], list[int]
     if not kept:
         raise InputError(
             f"No training view is left after holding out {len(held)} of {num_views}: lower"
-            " --pipeline.datamanager.holdout-fraction, or set --pipeline.datamanager.photo-iterations 0 and the fraction"
+            " --pipeline.datamanager.held-out-fraction, or set --pipeline.datamanager.photo-iterations 0 and the fraction"
             " to 0 to learn from the teacher alone."
         )
     return kept, held

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from r2l_nerfstudio.atomic_output import atomic_files
-from r2l_nerfstudio.distillation.photographs import read_photo, split_holdout
+from r2l_nerfstudio.distillation.photographs import read_photo, split_held_out
 from r2l_nerfstudio.distillation.pose_sampling import CaptureCameras, PoseSampler, capture_cameras
 from r2l_nerfstudio.errors import InputError
 from r2l_nerfstudio.export.comparison import check_export, probe_inputs
@@ -226,7 +226,7 @@ def held_out(student: Student, dataset: InputDataset, share: float) -> list[tupl
         dataset: the training views.
         share: share of the views that was held out; a tenth if none was.
     """
-    _, held = split_holdout(len(dataset), share or 0.1)
+    _, held = split_held_out(len(dataset), share or 0.1)
     chosen = [held[round(index)] for index in np.linspace(0, len(held) - 1, min(JUDGED_VIEWS, len(held)))]
     if not all(Path(dataset.image_filenames[index]).is_file() for index in chosen):
         return []

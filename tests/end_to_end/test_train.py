@@ -302,9 +302,9 @@ def test_every_code_learns_and_is_restored(
         assert pipeline.datamanager.photographs is None
         # So short a training teaches little but the mean color: begin far from it.
         pipeline.model.network.tail.bias.data[:3] = 2.0
-        before = pipeline.holdout_psnr(pipeline.datamanager.held_views)
+        before = pipeline.held_out_psnr(pipeline.datamanager.held_views)
         trainer.train()
-        assert pipeline.holdout_psnr(pipeline.datamanager.held_views) > before + 2
+        assert pipeline.held_out_psnr(pipeline.datamanager.held_views) > before + 2
     _, restored, _, _ = eval_setup(config.get_base_dir() / "config.yml")
     theirs, ours = pipeline.model.ray_encoding, restored.model.ray_encoding
     assert ours.kind == code and ours.spacing == theirs.spacing
@@ -373,7 +373,7 @@ def test_no_room_for_a_batch(tiny_teacher: Path, tmp_path: Path, capsys: pytest.
 def test_the_best_weights_on_held_out_photographs_are_kept(
     tiny_teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ray_datamanager, "HOLDOUT_RAYS", 512)
+    monkeypatch.setattr(ray_datamanager, "HELD_OUT_RAYS", 512)
     config = student_config(
         tiny_teacher,
         tmp_path,
@@ -381,8 +381,8 @@ def test_the_best_weights_on_held_out_photographs_are_kept(
             "max_num_iterations": 30,
             "pipeline.datamanager.photo_iterations": 20,
             "pipeline.datamanager.photo_fraction": 0.9,
-            "pipeline.datamanager.holdout_fraction": 0.3,
-            "pipeline.steps_per_holdout": 2,
+            "pipeline.datamanager.held_out_fraction": 0.3,
+            "pipeline.steps_per_eval_held_out": 2,
         },
     )
     for group in config.optimizers.values():
@@ -395,7 +395,7 @@ def test_the_best_weights_on_held_out_photographs_are_kept(
         # What is learned from the others does not carry over to the held-out ones.
         pipeline.datamanager.photographs.pixels = 255 - pipeline.datamanager.photographs.pixels
         seen: dict[int, float] = {}
-        watch = pipeline.holdout_psnr
+        watch = pipeline.held_out_psnr
 
         def recorded(sample) -> float:
             psnr = watch(sample)
@@ -403,7 +403,7 @@ def test_the_best_weights_on_held_out_photographs_are_kept(
                 seen[trainer.step] = psnr
             return psnr
 
-        pipeline.holdout_psnr = recorded
+        pipeline.held_out_psnr = recorded
         trainer.train()
         last = watch(photographs)
     assert list(seen) == [*range(2, 30, 2), 29]  # and once more at the end
@@ -440,7 +440,7 @@ def test_weights_that_are_still_the_best_stay(
 
 
 def test_nothing_is_watched_where_nothing_is_held_out(tiny_teacher: Path, tmp_path: Path) -> None:
-    overrides = {"pipeline.datamanager.holdout_fraction": 0.0, "pipeline.steps_per_holdout": 2}
+    overrides = {"pipeline.datamanager.held_out_fraction": 0.0, "pipeline.steps_per_eval_held_out": 2}
     with set_up(student_config(tiny_teacher, tmp_path, **overrides)) as trainer:
         assert trainer.pipeline.datamanager.held_photographs is None
         assert len(trainer.pipeline.datamanager.photographs.pixels) == 6 * 24 * 24
@@ -451,7 +451,7 @@ def test_nothing_is_watched_where_nothing_is_held_out(tiny_teacher: Path, tmp_pa
 def test_the_average_of_the_weights_survives_a_kill_and_is_what_training_leaves(
     tiny_teacher: Path, tmp_path: Path
 ) -> None:
-    overrides = {"steps_per_save": 5, "save_only_latest_checkpoint": False, "pipeline.steps_per_holdout": 4}
+    overrides = {"steps_per_save": 5, "save_only_latest_checkpoint": False, "pipeline.steps_per_eval_held_out": 4}
     config = student_config(tiny_teacher, tmp_path / "whole", "mobile-r2l-lite", **overrides)
     with set_up(config) as trainer:
         trainer.train()
@@ -593,7 +593,7 @@ def test_no_iteration_asks_the_device_for_a_number(method: str, tiny_teacher: Pa
         "max_num_iterations": 40,
         "pipeline.datamanager.photo_iterations": 20,
         "pipeline.datamanager.refresh_share": 0.0,
-        "pipeline.steps_per_holdout": 10,
+        "pipeline.steps_per_eval_held_out": 10,
         "logging.steps_per_log": 10,
         "steps_per_save": 10,
     }
@@ -617,7 +617,7 @@ def test_no_minutes_are_no_budget(tiny_teacher: Path, tmp_path: Path, capsys: py
 def test_stopping_early_leaves_a_usable_student(
     number: int, tiny_teacher: Path, tmp_path: Path, iterations: list
 ) -> None:
-    overrides = {"max_num_iterations": 5000, "pipeline.steps_per_holdout": 10**6}
+    overrides = {"max_num_iterations": 5000, "pipeline.steps_per_eval_held_out": 10**6}
     before = signal.getsignal(number)
     with set_up(student_config(tiny_teacher, tmp_path, "mobile-r2l-lite", **overrides)) as trainer:
         train_iteration = trainer.train_iteration
