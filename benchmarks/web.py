@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import base64
-import io
 import json
 import math
 import os
-import shutil
 import statistics
 import tempfile
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,24 +14,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-import numpy as np
 import torch
-from jaxtyping import Float
 from nerfstudio.utils.rich_utils import CONSOLE
-from PIL import Image
-from torch import Tensor
 
 from benchmarks.figures import RESULTS, results_stem, write_figures
 from benchmarks.render import fill_ball
 from benchmarks.render import student as random_student
+from benchmarks.web_page import CANVAS, ELEMENT, browser, canvas_image, served, state
 from r2l_nerfstudio.distillation.pose_sampling import CaptureCameras, look_along
 from r2l_nerfstudio.engines.cache import device_name
 from r2l_nerfstudio.errors import InputError
 from r2l_nerfstudio.export.navigation import start_pose
 from r2l_nerfstudio.export.training_cameras import training_cameras
-from r2l_nerfstudio.export.web_folder import FALLBACK, RUNTIME, SCENE, UNREAD, export_web
+from r2l_nerfstudio.export.web_folder import FALLBACK, RUNTIME, SCENE, UNREAD, PageOptions, export_web
 from r2l_nerfstudio.export.web_runtime import FILES, VERSION, fetch_runtime
-from r2l_nerfstudio.export.web_server import WebServer
 from r2l_nerfstudio.psnr import psnr
 from r2l_nerfstudio.rays.spacing import SceneBounds
 from r2l_nerfstudio.student import Student, load_student
@@ -54,8 +46,6 @@ PATIENCE_MS = 600_000.0
 FEWEST = 2
 """So many pictures are timed at least; the one that the page begins with, unlike them, counts nowhere."""
 MOST = 30
-ELEMENT = "document.querySelector('light-field')"
-CANVAS = f"{ELEMENT}.shadowRoot.querySelector('canvas')"
 _FIELD_OF_VIEW = 0.6
 _RADIUS = 4.0
 
@@ -95,7 +85,7 @@ class Web:
         runtime = fetch_runtime(self.runtime)
         name = device_name(torch.device("cpu"))
         stem = results_stem(self.results_dir, "web", name)
-        with browser() as chromium, tempfile.TemporaryDirectory() as scratch:
+        with browser("--disable-gpu") as chromium, tempfile.TemporaryDirectory() as scratch:
             figures: dict[str, Any] = {
                 "device": name,
                 "browser": f"headless Chromium {chromium.version}",
@@ -122,7 +112,9 @@ class Web:
         model.set_scene(bounds, torch.eye(3), torch.ones(3), has_accumulation=True, has_depth=True, focal=focal)
         fill_ball(model)
         with model.drawn_by(lambda code: model.network(code)):  # no engine is built beside the measurement
-            made = export_web(Student(model, method), ring_of_cameras(side, focal), runtime, folder, method)
+            made = export_web(
+                Student(model, method), ring_of_cameras(side, focal), runtime, folder, PageOptions(method)
+            )
         taken = {}
         for count in self.threads:
             with visited(chromium, folder, f"?backend=wasm&threads={count}", side) as page:
@@ -157,7 +149,8 @@ class Web:
 
     def _compare(self, chromium: Browser, runtime: Path, folder: Path) -> dict[str, Any]:
         student = load_student(self.load_config, device="cpu", engine="torch")
-        made = export_web(student, training_cameras(self.load_config, self.data), runtime, folder, student.method_name)
+        cameras = training_cameras(self.load_config, self.data)
+        made = export_web(student, cameras, runtime, folder, PageOptions(student.method_name))
         scene = json.loads((folder / SCENE).read_text())
         picture = scene["picture"]
         across, down, focal = picture["width"], picture["height"], picture["focal"]
@@ -166,7 +159,7 @@ class Web:
         with visited(chromium, folder, f"?backend=wasm&size={side}", across, down) as page:
             for number in range(self.poses):
                 move(page, wanted_view(scene["view"], number))
-                canvas = canvas_picture(page)
+                canvas = torch.from_numpy(canvas_image(page))
                 height, width = canvas.shape[:2]
                 share = height / down if not student.model.reads_ray_image else 1.0
                 pose = start_pose(shown_view(scene["view"], state(page)["view"]))
@@ -195,55 +188,18 @@ def ring_of_cameras(side: int, focal: float) -> CaptureCameras:
 
 
 @contextmanager
-def browser(*switches: str) -> Iterator[Browser]:
-    """Headless Chromium.
-
-    Args:
-        *switches: further switches of its command line.
-
-    Raises:
-        InputError: it is missing, or Playwright, which drives it.
-    """
-    executable = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-    if executable is None:
-        raise InputError("This benchmark needs a Chromium, and there is none here: apt install chromium.")
-    try:
-        from playwright.sync_api import sync_playwright
-    except ImportError as error:
-        raise InputError(
-            "This benchmark needs the package playwright, which is not installed: pip install playwright."
-        ) from error
-    with sync_playwright() as playwright:
-        started = playwright.chromium.launch(
-            executable_path=executable, args=["--no-sandbox", "--disable-gpu", *switches]
-        )
-        try:
-            yield started
-        finally:
-            started.close()
-
-
-@contextmanager
 def visited(chromium: Browser, folder: Path, query: str, width: int, height: int | None = None) -> Iterator[Page]:
     """A page of the folder, once its picture rests."""
-    with WebServer(folder) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        page = chromium.new_page(
-            viewport={"width": width, "height": height or width}, bypass_csp=True
-        )  # it waits inside the page
+    with served(folder) as address:
+        # Waiting runs scripts in the page, which its Content-Security-Policy forbids.
+        page = chromium.new_page(viewport={"width": width, "height": height or width}, bypass_csp=True)
         try:
             page.set_default_timeout(PATIENCE_MS)
-            page.goto(f"http://127.0.0.1:{server.server_address[1]}/{query}")
+            page.goto(f"{address}{query}")
             settle(page)
             yield page
         finally:
             page.close()
-            server.shutdown()
-
-
-def state(page: Page) -> dict[str, str]:
-    """What the page says of itself."""
-    return page.evaluate(f"({{...{ELEMENT}.dataset}})")
 
 
 def settle(page: Page) -> None:
@@ -287,13 +243,6 @@ def shown_view(limits: dict[str, Any], address: str) -> dict[str, Any]:
     if "distance" in said:
         start["distance"] = said["distance"]
     return {**limits, "start": {**limits["start"], **start}}
-
-
-def canvas_picture(page: Page) -> Float[Tensor, "height width 3"]:
-    """What is on the canvas, in [0, 1]."""
-    url = page.evaluate(f"{CANVAS}.toDataURL('image/png')")
-    image = Image.open(io.BytesIO(base64.b64decode(url.partition(",")[2])))
-    return torch.from_numpy(np.asarray(image.convert("RGB"), dtype=np.float32) / 255)
 
 
 def loaded_bytes(files: dict[str, int], backend: Literal["webgpu", "wasm"]) -> int:

@@ -73,8 +73,19 @@ _COMMENT = re.compile(r"^[ \t]*(?://.*|/\*\*(?:(?!\*/)[\s\S])*\*/)[ \t]*\n", re.
 
 
 @dataclass(frozen=True)
+class PageOptions:
+    """What a page is called, and how its weights are stored."""
+
+    title: str
+    precision: PrecisionChoice = "fp16"
+    """Precision of the weights; auto: int8 if it costs little."""
+    photos: Photos = ()
+    """Held-out cameras and photos to judge int8 by; if empty, it is judged by the student's own renders."""
+
+
+@dataclass(frozen=True)
 class WebExport:
-    """A finished folder."""
+    """A finished export."""
 
     folder: Path
     psnr: dict[str, float]
@@ -100,32 +111,28 @@ def export_web(
     cameras: CaptureCameras,
     runtime: Path | None,
     output: Path,
-    title: str,
+    options: PageOptions,
     overwrite: bool = False,
-    precision: PrecisionChoice = "fp16",
-    photos: Photos = (),
 ) -> WebExport:
-    """Write the folder: page, student, scene, and what browsers without WebGPU draw with.
+    """Write a folder with page, student, scene, and the fallback for browsers without WebGPU.
 
     Args:
         student: on the CPU.
-        cameras: of its training, in its frame.
+        cameras: its training cameras, in its frame.
         runtime: folder with the files of ONNX Runtime Web; None leaves the fallback out.
-        output: the folder to make; its parent is made too.
-        title: of the page.
-        overwrite: whether an export that is there may be replaced.
-        precision: of the weights; auto: int8 if it costs little.
-        photos: held-out cameras and photos to judge int8 by; without any, by the student's own pictures.
+        output: the folder to write; missing parents are created.
+        options: title and precision.
+        overwrite: whether an existing export may be replaced.
 
     Raises:
-        InputError: packages are missing, the folder holds something, int8 is asked for and costs too much, or the page's
-            student differs from torch; nothing is left then.
+        InputError: if packages are missing, the folder is not empty, int8 is requested and costs too much, or the page's
+            student differs from torch; nothing is written then.
     """
     require_safetensors()
     if runtime is not None:
         require_onnx()
     with atomic_folder(output, overwrite, SCENE, "web export") as folder:
-        found, notes = _fill(student, cameras, runtime, folder, title, precision, photos)
+        found, notes = _fill(student, cameras, runtime, folder, options)
     return WebExport(Path(output), found, notes)
 
 
@@ -134,9 +141,7 @@ def _fill(
     cameras: CaptureCameras,
     runtime: Path | None,
     folder: Path,
-    title: str,
-    precision: PrecisionChoice,
-    photos: Photos,
+    options: PageOptions,
 ) -> tuple[dict[str, float], tuple[str, ...]]:
     with as_file(files("r2l_nerfstudio.export") / "web") as page:
         for name in PAGE:
@@ -149,14 +154,14 @@ def _fill(
     view = view_limits(cameras, code.spacing == "sphere", float(code.radius))
     picture = _picture(student, cameras)
     pose = start_pose(view)
-    weights, notes = choose_weights(student, cameras, photos, precision)
+    weights, notes = choose_weights(student, cameras, options.photos, options.precision)
     file = folder / f"student.{weights.precision}.safetensors"
     weights.write(file)
     found = {file.name: _check_weights(student, weights, pose, picture)}
     model = student.model
     scene: dict[str, Any] = {
         "version": VERSION,
-        "title": title,
+        "title": options.title,
         "method": student.method_name,
         "background": model.background.tolist(),
         "picture": picture,
@@ -187,7 +192,7 @@ def _fill(
         }
     (folder / SCENE).write_text(json.dumps(scene, separators=(",", ":")) + "\n")
     _poster(student, pose, picture).save(folder / "poster.jpg", quality=85)
-    (folder / "package.json").write_text(json.dumps(_package(title, folder), indent=2) + "\n")
+    (folder / "package.json").write_text(json.dumps(_package(options.title), indent=2) + "\n")
     return found, notes
 
 
@@ -196,7 +201,7 @@ def without_comments(script: str) -> str:
     return _COMMENT.sub("", script)
 
 
-def _package(title: str, folder: Path) -> dict[str, Any]:
+def _package(title: str) -> dict[str, Any]:
     """The folder as an npm package: importing it defines `<light-field>`, which without `src` shows this scene."""
     name = re.sub(r"[^a-z0-9]+", "-", title.lower()).strip("-") or "light-field"
     return {

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import base64
 import functools
-import io
 import json
 import math
 import os
@@ -13,7 +11,6 @@ import shutil
 import subprocess
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -22,16 +19,15 @@ import numpy as np
 import pytest
 import yaml
 from browser import PATIENCE, chromium, wait_for
-from PIL import Image
 from published_files import mobile_weights, r2l_weights, write_tar
 from teachers import write_blender_capture
 
+from benchmarks.web_page import canvas_image, served, state
 from r2l_nerfstudio import load_student
 from r2l_nerfstudio.errors import InputError
 from r2l_nerfstudio.export.navigation import start_pose, view_limits
 from r2l_nerfstudio.export.training_cameras import training_cameras
 from r2l_nerfstudio.export.web_runtime import fetch_runtime
-from r2l_nerfstudio.export.web_server import WebServer
 from r2l_nerfstudio.run_config import load_run_config
 from r2l_nerfstudio.scripts import export as script
 from r2l_nerfstudio.scripts.import_checkpoint import ImportCheckpoint
@@ -78,15 +74,6 @@ def pages(
     return made
 
 
-@contextmanager
-def served(folder: Path) -> Iterator[str]:
-    """The address of a folder, served as `r2l-export web --serve` does it."""
-    with WebServer(folder) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{server.server_address[1]}/"
-        server.shutdown()
-
-
 @pytest.fixture(scope="module")
 def addresses(pages: dict[str, tuple[Path, Student]]) -> Iterator[dict[str, str]]:
     """Of the served web folders, by student."""
@@ -127,11 +114,6 @@ def visit(context: BrowserContext) -> Iterator[Callable[..., Page]]:
         page.close()
 
 
-def state(page: Page) -> dict[str, str]:
-    """What the page says of itself."""
-    return page.evaluate("({...document.querySelector('light-field').dataset})")
-
-
 def settle(page: Page) -> None:
     """Wait until the picture is as good as it gets."""
     wait_for(page, "['resting', 'failed'].includes(document.querySelector('light-field').dataset.state)")
@@ -142,15 +124,6 @@ def sentence(page: Page) -> str:
     """What the page says instead of a picture; waits for it."""
     page.wait_for_selector("#message:not([hidden])", timeout=1e3 * PATIENCE)
     return page.locator("#message").inner_text()
-
-
-def picture(page: Page) -> np.ndarray:
-    """What is on the canvas, [height, width, 3] in [0, 1]."""
-    url = page.evaluate(
-        "document.querySelector('light-field').shadowRoot.querySelector('canvas').toDataURL('image/png')"
-    )
-    image = Image.open(io.BytesIO(base64.b64decode(url.partition(",")[2])))
-    return np.asarray(image.convert("RGB"), dtype=np.float32) / 255
 
 
 def psnr(one: np.ndarray, other: np.ndarray) -> float:
@@ -202,7 +175,7 @@ def test_draws_what_torch_draws(
         angles = (float(view["azimuth"]), float(view["elevation"]), float(view["distance"]) / distance)
         assert math.remainder(angles[0] - azimuth, 360) == pytest.approx(0, abs=0.01)
         truth = rendered(student, tiny_student, angles)
-        assert truth.std() > 0.01 and psnr(picture(page), truth) > 45
+        assert truth.std() > 0.01 and psnr(canvas_image(page), truth) > 45
 
 
 @pytest.mark.parametrize("weights", [r2l_weights, mobile_weights])
@@ -222,7 +195,7 @@ def test_published_students_draw_what_torch_draws(
         view = dict(part.split("=") for part in state(page)["view"].split("&"))
         angles = (float(view["azimuth"]), float(view["elevation"]), 1.0)
         truth = rendered(load_student(run, "cpu", engine="torch"), run, angles)
-        assert truth.std() > 0.01 and psnr(picture(page), truth) > 45
+        assert truth.std() > 0.01 and psnr(canvas_image(page), truth) > 45
 
 
 def test_moves_by_mouse_wheel_and_keys_within_limits(addresses: dict[str, str], visit: Callable[..., Page]) -> None:
@@ -234,7 +207,7 @@ def test_moves_by_mouse_wheel_and_keys_within_limits(addresses: dict[str, str], 
         wait_for(page, f"document.querySelector('light-field').dataset.frames > {frames}")
         settle(page)
         view = dict(part.split("=") for part in state(page)["view"].split("&"))
-        return picture(page), {key: float(value) for key, value in view.items() if key != "target"}
+        return canvas_image(page), {key: float(value) for key, value in view.items() if key != "target"}
 
     def drag(right: int, down: int, button: str = "left") -> None:
         page.mouse.move(160, 160)
@@ -287,17 +260,17 @@ def test_moves_by_touch(addresses: dict[str, str], visit: Callable[..., Page]) -
 def test_resizes_reloads_and_shares_the_machine(addresses: dict[str, str], visit: Callable[..., Page]) -> None:
     page = visit(f"{addresses['r2l']}?size=32", 480, 320)
     other = visit(f"{addresses['mobile-r2l']}", 320, 320)
-    assert picture(page).shape[1] / picture(page).shape[0] == pytest.approx(1.5, abs=0.1)
+    assert canvas_image(page).shape[1] / canvas_image(page).shape[0] == pytest.approx(1.5, abs=0.1)
     frames = int(state(page)["frames"])
     page.bring_to_front()
     page.set_viewport_size({"width": 240, "height": 400})
     wait_for(page, f"document.querySelector('light-field').dataset.frames > {frames}")
     settle(page)
-    assert picture(page).shape[1] / picture(page).shape[0] == pytest.approx(0.6, abs=0.1)
-    before = picture(page)
+    assert canvas_image(page).shape[1] / canvas_image(page).shape[0] == pytest.approx(0.6, abs=0.1)
+    before = canvas_image(page)
     page.reload()
     settle(page)
-    assert np.array_equal(picture(page), before)
+    assert np.array_equal(canvas_image(page), before)
     other.bring_to_front()
     other.keyboard.press("ArrowLeft")
     settle(other)
@@ -396,7 +369,7 @@ def test_looks_right(name: str, width: int, height: int, addresses: dict[str, st
         assert box["x"] + box["width"] <= width and box["y"] + box["height"] <= height
     assert boxes[0]["x"] + boxes[0]["width"] <= boxes[1]["x"]
     assert re.match(r"[\d.]+ fps · [\d.]+ ms", page.locator("#figures").inner_text())
-    page.get_by_role("button", name="Keys").click()
+    page.get_by_role("button", name="Controls").click()
     dialog = page.locator("dialog").bounding_box()
     assert dialog["x"] >= 0 and dialog["y"] >= 0 and dialog["y"] + dialog["height"] <= height
     page.screenshot(path=SCREENSHOTS / f"{name}_keys.png")

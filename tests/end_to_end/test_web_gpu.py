@@ -7,7 +7,6 @@ import json
 import math
 import re
 import shutil
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,10 +24,10 @@ from student_runs import (
     write_run,
 )
 
+from benchmarks.web_page import ELEMENT, served, state
 from r2l_nerfstudio import load_student
 from r2l_nerfstudio.distillation.pose_sampling import CaptureCameras, look_along
-from r2l_nerfstudio.export.web_folder import drawn_rgb, export_web
-from r2l_nerfstudio.export.web_server import WebServer
+from r2l_nerfstudio.export.web_folder import PageOptions, drawn_rgb, export_web
 from r2l_nerfstudio.export.web_single_file import export_single_file
 from r2l_nerfstudio.export.web_weights import WebWeights
 from r2l_nerfstudio.student import Student
@@ -38,7 +37,6 @@ if TYPE_CHECKING:
 
 SCREENSHOTS = Path(__file__).parents[2] / "artifacts" / "web"
 FOCAL = 50.0
-ELEMENT = "document.querySelector('light-field')"
 SIZES = ((48, 40), (37, 29), (33, 50))
 STUDENTS = {
     "r2l": (tiny_composited_r2l(), "sphere"),
@@ -78,7 +76,7 @@ def make_student(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], St
 def folder(make_student: Callable[[str], Student], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The page of an R2L student, without the fallback."""
     output = tmp_path_factory.mktemp("page") / "page"
-    export_web(make_student("r2l"), ring(), None, output, "A ball")
+    export_web(make_student("r2l"), ring(), None, output, PageOptions("A ball"))
     return output
 
 
@@ -92,21 +90,15 @@ def context(tmp_path_factory: pytest.TempPathFactory) -> Iterator[BrowserContext
 @contextmanager
 def opened(context: BrowserContext, folder: Path, query: str = "", prepare: str = "") -> Iterator[Page]:
     """A page of a served folder, from the first byte on; `prepare` runs before its scripts."""
-    with WebServer(folder) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
+    with served(folder) as address:
         page = context.new_page()
         try:
             if prepare:
                 page.add_init_script(prepare)
-            page.goto(f"http://127.0.0.1:{server.server_address[1]}/{query}")
+            page.goto(f"{address}{query}")
             yield page
         finally:
             page.close()
-            server.shutdown()
-
-
-def state(page: Page) -> dict[str, str]:
-    return page.evaluate(f"({{...{ELEMENT}.dataset}})")
 
 
 def sentence(page: Page) -> str:
@@ -153,7 +145,7 @@ def test_draws_what_torch_draws(
 ) -> None:
     """Ten cameras at odd sizes."""
     student = make_student(name)
-    export_web(student, ring(), None, tmp_path / "page", name)
+    export_web(student, ring(), None, tmp_path / "page", PageOptions(name))
     with opened(context, tmp_path / "page") as page:
         assert rest(page)["backend"] == "WebGPU"
         for number, pose in enumerate(ring().camera_to_worlds):
@@ -167,7 +159,7 @@ def test_int8_draws_what_its_weights_draw(
     name: str, make_student: Callable[[str], Student], context: BrowserContext, tmp_path: Path
 ) -> None:
     student = make_student(name)
-    made = export_web(student, ring(), None, tmp_path / "page", name, precision="auto")
+    made = export_web(student, ring(), None, tmp_path / "page", PageOptions(name, "auto"))
     assert "student.int8.safetensors" in made.psnr and "against the student's own pictures" in made.notes[0]
     pose = ring().camera_to_worlds[3]
     with opened(context, tmp_path / "page") as page:
@@ -330,7 +322,7 @@ def test_is_an_element_of_other_pages(folder: Path, context: BrowserContext, tmp
 def test_one_file_opens_without_a_server(
     make_student: Callable[[str], Student], context: BrowserContext, tmp_path: Path
 ) -> None:
-    export_single_file(make_student("mobile-r2l"), ring(), tmp_path / "scene.html", "One file")
+    export_single_file(make_student("mobile-r2l"), ring(), tmp_path / "scene.html", PageOptions("One file"))
     page = context.new_page()
     page.goto((tmp_path / "scene.html").as_uri())
     assert rest(page)["backend"] == "WebGPU"
