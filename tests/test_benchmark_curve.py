@@ -13,7 +13,9 @@ from benchmarks.curve import Curve, read_curve
 from r2l_nerfstudio.errors import InputError
 
 
-def test_curve_goes_on_where_a_slice_ended(tiny_teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_curve_continues_where_a_slice_ended(
+    tiny_teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from nerfstudio.configs.method_configs import all_methods
 
     pipeline = all_methods["mobile-r2l-lite"].pipeline
@@ -49,7 +51,7 @@ def test_curve_goes_on_where_a_slice_ended(tiny_teacher: Path, tmp_path: Path, m
         curve.main()
 
 
-def test_photos_and_teacher_views_are_curves_of_their_own(tmp_path: Path) -> None:
+def test_photos_and_teacher_views_are_separate_curves(tmp_path: Path) -> None:
     with SummaryWriter(str(tmp_path)) as log:
         log.add_scalar("Held-out PSNR (teacher views)", 30.0, 20)
         log.add_scalar("Held-out PSNR (photos)", 25.0, 20)

@@ -198,7 +198,7 @@ def test_training(tiny_teacher: Path, tmp_path: Path, monkeypatch: pytest.Monkey
         (["--max-num-iterations", "100"], 0),
     ],
 )
-def test_training_in_particular(call: list[str], code: int, tiny_teacher: Path) -> None:
+def test_training_command(call: list[str], code: int, tiny_teacher: Path) -> None:
     default = all_methods["r2l-lite"]
 
     def run() -> None:

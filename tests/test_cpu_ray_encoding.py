@@ -55,7 +55,7 @@ def expected(
 @pytest.mark.parametrize("spacing", ["sphere", "near-far", "disparity"])
 @pytest.mark.parametrize("kind", ["points", "plucker", "two-plane"])
 @pytest.mark.parametrize("points", [8, 5])
-def test_it_is_the_code_that_training_reads(kind: str, spacing: str, points: int):
+def test_it_equals_the_encoding_of_training(kind: str, spacing: str, points: int):
     code, features = ray_encoding(kind, spacing), volume()
     draw = CpuRayEncoding(code, features, points)
     origins, directions = rays()
@@ -71,7 +71,7 @@ def test_it_is_the_code_that_training_reads(kind: str, spacing: str, points: int
     assert draw(origins[:0], directions[:0]).shape == (0, *truth.shape[1:])
 
 
-def test_the_published_codes():
+def test_the_published_encodings():
     for points, octaves in ((16, 10), (8, 6)):
         code = ray_encoding(points=points, octaves=octaves)
         origins, directions = rays()
@@ -87,7 +87,7 @@ def test_volumes_of_any_size(resolution: int, channels: int):
     assert psnr(CpuRayEncoding(code, features, 8)(origins, directions), truth) > 110
 
 
-def test_a_volume_in_training_is_read_as_it_is():
+def test_a_volume_in_training_is_not_cached():
     code, features = ray_encoding(), volume()
     draw = CpuRayEncoding(code, features, 8)
     origins, directions = rays(5, 6)
@@ -98,7 +98,7 @@ def test_a_volume_in_training_is_read_as_it_is():
     assert torch.equal(draw(origins, directions), before)
 
 
-def test_a_volume_at_rest_is_laid_out_once(monkeypatch: pytest.MonkeyPatch):
+def test_a_volume_at_rest_is_rearranged_once(monkeypatch: pytest.MonkeyPatch):
     code, features = ray_encoding(), volume()
     draw = CpuRayEncoding(code, features, 8)
     draw(*rays(5, 6))
@@ -115,14 +115,14 @@ def test_under_autocast_it_stays_in_fp32():
         assert torch.equal(draw(*rays(5, 6)), truth)
 
 
-def test_many_rays_go_in_parts(monkeypatch: pytest.MonkeyPatch):
+def test_many_rays_are_encoded_in_parts(monkeypatch: pytest.MonkeyPatch):
     draw = CpuRayEncoding(ray_encoding(), volume(), 8)
     whole = draw(*rays(7, 9))
     monkeypatch.setattr(cpu_ray_encoding, "chunk_rows", lambda device: 10)
     torch.testing.assert_close(draw(*rays(7, 9)), whole, atol=1e-5, rtol=0)
 
 
-def test_rays_that_are_not_numbers_read_no_index_of_them():
+def test_non_finite_rays_index_nothing():
     code, features = ray_encoding(), volume()
     origins, directions = rays(4, 5)
     clean = CpuRayEncoding(code, features, 8)(origins, directions)

@@ -57,7 +57,7 @@ def found() -> list[float]:
 
 
 @pytest.mark.parametrize("case", range(len(CASES)), ids=[f"{w}-{p}-{d} layers" for w, p, d in CASES])
-def test_values_are_those_of_pytorch(case: int, found: list[float]) -> None:
+def test_values_equal_pytorchs(case: int, found: list[float]) -> None:
     assert found[case] >= PARITY_DB[CASES[case][1]]
 
 

@@ -82,7 +82,7 @@ def test_only_inside_and_also_after_an_error() -> None:
     assert _is_real()
 
 
-def test_other_threads_keep_the_real_one() -> None:
+def test_other_threads_keep_the_original() -> None:
     seen = []
     with without_lpips():
         thread = threading.Thread(target=lambda: seen.append(_is_real()))

@@ -56,7 +56,7 @@ DISTORTION = torch.tensor([[0.2, -0.05, 0.0, 0.0, 0.01, -0.02]])
 
 
 @pytest.mark.parametrize(("width", "height"), [(24, 17), (1, 1), (13, 5), (2, 31)])
-def test_pinholes_see_what_nerfstudios_rays_see(width: int, height: int) -> None:
+def test_pinhole_cameras_match_nerfstudios_rays(width: int, height: int) -> None:
     student = model(eval_num_rays_per_chunk=10)
     of = camera(width=width, height=height)
     assert is_pinhole(of)
@@ -87,7 +87,7 @@ def test_pinholes_see_what_nerfstudios_rays_see(width: int, height: int) -> None
     ],
     ids=["distorted", "fisheye", "distorted fisheye", "equirectangular", "orthophoto", "vr180"],
 )
-def test_other_cameras_see_by_nerfstudios_rays(of: Cameras) -> None:
+def test_other_cameras_match_nerfstudios_rays(of: Cameras) -> None:
     assert not is_pinhole(of)
     student = model()
     origins, directions = rays(of)
@@ -128,7 +128,7 @@ def test_camera_without_a_batch_dimension() -> None:
         (False, True, {"rgb", "accumulation", "depth"}),
     ],
 )
-def test_outputs_are_those_of_the_teacher(accumulation: bool, depth: bool, keys: set[str]) -> None:
+def test_outputs_match_the_teachers(accumulation: bool, depth: bool, keys: set[str]) -> None:
     student = model(accumulation, depth)
     outputs = student.get_outputs_for_camera(camera())
     assert set(outputs) == keys
@@ -203,7 +203,7 @@ def test_crop_without_depth_keeps_the_rays_that_meet_the_box() -> None:
         assert not _box().within((origins + distance * directions)[~meets]).any()
 
 
-def test_crop_paints_the_color_that_the_viewer_asks_for() -> None:
+def test_crop_uses_the_viewers_background_color() -> None:
     color = torch.tensor([1.0, 0.0, 0.5])
     away = OrientedBox.from_params((50.0, 0.0, 0.0), (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
     with background_color_override_context(color):
@@ -257,7 +257,7 @@ def _batch(count: int = 40) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     return outputs, batch
 
 
-def test_losses_are_weighted_means_over_what_is_known() -> None:
+def test_losses_are_weighted_means() -> None:
     student = model(accumulation_weight=0.25, depth_weight=0.5)
     outputs, batch = _batch()
     losses = student.get_loss_dict(outputs, batch)
@@ -287,7 +287,7 @@ def test_rays_without_weight_do_not_matter() -> None:
     assert all(torch.equal(after[key], before[key]) for key in before)
 
 
-def test_a_batch_of_photographs_alone_has_no_geometry_loss() -> None:
+def test_a_batch_of_photos_has_no_geometry_loss() -> None:
     outputs, batch = _batch()
     batch["geometry_weight"][:] = 0
     losses = model().get_loss_dict(outputs, batch)
@@ -297,13 +297,13 @@ def test_a_batch_of_photographs_alone_has_no_geometry_loss() -> None:
     assert set(model().get_loss_dict(outputs, {"image": batch["image"]})) == {"rgb_loss"}
 
 
-def test_what_the_teacher_lacks_is_no_loss() -> None:
+def test_outputs_that_the_teacher_lacks_have_no_loss() -> None:
     outputs, batch = _batch()
     assert set(model(accumulation=False).get_loss_dict(outputs, batch)) == {"rgb_loss", "depth_loss"}
     assert set(model(depth=False).get_loss_dict(outputs, batch)) == {"rgb_loss", "accumulation_loss"}
 
 
-def test_transparent_photographs_lie_on_the_background() -> None:
+def test_transparent_photos_are_blended_with_the_background() -> None:
     student = model()
     image = torch.rand(17, 24, 4)
     blended = image[..., :3] * image[..., 3:] + BACKGROUND * (1 - image[..., 3:])
@@ -348,7 +348,7 @@ def test_metrics_are_torchmetrics(no_weights: None, capsys: pytest.CaptureFixtur
     assert " ".join(capsys.readouterr().out.split()).count("Skipping LPIPS (alex)") == 1
 
 
-def test_lpips_is_torchmetrics_where_it_can_be_had(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lpips_equals_torchmetrics_if_available(monkeypatch: pytest.MonkeyPatch) -> None:
     class Distance(torch.nn.Module):
         """In the place of the network: how far apart, in the range that the network is fed."""
 

@@ -311,7 +311,7 @@ def read(config: DataParserConfig) -> tuple[InputDataset, Photographs]:
 
 
 @pytest.mark.parametrize("kind", GOOD)
-def test_what_is_read_is_what_the_photos_show(kind: str, tmp_path: Path) -> None:
+def test_unusual_captures_are_read_correctly(kind: str, tmp_path: Path) -> None:
     make, least = GOOD[kind]
     dataset, photos = read(make(tmp_path / "capture"))
     assert len(photos) == len(dataset) >= VIEWS
@@ -346,7 +346,7 @@ def test_teacher_views_can_be_rendered_around_it(kind: str, tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("kind", BAD)
-def test_one_paragraph_says_what_is_wrong(kind: str, tmp_path: Path) -> None:
+def test_unusable_captures_are_refused_in_one_paragraph(kind: str, tmp_path: Path) -> None:
     make, said = BAD[kind]
     with pytest.raises((CaptureError, InputError), match=said) as caught:
         read(make(tmp_path / "capture"))

@@ -84,7 +84,7 @@ def test_every_pixel_has_nerfstudios_ray_and_its_color(kind: str, scale: float, 
 
 
 @pytest.mark.parametrize("mode", ["SO3xR3", "SE3"])
-def test_pose_corrections_are_those_of_the_teachers_training(mode: str, tiny_capture: Path) -> None:
+def test_pose_corrections_match_the_teachers_training(mode: str, tiny_capture: Path) -> None:
     dataset = dataset_of(tiny_capture)
     optimizer = CameraOptimizerConfig(mode=mode).setup(num_cameras=6, device="cpu")
     torch.nn.init.normal_(optimizer.pose_adjustment, std=0.2)
@@ -102,7 +102,7 @@ def test_pose_corrections_are_those_of_the_teachers_training(mode: str, tiny_cap
     assert (uncorrected - sample.directions).abs().max() > 0.05
 
 
-def test_a_trained_teachers_corrections_reach_the_photographs(tiny_teacher: Path, tiny_capture: Path) -> None:
+def test_a_trained_teachers_corrections_reach_the_photos(tiny_teacher: Path, tiny_capture: Path) -> None:
     teacher = Teacher.load(tiny_teacher)
     dataset = dataset_of(tiny_capture)
     sample = Photographs(dataset, [2], teacher.pose_corrections(), WHITE, "cpu").rays(torch.tensor([30, 500]))
@@ -134,7 +134,7 @@ def test_masked_pixels_are_never_drawn(capture: Path) -> None:
     assert nearest.max() < 1e-3  # neighbors are forty times as far apart
 
 
-def test_photos_that_masks_cover_are_left_out(capture: Path, capsys: pytest.CaptureFixture) -> None:
+def test_completely_masked_photos_are_left_out(capture: Path, capsys: pytest.CaptureFixture) -> None:
     masks = {index: 0 if index in (1, 2) else 255 for index in range(8)}
     write_masks(capture, {index: np.full((24, 24), value, np.uint8) for index, value in masks.items()})
     dataset = dataset_of(capture)  # of the files 1, 2, 3, 5, 6, 7
@@ -184,7 +184,7 @@ def test_photos_take_three_bytes_a_pixel_and_one_more_photo_while_they_load(tmp_
     assert (peak[0] - before) / (count * size * size) < 4.0 + 9.0 / count
 
 
-def test_photos_shrink_where_memory_is_short(capture: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+def test_photos_shrink_if_memory_is_short(capture: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     dataset = dataset_of(capture)
     whole = Photographs(dataset, [1, 4], None, WHITE, "cpu")
     monkeypatch.setattr(photographs_module, "free_memory", lambda device: 24 * 24 * 3 * 2 / 0.4 / 3.9)
@@ -258,7 +258,7 @@ def test_photos_of_another_size_than_their_cameras(size: tuple[int, int], said: 
         read_photo(dataset_of(capture), 0, WHITE)
 
 
-def test_transparent_photographs_lie_on_the_background(tmp_path: Path) -> None:
+def test_transparent_photos_are_blended_with_the_background(tmp_path: Path) -> None:
     capture = write_blender_capture(tmp_path / "blender")
     for alpha_color in (None, "white"):
         config = BlenderDataParserConfig(data=capture, alpha_color=alpha_color)
@@ -279,7 +279,7 @@ def test_transparent_photographs_lie_on_the_background(tmp_path: Path) -> None:
     ("color", "alpha_color", "expected"),
     [("black", None, 0.0), ("white", None, 1.0), ("last_sample", None, 1.0), ("last_sample", [0.0, 0.5, 0.0], None)],
 )
-def test_background_of_a_student_is_its_teachers(color, alpha_color, expected, tiny_teacher: Path) -> None:
+def test_the_student_inherits_the_teachers_background(color, alpha_color, expected, tiny_teacher: Path) -> None:
     teacher = Teacher.load(tiny_teacher)
     teacher.model.config.background_color = color
     if alpha_color is not None:
@@ -295,7 +295,7 @@ def test_background_of_a_student_is_its_teachers(color, alpha_color, expected, t
 
 @pytest.mark.parametrize("fraction", [0.01, 0.1, 0.25, 0.5, 0.6])
 @pytest.mark.parametrize("views", [2, 3, 6, 17, 100])
-def test_held_out_views_are_apart_and_spread(views: int, fraction: float) -> None:
+def test_held_out_views_are_separate_and_spread_out(views: int, fraction: float) -> None:
     kept, held = split_held_out(views, fraction)
     assert sorted(kept + held) == list(range(views)) and not set(kept) & set(held)
     assert len(held) == max(1, round(fraction * views))

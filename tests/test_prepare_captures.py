@@ -59,7 +59,7 @@ def fox(root: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["zip", "gztar", "folder"])
 @pytest.mark.parametrize(("name", "publish"), [("lego", lego), ("fern", fern), ("fox", fox)])
-def test_a_capture_is_made_and_checked(
+def test_a_capture_is_written_and_checked(
     name: CaptureName, publish, kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
 ) -> None:
     source = tmp_path / "published"

@@ -85,7 +85,7 @@ def imported(
 
 
 @pytest.mark.parametrize("name", PICTURES)
-def test_imported_students_draw_the_published_pictures(name: str, imported) -> None:
+def test_imported_students_render_the_published_images(name: str, imported) -> None:
     student, picture, pose = imported(name)
     height, width = picture["rgb"].shape[:2]
     found = student.render(pose.numpy(), picture["intrinsics"], width, height)
@@ -94,7 +94,7 @@ def test_imported_students_draw_the_published_pictures(name: str, imported) -> N
 
 
 @pytest.mark.parametrize("name", PICTURES)
-def test_sample_points_are_the_published_ones(name: str, imported) -> None:
+def test_sample_points_equal_the_published_ones(name: str, imported) -> None:
     student, picture, pose = imported(name)
     code = student.model.ray_encoding
     rows, columns, count = picture["points"].shape[:3]
@@ -104,7 +104,7 @@ def test_sample_points_are_the_published_ones(name: str, imported) -> None:
 
 
 @pytest.mark.parametrize("name", PICTURES)
-def test_the_training_path_reads_the_same_rays(name: str, imported) -> None:
+def test_training_uses_the_same_rays(name: str, imported) -> None:
     """Outside of inference the encoding goes another way: autograd on, no doubled sines."""
     student, picture, pose = imported(name)
     model = student.model
@@ -142,7 +142,7 @@ KINDS = [("r2l", False), ("mobile-r2l", False), ("mobile-r2l", True)]
 
 
 @pytest.mark.parametrize(("kind", "ndc"), KINDS)
-def test_graphs_of_published_students_are_what_torch_renders(kind: str, ndc: bool) -> None:
+def test_graphs_of_published_students_equal_torch(kind: str, ndc: bool) -> None:
     student = published_student(kind, ndc)
     assert student.outputs == ("rgb",)
     spec = GraphSpec("camera", "fp32", 28, 20)
@@ -189,7 +189,7 @@ def test_the_web_graph_of_published_students(kind: str, ndc: bool) -> None:
     assert psnr(rgb, truth) > 50
 
 
-def test_wide_lenses_of_a_published_r2l_are_drawn_from_pinholes() -> None:
+def test_wide_lenses_of_a_published_r2l_are_rendered_from_pinholes() -> None:
     from nerfstudio.cameras.cameras import Cameras, CameraType
 
     student = published_student("r2l")
@@ -202,7 +202,7 @@ def test_wide_lenses_of_a_published_r2l_are_drawn_from_pinholes() -> None:
     assert rgb.isfinite().all() and (rgb - flat)[8:12, 8:12].abs().max() < 0.05
 
 
-def test_single_rays_have_no_depth_that_hides_anything() -> None:
+def test_single_rays_have_infinite_depth() -> None:
     from nerfstudio.cameras.rays import RayBundle
 
     for kind in ("r2l", "mobile-r2l"):
@@ -236,7 +236,7 @@ def test_ndc_of_known_points() -> None:
     assert all(values.isfinite().all() for values in backwards)
 
 
-def test_conventions_live_in_the_checkpoint() -> None:
+def test_conventions_are_in_the_checkpoint() -> None:
     student = published_student("mobile-r2l", ndc=True)
     other = RayEncoding("points", 4, 4)
     other.load_state_dict(student.model.ray_encoding.state_dict())
@@ -245,7 +245,7 @@ def test_conventions_live_in_the_checkpoint() -> None:
     assert torch.equal(other(*rays), student.model.ray_encoding(*rays))
 
 
-def test_a_checkpoint_from_before_there_were_conventions_reads_as_ours() -> None:
+def test_a_checkpoint_without_conventions_uses_ours() -> None:
     code = RayEncoding("points", 4, 3)
     state = code.state_dict()
     state["_extra_state"] = {"spacing": "disparity"}
@@ -254,7 +254,7 @@ def test_a_checkpoint_from_before_there_were_conventions_reads_as_ours() -> None
     assert code.conventions == OURS and code.is_contracted and code.spacing == "disparity"
 
 
-def test_conventions_that_do_not_go_with_the_code() -> None:
+def test_conventions_that_do_not_fit_the_encoding() -> None:
     for code, spacing in ((RayEncoding("plucker"), "near-far"), (RayEncoding("points"), "sphere")):
         code.spacing = spacing
         with pytest.raises(InputError, match="published-rays"):
@@ -357,7 +357,7 @@ def test_training_conventions_by_kind_of_capture() -> None:
 # The recipe.
 
 
-def test_published_hard_rays_wait_until_the_pool_is_full() -> None:
+def test_published_hard_rays_start_when_the_pool_is_full() -> None:
     pool = HardRayPool(2, 2, 1, "cpu", is_published=True)
     pool.add(torch.arange(6.0)[:, None], torch.arange(6.0))
     assert pool.available == 0 and len(pool) == 2

@@ -127,7 +127,7 @@ def test_sliding_a_camera_along_its_ray_changes_nothing_in_a_bounded_scene(kind)
     torch.testing.assert_close(code.values(origins, directions), moved, atol=2e-5, rtol=1e-4)
 
 
-def test_two_plane_code_meets_its_planes() -> None:
+def test_two_plane_encoding_lies_on_its_planes() -> None:
     code = RayEncoding("two-plane", num_frequencies=0)
     code.set_bounds(SceneBounds("near-far", (0.0, 0.0, 0.0), 2.0, 0.5, 5.0), torch.eye(3))
     values = code(torch.tensor([[0.0, 0.0, 6.0]]), torch.tensor([[0.6, 0.0, -0.8]]))
@@ -138,14 +138,14 @@ def test_two_plane_code_meets_its_planes() -> None:
 
 
 @pytest.mark.parametrize("kind", ["near-far", "disparity"])
-def test_unbounded_codes_stay_in_the_contracted_ball(kind) -> None:
+def test_unbounded_encodings_stay_in_the_contracted_ball(kind) -> None:
     code = RayEncoding("points", 8, 0)
     code.set_bounds(SceneBounds(kind, (0.0, 0.0, 0.0), 0.5, 0.05, 1e4), torch.eye(3))
     points = code(*some_rays()).view(64, 8, 3)
     assert points.norm(dim=-1).max() <= 2.0
 
 
-def test_bounds_live_in_the_checkpoint(tmp_path) -> None:
+def test_bounds_are_in_the_checkpoint(tmp_path) -> None:
     code = RayEncoding("points", 4, 2)
     code.set_bounds(SceneBounds("disparity", (1.0, 2.0, 3.0), 4.0, 0.5, 60.0), torch.eye(3))
     torch.save(code.state_dict(), tmp_path / "code.ckpt")

@@ -123,7 +123,7 @@ def test_render_is_the_mean_of_the_finer_render():
     assert ((coarse.accumulation > 0) & (coarse.accumulation < 1)).any()
 
 
-def test_matt_things_look_the_same_from_everywhere_and_the_glossy_one_does_not():
+def test_only_the_glossy_object_depends_on_the_direction():
     scene = Scene()
 
     def seen_from(point: torch.Tensor, eyes: torch.Tensor) -> torch.Tensor:
@@ -242,7 +242,7 @@ def test_depth_scales_with_the_frame(capture):
     torch.testing.assert_close(points, expected, atol=1e-4, rtol=0)
 
 
-def test_capture_is_written_once_and_a_half_written_one_again(tmp_path):
+def test_capture_is_written_once_and_an_incomplete_one_again(tmp_path):
     folder = tmp_path / "capture"
     settings = {"num_train": 2, "num_test": 1, "size": 8}
     counts = []
@@ -263,7 +263,7 @@ def test_capture_is_written_once_and_a_half_written_one_again(tmp_path):
     assert image.read_bytes() == good
 
 
-def test_interrupted_capture_does_not_look_finished(tmp_path):
+def test_interrupted_capture_is_incomplete(tmp_path):
     folder = tmp_path / "capture"
 
     def interrupt(done: int, total: int) -> None:
@@ -275,7 +275,7 @@ def test_interrupted_capture_does_not_look_finished(tmp_path):
     assert not (folder / "transforms.json").exists()
 
 
-def test_other_peoples_folders_are_left_alone(tmp_path):
+def test_foreign_folders_are_not_touched(tmp_path):
     settings = {"num_train": 2, "num_test": 1, "size": 8}
     foreign = tmp_path / "foreign"
     foreign.mkdir()

@@ -61,7 +61,7 @@ def test_a_window_holds_the_sphere_and_little_else() -> None:
     assert alone > 10
 
 
-def test_nothing_is_left_out_by_cameras_that_are_not_clear_of_the_sphere() -> None:
+def test_cameras_near_the_sphere_leave_nothing_out() -> None:
     intrinsics, pose = torch.tensor([20.0, 20.0, 8.0, 8.0]), torch.eye(4)[:3]
     whole = (0, 0, 16, 16)
     for position in ([0.0, 0.0, 0.5], [0.0, 0.0, -3.0], [5.0, 0.0, 0.5], [math.nan, 0.0, 3.0]):
@@ -87,7 +87,7 @@ def student(kind: str) -> LightFieldModel:
 
 
 @pytest.mark.parametrize("kind", ["r2l", "mobile-r2l"])
-def test_what_is_left_out_changes_no_picture(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_window_changes_no_image(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = student(kind)
     rays = [0]
 

@@ -73,13 +73,13 @@ def test_the_cache_is_the_users_own(user_cache: Path) -> None:
     assert is_private(folder) and folder.stat().st_mode & 0o777 == 0o700
 
 
-def test_no_cache_where_none_can_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_cache_without_a_writable_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     assert engine_cache_folder() is None
 
 
-def test_a_runs_own_engines_are_left_alone(tmp_path: Path, user_cache: Path) -> None:
+def test_engines_in_a_runs_folder_are_ignored(tmp_path: Path, user_cache: Path) -> None:
     run = student_runs.write_run(tmp_path / "run", R2LModelConfig(width=16, depth=4)).parent
     student = load_student(run, engine="torch")
     assert student.model.engines.cache_folder.is_relative_to(user_cache)

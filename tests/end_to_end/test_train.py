@@ -82,7 +82,7 @@ def killed(
     return command[1:], folder
 
 
-def test_a_kill_leaves_a_whole_checkpoint(killed: tuple[list[str], Path]) -> None:
+def test_a_killed_run_leaves_a_complete_checkpoint(killed: tuple[list[str], Path]) -> None:
     _, folder = killed
     files = list((folder / "nerfstudio_models").iterdir())
     assert files and all(file.suffix == ".ckpt" for file in files)  # Nerfstudio stumbles over anything else
@@ -99,7 +99,7 @@ def test_a_kill_leaves_a_whole_checkpoint(killed: tuple[list[str], Path]) -> Non
     assert torch.equal(pipeline.model.network.head.weight, weights["_model.network.head.weight"])
 
 
-def test_a_killed_run_goes_on(
+def test_a_killed_run_resumes(
     killed: tuple[list[str], Path],
     iterations: list[tuple[int, float]],
     tmp_path: Path,
@@ -178,7 +178,7 @@ def test_a_killed_run_goes_on(
     assert newest.exists()
 
 
-def test_a_finished_run_has_nothing_left_to_do(
+def test_resuming_a_finished_run_trains_nothing(
     tiny_student: Path, tiny_teacher: Path, tmp_path: Path, iterations: list[tuple[int, float]]
 ) -> None:
     shape = {"pipeline.model.width": 32, "pipeline.model.depth": 6, "max_num_iterations": 30}
@@ -189,7 +189,7 @@ def test_a_finished_run_has_nothing_left_to_do(
     assert checkpoints(run / "nerfstudio_models")[0].name == "step-000000029.ckpt"
 
 
-def test_a_checkpoint_is_whole_or_not_there(
+def test_a_checkpoint_is_complete_or_absent(
     tiny_teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     with set_up(student_config(tiny_teacher, tmp_path)) as trainer:
@@ -248,7 +248,7 @@ def test_checkpoint_is_small_and_safe(tiny_student: Path) -> None:
     assert file.stat().st_size < 4 * weights + 100_000
 
 
-def test_a_teachers_resolution_is_the_students(tiny_teacher: Path, tmp_path: Path) -> None:
+def test_the_student_inherits_the_teachers_resolution(tiny_teacher: Path, tmp_path: Path) -> None:
     teacher = Path(shutil.copytree(tiny_teacher, tmp_path / "teacher"))
     config = load_run_config(teacher)
     config.pipeline.datamanager.camera_res_scale_factor = 0.5
@@ -279,7 +279,7 @@ def test_a_capture_that_has_moved(tiny_teacher: Path, tiny_capture: Path, tmp_pa
         ("r2l", "points", "sphere", "sphere"),
     ],
 )
-def test_every_code_learns_and_is_restored(
+def test_every_ray_encoding_learns_and_is_restored(
     method: str, code: str, spacing: str, sampler: str, tiny_teacher: Path, tmp_path: Path
 ) -> None:
     config = student_config(
@@ -321,7 +321,7 @@ def test_every_code_learns_and_is_restored(
 # Trouble while training.
 
 
-def test_colors_that_are_not_finite_are_dropped(
+def test_non_finite_colors_are_dropped(
     tiny_teacher: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -370,7 +370,7 @@ def test_no_room_for_a_batch(tiny_teacher: Path, tmp_path: Path, capsys: pytest.
 # Overfitting.
 
 
-def test_the_best_weights_on_held_out_photographs_are_kept(
+def test_the_best_weights_on_held_out_photos_are_restored(
     tiny_teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(ray_datamanager, "HELD_OUT_RAYS", 512)
@@ -417,7 +417,7 @@ def test_the_best_weights_on_held_out_photographs_are_kept(
         assert torch.equal(ours, theirs), name
 
 
-def test_weights_that_are_still_the_best_stay(
+def test_final_weights_that_are_best_are_kept(
     tiny_teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     with set_up(student_config(tiny_teacher, tmp_path)) as trainer:
@@ -439,7 +439,7 @@ def test_weights_that_are_still_the_best_stay(
             assert torch.equal(value, weights[key])
 
 
-def test_nothing_is_watched_where_nothing_is_held_out(tiny_teacher: Path, tmp_path: Path) -> None:
+def test_without_held_out_photos_none_are_measured(tiny_teacher: Path, tmp_path: Path) -> None:
     overrides = {"pipeline.datamanager.held_out_fraction": 0.0, "pipeline.steps_per_eval_held_out": 2}
     with set_up(student_config(tiny_teacher, tmp_path, **overrides)) as trainer:
         assert trainer.pipeline.datamanager.held_photographs is None
@@ -486,7 +486,7 @@ def test_the_average_of_the_weights_survives_a_kill_and_is_what_training_leaves(
         assert torch.equal(ours, theirs), name
 
 
-def test_watching_with_the_average_leaves_training_as_it_was(tiny_teacher: Path, tmp_path: Path) -> None:
+def test_measuring_the_average_does_not_change_training(tiny_teacher: Path, tmp_path: Path) -> None:
     with set_up(student_config(tiny_teacher, tmp_path, "mobile-r2l-lite")) as trainer:
         pipeline = trainer.pipeline
         for step in range(3):
@@ -506,7 +506,7 @@ def test_watching_with_the_average_leaves_training_as_it_was(tiny_teacher: Path,
 
 
 @pytest.mark.parametrize("method", ["r2l-lite", "mobile-r2l-lite"])
-def test_minutes_are_kept(method: str, tiny_teacher: Path, tmp_path: Path, iterations: list, capsys) -> None:
+def test_max_minutes_is_respected(method: str, tiny_teacher: Path, tmp_path: Path, iterations: list, capsys) -> None:
     overrides = {"max_minutes": 0.15, "max_num_iterations": 40, "pipeline.datamanager.photo_iterations": 10}
     with set_up(student_config(tiny_teacher, tmp_path, method, **overrides)) as trainer:
         real: list[float] = []
@@ -531,7 +531,7 @@ def test_minutes_are_kept(method: str, tiny_teacher: Path, tmp_path: Path, itera
     assert len(checkpoints(trainer.checkpoint_dir)) == 1
 
 
-def test_teacher_views_leave_time_to_train(tiny_teacher: Path, tmp_path: Path) -> None:
+def test_rendering_teacher_views_leaves_time_to_train(tiny_teacher: Path, tmp_path: Path) -> None:
     overrides = {"max_minutes": 0.2, "pipeline.datamanager.num_views": 5000}
     with set_up(student_config(tiny_teacher, tmp_path, **overrides)) as trainer:
         ring = trainer.pipeline.datamanager.ring
@@ -588,7 +588,7 @@ class WatchedDevice(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("method", ["r2l", "r2l-lite", "mobile-r2l-lite", "r2l-paper"])
-def test_no_iteration_asks_the_device_for_a_number(method: str, tiny_teacher: Path, tmp_path: Path) -> None:
+def test_no_iteration_waits_for_a_number_from_the_device(method: str, tiny_teacher: Path, tmp_path: Path) -> None:
     overrides = {
         "max_num_iterations": 40,
         "pipeline.datamanager.photo_iterations": 20,
@@ -607,7 +607,9 @@ def test_no_iteration_asks_the_device_for_a_number(method: str, tiny_teacher: Pa
     assert watched.asked  # those that are watched ask
 
 
-def test_no_minutes_are_no_budget(tiny_teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_without_max_minutes_there_is_no_time_budget(
+    tiny_teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
     with pytest.raises(SystemExit):
         student_config(tiny_teacher, tmp_path, max_minutes=0.0).set_timestamp()
     assert "--max-minutes must be above 0" in " ".join(capsys.readouterr().out.split())

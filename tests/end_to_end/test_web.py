@@ -151,7 +151,7 @@ def rendered(student: Student, run: Path, angles: tuple[float, float, float]) ->
 
 
 @pytest.mark.parametrize("name", ["r2l", "mobile-r2l"])
-def test_draws_what_torch_draws(
+def test_renders_what_torch_renders(
     name: str,
     pages: dict[str, tuple[Path, Student]],
     addresses: dict[str, str],
@@ -179,7 +179,7 @@ def test_draws_what_torch_draws(
 
 
 @pytest.mark.parametrize("weights", [r2l_weights, mobile_weights])
-def test_published_students_draw_what_torch_draws(
+def test_published_students_render_what_torch_renders(
     weights: Callable, runtime: Path, tmp_path: Path, visit: Callable[..., Page]
 ) -> None:
     """Planar rays through pixel corners, or a ray image without a margin."""
@@ -290,7 +290,7 @@ def test_resizes_reloads_and_shares_the_machine(addresses: dict[str, str], visit
         ("scene.json", "older", "scene.json is of version 1 and this page of version 2"),
     ],
 )
-def test_says_what_is_wrong_with_a_file(
+def test_a_bad_file_is_named(
     file: str,
     body: str | None,
     said: str,
@@ -317,7 +317,7 @@ def test_says_what_is_wrong_with_a_file(
         context.unroute(pattern)
 
 
-def test_says_when_the_browser_cannot(addresses: dict[str, str], context: BrowserContext) -> None:
+def test_an_unsupported_browser_shows_a_message(addresses: dict[str, str], context: BrowserContext) -> None:
     page = context.new_page()
     page.add_init_script("delete globalThis.WebAssembly")
     page.goto(addresses["r2l"])
@@ -325,7 +325,9 @@ def test_says_when_the_browser_cannot(addresses: dict[str, str], context: Browse
     page.close()
 
 
-def test_says_when_opened_as_a_file(pages: dict[str, tuple[Path, Student]], visit: Callable[..., Page]) -> None:
+def test_a_page_opened_as_a_file_shows_a_message(
+    pages: dict[str, tuple[Path, Student]], visit: Callable[..., Page]
+) -> None:
     page = visit((pages["r2l"][0] / "index.html").as_uri(), wait=False)
     assert "only from a web server" in page.locator("#browser").inner_text()
 
@@ -358,7 +360,7 @@ class _Quiet(SimpleHTTPRequestHandler):
 @pytest.mark.parametrize(
     ("name", "width", "height"), [("desktop", 1280, 800), ("phone", 390, 844), ("sideways", 844, 390)]
 )
-def test_looks_right(name: str, width: int, height: int, addresses: dict[str, str], visit: Callable[..., Page]) -> None:
+def test_layout(name: str, width: int, height: int, addresses: dict[str, str], visit: Callable[..., Page]) -> None:
     """Nothing lies over another, nothing is cut off, nothing is moved by what is loaded."""
     page = visit(f"{addresses['r2l']}?size=64", width, height)
     SCREENSHOTS.mkdir(parents=True, exist_ok=True)
@@ -394,7 +396,7 @@ def test_scripts_pass_the_type_checker(tmp_path: Path) -> None:
     assert result.returncode == 0, result.stdout + result.stderr
 
 
-def test_command_line_tells_what_is_wrong(
+def test_command_line_errors(
     pages: dict[str, tuple[Path, Student]],
     tiny_student: Path,
     tmp_path: Path,

@@ -140,7 +140,7 @@ def psnr(one: np.ndarray, other: np.ndarray) -> float:
 
 
 @pytest.mark.parametrize("name", STUDENTS)
-def test_draws_what_torch_draws(
+def test_renders_what_torch_renders(
     name: str, make_student: Callable[[str], Student], context: BrowserContext, tmp_path: Path
 ) -> None:
     """Ten cameras at odd sizes."""
@@ -155,7 +155,7 @@ def test_draws_what_torch_draws(
 
 
 @pytest.mark.parametrize("name", ["r2l", "mobile-r2l"])
-def test_int8_draws_what_its_weights_draw(
+def test_int8_renders_what_its_weights_render(
     name: str, make_student: Callable[[str], Student], context: BrowserContext, tmp_path: Path
 ) -> None:
     student = make_student(name)
@@ -170,7 +170,7 @@ def test_int8_draws_what_its_weights_draw(
         assert psnr(found, drawn_rgb(student, pose, FOCAL, 37, 29).numpy()) > 50
 
 
-def test_loads_the_student_and_nothing_more(folder: Path, context: BrowserContext) -> None:
+def test_loads_only_the_student(folder: Path, context: BrowserContext) -> None:
     """Neither ONNX Runtime nor the worker; from its own server only; the first picture soon after the weights."""
     with opened(context, folder) as page:
         loaded = rest(page)
@@ -180,7 +180,7 @@ def test_loads_the_student_and_nothing_more(folder: Path, context: BrowserContex
     assert float(loaded["firstFrame"]) > 0
 
 
-def test_looks_at_the_point_of_a_double_click_and_shares_the_view(folder: Path, context: BrowserContext) -> None:
+def test_a_double_click_focuses_and_the_view_can_be_shared(folder: Path, context: BrowserContext) -> None:
     with opened(context, folder) as page:
         before = rest(page)["view"]
         page.mouse.dblclick(215, 170)
@@ -221,7 +221,7 @@ def test_glides_after_a_drag_unless_motion_is_reduced(folder: Path, context: Bro
         rest(page)
 
 
-def test_a_lost_gpu_is_opened_again(folder: Path, context: BrowserContext) -> None:
+def test_a_lost_gpu_is_reopened(folder: Path, context: BrowserContext) -> None:
     with opened(context, folder) as page:
         before = rest(page)
         page.evaluate(f"{ELEMENT}.backend.device.destroy()")
@@ -240,7 +240,7 @@ def test_a_lost_gpu_is_opened_again(folder: Path, context: BrowserContext) -> No
         "GPUDevice.prototype.createComputePipelineAsync = async () => { throw new Error('no memory') }",
     ],
 )
-def test_says_so_without_a_gpu_and_without_a_fallback(prepare: str, folder: Path, context: BrowserContext) -> None:
+def test_without_webgpu_and_fallback_a_message_is_shown(prepare: str, folder: Path, context: BrowserContext) -> None:
     with opened(context, folder, prepare=prepare) as page:
         assert "it needs WebGPU" in sentence(page)
         assert page.locator("#poster").is_visible()
@@ -256,7 +256,7 @@ def test_says_so_without_a_gpu_and_without_a_fallback(prepare: str, folder: Path
         ("no tensor", "is damaged (it has no"),
     ],
 )
-def test_says_what_is_wrong_with_the_weights(
+def test_bad_weights_are_described(
     damage: str, said: str, folder: Path, context: BrowserContext, tmp_path: Path
 ) -> None:
     site = Path(shutil.copytree(folder, tmp_path / "site"))
@@ -293,7 +293,7 @@ def test_says_what_is_wrong_with_the_weights(
         ({"student": {}}, "wrong: student.weights"),
     ],
 )
-def test_says_what_is_wrong_with_the_scene(
+def test_a_bad_scene_is_described(
     change: dict[str, Any], said: str, folder: Path, context: BrowserContext, tmp_path: Path
 ) -> None:
     site = Path(shutil.copytree(folder, tmp_path / "site"))
@@ -303,7 +303,7 @@ def test_says_what_is_wrong_with_the_scene(
         assert said in sentence(page)
 
 
-def test_is_an_element_of_other_pages(folder: Path, context: BrowserContext, tmp_path: Path) -> None:
+def test_the_element_works_in_other_pages(folder: Path, context: BrowserContext, tmp_path: Path) -> None:
     """Two of them in one page, without controls, one of them without its background."""
     site = tmp_path / "site"
     shutil.copytree(folder, site / "scene")
@@ -319,7 +319,7 @@ def test_is_an_element_of_other_pages(folder: Path, context: BrowserContext, tmp
         assert "azimuth=30.00" in page.evaluate("document.getElementById('two').view")
 
 
-def test_one_file_opens_without_a_server(
+def test_a_single_file_opens_without_a_server(
     make_student: Callable[[str], Student], context: BrowserContext, tmp_path: Path
 ) -> None:
     export_single_file(make_student("mobile-r2l"), ring(), tmp_path / "scene.html", PageOptions("One file"))
@@ -331,7 +331,7 @@ def test_one_file_opens_without_a_server(
 
 
 @pytest.mark.parametrize(("name", "width", "height"), [("desktop", 1280, 800), ("phone", 390, 844)])
-def test_looks_right(name: str, width: int, height: int, folder: Path, context: BrowserContext) -> None:
+def test_layout(name: str, width: int, height: int, folder: Path, context: BrowserContext) -> None:
     with opened(context, folder) as page:
         page.set_viewport_size({"width": width, "height": height})
         rest(page)
