@@ -1,4 +1,4 @@
-"""The learning curve of a student on a real capture, in slices that can be run one by one."""
+"""The learning curve of a student on a real capture, in slices that can be run one at a time."""
 
 from __future__ import annotations
 
@@ -44,15 +44,15 @@ class Curve:
     method: str = "r2l"
     """The student's method, as for ns-train."""
     minutes: float = 25.0
-    """Minutes of the student's training in all, teacher views included."""
+    """Total minutes of the student's training, including teacher views."""
     slice_minutes: float | None = None
-    """Stop this call after so many minutes, with everything saved."""
+    """Stop this call after this many minutes, with everything saved."""
     scale: float = 1.0
     """Resolution, as a share of the capture's."""
     test_views: int = 25
-    """At most this many test views, evenly spaced, for the final figures."""
+    """Maximum number of test views, evenly spaced, for the final figures."""
     cache_dir: Path | None = None
-    """Folder to keep teacher views in, so that a later slice need not render them again."""
+    """Folder for teacher views, so that later slices do not render them again."""
     output_dir: Path = Path("outputs/curve")
     """Folder of all runs."""
     results_dir: Path = RESULTS

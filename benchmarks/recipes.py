@@ -286,7 +286,12 @@ class Laboratory:
         self.unseen = [unseen.render(index) for index in range(UNSEEN_VIEWS)]
 
     def learn(
-        self, config: DistillationTrainerConfig, seconds: float, seed: int, looks: int, say: Callable[[Point], None]
+        self,
+        config: DistillationTrainerConfig,
+        seconds: float,
+        seed: int,
+        measurements: int,
+        report: Callable[[Point], None],
     ) -> list[Point]:
         """Train a student for a given processor time.
 
@@ -294,8 +299,8 @@ class Laboratory:
             config: configuration with its recipe.
             seconds: processor time in seconds.
             seed: seed of weights and batches.
-            looks: number of measurements, the final one included.
-            say: called with every measurement.
+            measurements: number of measurements, including the final one.
+            report: called with every measurement.
         """
         torch.manual_seed(seed)
         ours = config.pipeline
@@ -321,10 +326,10 @@ class Laboratory:
             step += 1
             learned += pipeline.datamanager.get_train_rays_per_batch()
             progress.update(step)
-            if progress.fraction >= (len(points) + 1) / looks:
+            if progress.fraction >= (len(points) + 1) / measurements:
                 with clock.stopped():
                     points.append(Point(clock(), step, learned, self.quality()))
-                    say(points[-1])
+                    report(points[-1])
             if progress.finished:
                 return points
 
@@ -381,7 +386,7 @@ class Recipes:
     """Seconds of processor time per student."""
     seeds: int = 3
     """Students per recipe."""
-    looks: int = 4
+    measurements: int = 4
     """Points of every learning curve."""
     num_views: int = 200
     """Teacher views that all students learn from."""
@@ -426,7 +431,9 @@ class Recipes:
                 runs = figures["rows"].setdefault(key, {"recipe": name, "seconds": seconds, "seeds": {}})["seeds"]
                 if str(seed) in runs:
                     continue
-                points = laboratory.learn(configured(*recipes[name]), seconds, seed, self.looks, lambda point: None)
+                points = laboratory.learn(
+                    configured(*recipes[name]), seconds, seed, self.measurements, lambda point: None
+                )
                 runs[str(seed)] = [vars(point) for point in points]
                 row = figures["rows"][key]
                 parameters = sum(p.numel() for p in laboratory.pipeline.model.parameters())

@@ -46,7 +46,7 @@ all."""
 
 @dataclass
 class Render:
-    """Milliseconds of every engine that runs here, network alone and whole frame with rays and encoding, beside bare
+    """Milliseconds of every engine that runs here, only the network and the whole frame with rays and encoding, beside bare
     matrix products of the network's own shapes. Weights are random: they make no difference to the time."""
 
     methods: tuple[str, ...] = tuple(SIZES)
@@ -239,7 +239,7 @@ def products(network: nn.Module, code: torch.Tensor) -> list[tuple[int, int, int
 
 
 def evaluated(model: LightFieldModel, code: torch.Tensor, side: int) -> float:
-    """Share of a frame's rays, or cells with their margin, that the network is asked for: those that see the scene."""
+    """Share of a frame's rays, or cells with their margin, that the network evaluates: those that see the scene."""
     if code.ndim == 2:
         return round(len(code) / side**2, 3)
     rows, columns = ray_image_size(side, side, model.factor, model.margin)
@@ -319,7 +319,7 @@ def as_markdown(figures: dict[str, Any]) -> str:
         "",
         f"`python -m benchmarks render`, torch {figures['torch']}, one run, random weights:"
         " the fastest call of many in turns.",
-        "*Network* is the compiled unit alone, *frame* all of `get_outputs_for_camera`: rays, encoding, network, depth.",
+        "*Network* is only the compiled unit, *frame* all of `get_outputs_for_camera`: rays, encoding, network, depth.",
         "*Bare matmul* is `torch.matmul` at the shapes of the network's layers, in the fastest of several chunk sizes.",
         "",
     ]

@@ -141,21 +141,21 @@ fn main(
 
 @dataclass
 class WebRenderer:
-    """Milliseconds of a frame of the page's own renderer and of ONNX Runtime's WebGPU, one after the other in the same
-    browser, and the share of a bare tiled matrix product's operations per second. Weights are random."""
+    """Time a frame of the page's own renderer and of ONNX Runtime's WebGPU in the same browser, and compare its operations
+    per second with a bare tiled matrix product. Weights are random."""
 
     methods: tuple[str, ...] = ("r2l-lite", "mobile-r2l-lite")
-    """Which students."""
+    """Methods to measure."""
     side: int = 128
     """Pixels along each side of the frame."""
     frames: int = 5
-    """Timed frames of each; the median counts."""
+    """Timed frames of each; the median is reported."""
     adapter: Literal["software", "gpu"] = "software"
-    """SwiftShader, or whatever GPU Chromium finds."""
+    """SwiftShader, or the GPU that Chromium selects."""
     runtime: Path | None = None
     """The npm package onnxruntime-web as a .tgz file; by default npm downloads it once."""
     results_dir: Path = RESULTS
-    """Where figures go."""
+    """Folder for the figures."""
 
     def main(self) -> None:
         """Measure and write `web_renderer_ADAPTER.{json,md}`."""
@@ -184,7 +184,7 @@ class WebRenderer:
     def _export(self, method: str, folder: Path, runtime: Path) -> None:
         model, _ = random_student(method, self.side, torch.device("cpu"))
         focal = self.side / _FIELD_OF_VIEW
-        # No ray is empty: every pixel costs what it can cost.
+        # Not bounded, so that no ray is empty.
         bounds = SceneBounds("near-far", (0.0, 0.0, 0.0), 1.0, 2.0, 6.0)
         model.set_scene(bounds, torch.eye(3), torch.ones(3), has_accumulation=True, has_depth=True, focal=focal)
         fill_ball(model)
@@ -242,7 +242,7 @@ class WebRenderer:
 
 
 def as_markdown(figures: dict[str, Any]) -> str:
-    """The figures as a table."""
+    """Return the figures as a table."""
     lines = [
         "# The page's own renderer",
         "",

@@ -1,4 +1,4 @@
-"""Small captures whose cameras are those of the published pictures."""
+"""Small captures with the cameras of the published images."""
 
 from __future__ import annotations
 

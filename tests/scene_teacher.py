@@ -1,4 +1,4 @@
-"""The analytic scene in a teacher's place: exact colors, accumulation and depth at any pose, at no cost."""
+"""The analytic scene as a teacher: exact color, accumulation and depth at any pose."""
 
 from __future__ import annotations
 

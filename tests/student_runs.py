@@ -1,4 +1,4 @@
-"""Run folders of students that were never trained: as `ns-train` writes them, in a moment."""
+"""Run folders of untrained students, as `ns-train` writes them."""
 
 from __future__ import annotations
 

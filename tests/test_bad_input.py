@@ -1,4 +1,4 @@
-"""What `ns-train r2l` says to input it cannot use: one paragraph, exit code 1, and no run that looks finished."""
+"""Input that `ns-train r2l` cannot use: one paragraph, exit code 1, and no run that appears finished."""
 
 from __future__ import annotations
 

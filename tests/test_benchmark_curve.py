@@ -1,4 +1,4 @@
-"""A learning curve in slices: stopped, taken up again, measured once at its end."""
+"""A learning curve in slices: stopped, resumed, and measured once at its end."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The benchmark of engines measures what it says, on frames small enough for a test."""
+"""The benchmark of engines measures what it reports, on small frames."""
 
 from __future__ import annotations
 

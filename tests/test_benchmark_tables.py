@@ -1,4 +1,4 @@
-"""The papers' tables: two tiny scenes measured, taken up again, and written beside the published rows."""
+"""The papers' tables: two tiny scenes are measured, resumed, and written beside the published rows."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the training benchmarks compare is what they say."""
+"""The training benchmarks compare what they report."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Checkpoints load whole and checked, or not at all: one paragraph that names the file, and nothing half-loaded."""
+"""Checkpoints load completely and checked, or not at all, with one paragraph that names the file."""
 
 from __future__ import annotations
 

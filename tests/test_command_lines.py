@@ -1,4 +1,4 @@
-"""Whatever is on a command line, it ends with one paragraph and exit code 1 or 2, or is taken; never with a traceback."""
+"""Every command line is either accepted or ends with one paragraph and exit code 1 or 2, never with a traceback."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The composited ray encoding: one definition on CPU, GPU and in graphs, and an occupancy that hides nothing."""
+"""The composited ray encoding: the same values on CPU, on GPU and in graphs, and an occupancy that hides nothing."""
 
 from __future__ import annotations
 
@@ -314,7 +314,7 @@ OLD_RUNS = Path(__file__).parent / "data" / "before_composited"
 
 @pytest.mark.parametrize("name", ["r2l-lite", "mobile-r2l-lite"])
 def test_students_trained_before_still_load_render_and_export(name: str, tmp_path: Path) -> None:
-    """Runs and pictures written by the version before the composited encoding, with random weights."""
+    """Runs and images written by the version before the composited encoding, with random weights."""
     student = load_student(OLD_RUNS / name, device="cpu", engine="torch")
     assert student.model.composited is None
     pose = np.concatenate([np.eye(3), [[0.1], [0.0], [2.5]]], axis=1).astype(np.float32)

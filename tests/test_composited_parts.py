@@ -1,4 +1,4 @@
-"""Composited rays of a GPU in parts: values and gradients are those of all rays in one go."""
+"""Composited rays on a GPU in parts: values and gradients equal those of all rays at once."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_rays_in_parts_equal_all_rays_at_once(
 
 
 def test_jitter_is_the_same_forward_and_backward(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Gradients are computed from points that were placed once: a step along them does what they say."""
+    """The sample points are placed once: a step along the gradients changes the loss as they predict."""
     made = encoding("sphere", "ball")
     origins, directions = (tensor[:300] for tensor in rays())
     span = made.span(origins[:, None], directions[:, None])

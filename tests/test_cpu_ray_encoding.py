@@ -1,4 +1,4 @@
-"""What pictures on a CPU are drawn from is what a student learned from, to 100 dB and more."""
+"""The ray encoding for rendering on a CPU equals the one of training, to at least 100 dB."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def rays(height: int = 50, width: int = 61) -> tuple[Tensor, Tensor]:
 def expected(
     code: RayEncoding, features: FeatureVolume | None, points: int, origins: Tensor, directions: Tensor
 ) -> Tensor:
-    """The code as training reads it."""
+    """The encoding of training."""
     parts = [code(origins, directions)]
     if features is not None:
         read = features(code.points(origins, directions, points).flatten(0, -3))

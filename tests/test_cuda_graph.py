@@ -1,4 +1,4 @@
-"""CUDA graphs to their boundary without a GPU: around stand-ins that record what was run, and run it again."""
+"""CUDA graphs without a GPU: stand-ins record the calls and replay them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`auto` starts at once, chooses what is fastest and right, remembers it, and no interrupt or failure breaks it."""
+"""`auto` starts at once, selects the fastest correct engine and remembers it, and survives interrupts and failures."""
 
 from __future__ import annotations
 
@@ -332,7 +332,7 @@ def test_an_engine_by_name_that_cannot_run_is_an_error_with_the_reason(engines: 
         configured.check()
     with pytest.raises(InputError, match="needs an NVIDIA GPU"):
         configured(code("r2l", 30))
-    # A viewer says so and draws.
+    # A viewer shows a message and renders.
     torch.testing.assert_close(configured(code("r2l", 30), is_exact=False), net(code("r2l", 30)))
     wait_for(lambda: "needs an NVIDIA GPU" in configured.describe())
 

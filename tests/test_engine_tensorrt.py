@@ -1,4 +1,4 @@
-"""TensorRT to its boundary without a GPU: what is chosen, why not, and plans that are really built."""
+"""TensorRT without a GPU: the selection of a library, its errors, and plans that are really built."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ RTX, PROPER = "tensorrt_rtx", "tensorrt"
 
 
 def library(name: str, *served: str) -> ModuleType:
-    """What selection looks at in a library."""
+    """The attributes of a library that selection reads."""
     module = ModuleType(name)
     module.__version__ = "11.0"
     module.Builder = object

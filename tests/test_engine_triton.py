@@ -1,4 +1,4 @@
-"""The fused kernel of the R2L network, by Triton's interpreter on a CPU: in a process of its own, which it needs."""
+"""The fused kernel of the R2L network in Triton's interpreter on a CPU, which needs a separate process."""
 
 from __future__ import annotations
 

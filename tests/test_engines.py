@@ -1,4 +1,4 @@
-"""Every engine that runs here agrees with the network, at any size, from any thread, and says why where it cannot run."""
+"""Every engine that runs here agrees with the network at any size and from any thread; others raise the reason."""
 
 from __future__ import annotations
 
@@ -138,7 +138,7 @@ def test_torch_follows_weights_in_training(kind: str):
             net.train()(read).square().mean().backward()
         optimizer.step()
         net.eval()
-        assert not torch.allclose(engine(read), net(read), atol=1e-4), "not stale before it is told"
+        assert not torch.allclose(engine(read), net(read), atol=1e-4), "weights that changed before `refresh`"
         engine.refresh()
         torch.testing.assert_close(engine(read), net(read), atol=2e-6, rtol=0)
 

@@ -1,4 +1,4 @@
-"""Every example runs as its docstring says."""
+"""Every example runs as described in its docstring."""
 
 from __future__ import annotations
 

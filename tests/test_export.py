@@ -1,4 +1,4 @@
-"""Students as graphs and files: the same pictures as torch's, or no file."""
+"""Students as graphs and files: the same images as PyTorch's, or no file."""
 
 from __future__ import annotations
 
@@ -177,7 +177,7 @@ def test_onnx_renders_what_torch_renders(
 def test_the_three_parts_equal_the_whole(
     name: str, inputs: str, student: Callable[..., Student], tmp_path: Path
 ) -> None:
-    """Each alone agrees with torch; one after the other they draw the picture."""
+    """Each part agrees with PyTorch, and together they render the image."""
     exported, spec = student(name), GraphSpec(inputs, "fp32", 27, 18)
     given, truth = probe_inputs(exported, spec, 1)
     known = dict(given)
@@ -385,7 +385,7 @@ def test_core_ml_errors(student: Callable[..., Student], tmp_path: Path, monkeyp
     monkeypatch.setattr(coreml_file, "run_coreml", lambda *_: {key: value + 0.1 for key, value in truth.items()})
     with pytest.raises(InputError, match="does not render what PyTorch renders"):
         export_coreml(student("mobile-r2l"), spec, output)
-    # An fp32 network where fp16 was asked for.
+    # An fp32 network, although fp16 was requested.
     really_build = GraphSpec.build
     monkeypatch.setattr(
         GraphSpec, "build", lambda spec, student: really_build(replace(spec, precision="fp32"), student)

@@ -1,4 +1,4 @@
-"""What a web export knows of its capture, and the parts of it that need no browser."""
+"""Web exports: navigation limits, weights, server, and everything else that needs no browser."""
 
 from __future__ import annotations
 

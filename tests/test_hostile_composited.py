@@ -1,4 +1,4 @@
-"""Checkpoints of composited students that cannot be: refused before a grid is allocated or a kernel reads beyond it."""
+"""Invalid checkpoints of composited students are refused before a grid is allocated or a kernel reads beyond it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Files that are no published checkpoints, or mean harm: a reason in one paragraph, nothing run, nothing written."""
+"""Invalid and malicious files in place of published checkpoints: one paragraph, nothing executed, nothing written."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What `ns-train` lists, and that listing it costs nothing."""
+"""The methods that `ns-train` lists, and that listing them imports nothing heavy."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The MobileR2L model: any pinhole at any size, other lenses, and what it learns from."""
+"""The MobileR2L model: pinholes of any size, other lenses, and its supervision."""
 
 from __future__ import annotations
 

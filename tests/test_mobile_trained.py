@@ -1,4 +1,4 @@
-"""What only a trained MobileR2L student can show: it learns, keeps still, and bears half precision."""
+"""Properties of a trained MobileR2L student: it learns, is stable, and runs in half precision."""
 
 from __future__ import annotations
 

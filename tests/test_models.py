@@ -1,4 +1,4 @@
-"""The R2L model: any camera, crop boxes, what its losses count, and its metrics."""
+"""The R2L model: cameras of all kinds, crop boxes, losses and metrics."""
 
 from __future__ import annotations
 

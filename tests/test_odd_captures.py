@@ -1,4 +1,4 @@
-"""Captures as people have them: each is read as what it shows, or refused with one paragraph that says what to do."""
+"""Unusual captures are either read correctly or refused in one paragraph with the remedy."""
 
 from __future__ import annotations
 

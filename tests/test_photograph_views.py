@@ -1,4 +1,4 @@
-"""Photos as undistorted views: each pixel's color is the one that its ray had in the photo."""
+"""Photos as undistorted views: each pixel has the color of its ray in the photo."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Photos as rays: the teacher's rays, its pose corrections, masks, and views that stay unseen."""
+"""Photos as rays: the teacher's rays, its pose corrections, masks, and held-out views."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def capture(tiny_capture: Path, tmp_path: Path) -> Path:
 
 
 def edit(capture: Path, **fields) -> None:
-    """Add to what the capture says of its camera."""
+    """Add to the capture's camera parameters."""
     meta = json.loads((capture / "transforms.json").read_text())
     (capture / "transforms.json").write_text(json.dumps({**meta, **fields}))
 
@@ -80,7 +80,7 @@ def test_every_pixel_has_nerfstudios_ray_and_its_color(kind: str, scale: float, 
         assert (plain.directions.reshape(-1, 3) - sample.directions[: side * side]).abs().max() > 1e-3
     torch.testing.assert_close(sample.directions.norm(dim=-1), torch.ones(len(sample.directions)))
     assert (sample.weight == 1).all()
-    assert (sample.geometry_weight == 0).all()  # a photo says nothing of depth or opacity
+    assert (sample.geometry_weight == 0).all()  # a photo has no depth or opacity
 
 
 @pytest.mark.parametrize("mode", ["SO3xR3", "SE3"])

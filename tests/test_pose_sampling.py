@@ -1,4 +1,4 @@
-"""Sampled cameras stay where the capture was taken."""
+"""Sampled cameras stay near the capture."""
 
 import math
 

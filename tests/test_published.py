@@ -1,4 +1,4 @@
-"""The published conventions: pictures of the published code, exports, and the frames they are drawn in."""
+"""The published conventions: images of the published code, exports, and frames of reference."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What public bug reports found: cut-out photos, odd cameras, scenes that move, captures without what they need."""
+"""Regressions from public bug reports: cut-out photos, unusual cameras, dynamic scenes, incomplete captures."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Runs that were saved under former names of configuration fields open, by our loader and by Nerfstudio's."""
+"""Runs saved under former names of configuration fields and weights load, in our loader and in Nerfstudio's."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The report of a finished student: figures that any JSON reader takes, and a page that loads nothing else."""
+"""The report of a finished student: figures in standard JSON, and a self-contained page."""
 
 from __future__ import annotations
 

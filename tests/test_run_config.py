@@ -1,4 +1,4 @@
-"""Runs are found and their configurations read, and nothing but configurations."""
+"""Runs are found, and only plain configurations are read."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What of a picture is drawn where a bounded scene fills a part of it: enough, and no more than that."""
+"""The part of an image that a bounded scene can cover: complete, and hardly larger."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Students from their run's folder alone."""
+"""Students loaded from their run's folder, with nothing else on the disk."""
 
 from __future__ import annotations
 

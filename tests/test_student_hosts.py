@@ -1,4 +1,4 @@
-"""A student inside programs that set torch up in their own way."""
+"""A student inside programs that configure PyTorch differently."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Trained runs answer for rays and views, and a run that cannot says why."""
+"""Trained runs render rays and views; runs that cannot raise errors with the reason."""
 
 from __future__ import annotations
 

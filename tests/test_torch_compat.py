@@ -1,4 +1,4 @@
-"""What stands in for newer versions of PyTorch does the same as they do."""
+"""The replacements for functions of newer PyTorch versions behave as these do."""
 
 from __future__ import annotations
 

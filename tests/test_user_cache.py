@@ -1,4 +1,4 @@
-"""Compiled engines are read only from where nobody but the user can have written them."""
+"""Compiled engines are read only from folders that no other user can write to."""
 
 from __future__ import annotations
 

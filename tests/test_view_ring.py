@@ -1,4 +1,4 @@
-"""The ring of teacher views: right rays with right colors, and what happens when something is wrong."""
+"""The ring of teacher views: correct rays and colors, and failures."""
 
 import errno
 import os

@@ -1,4 +1,4 @@
-"""What a student brings into the viewer, without a browser: interrupts, speed, the split with the teacher."""
+"""The student's parts of the viewer, without a browser: interrupts, frame rate, the split with the teacher."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Published students in Nerfstudio: drawn and evaluated by its tools, fine-tuned, and distilled by the `-paper` methods."""
+"""Published students in Nerfstudio: rendered, evaluated and fine-tuned by its tools, distilled by the `-paper` methods."""
 
 from __future__ import annotations
 

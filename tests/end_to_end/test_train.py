@@ -1,4 +1,4 @@
-"""Training as a user meets it: killed, resumed, short of memory, taught by a teacher that is not always right."""
+"""Training end to end: killed, resumed, short of memory, with a teacher that sometimes fails."""
 
 from __future__ import annotations
 
@@ -167,7 +167,7 @@ def test_a_killed_run_resumes(
                 assert torch.equal(
                     torch.as_tensor(value), torch.as_tensor(saved["optimizers"][group]["state"][index][key])
                 )
-    # It went on with the next step, to as many in all as were asked for.
+    # It continued with the next step, up to the requested total.
     assert [step for step, _ in iterations] == list(range(saved["step"] + 1, total))
     assert real == list(range(total - 6, total))
     resumed = load_run_config(tmp_path / "tiny" / "r2l-lite" / "run")
@@ -567,23 +567,23 @@ def test_no_iteration_waits_for_the_teacher(tiny_teacher: Path, tmp_path: Path) 
         assert not torch.equal(datamanager.ring.camera_to_worlds, before)
 
 
-class WatchedDevice(TorchDispatchMode):
-    """Notes at which iterations the host asks a device for a number, and so waits for it."""
+class DeviceWaits(TorchDispatchMode):
+    """Records the iterations at which the host waits for a number from the device."""
 
     def __init__(self, trainer: DistillationTrainer) -> None:
         super().__init__()
         self.trainer = trainer
-        self.asked: dict[int, list[str]] = {}
+        self.names: dict[int, list[str]] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         name = func.overloadpacket.__name__
         by_mask = name.startswith(("index", "_index")) and any(
             isinstance(where, Tensor) and where.dtype == torch.bool for where in tree_leaves(args[1:2])
         )
-        asks = by_mask or name in ("_local_scalar_dense", "nonzero", "masked_select", "equal", "_unique2")
-        # Adam asks for its count of steps, which torch keeps on the host.
-        if asks and not any("/torch/optim/" in frame.filename for frame in traceback.extract_stack()):
-            self.asked.setdefault(self.trainer.step, []).append(name)
+        waits = by_mask or name in ("_local_scalar_dense", "nonzero", "masked_select", "equal", "_unique2")
+        # Adam reads its count of steps, which torch keeps on the host.
+        if waits and not any("/torch/optim/" in frame.filename for frame in traceback.extract_stack()):
+            self.names.setdefault(self.trainer.step, []).append(name)
         return func(*args, **(kwargs or {}))
 
 
@@ -598,13 +598,13 @@ def test_no_iteration_waits_for_a_number_from_the_device(method: str, tiny_teach
         "steps_per_save": 10,
     }
     with set_up(student_config(tiny_teacher, tmp_path, method, **overrides)) as trainer:
-        watched = WatchedDevice(trainer)
-        with watched:
+        waits = DeviceWaits(trainer)
+        with waits:
             trainer.train()
     assert trainer.step == 39
-    # Every tenth is watched, logged or saved. The first sets things up.
-    assert {step: names for step, names in watched.asked.items() if step % 10 in range(2, 9)} == {}
-    assert watched.asked  # those that are watched ask
+    # Every tenth is measured, logged or saved. The first sets things up.
+    assert {step: names for step, names in waits.names.items() if step % 10 in range(2, 9)} == {}
+    assert waits.names  # those that are measured wait
 
 
 def test_without_max_minutes_there_is_no_time_budget(

@@ -1,4 +1,4 @@
-"""The viewer on a student, seen through a real browser."""
+"""The viewer on a student, in a real browser."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Engines in the viewer, seen through a real browser: chosen by themselves, changed by hand, told in the panel."""
+"""Engines in the viewer, in a real browser: selected automatically, changed by the user, shown in the panel."""
 
 from __future__ import annotations
 

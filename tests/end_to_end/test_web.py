@@ -1,4 +1,4 @@
-"""`r2l-export web` in a real browser: what a visitor sees, and what they are told where there is nothing to see."""
+"""`r2l-export web` in a real browser: what a visitor sees, and the messages if rendering is impossible."""
 
 from __future__ import annotations
 
@@ -115,13 +115,13 @@ def visit(context: BrowserContext) -> Iterator[Callable[..., Page]]:
 
 
 def settle(page: Page) -> None:
-    """Wait until the picture is as good as it gets."""
+    """Wait until the image has its final resolution."""
     wait_for(page, "['resting', 'failed'].includes(document.querySelector('light-field').dataset.state)")
     assert state(page)["state"] == "resting", sentence(page)
 
 
 def sentence(page: Page) -> str:
-    """What the page says instead of a picture; waits for it."""
+    """Wait for the page's error message and return it."""
     page.wait_for_selector("#message:not([hidden])", timeout=1e3 * PATIENCE)
     return page.locator("#message").inner_text()
 
@@ -361,7 +361,7 @@ class _Quiet(SimpleHTTPRequestHandler):
     ("name", "width", "height"), [("desktop", 1280, 800), ("phone", 390, 844), ("sideways", 844, 390)]
 )
 def test_layout(name: str, width: int, height: int, addresses: dict[str, str], visit: Callable[..., Page]) -> None:
-    """Nothing lies over another, nothing is cut off, nothing is moved by what is loaded."""
+    """Nothing overlaps or is cut off."""
     page = visit(f"{addresses['r2l']}?size=64", width, height)
     SCREENSHOTS.mkdir(parents=True, exist_ok=True)
     page.screenshot(path=SCREENSHOTS / f"{name}.png")
@@ -378,7 +378,7 @@ def test_layout(name: str, width: int, height: int, addresses: dict[str, str], v
 
 
 def test_no_request_leaves_the_origin(addresses: dict[str, str], requested: list[str]) -> None:
-    """Of all that the tests above asked for."""
+    """Over all requests of the tests above."""
     assert len(requested) > 50
     elsewhere = [url for url in requested if not re.match(r"(http://127\.0\.0\.1:\d+/|file:|blob:|data:)", url)]
     assert not elsewhere

@@ -1,4 +1,4 @@
-"""The web page's own renderer on WebGPU in software: what it draws, what it loads, and what it does when something fails."""
+"""The web page's own renderer on WebGPU in software: its images, its requests, and its failures."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def folder(make_student: Callable[[str], Student], tmp_path_factory: pytest.Temp
 
 @pytest.fixture(scope="module")
 def context(tmp_path_factory: pytest.TempPathFactory) -> Iterator[BrowserContext]:
-    """A browser with WebGPU in software; skips where it has none."""
+    """A browser with WebGPU in software; skips the test if it has none."""
     with chromium(tmp_path_factory.mktemp("profile"), 400, 320, has_gpu=True) as context:
         yield context
 
@@ -102,13 +102,13 @@ def opened(context: BrowserContext, folder: Path, query: str = "", prepare: str 
 
 
 def sentence(page: Page) -> str:
-    """What the page says instead of a picture; waits for it."""
+    """Wait for the page's error message and return it."""
     page.wait_for_selector("#message:not([hidden])", timeout=1e3 * PATIENCE)
     return page.locator("#message").inner_text()
 
 
 def rest(page: Page) -> dict[str, str]:
-    """Wait until the picture is as good as it gets."""
+    """Wait until the image has its final resolution."""
     wait_for(page, f"['resting', 'failed'].includes({ELEMENT}.dataset.state)")
     found = state(page)
     assert found["state"] == "resting", page.locator("#message").inner_text()
@@ -116,7 +116,7 @@ def rest(page: Page) -> dict[str, str]:
 
 
 def drawn(page: Page, pose: torch.Tensor, width: int, height: int) -> np.ndarray:
-    """What the page's renderer draws of a camera, read back: [height, width, 3] in [0, 1]."""
+    """Render a camera with the page's renderer and read it back: [height, width, 3] in [0, 1]."""
     names = ("right", "up", "backward", "position")
     camera = {
         "pose": {name: pose[:, axis].tolist() for axis, name in enumerate(names)},
@@ -171,7 +171,7 @@ def test_int8_renders_what_its_weights_render(
 
 
 def test_loads_only_the_student(folder: Path, context: BrowserContext) -> None:
-    """Neither ONNX Runtime nor the worker; from its own server only; the first picture soon after the weights."""
+    """Neither ONNX Runtime nor the worker, only from its own server, and the first frame soon after the weights."""
     with opened(context, folder) as page:
         loaded = rest(page)
         names = page.evaluate("performance.getEntriesByType('resource').map(({name}) => name)")

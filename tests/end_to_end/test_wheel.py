@@ -1,4 +1,4 @@
-"""The wheel works without the checkout, and holds what users run and nothing else."""
+"""The wheel works without the checkout and contains nothing that users do not run."""
 
 from __future__ import annotations
 
