@@ -1,4 +1,4 @@
-"""Render a student from Python, from a camera that looks at the middle of its scene.
+"""Render a student from Python, from a camera that faces the center of its scene.
 
     python examples/render_student.py outputs/…/r2l-lite/… render.png
 

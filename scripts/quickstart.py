@@ -116,7 +116,7 @@ class Quickstart:
     force: bool = False
     """Repeat every stage. Earlier runs are kept; picture and table are replaced."""
     fast: bool = False
-    """Run a miniature in FOLDER/fast: it shows in a minute that everything works, and says nothing about quality."""
+    """Run a miniature in FOLDER/fast: it checks in a minute that everything works, and its quality is meaningless."""
     seed: int = 0
     """Seed of cameras and weights."""
 

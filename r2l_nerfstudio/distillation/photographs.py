@@ -49,7 +49,7 @@ def split_held_out(num_views: int, fraction: float) -> tuple[list[int], list[int
         raise InputError(
             f"No training view is left after holding out {len(held)} of {num_views}: lower"
             " --pipeline.datamanager.held-out-fraction, or set --pipeline.datamanager.photo-iterations 0 and the fraction"
-            " to 0 to learn from the teacher alone."
+            " to 0 to learn only from the teacher."
         )
     return kept, held
 

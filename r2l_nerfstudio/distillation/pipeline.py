@@ -236,7 +236,7 @@ class DistillationPipeline(VanillaPipeline):
         """Load a student completely: Nerfstudio would silently leave what does not fit at random.
 
         Raises:
-            SystemExit: with a paragraph that says why, if it does not fit.
+            SystemExit: with a paragraph with the reason, if it does not fit.
         """
         state = without_module_prefix(loaded_state)
         averages = saved_average(state)

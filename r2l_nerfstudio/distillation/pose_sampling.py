@@ -136,7 +136,7 @@ def look_along(axis: Float[Tensor, "3"], up: Float[Tensor, "3"]) -> Float[Tensor
     """Return the rotation (columns right, up, backward) of a camera that looks along `axis`."""
     backward = -axis / axis.norm().clamp_min(1e-8)
     right = torch.linalg.cross(up, backward)
-    if right.norm() < 1e-4:  # It looks straight along the up direction: any right will do.
+    if right.norm() < 1e-4:  # The view is along the up direction, so any right is valid.
         other = torch.tensor([1.0, 0.0, 0.0]) if backward[0].abs() < 0.9 else torch.tensor([0.0, 1.0, 0.0])
         right = torch.linalg.cross(other, backward)
     right = right / right.norm()

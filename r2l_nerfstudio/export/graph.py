@@ -334,7 +334,7 @@ class CodeGraph(nn.Module):
         precision: precision of a stored feature volume.
         frame: rays of the camera's image; None for a graph of rays.
         reduce_angles: as `Encoding`.
-        int8_features: likewise.
+        int8_features: whether features are stored in int8.
     """
 
     def __init__(
@@ -455,7 +455,7 @@ class GraphSpec:
     """Which graph of a student to build."""
 
     inputs: GraphInputs
-    """A camera's pose and intrinsics, or the rays' origins and directions; the network alone takes their code."""
+    """A camera's pose and intrinsics, or the rays' origins and directions; without the encoding, the network's input."""
     precision: GraphPrecision
     """Precision of the network; the encoding is in fp32."""
     width: int

@@ -60,14 +60,14 @@ UNREAD = ("README.txt", "light-field.d.ts", "package.json", "worker.js")
 LICENSE = "LICENSE.onnxruntime-web.txt"
 SCENE = "scene.json"
 VERSION = 2
-"""Of scene.json: a page reads its own version only."""
+"""Version of scene.json; a page only reads its own."""
 RUNTIME = "ort"
 FALLBACK = "student.onnx"
 LARGEST = 1280
-"""Longer side in pixels of the page's pictures, where the student draws at any size."""
+"""Longer side in pixels of the page's frames, if the student renders at any size."""
 POSTER = 720
 NEEDED_DB = 50.0
-"""Least PSNR against torch of a page's pixels; rounding to 8 bits leaves 59 dB."""
+"""Least PSNR in dB of a page's pixels against PyTorch; rounding to 8 bits leaves 59 dB."""
 PROBE_CELLS = 5
 _COMMENT = re.compile(r"^[ \t]*(?://.*|/\*\*(?:(?!\*/)[\s\S])*\*/)[ \t]*\n", re.MULTILINE)
 
@@ -89,19 +89,19 @@ class WebExport:
 
     folder: Path
     psnr: dict[str, float]
-    """In dB against torch, by model file."""
+    """PSNR in dB against PyTorch, by model file."""
     notes: tuple[str, ...] = ()
-    """Why the weights have their precision, in sentences."""
+    """Reasons for the precision of the weights, as sentences."""
 
     @property
     def bytes(self) -> dict[str, int]:
-        """Of each file, by its path in the folder."""
+        """Bytes of each file, by its path in the folder."""
         paths = sorted(path for path in self.folder.rglob("*") if path.is_file())
         return {path.relative_to(self.folder).as_posix(): path.stat().st_size for path in paths}
 
     @property
     def visitor_bytes(self) -> int:
-        """What a browser with WebGPU loads."""
+        """Bytes that a browser with WebGPU loads."""
         unread = (*UNREAD, FALLBACK)
         return sum(size for name, size in self.bytes.items() if "/" not in name and name not in unread)
 
@@ -202,7 +202,7 @@ def without_comments(script: str) -> str:
 
 
 def _package(title: str) -> dict[str, Any]:
-    """The folder as an npm package: importing it defines `<light-field>`, which without `src` shows this scene."""
+    """Return the folder's npm package.json: importing it defines `<light-field>`, which without `src` shows this scene."""
     name = re.sub(r"[^a-z0-9]+", "-", title.lower()).strip("-") or "light-field"
     return {
         "name": name,
@@ -217,7 +217,7 @@ def _package(title: str) -> dict[str, Any]:
 
 
 def _described(file: Path) -> dict[str, Any]:
-    """A file as the page is told of it."""
+    """Return a file's entry in scene.json."""
     content = file.read_bytes()
     return {"file": file.name, "bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
 
@@ -245,7 +245,7 @@ def _small_camera(student: Student, picture: dict[str, Any]) -> tuple[float, int
     """Focal length, width and height of the page's picture; smaller for students that answer rays one by one."""
     share = 1.0
     if not student.model.reads_ray_image:
-        # Fewer rays tell as much.
+        # Fewer rays are enough.
         share = min(1.0, 200 / max(picture["width"], picture["height"]))
     return picture["focal"] * share, round(picture["width"] * share), round(picture["height"] * share)
 
@@ -254,7 +254,7 @@ def _small_camera(student: Student, picture: dict[str, Any]) -> tuple[float, int
 def drawn_rgb(
     student: Student, pose: Float[Tensor, "3 4"], focal: float, width: int, height: int
 ) -> Float[Tensor, "height width 3"]:
-    """What the page draws: one ray per pixel, where `Student.render` averages several in coarse pictures."""
+    """Render as the page does: one ray per pixel, where `Student.render` averages several in coarse images."""
     model = student.model
     intrinsics = torch.tensor([focal, focal, width / 2, height / 2])
     if not isinstance(model, R2LModel):

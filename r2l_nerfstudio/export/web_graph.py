@@ -71,7 +71,7 @@ class WebGraph(nn.Module):
 
 
 def write_web_graph(student: Student, precision: GraphPrecision, path: Path) -> None:
-    """Write it as ONNX; weights are kept in half precision in any case, and widened on loading where asked for fp32."""
+    """Write the graph as ONNX. Weights are always stored in half precision; for fp32 they are widened on loading."""
     import onnx
 
     graph = WebGraph(student, precision).eval()

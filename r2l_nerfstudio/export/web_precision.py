@@ -24,7 +24,7 @@ PrecisionChoice = Literal["auto", "fp16", "int8"]
 def choose_weights(
     student: Student, cameras: CaptureCameras, photos: Photos, precision: PrecisionChoice
 ) -> tuple[WebWeights, tuple[str, ...]]:
-    """The student's weights in the precision asked for, and sentences on what it costs.
+    """Return the student's weights in the requested precision, and sentences on its cost.
 
     Args:
         student: on the CPU.
@@ -33,7 +33,7 @@ def choose_weights(
         precision: auto: int8 if it loses at most 0.5 dB on the photos and stays within 40 dB of the student's own pictures.
 
     Raises:
-        InputError: int8 is asked for and costs more.
+        InputError: if int8 is requested and costs more.
     """
     if precision == "fp16":
         return WebWeights(student.model, "fp16"), ()

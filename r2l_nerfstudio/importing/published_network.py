@@ -1,4 +1,4 @@
-"""Networks in published checkpoints: which network, of which size, and its weights under our names."""
+"""Networks in published checkpoints: kind, size, and weights under our names."""
 
 from __future__ import annotations
 

@@ -311,8 +311,8 @@ class CompositedEncoding(nn.Module):
     def march_space(self) -> MarchSpace:
         """Return bounds, occupancy and grid points in the form of the CPU kernels."""
         code, scene = self.ray_encoding, self.occupancy.scene
-        watched = [self.occupancy.cells, self.volume.index, code.near, code.far, *scene.buffers()]
-        state = weights_state(watched)
+        inputs = [self.occupancy.cells, self.volume.index, code.near, code.far, *scene.buffers()]
+        state = weights_state(inputs)
         if self._space is None or self._space[0] != state:
             space = MarchSpace(
                 is_disparity=code.spacing == "disparity" and not self.is_bounded,
