@@ -88,7 +88,7 @@ class Growth:
 
 @dataclass
 class Soak:
-    """Memory, threads and open files of every engine and of r2l-view over a long time, at ever new picture sizes."""
+    """Memory, threads and open files of every engine and of r2l-view over a long time, at ever new image sizes."""
 
     run: tyro.conf.Positional[Path]
     """The student's run: its config.yml, or its folder."""
@@ -217,7 +217,7 @@ def visit(chromium: Browser, address: str, seconds: float) -> int:
     """Keep two tabs on a viewer busy: drag the camera, resize the window, and after some moves close and reopen the tab.
 
     Returns:
-        the pictures that the viewer sent.
+        the images that the viewer sent.
     """
     draw, frames = random.Random(0), 0
 
@@ -278,7 +278,7 @@ def _median(samples: list[Sample]) -> Sample:
 def as_markdown(found: list[Growth], minutes: float, settle: float, load: float) -> str:
     """The table, and how it was made."""
     lines = [
-        f"Random picture sizes of {SIDES[0]} to {SIDES[1]} pixels a side for {minutes:g} minutes, all rows at once,"
+        f"Random image sizes of {SIDES[0]} to {SIDES[1]} pixels a side for {minutes:g} minutes, all rows at once,"
         f" load average {load:.1f} at the end. After {settle:g} minutes and at the end: medians of a quarter of the"
         " remaining time.",
         "",

@@ -62,8 +62,8 @@ def build_engine(
     Args:
         name: one of `ENGINE_NAMES`.
         network: a `ResMLP` or `MobileR2L` on `device`, in evaluation mode, its weights not being trained.
-        precision: precision of the arithmetic; code and values are fp32 in any case.
-        device: device of code and values.
+        precision: precision of the arithmetic; inputs and outputs are always fp32.
+        device: device of inputs and outputs.
         cache: folder for compiled artifacts of this network, precision and device; None to keep none.
 
     Raises:

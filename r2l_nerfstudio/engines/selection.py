@@ -24,7 +24,7 @@ from r2l_nerfstudio.errors import first_line
 
 SECONDS_PER_TIMING = 0.5
 _MOST_ROWS = 16384
-"""Rays of a code for timing; the time of more rays is proportional."""
+"""Rays of an input for timing; the time of more rays is proportional."""
 
 
 @dataclass(frozen=True)

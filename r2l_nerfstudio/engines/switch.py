@@ -82,7 +82,7 @@ class EngineSwitch:
     Args:
         network: returns the student's network, in fp32; it may be trained, moved and loaded meanwhile.
         choice: `auto`, or an engine's name.
-        probe: returns the code to compare engines on; numbers of order one by default.
+        probe: returns the ray encodings to compare engines on; numbers of order one by default.
         interrupts: exceptions that a caller raises in the middle of a call, and that are not an engine's fault.
         say: called with one line on what was selected and what went wrong.
 

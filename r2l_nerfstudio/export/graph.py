@@ -30,7 +30,7 @@ GraphPart = Literal["whole", "encoding", "network", "values"]
 GraphPrecision = Literal["fp32", "fp16"]
 
 RAYS_AT_ONCE = 1 << 16
-"""Rays per part of an image: the codes of a whole image would take gigabytes."""
+"""Rays per part of an image: the ray encodings of a whole image would take gigabytes."""
 
 
 COMPOSITED_AT_ONCE = 1 << 14
@@ -74,7 +74,7 @@ class Encoding(nn.Module):
         return RAYS_AT_ONCE if self.composited is None else COMPOSITED_AT_ONCE
 
     def forward(self, origins: Float[Tensor, "*rays 3"], directions: Float[Tensor, "*rays 3"]) -> EncodedRays:
-        """Return the code of rays, as the network reads it, and the geometry that is known without the network.
+        """Return the encoding of rays, as the network reads it, and the geometry that is known without the network.
 
         Args:
             origins: in the run's frame; for a MobileR2L those of a ray image, [rows, columns, 3].
@@ -476,13 +476,13 @@ class GraphSpec:
         """Return the rays of the camera's image; None for a graph of rays.
 
         Raises:
-            InputError: a part of a graph is requested whose codes would take gigabytes.
+            InputError: a part of a graph is requested whose ray encodings would take gigabytes.
         """
         if self.inputs == "rays":
             return None
         if not student.model.reads_ray_image and self.width * self.height > RAYS_AT_ONCE:
             raise InputError(
-                f"--width {self.width} --height {self.height}: the codes of so many rays of a {student.method_name}"
+                f"--width {self.width} --height {self.height}: the encodings of so many rays of a {student.method_name}"
                 f" student take gigabytes; choose at most {RAYS_AT_ONCE} pixels, or --inputs rays and process them in"
                 " parts."
             )

@@ -1,4 +1,4 @@
-"""int8 networks, if that costs little: quantized after training on the codes of sampled cameras."""
+"""int8 networks, if that costs little: quantized after training on the ray encodings of sampled cameras."""
 
 from __future__ import annotations
 
@@ -145,7 +145,7 @@ def schemes(network: Path) -> list[tuple[str, list[str]]]:
 
 
 def calibration_codes(student: Student, cameras: CaptureCameras) -> list[Float[np.ndarray, "*code"]]:
-    """Return the codes of sampled cameras, each as one input of the network."""
+    """Return the ray encodings of sampled cameras, each as one input of the network."""
     return [
         student.model.encoding_for_camera(pose, intrinsics, spec.height, spec.width).code.contiguous().numpy()
         for pose, intrinsics, spec in sampled_views(student, cameras, CALIBRATION_VIEWS, seed=0)
@@ -179,7 +179,7 @@ def quantize(network: Path, output: Path, codes: list[Float[np.ndarray, "*code"]
     Args:
         network: in fp32.
         output: file to write.
-        codes: to measure the ranges of all activations on.
+        codes: ray encodings to measure the ranges of all activations on.
         kept: names of layers that stay in fp32.
     """
     from onnxruntime import quantization

@@ -242,7 +242,7 @@ def _check_weights(student: Student, weights: WebWeights, pose: Float[Tensor, "3
 
 
 def _small_camera(student: Student, picture: dict[str, Any]) -> tuple[float, int, int]:
-    """Focal length, width and height of the page's picture; smaller for students that answer rays one by one."""
+    """Return focal length, width and height of the page's frame; smaller for students of single rays."""
     share = 1.0
     if not student.model.reads_ray_image:
         # Fewer rays are enough.
@@ -281,7 +281,7 @@ def _picture(student: Student, cameras: CaptureCameras) -> dict[str, Any]:
 def page_rays(
     graph: WebGraph, pose: Float[Tensor, "3 4"], picture: dict[str, Any]
 ) -> tuple[Float[Tensor, "3"], Float[Tensor, "rows columns 3"]]:
-    """Origin and directions as the page makes them for a picture."""
+    """Return the origin and directions that the page computes for a frame."""
     width, height, focal = picture["width"], picture["height"], picture["focal"]
     intrinsics = torch.tensor([focal, focal, width / 2, height / 2])
     if graph.reads_ray_image:
@@ -330,7 +330,7 @@ def to_rgb(pixels: Int[np.ndarray, "height width"]) -> Int[np.ndarray, "height w
 def _probe(
     student: Student, weights: WebWeights, pose: Float[Tensor, "3 4"], picture: dict[str, Any]
 ) -> dict[str, Any]:
-    """A small picture and its pixels: a browser that gives others does not draw this student."""
+    """Return a camera and the student's pixels for it, with which a browser checks its own rendering."""
     if student.model.reads_ray_image:
         side, focal = student.model.factor * PROBE_CELLS, picture["focal"]
     else:

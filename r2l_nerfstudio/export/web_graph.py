@@ -48,12 +48,12 @@ class WebGraph(nn.Module):
         self.reads_ray_image = model.reads_ray_image
         """Whether it draws whole ray images."""
         self.margin = model.margin
-        """Cells around the picture."""
+        """Cells around the image."""
 
     def forward(
         self, origin: Float[Tensor, "3"], directions: Float[Tensor, "rows columns 3"]
     ) -> Int[Tensor, "height width"]:
-        """A picture without its margin.
+        """Return an image without its margin.
 
         Args:
             origin: of all rays, in the run's frame.

@@ -39,7 +39,7 @@ def choose_weights(
         return WebWeights(student.model, "fp16"), ()
     weights = WebWeights(student.model, "int8")
     likeness = _likeness(student, weights, cameras)
-    said = f"int8: {likeness:.1f} dB against the student's own pictures of {JUDGED_VIEWS} sampled cameras"
+    said = f"int8: {likeness:.1f} dB against the student's own renders of {JUDGED_VIEWS} sampled cameras"
     loss = 0.0
     if photos:
         own, rounded = _on_photos(student, weights, photos)

@@ -296,7 +296,7 @@ class CompositedEncoding(nn.Module):
         origins: Float[Tensor, "groups 1 3"],
         directions: Float[Tensor, "groups group 3"],
     ) -> Float[Tensor, "rays 2"]:
-        """Accumulation, and depth as the position in [0, 1] of the scene's spacing that codes a student's depth."""
+        """Accumulation, and depth as the position in [0, 1] of the scene's spacing that encodes a student's depth."""
         fraction = _mean(found.fraction, found.accumulation)
         if self.is_bounded:
             distance = self.distances(span, fraction.view(*directions.shape[:2], 1))

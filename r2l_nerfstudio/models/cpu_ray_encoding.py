@@ -48,7 +48,7 @@ class CpuRayEncoding:
     def __call__(
         self, origins: Float[Tensor, "*batch 3"], directions: Float[Tensor, "*batch 3"]
     ) -> Float[Tensor, "*batch code"]:
-        """Return the code of rays: fp32, contiguous, and without gradients.
+        """Return the encoding of rays: fp32, contiguous, and without gradients.
 
         Args:
             origins: in the teacher's frame, fp32, on a CPU.

@@ -209,7 +209,7 @@ class LightFieldModel(Model):
 
     @abstractmethod
     def build_network(self, code_dim: int) -> torch.nn.Module:
-        """Build the network, for codes of this length."""
+        """Build the network, for encoded rays of this length."""
 
     @abstractmethod
     def render_pinhole(
@@ -507,7 +507,7 @@ class LightFieldModel(Model):
     def get_loss_dict(
         self, outputs: dict[str, Tensor], batch: dict[str, Tensor], metrics_dict: dict[str, Tensor] | None = None
     ) -> dict[str, Tensor]:
-        """Return mean squared errors of color and, where known, accumulation and coded depth."""
+        """Return mean squared errors of color and, where known, accumulation and encoded depth."""
         truth = self.blend(batch["image"].to(self.device))
         weight = batch.get("weight", torch.ones_like(truth[..., :1])).to(self.device)
         losses = {"rgb_loss": _weighted_mean((outputs["rgb"] - truth).square().mean(-1, keepdim=True), weight)}

@@ -117,7 +117,7 @@ class MobileR2LModel(LightFieldModel):
 
     # Rays only, like Nerfstudio's models of rays: cameras go through `get_outputs_for_camera`.
     def get_outputs(self, ray_bundle: RayBundle) -> dict[str, Tensor]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """Return color, accumulation and coded depth of the pixels of ray images, without their margins.
+        """Return color, accumulation and encoded depth of the pixels of ray images, without their margins.
 
         Args:
             ray_bundle: rays of the cells, margin included (crops rows columns), `rays_per_cell` times as many along

@@ -54,7 +54,7 @@ class R2LModel(LightFieldModel):
 
         Returns:
             `rgb` (*batch 3), `accumulation` (*batch 1), `depth` (*batch 1, distance along the ray), and
-            `depth_fraction`, the position in [0, 1] along the ray that codes the depth. Of a student of color only, `rgb`
+            `depth_fraction`, the position in [0, 1] along the ray that encodes the depth. Of a student of color only, `rgb`
             and an infinite `depth`.
         """
         origins, directions = self.bundle_rays(ray_bundle)

@@ -160,7 +160,7 @@ def test_int8_renders_what_its_weights_render(
 ) -> None:
     student = make_student(name)
     made = export_web(student, ring(), None, tmp_path / "page", PageOptions(name, "auto"))
-    assert "student.int8.safetensors" in made.psnr and "against the student's own pictures" in made.notes[0]
+    assert "student.int8.safetensors" in made.psnr and "against the student's own renders" in made.notes[0]
     pose = ring().camera_to_worlds[3]
     with opened(context, tmp_path / "page") as page:
         rest(page)
