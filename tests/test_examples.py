@@ -115,5 +115,5 @@ def test_distil_from_a_teacher_of_another_plugin(
     config = functions["student_config"](teacher, tmp_path / "outputs")
     assert config.teacher == teacher and config.max_minutes == 20
     with own_writers():
-        run = functions["distil"](shrunk(config, "r2l-lite", max_num_iterations=3))
+        run = functions["distil"](shrunk(config, "r2l-lite", max_minutes=None, max_num_iterations=3))
     assert load_student(run, device="cpu").outputs == ("rgb", "accumulation", "depth")

@@ -30,7 +30,7 @@ def choose_weights(
         student: on the CPU.
         cameras: of its training.
         photos: cameras and photos that no training used; may be empty.
-        precision: auto: int8 if it loses at most 0.5 dB on the photos and stays within 40 dB of the student's own pictures.
+        precision: auto: int8 if it loses at most 0.5 dB on the photos and stays within 40 dB of the student's own renders.
 
     Raises:
         InputError: if int8 is requested and costs more.
