@@ -124,6 +124,15 @@ class CompositedEncoding(nn.Module):
         if int(index.max()) >= len(self.volume.rows):
             raise ValueError(f"it holds {len(self.volume.rows) - 1} features for {int(index.max())} grid points")
         self.volume.index = index.to(self.volume.rows.device)
+        self._load_kernels()
+
+    def _load_kernels(self) -> None:
+        """March one ray, which imports and compiles what that needs. The viewer interrupts its render threads at any
+        line, and a half-done import of Numba stays broken for the whole process."""
+        if self.volume.rows.device.type == "cpu":
+            ray = torch.zeros(1, 1, 3), torch.ones(1, 1, 3).div(3**0.5)
+            with torch.no_grad():
+                self.composited(self.span(*ray))
 
     def for_graph(self, dtype: torch.dtype) -> CompositedEncoding:
         """Return a copy in plain PyTorch operators on any device, for exporters.
@@ -170,7 +179,9 @@ class CompositedEncoding(nn.Module):
         """Hold features where the occupancy is set; as `SparseVolume.lay_out`, `spare` being a share of the rows."""
         self._volume_cells = volume_cells
         index = grid_point_index(self.occupancy.cells, volume_cells)
-        return self.volume.lay_out(index, int(spare * int(index.max())))
+        rows = self.volume.lay_out(index, int(spare * int(index.max())))
+        self._load_kernels()
+        return rows
 
     def span(self, origins: Float[Tensor, "groups 1 3"], directions: Float[Tensor, "groups group 3"]) -> RaySpan:
         """Return where the scene is searched: inside its box if it is bounded, else between the nearest and farthest
