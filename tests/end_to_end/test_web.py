@@ -279,8 +279,8 @@ def test_resizes_reloads_and_shares_the_machine(addresses: dict[str, str], visit
 @pytest.mark.parametrize(
     ("file", "body", "said"),
     [
-        ("student.onnx", "flipped", "student.onnx is damaged: copy the whole folder"),
-        ("student.onnx", "cut", "student.onnx is cut short"),
+        ("student.onnx", "flipped", "student.onnx is damaged. To fix this, copy the whole folder"),
+        ("student.onnx", "cut", "student.onnx is incomplete"),
         ("student.onnx", None, "student.onnx is missing on the server"),
         ("ort/ort-wasm-simd-threaded.wasm.gzip", None, "ort-wasm-simd-threaded.wasm.gzip is missing"),
         ("ort/ort-wasm-simd-threaded.wasm.gzip", "flipped", "ort-wasm-simd-threaded.wasm.gzip is damaged"),

@@ -249,7 +249,7 @@ def test_without_webgpu_and_fallback_a_message_is_shown(prepare: str, folder: Pa
 @pytest.mark.parametrize(
     ("damage", "said"),
     [
-        ("cut", "cut short"),
+        ("cut", "is incomplete"),
         ("flipped", "is damaged"),
         ("missing", "is missing on the server"),
         ("no header", "is damaged (its header is cut short)"),
@@ -287,10 +287,10 @@ def test_bad_weights_are_described(
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"version": 3}, "of version 3 and this page of version 2"),
-        ({"background": [0, 0, "1.0); evil("]}, "wrong: background"),
-        ({"poster": "https://elsewhere.example/poster.jpg"}, "wrong: poster"),
-        ({"student": {}}, "wrong: student.weights"),
+        ({"version": 3}, "of version 3 and this page is of version 2"),
+        ({"background": [0, 0, "1.0); evil("]}, "invalid: background"),
+        ({"poster": "https://elsewhere.example/poster.jpg"}, "invalid: poster"),
+        ({"student": {}}, "invalid: student.weights"),
     ],
 )
 def test_a_bad_scene_is_described(
