@@ -57,8 +57,8 @@ class DistillationTrainerConfig(TrainerConfig):
     max_num_iterations: Annotated[int, IntRange(1, 10**9)] = 30000
     """Training iterations, those before a resumed checkpoint included."""
     max_minutes: Annotated[float, FloatRange(0, above=True)] | None = None
-    """End after so many minutes, the first teacher views included; schedules and the photo stage adapt, and
-    --max-num-iterations is ignored. A run resumed with --load-dir gets what is left of them."""
+    """Length of the training in minutes, including the first teacher views; schedules and the photo stage adapt, and
+    --max-num-iterations is ignored. A run resumed with --load-dir continues for the remaining minutes."""
 
     def set_timestamp(self) -> None:
         """Name the run. `ns-train` calls this before it writes anything, so the teacher is read here.
