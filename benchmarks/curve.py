@@ -1,4 +1,4 @@
-"""The learning curve of a student on a real capture, in slices that can be run one by one."""
+"""The learning curve of a student on a real capture, in slices that can be run one at a time."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from r2l_nerfstudio.errors import InputError
 PUBLISHED = {"r2l": {"lego": 32.53}}
 """PSNR in dB on test views as the papers' code reports it for single captures; R2L's teacher of lego has 31.42."""
 MARK = HELD_OUT
-LOOKS = {"cuda": 100, "cpu": 20}
+STEPS_PER_EVAL = {"cuda": 100, "cpu": 20}
 """Iterations between measurements on the held-out views."""
 
 
@@ -44,15 +44,15 @@ class Curve:
     method: str = "r2l"
     """The student's method, as for ns-train."""
     minutes: float = 25.0
-    """Minutes of the student's training in all, teacher views included."""
+    """Total minutes of the student's training, including teacher views."""
     slice_minutes: float | None = None
-    """Stop this call after so many minutes, with everything saved."""
+    """Stop this call after this many minutes, with everything saved."""
     scale: float = 1.0
     """Resolution, as a share of the capture's."""
     test_views: int = 25
-    """At most this many test views, evenly spaced, for the final figures."""
+    """Maximum number of test views, evenly spaced, for the final figures."""
     cache_dir: Path | None = None
-    """Folder to keep teacher views in, so that a later slice need not render them again."""
+    """Folder for teacher views, so that later slices do not render them again."""
     output_dir: Path = Path("outputs/curve")
     """Folder of all runs."""
     results_dir: Path = RESULTS
@@ -73,7 +73,8 @@ class Curve:
         config.vis = "tensorboard"
         config.viewer.quit_on_train_completion = True
         config.steps_per_save = 250
-        config.pipeline.steps_per_holdout = LOOKS[config.machine.device_type if torch.cuda.is_available() else "cpu"]
+        device = config.machine.device_type if torch.cuda.is_available() else "cpu"
+        config.pipeline.steps_per_eval_held_out = STEPS_PER_EVAL[device]
         config.pipeline.datamanager.cache_dir = self.cache_dir
         folder = config.get_base_dir()
         figures_file = self.results_dir / f"curve_{self.capture}_{self.method}.json"
@@ -136,7 +137,7 @@ def read_curve(folder: Path, minutes: float) -> list[dict[str, float]]:
 
     Args:
         folder: folder of the run.
-        minutes: that the whole training takes.
+        minutes: length of the whole training.
     """
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -147,11 +148,11 @@ def read_curve(folder: Path, minutes: float) -> list[dict[str, float]]:
             if not tag.startswith(MARK) and tag != "Training done":
                 continue
             for event in events.Scalars(tag):
-                look = found.setdefault(event.step, {"step": event.step})
+                point = found.setdefault(event.step, {"step": event.step})
                 if tag == "Training done":
-                    look["minutes"] = round(event.value * minutes, 3)
+                    point["minutes"] = round(event.value * minutes, 3)
                 else:
-                    look["photographs" if "photographs" in tag else "teacher_views"] = round(event.value, 3)
+                    point["photos" if "photo" in tag else "teacher_views"] = round(event.value, 3)
     return [found[step] for step in sorted(found)]
 
 
@@ -161,9 +162,9 @@ def draw(figures: dict[str, Any], file: Path) -> None:
 
     figure = Figure(figsize=(7, 4), layout="constrained")
     axis = figure.subplots()
-    for what in ("teacher_views", "photographs"):
-        looks = [look for look in figures["curve"] if what in look]
-        axis.plot([look["minutes"] for look in looks], [look[what] for look in looks], label=f"held-out {what}")
+    for kind, label in (("teacher_views", "held-out teacher views"), ("photos", "held-out photos")):
+        points = [point for point in figures["curve"] if kind in point]
+        axis.plot([point["minutes"] for point in points], [point[kind] for point in points], label=label)
     if figures["published_test_psnr"] is not None:
         axis.axhline(figures["published_test_psnr"], ls=":", color="gray", label="published, test views, days")
     axis.set(xlabel="minutes, teacher views included", ylabel="dB", title=f"{figures['capture']}, {figures['method']}")

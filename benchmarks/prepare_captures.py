@@ -38,7 +38,7 @@ SHA256: dict[CaptureName, str] = {
     "fern": "2638a019434ccbf33253b234219382dd386dc3dfe35c6e3267843826bd81f57e",
     "fox": "120f14e4797aa44dfcdcd6b65baef22f46ed37568274454b9a88555e93d785cc",
 }
-"""SHA-256 of all names and contents except licence texts, as returned by `digest`."""
+"""SHA-256 of all names and contents except license texts, as returned by `digest`."""
 TEST_EVERY = 8
 """LLFF's split: the first of every eight views is a test view."""
 JPEG_QUALITY = 95
@@ -236,7 +236,7 @@ def digest(folder: Path, is_counted: Callable[[Path], bool] = lambda path: path.
 
     Args:
         folder: to read.
-        is_counted: which files count; all but licence texts by default.
+        is_counted: which files count; all but license texts by default.
     """
     found = hashlib.sha256()
     for path in sorted(folder.rglob("*")):

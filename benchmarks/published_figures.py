@@ -1,4 +1,4 @@
-"""Figures that others published, as the tables quote them, with their sources and what they do not say."""
+"""Published figures that the tables quote, with their sources and caveats."""
 
 from __future__ import annotations
 

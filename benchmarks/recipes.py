@@ -286,7 +286,12 @@ class Laboratory:
         self.unseen = [unseen.render(index) for index in range(UNSEEN_VIEWS)]
 
     def learn(
-        self, config: DistillationTrainerConfig, seconds: float, seed: int, looks: int, say: Callable[[Point], None]
+        self,
+        config: DistillationTrainerConfig,
+        seconds: float,
+        seed: int,
+        measurements: int,
+        report: Callable[[Point], None],
     ) -> list[Point]:
         """Train a student for a given processor time.
 
@@ -294,8 +299,8 @@ class Laboratory:
             config: configuration with its recipe.
             seconds: processor time in seconds.
             seed: seed of weights and batches.
-            looks: number of measurements, the final one included.
-            say: called with every measurement.
+            measurements: number of measurements, including the final one.
+            report: called with every measurement.
         """
         torch.manual_seed(seed)
         ours = config.pipeline
@@ -312,19 +317,19 @@ class Laboratory:
             if isinstance(scheduler, ScheduledRate):
                 scheduler.progress = lambda: progress.fraction
         points: list[Point] = []
-        step, learnt = 0, 0
+        step, learned = 0, 0
         pipeline.train()
         while True:
             pipeline.train_step(optimizers, step)
             for scheduler in optimizers.schedulers.values():
                 scheduler.step()
             step += 1
-            learnt += pipeline.datamanager.get_train_rays_per_batch()
+            learned += pipeline.datamanager.get_train_rays_per_batch()
             progress.update(step)
-            if progress.fraction >= (len(points) + 1) / looks:
+            if progress.fraction >= (len(points) + 1) / measurements:
                 with clock.stopped():
-                    points.append(Point(clock(), step, learnt, self.quality()))
-                    say(points[-1])
+                    points.append(Point(clock(), step, learned, self.quality()))
+                    report(points[-1])
             if progress.finished:
                 return points
 
@@ -381,7 +386,7 @@ class Recipes:
     """Seconds of processor time per student."""
     seeds: int = 3
     """Students per recipe."""
-    looks: int = 4
+    measurements: int = 4
     """Points of every learning curve."""
     num_views: int = 200
     """Teacher views that all students learn from."""
@@ -426,7 +431,9 @@ class Recipes:
                 runs = figures["rows"].setdefault(key, {"recipe": name, "seconds": seconds, "seeds": {}})["seeds"]
                 if str(seed) in runs:
                     continue
-                points = laboratory.learn(configured(*recipes[name]), seconds, seed, self.looks, lambda point: None)
+                points = laboratory.learn(
+                    configured(*recipes[name]), seconds, seed, self.measurements, lambda point: None
+                )
                 runs[str(seed)] = [vars(point) for point in points]
                 row = figures["rows"][key]
                 parameters = sum(p.numel() for p in laboratory.pipeline.model.parameters())
@@ -499,9 +506,9 @@ def draw_curves(figures: dict[str, Any], file: Path) -> None:
 
     figure = Figure(figsize=(10, 4), layout="constrained")
     axes = figure.subplots(1, 2, sharey=True)
-    colours = {"paper": "tab:gray", "ours": "tab:blue"}
+    colors = {"paper": "tab:gray", "ours": "tab:blue"}
     drawn = sorted(
-        (row for row in figures["rows"].values() if row["recipe"] in colours),
+        (row for row in figures["rows"].values() if row["recipe"] in colors),
         key=lambda row: (row["recipe"], row["seconds"]),
     )
     longest = max((row["seconds"] for row in drawn), default=1.0)
@@ -511,7 +518,7 @@ def draw_curves(figures: dict[str, Any], file: Path) -> None:
             shade = 0.3 + 0.7 * row["seconds"] / longest
             for axis, what, scale in ((axes[0], "seconds", 1), (axes[1], "rays", 1e6)):
                 xs, ys = [point[what] / scale for point in points], [point["psnr"] for point in points]
-                axis.plot(xs, ys, "o-", ms=3, lw=1, color=colours[row["recipe"]], alpha=shade, label=label)
+                axis.plot(xs, ys, "o-", ms=3, lw=1, color=colors[row["recipe"]], alpha=shade, label=label)
     for axis, label in zip(axes, ("seconds of one thread", "million pixels learned from"), strict=True):
         axis.set(xscale="log", xlabel=label)
         axis.grid(alpha=0.3, which="both")

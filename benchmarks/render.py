@@ -46,7 +46,7 @@ all."""
 
 @dataclass
 class Render:
-    """Milliseconds of every engine that runs here, network alone and whole frame with rays and encoding, beside bare
+    """Milliseconds of every engine that runs here, only the network and the whole frame with rays and encoding, beside bare
     matrix products of the network's own shapes. Weights are random: they make no difference to the time."""
 
     methods: tuple[str, ...] = tuple(SIZES)
@@ -162,7 +162,7 @@ class Render:
                     absent[f"{name} {precision}"] = reason
                     continue
                 try:
-                    folder = cache.artefacts(name, engine_module(name).version())
+                    folder = cache.artifacts(name, engine_module(name).version())
                     engines[f"{name} {precision}"] = build_engine(name, network, precision, device, folder)
                 except InputError as error:
                     absent[f"{name} {precision}"] = str(error)
@@ -200,7 +200,7 @@ def fill_ball(model: LightFieldModel) -> None:
     generator = torch.Generator().manual_seed(0)
     points = 0.9 * torch.nn.functional.normalize(torch.randn(200_000, 3, generator=generator), dim=-1)
     points = points.to(model.device)
-    warp = "ball" if encoding.ray_code.spacing == "sphere" else "contracted"
+    warp = "ball" if encoding.ray_encoding.spacing == "sphere" else "contracted"
     scene.fit(warp, points, points.new_zeros(3), torch.eye(3))
     encoding.occupancy.clear(scene.resolution(scene.cell_of(model.config.occupancy_cells)))
     encoding.occupancy.mark((encoding.occupancy.counts(points) > 0).to(torch.uint8))
@@ -241,7 +241,7 @@ def products(network: nn.Module, code: torch.Tensor) -> list[tuple[int, int, int
 
 
 def evaluated(model: LightFieldModel, code: torch.Tensor, side: int) -> float:
-    """Share of a frame's rays, or cells with their margin, that the network is asked for: those that see the scene."""
+    """Share of a frame's rays, or cells with their margin, that the network evaluates: those that see the scene."""
     if code.ndim == 2:
         return round(len(code) / side**2, 3)
     rows, columns = ray_image_size(side, side, model.factor, model.margin)
@@ -321,7 +321,7 @@ def as_markdown(figures: dict[str, Any]) -> str:
         "",
         f"`python -m benchmarks render`, torch {figures['torch']}, one run, random weights:"
         " the fastest call of many in turns.",
-        "*Network* is the compiled unit alone, *frame* all of `get_outputs_for_camera`: rays, encoding, network, depth.",
+        "*Network* is only the compiled unit, *frame* all of `get_outputs_for_camera`: rays, encoding, network, depth.",
         "*Bare matmul* is `torch.matmul` at the shapes of the network's layers, in the fastest of several chunk sizes.",
         "",
     ]

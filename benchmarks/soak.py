@@ -1,4 +1,4 @@
-"""Render at ever new sizes for a long time, and watch memory, threads and open files.
+"""Render at ever new sizes for a long time, and measure memory, threads and open files.
 
     python -m benchmarks soak RUN --minutes 30
 
@@ -60,7 +60,7 @@ class Sample:
 
 
 @dataclass(frozen=True)
-class Watched:
+class Growth:
     """What became of a process that rendered for long."""
 
     name: str
@@ -88,7 +88,7 @@ class Watched:
 
 @dataclass
 class Soak:
-    """Memory, threads and open files of every engine and of r2l-view over a long time, at ever new picture sizes."""
+    """Memory, threads and open files of every engine and of r2l-view over a long time, at ever new image sizes."""
 
     run: tyro.conf.Positional[Path]
     """The student's run: its config.yml, or its folder."""
@@ -122,7 +122,7 @@ class Soak:
         load = os.getloadavg()[0]
         self.results_dir.mkdir(parents=True, exist_ok=True)
         text = as_markdown(found, self.minutes, self.settle_minutes, load)
-        figures = {"minutes": self.minutes, "load_average": round(load, 1), "watched": [asdict(each) for each in found]}
+        figures = {"minutes": self.minutes, "load_average": round(load, 1), "growth": [asdict(each) for each in found]}
         (self.results_dir / "soak.json").write_text(json.dumps(figures, indent=2) + "\n")
         (self.results_dir / "soak.md").write_text(text)
         CONSOLE.print(text, markup=False, highlight=False, soft_wrap=True)
@@ -151,8 +151,8 @@ def render(
     """
     draw = random.Random(0)
     student = load_student(run, device="cpu", engine=engine)
-    center = student.model.ray_code.center.numpy()
-    radius = float(student.model.ray_code.radius)
+    center = student.model.ray_encoding.center.numpy()
+    radius = float(student.model.ray_encoding.radius)
     samples: list[Sample] = []
     count, start = 0, time.monotonic()
     while time.monotonic() - start < seconds and count < frames:
@@ -173,7 +173,7 @@ def sample(process: psutil.Process, seconds: float) -> Sample:
     return Sample(seconds, process.memory_info().rss / 1e6, process.num_threads(), process.num_fds())
 
 
-def watch_viewer(run: Path, seconds: float, settle: float) -> Watched:
+def watch_viewer(run: Path, seconds: float, settle: float) -> Growth:
     """Serve r2l-view from a process of its own, and have two browser tabs move, resize and reconnect.
 
     Raises:
@@ -217,7 +217,7 @@ def visit(chromium: Browser, address: str, seconds: float) -> int:
     """Keep two tabs on a viewer busy: drag the camera, resize the window, and after some moves close and reopen the tab.
 
     Returns:
-        the pictures that the viewer sent.
+        the images that the viewer sent.
     """
     draw, frames = random.Random(0), 0
 
@@ -261,13 +261,13 @@ def _wait_for(port: int, server: Any, patience: float = 300.0) -> None:
     raise InputError(f"r2l-view did not start within {patience:.0f} s.")
 
 
-def judge(name: str, samples: list[Sample], frames: int, settle: float) -> Watched:
+def judge(name: str, samples: list[Sample], frames: int, settle: float) -> Growth:
     """Compare the first quarter of the samples after `settle` seconds with the last one."""
     later = [each for each in samples if each.seconds >= settle]
     if len(later) < 8:
         raise InputError(f"Only {len(later)} samples of {name} after {settle:.0f} s: set a longer --minutes.")
     quarter = len(later) // 4
-    return Watched(name, frames, _median(later[:quarter]), _median(later[-quarter:]))
+    return Growth(name, frames, _median(later[:quarter]), _median(later[-quarter:]))
 
 
 def _median(samples: list[Sample]) -> Sample:
@@ -275,10 +275,10 @@ def _median(samples: list[Sample]) -> Sample:
     return Sample(*(type(column[0])(statistics.median(column)) for column in columns))
 
 
-def as_markdown(found: list[Watched], minutes: float, settle: float, load: float) -> str:
+def as_markdown(found: list[Growth], minutes: float, settle: float, load: float) -> str:
     """The table, and how it was made."""
     lines = [
-        f"Random picture sizes of {SIDES[0]} to {SIDES[1]} pixels a side for {minutes:g} minutes, all rows at once,"
+        f"Random image sizes of {SIDES[0]} to {SIDES[1]} pixels a side for {minutes:g} minutes, all rows at once,"
         f" load average {load:.1f} at the end. After {settle:g} minutes and at the end: medians of a quarter of the"
         " remaining time.",
         "",

@@ -1,4 +1,4 @@
-"""How fast a training step runs, beside the machine's own multiplication and the published loop, in one run."""
+"""Speed of a training step, beside bare matrix products and the published training loop."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from r2l_nerfstudio.distillation.pipeline import DistillationPipeline
 from r2l_nerfstudio.engines.cache import device_name
 
 ON_CPU = {"r2l": 8192, "r2l-lite": 4096, "mobile-r2l": 1 << 18, "mobile-r2l-lite": 8192}
-"""Pixels per iteration where a CPU trains; a GPU takes the method's own."""
+"""Pixels per iteration on a CPU; a GPU uses the method's own."""
 PAPER = {"r2l": "r2l-paper", "mobile-r2l": "mobile-r2l-paper"}
 RAYS_PER_FILE = 4096
 POOL_BATCHES = 20
@@ -30,23 +30,23 @@ FRESH_SHARE = 5 / 6
 
 @dataclass
 class Train:
-    """A training step of each method, whole and in parts, beside bare matrix products of its network's forward and backward
-    pass at its own shapes and precision, and a re-creation of the published loop on the same network."""
+    """Time a training step of each method and its parts, beside bare matrix products with the shapes and precision of its
+    network's forward and backward pass, and a re-creation of the published loop with the same network."""
 
     teacher: Path
-    """Any trained run, for views to learn from."""
+    """Any trained run, which renders the views."""
     data: Path | None = None
-    """The teacher's capture, if it is no longer where it was."""
+    """The teacher's capture, if it has moved."""
     methods: tuple[str, ...] = tuple(ON_CPU)
-    """Which students."""
+    """Methods to measure."""
     rays: int | None = None
     """Pixels per iteration; by default the method's own on a GPU, fewer on a CPU."""
     seconds: float = 20.0
-    """Seconds of measuring for each student; the fastest call of all rounds counts."""
+    """Seconds of measuring per method; the fastest call of all rounds is reported."""
     results_dir: Path = RESULTS
-    """Where figures go."""
+    """Folder for the figures."""
     cache_dir: Path | None = None
-    """Folder to keep the teacher's views in."""
+    """Folder for teacher views."""
 
     def main(self) -> None:
         """Measure, and write `train_DEVICE.{json,md}`."""
@@ -123,12 +123,12 @@ class Step:
         self.pipeline.train_step(self.optimizers, 0)
 
     def optimize(self) -> None:
-        """The optimizers' part of it."""
+        """Step the optimizers."""
         self.pipeline.update_weights(self.optimizers, 0)
 
 
 class BareStep:
-    """`torch.matmul` alone, for the forward and backward pass of all layers: outputs, gradients of weights and of inputs.
+    """Run only the `torch.matmul` of all layers: outputs, and gradients of weights and of inputs.
 
     Args:
         shapes: rows, inner and outer width of each layer's product, the first layer first.
@@ -197,7 +197,7 @@ class PublishedStep:
 
 
 def as_markdown(figures: dict[str, Any]) -> str:
-    """The figures as one table."""
+    """Return the figures as one table."""
     lines = [
         f"# Training on {figures['device']}",
         "",

@@ -1,16 +1,12 @@
-"""How large the web page of a student is, how fast a browser draws it on the processor, and how near it is to torch."""
+"""Size of a student's web page, frame times on the CPU in a browser, and its PSNR against PyTorch."""
 
 from __future__ import annotations
 
-import base64
-import io
 import json
 import math
 import os
-import shutil
 import statistics
 import tempfile
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,24 +14,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-import numpy as np
 import torch
-from jaxtyping import Float
 from nerfstudio.utils.rich_utils import CONSOLE
-from PIL import Image
-from torch import Tensor
 
 from benchmarks.figures import RESULTS, results_stem, write_figures
 from benchmarks.render import fill_ball
 from benchmarks.render import student as random_student
+from benchmarks.web_page import CANVAS, ELEMENT, browser, canvas_image, served, state
 from r2l_nerfstudio.distillation.pose_sampling import CaptureCameras, look_along
 from r2l_nerfstudio.engines.cache import device_name
 from r2l_nerfstudio.errors import InputError
 from r2l_nerfstudio.export.navigation import start_pose
 from r2l_nerfstudio.export.training_cameras import training_cameras
-from r2l_nerfstudio.export.web_folder import FALLBACK, RUNTIME, SCENE, UNREAD, export_web
+from r2l_nerfstudio.export.web_folder import FALLBACK, RUNTIME, SCENE, UNREAD, PageOptions, export_web
 from r2l_nerfstudio.export.web_runtime import FILES, VERSION, fetch_runtime
-from r2l_nerfstudio.export.web_server import WebServer
 from r2l_nerfstudio.psnr import psnr
 from r2l_nerfstudio.rays.spacing import SceneBounds
 from r2l_nerfstudio.student import Student, load_student
@@ -49,13 +41,11 @@ PUBLISHED = (
     ("SNeRG", "86.8", "337.3"),
     ("MobileR2L", "8.3", "8.3"),
 )
-"""Megabytes on disk for a synthetic and a forward-facing scene, as MobileR2L's paper has them (table 3)."""
+"""Megabytes on disk for a synthetic and a forward-facing scene, from MobileR2L's paper (table 3)."""
 PATIENCE_MS = 600_000.0
 FEWEST = 2
-"""So many pictures are timed at least; the one that the page begins with, unlike them, counts nowhere."""
+"""Least number of timed frames; the page's first one is not timed."""
 MOST = 30
-ELEMENT = "document.querySelector('light-field')"
-CANVAS = f"{ELEMENT}.shadowRoot.querySelector('canvas')"
 _FIELD_OF_VIEW = 0.6
 _RADIUS = 4.0
 
@@ -63,26 +53,26 @@ _RADIUS = 4.0
 @dataclass
 class Web:
     """Bytes of every file of a web export, milliseconds of a frame in headless Chromium (WebAssembly), and PSNR of the
-    page's canvas against torch. Sizes and times are of random weights: they make no difference to either."""
+    page's canvas against PyTorch. Sizes and times do not depend on the weights, which are random."""
 
     methods: tuple[str, ...] = METHODS
-    """Which students, of those that draw whole images."""
+    """Methods to measure, of those that read ray images."""
     sizes: tuple[int, ...] = (200, 400, 800)
     """Pixels along each side of the frame."""
     threads: tuple[int, ...] = (1, 2)
-    """Of WebAssembly; as many cores are needed."""
+    """Numbers of WebAssembly threads; as many cores are needed."""
     seconds: float = 4.0
-    """Of drawing for each figure, two pictures at least and thirty at most; the fastest and the median count."""
+    """Seconds of rendering per figure, at least two frames and at most thirty; the fastest and the median are reported."""
     load_config: Path | None = None
-    """A trained student, whose canvas is compared with torch; without it that table is left out."""
+    """A trained student to compare with PyTorch; if not given, that table is left out."""
     data: Path | None = None
-    """Where its capture is now; where it was in training, by default."""
+    """The capture's location, if it has moved since training."""
     poses: int = 10
-    """Of the comparison, evenly spread over where a visitor may go."""
+    """Number of views of the comparison, spread evenly over the allowed region."""
     runtime: Path | None = None
-    """The npm package onnxruntime-web as a .tgz file; fetched by npm once, by default."""
+    """The npm package onnxruntime-web as a .tgz file; by default npm downloads it once."""
     results_dir: Path = RESULTS
-    """Where figures go."""
+    """Folder for the figures."""
 
     def main(self) -> None:
         """Measure and write `web_DEVICE.{json,md}`."""
@@ -95,7 +85,7 @@ class Web:
         runtime = fetch_runtime(self.runtime)
         name = device_name(torch.device("cpu"))
         stem = results_stem(self.results_dir, "web", name)
-        with browser() as chromium, tempfile.TemporaryDirectory() as scratch:
+        with browser("--disable-gpu") as chromium, tempfile.TemporaryDirectory() as scratch:
             figures: dict[str, Any] = {
                 "device": name,
                 "browser": f"headless Chromium {chromium.version}",
@@ -116,13 +106,15 @@ class Web:
     def _frame(self, chromium: Browser, runtime: Path, folder: Path, method: str, side: int) -> dict[str, Any]:
         CONSOLE.print(f"{method}, {side}x{side} …")
         model, _ = random_student(method, side, torch.device("cpu"))
-        # Every cell is drawn: in a bounded scene those that miss it are left out.
+        # Not bounded, so that every cell is evaluated.
         bounds = SceneBounds("near-far", (0.0, 0.0, 0.0), 1.0, 2.0, 6.0)
         focal = side / _FIELD_OF_VIEW
         model.set_scene(bounds, torch.eye(3), torch.ones(3), has_accumulation=True, has_depth=True, focal=focal)
         fill_ball(model)
-        with model.drawn_by(lambda code: model.network(code)):  # no engine is built beside the measurement
-            made = export_web(Student(model, method), ring_of_cameras(side, focal), runtime, folder, method)
+        with model.drawn_by(lambda code: model.network(code)):  # builds no engine during the measurement
+            made = export_web(
+                Student(model, method), ring_of_cameras(side, focal), runtime, folder, PageOptions(method)
+            )
         taken = {}
         for count in self.threads:
             with visited(chromium, folder, f"?backend=wasm&threads={count}", side) as page:
@@ -141,12 +133,12 @@ class Web:
         found = state(page)
         if found["backend"] != f"WebAssembly, {count} thread{'s' * (count > 1)}":
             raise InputError(
-                f"Chromium draws with {found['backend']}, not with {count} threads: choose other --threads."
+                f"Chromium renders with {found['backend']}, not with {count} threads: choose other --threads."
             )
         size = page.evaluate(f"[{CANVAS}.width, {CANVAS}.height]")
         if size != [side, side]:
             raise InputError(
-                f"The page drew {size[0]}x{size[1]} pixels, not {side}x{side}: this is a fault of the page."
+                f"The page rendered {size[0]}x{size[1]} pixels, not {side}x{side}: this is a bug of the page."
             )
         taken: list[float] = []
         end = time.monotonic() + self.seconds
@@ -157,7 +149,8 @@ class Web:
 
     def _compare(self, chromium: Browser, runtime: Path, folder: Path) -> dict[str, Any]:
         student = load_student(self.load_config, device="cpu", engine="torch")
-        made = export_web(student, training_cameras(self.load_config, self.data), runtime, folder, student.method_name)
+        cameras = training_cameras(self.load_config, self.data)
+        made = export_web(student, cameras, runtime, folder, PageOptions(student.method_name))
         scene = json.loads((folder / SCENE).read_text())
         picture = scene["picture"]
         across, down, focal = picture["width"], picture["height"], picture["focal"]
@@ -166,7 +159,7 @@ class Web:
         with visited(chromium, folder, f"?backend=wasm&size={side}", across, down) as page:
             for number in range(self.poses):
                 move(page, wanted_view(scene["view"], number))
-                canvas = canvas_picture(page)
+                canvas = torch.from_numpy(canvas_image(page))
                 height, width = canvas.shape[:2]
                 share = height / down if not student.model.reads_ray_image else 1.0
                 pose = start_pose(shown_view(scene["view"], state(page)["view"]))
@@ -185,7 +178,7 @@ class Web:
 
 
 def ring_of_cameras(side: int, focal: float) -> CaptureCameras:
-    """A dozen cameras around the origin, of square pictures."""
+    """Return a dozen cameras around the origin, with square images."""
     angles = torch.linspace(0, 2 * math.pi, 13)[:-1]
     outwards = torch.stack([angles.cos(), angles.sin(), torch.full_like(angles, 0.3)], dim=-1)
     rotations = torch.stack([look_along(-axis, torch.tensor([0.0, 0.0, 1.0])) for axis in outwards])
@@ -195,70 +188,33 @@ def ring_of_cameras(side: int, focal: float) -> CaptureCameras:
 
 
 @contextmanager
-def browser(*switches: str) -> Iterator[Browser]:
-    """Headless Chromium.
-
-    Args:
-        *switches: further switches of its command line.
-
-    Raises:
-        InputError: it is missing, or Playwright, which drives it.
-    """
-    executable = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-    if executable is None:
-        raise InputError("This benchmark needs a Chromium, and there is none here: apt install chromium.")
-    try:
-        from playwright.sync_api import sync_playwright
-    except ImportError as error:
-        raise InputError(
-            "This benchmark needs the package playwright, which is not installed: pip install playwright."
-        ) from error
-    with sync_playwright() as playwright:
-        started = playwright.chromium.launch(
-            executable_path=executable, args=["--no-sandbox", "--disable-gpu", *switches]
-        )
-        try:
-            yield started
-        finally:
-            started.close()
-
-
-@contextmanager
 def visited(chromium: Browser, folder: Path, query: str, width: int, height: int | None = None) -> Iterator[Page]:
-    """A page of the folder, once its picture rests."""
-    with WebServer(folder) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        page = chromium.new_page(
-            viewport={"width": width, "height": height or width}, bypass_csp=True
-        )  # it waits inside the page
+    """Open the page of a folder and wait for its final image."""
+    with served(folder) as address:
+        # Waiting runs scripts in the page, which its Content-Security-Policy forbids.
+        page = chromium.new_page(viewport={"width": width, "height": height or width}, bypass_csp=True)
         try:
             page.set_default_timeout(PATIENCE_MS)
-            page.goto(f"http://127.0.0.1:{server.server_address[1]}/{query}")
+            page.goto(f"{address}{query}")
             settle(page)
             yield page
         finally:
             page.close()
-            server.shutdown()
-
-
-def state(page: Page) -> dict[str, str]:
-    """What the page says of itself."""
-    return page.evaluate(f"({{...{ELEMENT}.dataset}})")
 
 
 def settle(page: Page) -> None:
-    """Wait until the picture is as good as it gets.
+    """Wait until the image has its final resolution.
 
     Raises:
-        InputError: the page gave up.
+        InputError: if the page shows an error.
     """
     page.wait_for_function(f"['resting', 'failed'].includes({ELEMENT}.dataset.state)")
     if state(page)["state"] == "failed":
-        raise InputError(f"The page says: {page.locator('#message').inner_text()}")
+        raise InputError(f"The page shows an error: {page.locator('#message').inner_text()}")
 
 
 def move(page: Page, view: dict[str, float]) -> None:
-    """Ask for a view by the address, and wait for its picture."""
+    """Set a view in the address, and wait for its image."""
     before = int(state(page)["frames"])
     page.evaluate("hash => { location.hash = hash }", "&".join(f"{key}={value:.4f}" for key, value in view.items()))
     page.wait_for_function(f"{ELEMENT}.dataset.frames > {before}")
@@ -266,7 +222,7 @@ def move(page: Page, view: dict[str, float]) -> None:
 
 
 def wanted_view(limits: dict[str, Any], number: int) -> dict[str, float]:
-    """One of many views, evenly spread over a page's region, as its address takes them."""
+    """Return one of many views, spread evenly over a page's region, as options of its address."""
     shares = [(0.5 + (number + 1) * step) % 1 for step in (0.7548776662, 0.5698402910, 0.3819660113)]
     low, high = limits["azimuth"] or [limits["start"]["azimuth"] - math.pi, limits["start"]["azimuth"] + math.pi]
     down, up = limits["elevation"]
@@ -281,23 +237,16 @@ def wanted_view(limits: dict[str, Any], number: int) -> dict[str, float]:
 
 
 def shown_view(limits: dict[str, Any], address: str) -> dict[str, Any]:
-    """A page's region, its start at the view that the page says it shows."""
-    said = {key: float(value) for key, value in (part.split("=") for part in address.split("&"))}
-    start = {"azimuth": math.radians(said["azimuth"]), "elevation": math.radians(said["elevation"])}
-    if "distance" in said:
-        start["distance"] = said["distance"]
+    """Return a page's region with the start at the view that the page shows."""
+    shown = {key: float(value) for key, value in (part.split("=") for part in address.split("&"))}
+    start = {"azimuth": math.radians(shown["azimuth"]), "elevation": math.radians(shown["elevation"])}
+    if "distance" in shown:
+        start["distance"] = shown["distance"]
     return {**limits, "start": {**limits["start"], **start}}
 
 
-def canvas_picture(page: Page) -> Float[Tensor, "height width 3"]:
-    """What is on the canvas, in [0, 1]."""
-    url = page.evaluate(f"{CANVAS}.toDataURL('image/png')")
-    image = Image.open(io.BytesIO(base64.b64decode(url.partition(",")[2])))
-    return torch.from_numpy(np.asarray(image.convert("RGB"), dtype=np.float32) / 255)
-
-
 def loaded_bytes(files: dict[str, int], backend: Literal["webgpu", "wasm"]) -> int:
-    """What a visitor loads of a folder: the page and the student, without WebGPU also a runtime."""
+    """Return the bytes that a visitor loads: page and student, and without WebGPU the runtime."""
     page = sum(size for name, size in files.items() if "/" not in name and name not in (*UNREAD, FALLBACK))
     if backend == "webgpu":
         return page
@@ -307,13 +256,13 @@ def loaded_bytes(files: dict[str, int], backend: Literal["webgpu", "wasm"]) -> i
 
 
 def as_markdown(figures: dict[str, Any]) -> str:
-    """The figures as tables."""
+    """Return the figures as tables."""
     lines = [
         f"# The web page on {figures['device']}",
         "",
         f"`python -m benchmarks web`, {figures['browser']}, {figures['runtime']}; load average"
-        f" {figures['load_average_at_start']} when it began. Weights are random where nothing else is said: sizes and"
-        " times are the same.",
+        f" {figures['load_average_at_start']} at the start. Weights are random unless noted, which changes neither sizes"
+        " nor times.",
         "",
     ]
     counts = list(figures["frames"][0]["milliseconds"]) if figures["frames"] else []

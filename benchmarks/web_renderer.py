@@ -7,7 +7,6 @@ import os
 import shutil
 import statistics
 import tempfile
-import threading
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -15,15 +14,15 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from nerfstudio.utils.rich_utils import CONSOLE
 
+from benchmarks.figures import RESULTS, write_figures
 from benchmarks.render import fill_ball
 from benchmarks.render import student as random_student
 from benchmarks.web import PATIENCE_MS, ring_of_cameras
-from r2l_nerfstudio.errors import InputError
+from benchmarks.web_page import browser, served
 from r2l_nerfstudio.export.navigation import start_pose, view_limits
-from r2l_nerfstudio.export.web_folder import RUNTIME, export_web, page_rays
+from r2l_nerfstudio.export.web_folder import RUNTIME, PageOptions, export_web, page_rays
 from r2l_nerfstudio.export.web_graph import WebGraph, write_web_graph
 from r2l_nerfstudio.export.web_runtime import GPU_FILES, VERSION, fetch_runtime
-from r2l_nerfstudio.export.web_server import WebServer
 from r2l_nerfstudio.rays.spacing import SceneBounds
 from r2l_nerfstudio.student import Student
 
@@ -36,7 +35,7 @@ _SOFTWARE = (
     "--use-angle=swiftshader",
     "--enable-unsafe-swiftshader",
 )
-_SWITCHES = ("--no-sandbox", "--enable-unsafe-webgpu", "--enable-features=Vulkan", "--disable-gpu-watchdog")
+_SWITCHES = ("--enable-unsafe-webgpu", "--enable-features=Vulkan", "--disable-gpu-watchdog")
 _FIELD_OF_VIEW = 0.6
 
 _OURS = """async () => {
@@ -142,31 +141,24 @@ fn main(
 
 @dataclass
 class WebRenderer:
-    """Milliseconds of a frame of the page's own renderer and of ONNX Runtime's WebGPU, one after the other in the same
-    browser, and the share of a bare tiled matrix product's operations per second. Weights are random."""
+    """Time a frame of the page's own renderer and of ONNX Runtime's WebGPU in the same browser, and compare its operations
+    per second with a bare tiled matrix product. Weights are random."""
 
     methods: tuple[str, ...] = ("r2l-lite", "mobile-r2l-lite")
-    """Which students."""
+    """Methods to measure."""
     side: int = 128
     """Pixels along each side of the frame."""
     frames: int = 5
-    """Timed frames of each; the median counts."""
+    """Timed frames of each; the median is reported."""
     adapter: Literal["software", "gpu"] = "software"
-    """SwiftShader, or whatever GPU Chromium finds."""
+    """SwiftShader, or the GPU that Chromium selects."""
     runtime: Path | None = None
     """The npm package onnxruntime-web as a .tgz file; by default npm downloads it once."""
-    results_dir: Path = Path("benchmarks/results")
-    """Where figures go."""
+    results_dir: Path = RESULTS
+    """Folder for the figures."""
 
     def main(self) -> None:
         """Measure and write `web_renderer_ADAPTER.{json,md}`."""
-        try:
-            from playwright.sync_api import sync_playwright
-        except ImportError as error:
-            raise InputError("This benchmark needs the package playwright: pip install playwright.") from error
-        executable = shutil.which("chromium") or shutil.which("google-chrome")
-        if executable is None:
-            raise InputError("This benchmark needs a Chromium, and there is none here: apt install chromium.")
         runtime = fetch_runtime(self.runtime)
         switches = [*_SWITCHES, *(_SOFTWARE if self.adapter == "software" else ())]
         figures: dict[str, Any] = {
@@ -175,37 +167,31 @@ class WebRenderer:
             "rows": [],
         }
         stem = self.results_dir / f"web_renderer_{self.adapter}"
-        self.results_dir.mkdir(parents=True, exist_ok=True)
-        with sync_playwright() as playwright, tempfile.TemporaryDirectory() as scratch:
-            browser = playwright.chromium.launch(executable_path=executable, args=switches)
-            figures["browser"] = f"headless Chromium {browser.version}"
+        with browser(*switches) as chromium, tempfile.TemporaryDirectory() as scratch:
+            figures["browser"] = f"headless Chromium {chromium.version}"
             for method in self.methods:
                 folder = Path(scratch) / method
                 self._export(method, folder, runtime)
-                with WebServer(folder) as server:
-                    threading.Thread(target=server.serve_forever, daemon=True).start()
-                    page = browser.new_page(bypass_csp=True)
+                with served(folder) as address:
+                    page = chromium.new_page(bypass_csp=True)
                     page.set_default_timeout(PATIENCE_MS)
-                    page.goto(f"http://127.0.0.1:{server.server_address[1]}/bare.html")
+                    page.goto(f"{address}bare.html")
                     figures["rows"].append({"method": method, "side": self.side, **self._time(page, folder)})
                     page.close()
-                    server.shutdown()
-                stem.with_suffix(".json").write_text(json.dumps(figures, indent=2) + "\n")
-                stem.with_suffix(".md").write_text(as_markdown(figures))
-            browser.close()
+                write_figures(stem, figures, as_markdown(figures))
         CONSOLE.print(as_markdown(figures), markup=False, highlight=False, soft_wrap=True)
 
     def _export(self, method: str, folder: Path, runtime: Path) -> None:
         model, _ = random_student(method, self.side, torch.device("cpu"))
         focal = self.side / _FIELD_OF_VIEW
-        # No ray is empty: every pixel costs what it can cost.
+        # Not bounded, so that no ray is empty.
         bounds = SceneBounds("near-far", (0.0, 0.0, 0.0), 1.0, 2.0, 6.0)
         model.set_scene(bounds, torch.eye(3), torch.ones(3), has_accumulation=True, has_depth=True, focal=focal)
         fill_ball(model)
         student = Student(model, method)
         cameras = ring_of_cameras(self.side, focal)
         with model.drawn_by(lambda code: model.network(code)):
-            export_web(student, cameras, None, folder, method)
+            export_web(student, cameras, None, folder, PageOptions(method))
         write_web_graph(student, "fp32", folder / "student.onnx")
         (folder / RUNTIME).mkdir()
         for name in GPU_FILES:
@@ -256,7 +242,7 @@ class WebRenderer:
 
 
 def as_markdown(figures: dict[str, Any]) -> str:
-    """The figures as a table."""
+    """Return the figures as a table."""
     lines = [
         "# The page's own renderer",
         "",

@@ -1,4 +1,4 @@
-"""Render a camera path to a video: a half turn around the scene's centre.
+"""Render a camera path to a video: a half turn around the scene's center.
 
     python examples/camera_path_video.py outputs/…/r2l-lite/… turn.mp4
 
@@ -27,7 +27,7 @@ def turn(angle: float) -> torch.Tensor:
 def main(run: Path, output: Path, frames: int = 60, size: int = 400) -> None:
     """Write `frames` images of `size` x `size` pixels at 30 frames per second."""
     student = load_student(run)
-    encoding = student.model.ray_code
+    encoding = student.model.ray_encoding
     axes, center = encoding.axes.cpu(), encoding.center.cpu()
     distance = (encoding.near + encoding.far).cpu() / 2
     intrinsics = [1.2 * size, 1.2 * size, size / 2, size / 2]

@@ -1,4 +1,4 @@
-"""Render a student from Python, from a camera that looks at the middle of its scene.
+"""Render a student from Python, from a camera that faces the center of its scene.
 
     python examples/render_student.py outputs/…/r2l-lite/… render.png
 
@@ -20,8 +20,8 @@ from r2l_nerfstudio import load_student
 def main(run: Path, output: Path, size: int = 400) -> None:
     """Write one image of `size` x `size` pixels."""
     student = load_student(run)
-    encoding = student.model.ray_code
-    # The mean training camera's axes (right, up, backward), moved back from the scene's centre.
+    encoding = student.model.ray_encoding
+    # The mean training camera's axes (right, up, backward), moved back from the scene's center.
     axes, center = encoding.axes.cpu(), encoding.center.cpu()
     distance = (encoding.near + encoding.far).cpu() / 2
     camera_to_world = torch.cat([axes, (center + distance * axes[:, 2])[:, None]], dim=1)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from r2l_nerfstudio.errors import InputError, one_line
+from r2l_nerfstudio.renamed_fields import current_name
 from r2l_nerfstudio.torch_compat import load_tensors
 
 MOST_STEPS = 10**12
@@ -75,7 +76,7 @@ def read_checkpoint(path: Path, whose: str) -> Checkpoint:
             raise _damaged(path, whose, f"a weight is named {key!r}"[:300])
         if isinstance(value, Tensor):
             _check_tensor(key, value, path, whose)
-        state[key] = value
+        state[current_name(key) if whose == "student" else key] = value
     checkpoint = Checkpoint(step, without_module_prefix(state))
     if not checkpoint.model_weights():
         raise _damaged(path, whose, "it holds no model")

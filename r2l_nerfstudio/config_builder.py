@@ -266,7 +266,7 @@ class ConfigBuilder:
         if package not in self._packages and not _installed(package):
             raise Refused(
                 f"its class {name} is in the Python package '{package}', which is not installed. Install that package "
-                "in this environment (a method's page in Nerfstudio's documentation says how), then try again."
+                "in this environment (see the method's page in Nerfstudio's documentation), then try again."
             )
         if package not in self._packages or _inside(module, _CLOSED_MODULES):
             raise Refused(f"it names {name}, which belongs neither to Nerfstudio's models nor to a plugin.{TRUST}")

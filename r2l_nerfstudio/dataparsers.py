@@ -32,7 +32,7 @@ def dataparser_at(config: TrainerConfig, data: Path) -> DataParserConfig:
 def without_points(dataparser: DataParserConfig) -> DataParserConfig:
     """Return a copy of a dataparser that does not read the points that only seed splats.
 
-    Reading them is slow, and Nerfstudio may ask at the keyboard whether to make a missing file of them.
+    Reading them is slow, and Nerfstudio may prompt at the terminal before it creates a missing one.
     """
     dataparser = copy.deepcopy(dataparser)
     if hasattr(dataparser, "load_3D_points"):

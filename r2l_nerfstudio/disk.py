@@ -61,7 +61,7 @@ def write_atomically(file: Path, content: bytes | str, is_private: bool = False)
         OSError: the file cannot be written; nothing is left beside it.
     """
     file.parent.mkdir(parents=True, exist_ok=True)
-    # Two threads may write one file; the process's number tells a later one whether the writer still runs.
+    # Two threads may write one file. With the process's number, a later one can check whether the writer still runs.
     partial = file.with_name(f".{file.name}.{uuid.uuid4().hex[:8]}.{os.getpid()}.partial")
     try:
         with open(

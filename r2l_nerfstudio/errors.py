@@ -1,4 +1,4 @@
-"""Errors that a user can fix: one paragraph that says what is wrong, where, and what to do."""
+"""Errors that a user can fix: one paragraph with the problem, its place and the remedy."""
 
 from __future__ import annotations
 

@@ -67,7 +67,7 @@ class Student:
 
         Args:
             camera_to_world: [3, 4] or [4, 4], in the run's frame.
-            intrinsics: [4], fx, fy, cx, cy in pixels, or the matrix [3, 3]; the centre of the first pixel is at (0.5,
+            intrinsics: [4], fx, fy, cx, cy in pixels, or the matrix [3, 3]; the center of the first pixel is at (0.5,
                 0.5).
             width: in pixels.
             height: in pixels.
@@ -214,10 +214,10 @@ def _check_scene(model: LightFieldModel, checkpoint: Path) -> None:
     background = model.background
     if not bool(((background >= 0) & (background <= 1)).all()):
         raise InputError(
-            f"The student's checkpoint {checkpoint} is damaged: its background is {background.tolist()}, and colours lie"
+            f"The student's checkpoint {checkpoint} is damaged: its background is {background.tolist()}, and colors lie"
             " between 0 and 1. Restore it from a copy, or train the student again."
         )
-    for name, holder in (("radius", model.ray_code), ("focal", model)):
+    for name, holder in (("radius", model.ray_encoding), ("focal", model)):
         value = getattr(holder, name, None)
         if isinstance(value, Tensor) and value.numel() == 1 and not float(value) > 0:
             raise InputError(

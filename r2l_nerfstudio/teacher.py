@@ -1,7 +1,7 @@
 """Teachers: frozen trained Nerfstudio models, loaded from their runs, which render rays or whole views.
 
 Only the model is loaded, without data manager, images, optimizers or LPIPS network. Everything here is in the teacher's
-frame: the capture's world after the run's dataparser has rotated, centred and scaled it.
+frame: the capture's world after the run's dataparser has rotated, centered and scaled it.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 
 CPU_RAYS_PER_CHUNK = 1024
 OVERSHOOT = 0.5
-"""How far a colour may exceed [0, 1] before it is clamped: spherical harmonics overshoot a little."""
+"""How far a color may exceed [0, 1] before it is clamped: spherical harmonics overshoot a little."""
 
 # Weights with one row per training image, by the end of their name.
 _PER_IMAGE_WEIGHTS = ("camera_optimizer.pose_adjustment", "embedding_appearance.embedding.weight")
@@ -54,7 +54,7 @@ class TeacherOutputs:
     """Outputs of a teacher along rays or at the pixels of a view; float32, on the teacher's device."""
 
     rgb: Float[Tensor, "*batch 3"]
-    """Colour in [0, 1], composited on the teacher's `background`."""
+    """Color in [0, 1], composited on the teacher's `background`."""
     accumulation: Float[Tensor, "*batch 1"] | None
     """Opacity in [0, 1]; None if the method has none."""
     depth: Float[Tensor, "*batch 1"] | None
@@ -85,7 +85,7 @@ class Teacher:
     """The capture's training split: image files and cameras in the teacher's frame, before any
     `camera_res_scale_factor` of the run's data manager."""
     background: Float[Tensor, "3"] | None
-    """The colour composited behind the scene, or None if the model has its own background (fixed colour or last
+    """The color composited behind the scene, or None if the model has its own background (fixed color or last
     sample)."""
     time: float | None = None
     """The instant at which a time-dependent model is frozen, in its capture's time; None for a model without time."""
@@ -169,7 +169,7 @@ class Teacher:
             Outputs of the bundle's batch shape. The appearance is the average one, whatever the camera indices.
 
         Raises:
-            InputError: the teacher is a splat, or has no colour output.
+            InputError: the teacher is a splat, or has no color output.
         """
         if self.views_only:
             raise InputError(
@@ -208,7 +208,7 @@ class Teacher:
             Outputs of batch shape (height, width).
 
         Raises:
-            InputError: the teacher has no colour output.
+            InputError: the teacher has no color output.
             ValueError: more than one camera; for a splat, one with lens distortion or a projection other than
                 perspective, which it would ignore.
         """
@@ -270,15 +270,15 @@ class Teacher:
         rgb = _first(outputs, "rgb", "rgb_fine")
         if rgb is None:
             raise InputError(
-                f"The teacher {self.config_path} ('{self.config.method_name}') has no colour output: its outputs are"
-                f" {', '.join(outputs) or 'none'}, without rgb and rgb_fine. Choose a teacher that renders colour."
+                f"The teacher {self.config_path} ('{self.config.method_name}') has no color output: its outputs are"
+                f" {', '.join(outputs) or 'none'}, without rgb and rgb_fine. Choose a teacher that renders color."
             )
-        rgb = self._shaped("colour", rgb, shape, 3)
+        rgb = self._shaped("color", rgb, shape, 3)
         low, high = (float(value) for value in rgb.nan_to_num(0.5, 0.5, 0.5).aminmax()) if rgb.numel() else (0.0, 1.0)
         if low < -OVERSHOOT or high > 1 + OVERSHOOT:
             raise InputError(
-                f"The teacher {self.config_path} ('{self.config.method_name}') renders colours between {low:.3g} and"
-                f" {high:.3g}, and a student learns colours between 0 and 1: choose another teacher."
+                f"The teacher {self.config_path} ('{self.config.method_name}') renders colors between {low:.3g} and"
+                f" {high:.3g}, and a student learns colors between 0 and 1: choose another teacher."
             )
         accumulation = _first(outputs, "accumulation", "accumulation_fine")
         depth = _first(outputs, "depth", "depth_fine")
@@ -490,7 +490,7 @@ def _depends_on_time(model: Model, cameras: Cameras) -> bool:
 
 
 def _paints_random(model: Model) -> bool:
-    """Return whether training composited on random colours, which become black, or the viewer's grey, at evaluation."""
+    """Return whether training composited on random colors, which become black, or the viewer's gray, at evaluation."""
     renderer = getattr(model, "renderer_rgb", None)
     color = getattr(renderer, "background_color", None)
     if color is None:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def contact_sheet(rows: list[tuple[str, list[Tensor]]], titles: list[str], tile: int = 192) -> Image.Image:
-    """Return one image: a labelled row per camera, a titled column per kind.
+    """Return one image: a labeled row per camera, a titled column per kind.
 
     Args:
         rows: label and (height width 3) images in [0, 1] of each row; all images have one size.

@@ -237,7 +237,7 @@ class Web:
         from r2l_nerfstudio.distillation.pose_sampling import capture_cameras
         from r2l_nerfstudio.export.int8 import held_out
         from r2l_nerfstudio.export.training_cameras import training_views
-        from r2l_nerfstudio.export.web_folder import RUNTIME, export_web
+        from r2l_nerfstudio.export.web_folder import RUNTIME, PageOptions, export_web
         from r2l_nerfstudio.export.web_runtime import fetch_runtime
         from r2l_nerfstudio.export.web_single_file import export_single_file
 
@@ -247,10 +247,9 @@ class Web:
         student = load_student(self.load_config, device="cpu", step=self.step, engine="torch")
         photos = [] if self.precision == "fp16" else held_out(student, dataset, held_share)
         title = self.title or load_run_config(self.load_config).experiment_name or student.method_name
+        options = PageOptions(title, self.precision, photos)
         if self.single_file:
-            made = export_single_file(
-                student, cameras, self.output, title, self.overwrite, precision=self.precision, photos=photos
-            )
+            made = export_single_file(student, cameras, self.output, options, self.overwrite)
             for note in made.notes:
                 CONSOLE.print(f"  {note}", soft_wrap=True, highlight=False)
             size = self.output.stat().st_size
@@ -259,9 +258,7 @@ class Web:
             )
             return
         runtime = fetch_runtime(self.runtime) if self.fallback else None
-        made = export_web(
-            student, cameras, runtime, self.output, title, self.overwrite, precision=self.precision, photos=photos
-        )
+        made = export_web(student, cameras, runtime, self.output, options, self.overwrite)
         for note in made.notes:
             CONSOLE.print(f"  {note}", soft_wrap=True, highlight=False)
         for name, size in made.bytes.items():

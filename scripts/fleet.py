@@ -73,7 +73,7 @@ class Run:
                         try:
                             scheduler.run()
                         finally:
-                            # The page must not say that stages run, whatever ended them.
+                            # The page must not show running stages, whatever ended them.
                             with contextlib.suppress(OSError):
                                 write_gallery(storage, state, is_running=False)
             except KeyboardInterrupt:

@@ -113,7 +113,7 @@ class ImportCheckpoint:
 
     def _center(self, network: PublishedNetwork) -> tuple[float, float, float] | None:
         if self.scene is None and self.center is None and network.kind == "mobile-r2l":
-            # If the file says which scene it is, the published code used that scene's origin.
+            # If the file names its scene, the published code used that scene's origin.
             return LLFF_CENTERS.get(network.arguments.get("scene", ""))
         if self.scene is None:
             return self.center

@@ -31,7 +31,7 @@ class Plan:
     method: tyro.conf.Positional[MethodName]
     """The method to train."""
     teacher: Path | None = None
-    """The teacher's run, which says how large the capture and the teacher are; by default a nerfacto of `--photos` photos of
+    """The teacher's run, for the sizes of capture and teacher; by default a nerfacto of `--photos` photos of
     `--width` x `--height`."""
     gpu_memory: Annotated[float, FloatRange(0, above=True)] | None = None
     """The GPU's memory in GiB; by default this machine's GPU, or 8."""

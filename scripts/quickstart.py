@@ -1,4 +1,4 @@
-"""Quickstart: a procedural scene, a nerfacto teacher, r2l and mobile-r2l students, one picture and one table."""
+"""Quickstart: a procedural scene, a nerfacto teacher, r2l and mobile-r2l students, one image and one table."""
 
 from __future__ import annotations
 
@@ -114,9 +114,9 @@ class Quickstart:
     folder: Path = Path("quickstart")
     """Folder to write to."""
     force: bool = False
-    """Repeat every stage. Earlier runs are kept; picture and table are replaced."""
+    """Repeat every stage. Earlier runs are kept; image and table are replaced."""
     fast: bool = False
-    """Run a miniature in FOLDER/fast: it shows in a minute that everything works, and says nothing about quality."""
+    """Run a miniature in FOLDER/fast: it checks in a minute that everything works, and its quality is meaningless."""
     seed: int = 0
     """Seed of cameras and weights."""
 
@@ -336,7 +336,7 @@ def train(config: TrainerConfig) -> Path:
 
 @torch.no_grad()
 def evaluate(root: Path, teacher_path: Path, students: dict[str, Path], sizes: Sizes) -> Path:
-    """Measure students and teacher against the ground truth at cameras that no training used, and draw the picture.
+    """Measure students and teacher against the ground truth at cameras that no training used, and write the image.
 
     Returns:
         The figures' file, result.json; result.png is beside it.

@@ -109,7 +109,7 @@ def start_viewer(student: Student, run: Path, host: str = "127.0.0.1", port: int
 
 def _place(camera: CameraHandle, student: Student) -> None:
     """Start outside a bounded object, or in the middle of any other scene."""
-    code = student.model.ray_code
+    code = student.model.ray_encoding
     center, radius = code.center.cpu().double(), float(code.radius)
     direction = torch.tensor([1.0, 0.0, 0.4], dtype=torch.float64)
     direction = direction / direction.norm()

@@ -1,4 +1,4 @@
-"""Captures and teachers that many tests share."""
+"""Captures and teachers shared by many tests."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Small networks of both students' kinds, with weights as training leaves them: nothing at zero, norms that do something."""
+"""Small networks of both students' kinds, with weights as after training: nonzero, normalization included."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Small captures whose cameras are those of the published pictures."""
+"""Small captures with the cameras of the published images."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def around(num: int) -> Float[Tensor, "num 3 4"]:
 
 
 def blender_capture(folder: Path, pose: Float[np.ndarray, "3 4"], height: int, width: int, focal: float) -> Path:
-    """A Blender capture: the given camera first, its pictures grey noise."""
+    """A Blender capture: the given camera first, its pictures gray noise."""
     poses = [torch.from_numpy(pose), *around(7)]
     rows = [[*p.double().tolist(), [0.0, 0.0, 0.0, 1.0]] for p in poses]
     for split in ("train", "val", "test"):

@@ -1,4 +1,4 @@
-"""The analytic scene in a teacher's place: exact colours, accumulation and depth at any pose, at no cost."""
+"""The analytic scene as a teacher: exact color, accumulation and depth at any pose."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class SceneTeacher:
     """Answers `view` as a `Teacher` does.
 
     Args:
-        broken: (row, column) of a pixel whose colour comes back as NaN, in every view.
+        broken: (row, column) of a pixel whose color comes back as NaN, in every view.
         geometry: whether accumulation and depth are answered too.
     """
 

@@ -1,4 +1,4 @@
-"""Run folders of students that were never trained: as `ns-train` writes them, in a moment."""
+"""Run folders of untrained students, as `ns-train` writes them."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def write_run(
     has_depth: bool = True,
     focal: float = 50.0,
 ) -> Path:
-    """Write a run of a student with random weights that does not paint everything grey.
+    """Write a run of a student with random weights that does not paint everything gray.
 
     Args:
         folder: of the run, to be made.
@@ -102,7 +102,7 @@ def fill_occupancy(model: LightFieldModel) -> None:
     scene = encoding.occupancy.scene
     generator = torch.Generator().manual_seed(4)
     points = torch.nn.functional.normalize(torch.randn(3000, 3, generator=generator), dim=-1) * 0.7
-    warp = "ball" if encoding.ray_code.spacing == "sphere" else "contracted"
+    warp = "ball" if encoding.ray_encoding.spacing == "sphere" else "contracted"
     scene.fit(warp, points, torch.zeros(3), torch.eye(3))
     encoding.occupancy.clear(scene.resolution(scene.cell_of(model.config.occupancy_cells)))
     encoding.occupancy.mark((encoding.occupancy.counts(points) > 0).to(torch.uint8), dilation=0)

@@ -47,7 +47,7 @@ TINY = {"nerfacto": _NERFACTO, "vanilla-nerf": _NERF, "mipnerf": _NERF, "tensorf
 
 
 def write_capture(folder: Path, views: int = 8, size: int = 24, distance: float = 2.0) -> Path:
-    """Write a capture in Nerfstudio's format: views from a ring around a coloured ball in a coloured room.
+    """Write a capture in Nerfstudio's format: views from a ring around a colored ball in a colored room.
 
     Every 4th view (0, 4, …) is for evaluation, as `train_teacher` reads it.
 
@@ -189,7 +189,7 @@ def _ring(views: int, distance: float) -> list[np.ndarray]:
 
 
 def _photograph(pose: np.ndarray, size: int) -> tuple[Image.Image, Image.Image]:
-    """A ball of radius 0.7 at the origin, coloured by position, before a room coloured by direction; focal = size."""
+    """A ball of radius 0.7 at the origin, colored by position, before a room colored by direction; focal = size."""
     x, y = np.meshgrid((np.arange(size) + 0.5) / size - 0.5, 0.5 - (np.arange(size) + 0.5) / size)
     rays = np.stack([x, y, -np.ones_like(x)], axis=-1) @ pose[:3, :3].T
     rays /= np.linalg.norm(rays, axis=-1, keepdims=True)

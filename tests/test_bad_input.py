@@ -1,4 +1,4 @@
-"""What `ns-train r2l` says to input it cannot use: one paragraph, exit code 1, and no run that looks finished."""
+"""Input that `ns-train r2l` cannot use: one paragraph, exit code 1, and no run that appears finished."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from r2l_nerfstudio.distillation.frame_check import check_frame
 from r2l_nerfstudio.distillation.pose_sampling import PoseSamplerConfig
 from r2l_nerfstudio.distillation.trainer import DistillationTrainerConfig
 from r2l_nerfstudio.errors import InputError
-from r2l_nerfstudio.rays.ray_code import RayCode
+from r2l_nerfstudio.rays.ray_encoding import RayEncoding
 from r2l_nerfstudio.teacher import TeacherOutputs
 
 
@@ -69,11 +69,11 @@ def edit(file: Path, old: str, new: str) -> None:
 # The teacher.
 
 
-def test_no_teacher_named(refused) -> None:
+def test_missing_teacher_option(refused) -> None:
     assert "--teacher" in refused(None)
 
 
-def test_teacher_that_is_not_there(refused, tmp_path: Path) -> None:
+def test_missing_teacher(refused, tmp_path: Path) -> None:
     message = refused(tmp_path / "nowhere")
     assert str(tmp_path / "nowhere") in message and "config.yml" in message
 
@@ -113,11 +113,11 @@ def test_method_that_is_not_installed(refused, run: Path) -> None:
 
 
 @dataclass
-class ColourlessModelConfig(NerfactoModelConfig):
-    _target: type = field(default_factory=lambda: ColourlessModel)
+class ColorlessModelConfig(NerfactoModelConfig):
+    _target: type = field(default_factory=lambda: ColorlessModel)
 
 
-class ColourlessModel(NerfactoModel):
+class ColorlessModel(NerfactoModel):
     """Sees where things are, not what they look like."""
 
     def get_outputs_for_camera(self, camera: Cameras, obb_box=None) -> dict[str, torch.Tensor]:
@@ -125,19 +125,19 @@ class ColourlessModel(NerfactoModel):
         return {"depth": outputs["depth"], "thermal": outputs["accumulation"]}
 
 
-def test_teacher_without_colour(refused, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    edit(run / "config.yml", "nerfstudio.models.nerfacto.Nerfacto", f"{__name__}.Colourless")
-    monkeypatch.setenv("NERFSTUDIO_METHOD_CONFIGS", f"colourless={__name__}:method")
+def test_teacher_without_color(refused, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    edit(run / "config.yml", "nerfstudio.models.nerfacto.Nerfacto", f"{__name__}.Colorless")
+    monkeypatch.setenv("NERFSTUDIO_METHOD_CONFIGS", f"colorless={__name__}:method")
     message = refused(run)
     assert str(run / "config.yml") in message and "depth, thermal" in message and "Choose a teacher" in message
 
 
-def test_teacher_that_has_learnt_nothing(refused, run: Path) -> None:
+def test_untrained_teacher(refused, run: Path) -> None:
     (file,) = (run / "nerfstudio_models").iterdir()
     content = torch.load(file, weights_only=False)  # nerfacto's schedulers put numpy scalars there
     for key, value in content["pipeline"].items():
         if key.startswith("_model.field.mlp_head."):
-            value.zero_()  # grey wherever it looks
+            value.zero_()  # gray wherever it looks
     torch.save(content, file)
     message = refused(run, **{"pipeline.check_frame": True})
     assert str(run) in message and "--data" in message and "--pipeline.check-frame False" in message
@@ -146,7 +146,7 @@ def test_teacher_that_has_learnt_nothing(refused, run: Path) -> None:
 # The capture.
 
 
-def test_capture_that_is_not_there(refused, tiny_teacher: Path, tmp_path: Path) -> None:
+def test_missing_capture(refused, tiny_teacher: Path, tmp_path: Path) -> None:
     message = refused(tiny_teacher, data=tmp_path / "nowhere")
     assert str(tmp_path / "nowhere") in message and "--data" in message
 
@@ -201,7 +201,7 @@ class PhotographicTeacher:
 
 
 @pytest.mark.parametrize("shift", [0, 2, 3])
-def test_photographs_of_other_places(shift: int, tiny_capture: Path) -> None:
+def test_photos_of_another_place(shift: int, tiny_capture: Path) -> None:
     outputs = NerfstudioDataParserConfig(data=tiny_capture).setup().get_dataparser_outputs("train")
     dataset = InputDataset(outputs)
     teacher = PhotographicTeacher(dataset, shift)
@@ -217,8 +217,8 @@ def test_photographs_of_other_places(shift: int, tiny_capture: Path) -> None:
 
 
 def test_no_view_left_after_the_hold_out(refused, tiny_teacher: Path) -> None:
-    message = refused(tiny_teacher, **{"pipeline.datamanager.holdout_fraction": 1.0})
-    assert "No training view is left" in message and "--pipeline.datamanager.holdout-fraction" in message
+    message = refused(tiny_teacher, **{"pipeline.datamanager.held_out_fraction": 1.0})
+    assert "No training view is left" in message and "--pipeline.datamanager.held-out-fraction" in message
 
 
 # Set behind the parser's back, as a configuration file read with --load-config does.
@@ -230,16 +230,16 @@ def test_no_view_left_after_the_hold_out(refused, tiny_teacher: Path) -> None:
         ("pipeline.datamanager.pose_sampler.kind", "--pipeline.datamanager.pose-sampler.kind"),
     ],
 )
-def test_unknown_kinds(option: str, flag: str, refused, tiny_teacher: Path) -> None:
+def test_unknown_option_values(option: str, flag: str, refused, tiny_teacher: Path) -> None:
     message = refused(tiny_teacher, **{option: "spiral"})
     assert "'spiral'" in message and flag in message
 
 
-def test_unknown_kinds_in_python() -> None:
+def test_unknown_option_values_in_python() -> None:
     with pytest.raises(InputError, match="--pipeline.datamanager.pose-sampler.kind from auto, neighbour, sphere, box"):
         PoseSamplerConfig(kind="spiral")
     with pytest.raises(InputError, match="--pipeline.model.ray-encoding from points, plucker, two-plane"):
-        RayCode("spiral")
+        RayEncoding("spiral")
 
 
 @pytest.mark.parametrize(
@@ -250,7 +250,7 @@ def test_unknown_kinds_in_python() -> None:
         ("--pipeline.datamanager.pose-sampler.kind", "neighbour"),
     ],
 )
-def test_unknown_kinds_on_the_command_line(flag: str, known: str, capsys: pytest.CaptureFixture) -> None:
+def test_unknown_option_values_on_the_command_line(flag: str, known: str, capsys: pytest.CaptureFixture) -> None:
     from nerfstudio.configs.method_configs import AnnotatedBaseConfigUnion
 
     with pytest.raises(SystemExit) as caught:
@@ -260,14 +260,14 @@ def test_unknown_kinds_on_the_command_line(flag: str, known: str, capsys: pytest
     assert flag in said and "spiral" in said and known in said
 
 
-def test_odd_depth(refused, tiny_teacher: Path) -> None:
+def test_odd_number_of_layers(refused, tiny_teacher: Path) -> None:
     assert "--pipeline.model.depth must be an even number of at least 4 (got 5)" in refused(
         tiny_teacher, **{"pipeline.model.depth": 5}
     )
 
 
 @pytest.mark.parametrize("what", ["absent", "empty", "file"])
-def test_nothing_to_go_on_from(what: str, refused, tiny_teacher: Path, tmp_path: Path) -> None:
+def test_no_checkpoint_to_resume_from(what: str, refused, tiny_teacher: Path, tmp_path: Path) -> None:
     folder = tmp_path / "checkpoints"
     if what == "empty":
         folder.mkdir()
@@ -277,13 +277,13 @@ def test_nothing_to_go_on_from(what: str, refused, tiny_teacher: Path, tmp_path:
     assert f"--load-dir {folder}" in message and "nerfstudio_models" in message
 
 
-def test_going_on_from_another_student(refused, tiny_teacher: Path, tmp_path: Path) -> None:
+def test_resuming_from_another_student(refused, tiny_teacher: Path, tmp_path: Path) -> None:
     wider = distil(student_config(tiny_teacher, tmp_path / "wider", **{"pipeline.model.width": 24}))
     message = refused(tiny_teacher, load_dir=wider / "nerfstudio_models")
     assert "network.head.weight" in message and "--load-dir" in message and "--pipeline.model" in message
 
 
-def test_going_on_from_a_checkpoint_cut_short(refused, tiny_teacher: Path, tmp_path: Path) -> None:
+def test_resuming_from_a_truncated_checkpoint(refused, tiny_teacher: Path, tmp_path: Path) -> None:
     folder = tmp_path / "checkpoints"
     folder.mkdir()
     (folder / "step-000000010.ckpt").write_bytes(b"PK")
@@ -294,7 +294,7 @@ def test_going_on_from_a_checkpoint_cut_short(refused, tiny_teacher: Path, tmp_p
 # Students of whole images.
 
 
-def test_impossible_factor(refused, tiny_teacher: Path, tmp_path: Path) -> None:
+def test_impossible_upsampling_factor(refused, tiny_teacher: Path, tmp_path: Path) -> None:
     config = student_config(
         tiny_teacher, tmp_path / "students", "mobile-r2l-lite", **{"pipeline.model.upsampling_factor": 5}
     )
@@ -316,7 +316,7 @@ def test_lens_that_cannot_be_undistorted(refused, capture: Path, tmp_path: Path)
 
 
 @pytest.mark.parametrize(
-    "option", ["photo_fraction", "hard_fraction", "holdout_fraction", "foreground_fraction", "refresh_share"]
+    "option", ["photo_fraction", "hard_fraction", "held_out_fraction", "foreground_fraction", "refresh_share"]
 )
 def test_shares_out_of_range(option: str, refused, tiny_teacher: Path) -> None:
     said = refused(tiny_teacher, **{f"pipeline.datamanager.{option}": 1.5})

@@ -1,4 +1,4 @@
-"""A learning curve in slices: stopped, taken up again, measured once at its end."""
+"""A learning curve in slices: stopped, resumed, and measured once at its end."""
 
 from __future__ import annotations
 
@@ -7,12 +7,15 @@ from pathlib import Path
 
 import pytest
 from distil import own_writers
+from torch.utils.tensorboard import SummaryWriter
 
-from benchmarks.curve import Curve
+from benchmarks.curve import Curve, read_curve
 from r2l_nerfstudio.errors import InputError
 
 
-def test_curve_goes_on_where_a_slice_ended(tiny_teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_curve_continues_where_a_slice_ended(
+    tiny_teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from nerfstudio.configs.method_configs import all_methods
 
     pipeline = all_methods["mobile-r2l-lite"].pipeline
@@ -41,8 +44,16 @@ def test_curve_goes_on_where_a_slice_ended(tiny_teacher: Path, tmp_path: Path, m
     whole = json.loads(file.read_text())
     assert whole["student_psnr"] > 0 and file.with_suffix(".png").exists()
     assert whole["curve"][: len(first["curve"])] == first["curve"]
-    minutes = [look["minutes"] for look in whole["curve"]]
+    minutes = [point["minutes"] for point in whole["curve"]]
     assert len(minutes) > len(first["curve"]) and minutes == sorted(minutes) and minutes[-1] <= 0.5
-    assert all(look["teacher_views"] > 0 for look in whole["curve"])
+    assert all(point["teacher_views"] > 0 for point in whole["curve"])
     with pytest.raises(InputError, match="finished curve"):
         curve.main()
+
+
+def test_photos_and_teacher_views_are_separate_curves(tmp_path: Path) -> None:
+    with SummaryWriter(str(tmp_path)) as log:
+        log.add_scalar("Held-out PSNR (teacher views)", 30.0, 20)
+        log.add_scalar("Held-out PSNR (photos)", 25.0, 20)
+        log.add_scalar("Training done", 0.5, 20)
+    assert read_curve(tmp_path, 8.0) == [{"step": 20, "teacher_views": 30.0, "photos": 25.0, "minutes": 4.0}]

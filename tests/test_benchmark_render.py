@@ -1,4 +1,4 @@
-"""The benchmark of engines measures what it says, on frames small enough for a test."""
+"""The benchmark of engines measures what it reports, on small frames."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SIDE = 16
 
 
 @pytest.mark.parametrize("kind", ["r2l", "mobile-r2l"])
-def test_bare_products_are_all_that_the_network_multiplies(kind: str):
+def test_bare_products_cover_all_multiplications_of_the_network(kind: str):
     net = network(kind)
     read = code(kind, 9, 7)
     with FlopCounterMode(display=False) as counter:
@@ -30,7 +30,7 @@ def test_bare_products_are_all_that_the_network_multiplies(kind: str):
 
 
 @pytest.mark.parametrize("method", ["r2l-lite", "mobile-r2l-lite"])
-def test_a_student_draws_the_frame_it_is_asked_for_without_resampling(method: str):
+def test_a_student_renders_the_benchmark_frame_without_resampling(method: str):
     model, camera = student(method, SIDE, torch.device("cpu"))
     read = frame_code(model, camera)
     if method == "r2l-lite":
@@ -43,7 +43,7 @@ def test_a_student_draws_the_frame_it_is_asked_for_without_resampling(method: st
     assert float(model.network(read).detach().std()) > 0, "nothing to compare engines on"
 
 
-def test_the_fastest_of_many_calls_counts():
+def test_the_fastest_of_many_calls_is_reported():
     pauses = iter([0.0] + [0.03, 0.01, 0.02, 0.03, 0.03] * 20)
     taken = fastest({"call": lambda: time.sleep(next(pauses))}, 0.0, torch.device("cpu"))
     assert 10 <= taken["call"] < 20

@@ -1,4 +1,4 @@
-"""The papers' tables: two tiny scenes measured, taken up again, and written beside the published rows."""
+"""The papers' tables: two tiny scenes are measured, resumed, and written beside the published rows."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def no_lpips(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(metrics, "lpips", lambda image, truth, network="alex": None)
 
 
-def test_two_scenes_are_measured_and_taken_up_again(
+def test_two_scenes_are_measured_and_resumed(
     command: Callable[..., Tables], capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = command()
@@ -155,7 +155,7 @@ FIGURES: dict[str, Any] = {
 }
 
 
-def test_means_over_scenes_and_what_they_are_of() -> None:
+def test_means_over_scenes() -> None:
     others = [
         {**FIGURES, "settings": {**FIGURES["settings"], "scene": name}, "student": {"psnr": 27.0, "ssim": 0.9}}
         for name in tables.SCENES["LLFF"][1:]
@@ -170,7 +170,7 @@ def test_means_over_scenes_and_what_they_are_of() -> None:
     assert "| **r2l-lite** | a machine, engine torch | – | 12.0 | 1008x756 | measured |" in written
 
 
-def test_the_published_rows_and_their_traps() -> None:
+def test_published_rows() -> None:
     written = as_tables([FIGURES])
     for row in (
         "| LLFF | MobileR2L's teacher | 26.85 |",

@@ -1,4 +1,4 @@
-"""What the training benchmarks compare is what they say."""
+"""The training benchmarks compare what they report."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def test_every_recipe_is_a_configuration_and_no_two_are_the_same(method: str) ->
         seen[described] = name
 
 
-def test_changes_reach_every_key_and_leave_the_method_alone() -> None:
+def test_changes_reach_every_key_and_do_not_modify_the_method() -> None:
     from nerfstudio.configs.method_configs import all_methods
 
     before = repr(all_methods["r2l-lite"])
@@ -35,7 +35,7 @@ def test_changes_reach_every_key_and_leave_the_method_alone() -> None:
 
 
 @pytest.mark.parametrize("first_input", [False, True])
-def test_bare_step_multiplies_what_a_training_step_must(first_input: bool) -> None:
+def test_bare_step_multiplies_as_a_training_step_does(first_input: bool) -> None:
     shapes = [(8, 3, 5), (8, 5, 2)]
     step = BareStep(shapes, torch.float32, first_input, torch.device("cpu"))
     step()
@@ -57,7 +57,7 @@ def run(recipe: str, seconds: float, psnrs: list[float], rays: int) -> dict[str,
     return {"recipe": recipe, "seconds": seconds, "seeds": seeds, "megabytes_in_fp16": 1.0}
 
 
-def test_ratio_is_of_the_shortest_of_ours_that_is_as_good(tmp_path: Path) -> None:
+def test_ratio_uses_our_shortest_run_of_equal_quality(tmp_path: Path) -> None:
     rows = [
         run("paper", 30, [15.0], 10**6),
         run("paper", 400, [20.0, 22.0], 8 * 10**6),

@@ -1,4 +1,4 @@
-"""Checkpoints load whole and checked, or not at all: one paragraph that names the file, and nothing half-loaded."""
+"""Checkpoints load completely and checked, or not at all, with one paragraph that names the file."""
 
 from __future__ import annotations
 
@@ -91,11 +91,11 @@ def poisoned(weight: torch.Tensor, value: float) -> torch.Tensor:
         (replaced(BACKGROUND, lambda b: -b), "its background is"),
         (replaced("_model._extra_state", lambda s: {"has_accumulation": "yes", "has_depth": True}), "_extra_state"),
         (replaced("_model._extra_state", lambda s: [1]), "_extra_state"),
-        (replaced("_model.ray_code.radius", lambda r: -r), "radius is"),
+        (replaced("_model.ray_encoding.radius", lambda r: -r), "radius is"),
     ],
 )
 @pytest.mark.filterwarnings("ignore")
-def test_content_that_cannot_be(edit: Callable[[dict], Any], said: str, run: Path) -> None:
+def test_invalid_contents(edit: Callable[[dict], Any], said: str, run: Path) -> None:
     file = checkpoint_of(run)
     torch.save(edit(torch.load(file, weights_only=True)), file)
     assert said in error_of(run)
@@ -147,7 +147,7 @@ def compressed(file: Path) -> None:
     [pipe, device, folder, loop, compressed, lambda f: f.write_bytes(b""), lambda f: f.write_bytes(b"PK" * 500)],
 )
 @pytest.mark.timeout(20)
-def test_files_that_are_no_checkpoint(damage: Callable[[Path], Any], run: Path) -> None:
+def test_files_that_are_not_checkpoints(damage: Callable[[Path], Any], run: Path) -> None:
     damage(checkpoint_of(run))
     said = error_of(run)
     assert "ns-train wrote" in said or "not a checkpoint of ns-train" in said
@@ -169,7 +169,7 @@ def test_files_that_are_no_checkpoint(damage: Callable[[Path], Any], run: Path) 
         ("volume_resolution", 1000, "a number in the file is wrong"),
     ],
 )
-def test_configurations_that_cannot_be(field: str, value: Any, said: str, run: Path) -> None:
+def test_invalid_configurations(field: str, value: Any, said: str, run: Path) -> None:
     config = load_run_config(run)
     setattr(config.pipeline.model, field, value)
     (run / "config.yml").write_text(yaml.dump(config))
@@ -182,7 +182,7 @@ def test_a_model_larger_than_the_machine(tmp_path: Path) -> None:
     check_size(lambda: torch.nn.Linear(10, 10), tmp_path / "config.yml")
 
 
-def test_a_whole_checkpoint(student: Path) -> None:
+def test_a_complete_checkpoint(student: Path) -> None:
     found = read_checkpoint(checkpoint_of(student), "student")
     assert found.step == student_runs.STEP and HEAD.removeprefix("_model.") in found.model_weights()
 

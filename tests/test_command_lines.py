@@ -1,4 +1,4 @@
-"""Whatever is on a command line, it ends with one paragraph and exit code 1 or 2, or is taken; never with a traceback."""
+"""Every command line is either accepted or ends with one paragraph and exit code 1 or 2, never with a traceback."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -23,6 +24,7 @@ from published_captures import around, blender_capture
 from published_files import r2l_weights, write_tar
 
 from r2l_nerfstudio.atomic_output import atomic_files, atomic_folder
+from r2l_nerfstudio.distillation import pose_sampling
 from r2l_nerfstudio.errors import InputError, command_line
 from r2l_nerfstudio.export import (
     coreml_file,
@@ -196,7 +198,7 @@ def test_training(tiny_teacher: Path, tmp_path: Path, monkeypatch: pytest.Monkey
         (["--max-num-iterations", "100"], 0),
     ],
 )
-def test_training_in_particular(call: list[str], code: int, tiny_teacher: Path) -> None:
+def test_training_command(call: list[str], code: int, tiny_teacher: Path) -> None:
     default = all_methods["r2l-lite"]
 
     def run() -> None:
@@ -284,13 +286,15 @@ def test_export(kind: str, student: Path, in_empty_folder: Path, monkeypatch: py
 
 
 def test_web(student: Path, in_empty_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def written(student, cameras, runtime, output, title, overwrite):
+    def written(student, cameras, runtime, output, options, overwrite):
         with atomic_folder(output, overwrite, "scene.json", "web export"):
             far_enough()
 
     monkeypatch.setattr(web_folder, "export_web", written)
     monkeypatch.setattr(web_runtime, "_npm_pack", far_enough)
-    monkeypatch.setattr(training_cameras, "training_cameras", lambda run, data: None)
+    monkeypatch.setattr(training_cameras, "training_views", lambda run, data: (SimpleNamespace(cameras=None), 0.1))
+    monkeypatch.setattr(pose_sampling, "capture_cameras", lambda cameras: None)
+    monkeypatch.setattr(int8, "held_out", lambda student, dataset, share: [])
 
     def run(call: list[str], output: str) -> None:
         args = with_needed(call, load_config=student)

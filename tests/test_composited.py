@@ -1,4 +1,4 @@
-"""The composited ray encoding: one definition on CPU, GPU and in graphs, and an occupancy that hides nothing."""
+"""The composited ray encoding: the same values on CPU, on GPU and in graphs, and an occupancy that hides nothing."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from r2l_nerfstudio.models.composited_encoding import CompositedEncoding, Compos
 from r2l_nerfstudio.rays.occupancy import OccupancyGrid, grid_point_index
 from r2l_nerfstudio.rays.pinhole import image_rays
 from r2l_nerfstudio.rays.placement import place_samples
-from r2l_nerfstudio.rays.ray_code import RayCode
+from r2l_nerfstudio.rays.ray_encoding import RayEncoding
 from r2l_nerfstudio.rays.ray_image import CellPixels
 from r2l_nerfstudio.rays.spacing import SceneBounds
 
@@ -32,7 +32,7 @@ KINDS = [("sphere", "ball"), ("disparity", "contracted"), ("disparity", "frustum
 def encoding(spacing: str, warp: str) -> CompositedEncoding:
     """A shell around the center, or a wall before a forward-facing camera, with random features."""
     torch.manual_seed(0)
-    code = RayCode("points", 8, 4)
+    code = RayEncoding("points", 8, 4)
     code.set_bounds(SceneBounds(spacing, (0.1, 0.2, 0.3), 1.3, 0.3, 6.0), torch.eye(3))
     made = CompositedEncoding(code, CompositedSettings())
     points = 0.7 * torch.nn.functional.normalize(torch.randn(4000, 3), dim=-1)
@@ -68,7 +68,7 @@ def span_of(made: CompositedEncoding, origins: torch.Tensor, directions: torch.T
 
 @pytest.mark.parametrize("group", [1, 4])
 @pytest.mark.parametrize(("spacing", "warp"), KINDS)
-def test_kernels_of_the_cpu_are_what_torch_computes(spacing: str, warp: str, group: int) -> None:
+def test_cpu_kernels_equal_torch(spacing: str, warp: str, group: int) -> None:
     made = encoding(spacing, warp)
     span = span_of(made, *rays(), group)
     found, is_empty = made.composited(span)
@@ -85,7 +85,7 @@ def test_kernels_of_the_cpu_are_what_torch_computes(spacing: str, warp: str, gro
 
 @pytest.mark.parametrize("group", [1, 4])
 @pytest.mark.parametrize(("spacing", "warp"), KINDS)
-def test_gradients_of_the_kernels_are_those_of_torch(spacing: str, warp: str, group: int) -> None:
+def test_gradients_of_the_cpu_kernels_equal_torchs(spacing: str, warp: str, group: int) -> None:
     made = encoding(spacing, warp)
     weights = torch.randn(
         group * len(rays()[0]), made.settings.channels + 5, generator=torch.Generator().manual_seed(2)
@@ -124,7 +124,7 @@ def test_sample_points_lie_in_occupied_cells_only() -> None:
     assert torch.equal(again.fractions, twice.fractions)
 
 
-def test_rays_from_inside_the_scene_and_poses_that_are_not_numbers() -> None:
+def test_rays_from_inside_the_scene_and_non_finite_poses() -> None:
     made = encoding("sphere", "ball")
     origins, directions = rays(64)
     found, is_empty = made.composited(span_of(made, torch.zeros_like(origins), directions))
@@ -180,7 +180,7 @@ def ring_of(sees: list[Tensor], has_depth: bool = True, views: int = 16, side: i
 
 
 def occupied_by(ring: Ring, cameras: CaptureCameras, has_depth: bool = True) -> CompositedEncoding:
-    code = RayCode("points", 8, 4)
+    code = RayEncoding("points", 8, 4)
     code.set_bounds(SceneBounds("sphere", (0.0, 0.0, 0.0), 1.0, 2.5, 5.5), torch.eye(3))
     made = CompositedEncoding(code, CompositedSettings())
     SceneOccupancy(made, 32, 50_000, has_depth).start(ring, cameras)
@@ -210,12 +210,12 @@ def test_occupancy_holds_a_ball_and_little_else(has_depth: bool) -> None:
     assert has_depth or float(made.occupancy(made.occupancy.scene(corner)).sum()) == 0
 
 
-def test_a_teacher_that_shows_nothing_leaves_nothing_out() -> None:
+def test_an_empty_teacher_leaves_no_cell_out() -> None:
     made = occupied_by(*ring_of([]))
     assert made.occupancy.share() == 1.0 and len(made.volume.rows) > 1000
 
 
-def test_depth_that_is_wrong_costs_no_picture() -> None:
+def test_wrong_depth_does_not_lose_anything_visible() -> None:
     ring, cameras = ring_of([(BALL, 1.0)])
     generator = torch.Generator().manual_seed(3)
     holes = torch.rand(ring.depth.shape, generator=generator) < 0.3
@@ -232,7 +232,7 @@ def test_depth_that_is_wrong_costs_no_picture() -> None:
 
 def test_new_views_add_cells_and_rows_keep_their_features() -> None:
     few, cameras = ring_of([(BALL, 1.0)])
-    code = RayCode("points", 8, 4)
+    code = RayEncoding("points", 8, 4)
     code.set_bounds(SceneBounds("sphere", (0.0, 0.0, 0.0), 1.0, 2.5, 5.5), torch.eye(3))
     made = CompositedEncoding(code, CompositedSettings())
     scene = SceneOccupancy(made, 32, 50_000, True)
@@ -279,7 +279,7 @@ def test_grids_of_other_resolutions_have_a_point_wherever_a_cell_is() -> None:
 
 @pytest.mark.parametrize("config", [tiny_composited_r2l(), tiny_composited_mobile_r2l()], ids=["r2l", "mobile-r2l"])
 @pytest.mark.parametrize("spacing", ["sphere", "disparity"])
-def test_students_open_from_their_run_and_draw_all_sizes(config, spacing: str, tmp_path: Path) -> None:  # noqa: ANN001
+def test_students_load_and_render_all_sizes(config, spacing: str, tmp_path: Path) -> None:  # noqa: ANN001
     student = load_student(write_run(tmp_path / "run", config, spacing), device="cpu", engine="torch")
     pose = torch.cat([torch.eye(3), torch.tensor([[0.1], [0.0], [2.5]])], dim=-1)
     for width, height in ((1, 1), (37, 21), (64, 48)):
@@ -290,7 +290,7 @@ def test_students_open_from_their_run_and_draw_all_sizes(config, spacing: str, t
     assert torch.equal(again.volume.index, student.model.composited.volume.index)
 
 
-def test_empty_rays_cost_no_evaluation_and_are_the_background(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_empty_rays_are_background_and_not_evaluated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     student = load_student(write_run(tmp_path / "run", tiny_composited_r2l()), device="cpu", engine="torch")
     evaluated = []
     run = student.model.run_network
@@ -313,8 +313,8 @@ OLD_RUNS = Path(__file__).parent / "data" / "before_composited"
 
 
 @pytest.mark.parametrize("name", ["r2l-lite", "mobile-r2l-lite"])
-def test_students_trained_before_still_open_draw_and_export(name: str, tmp_path: Path) -> None:
-    """Runs and pictures written by the version before the composited encoding, with random weights."""
+def test_students_trained_before_still_load_render_and_export(name: str, tmp_path: Path) -> None:
+    """Runs and images written by the version before the composited encoding, with random weights."""
     student = load_student(OLD_RUNS / name, device="cpu", engine="torch")
     assert student.model.composited is None
     pose = np.concatenate([np.eye(3), [[0.1], [0.0], [2.5]]], axis=1).astype(np.float32)
@@ -326,7 +326,7 @@ def test_students_trained_before_still_open_draw_and_export(name: str, tmp_path:
     assert export_onnx(student, GraphSpec("camera", "fp32", 27, 18), tmp_path / "student.onnx") > 100
 
 
-def test_features_in_int8_are_the_same_in_graphs_and_in_judging() -> None:
+def test_int8_features_are_the_same_in_graphs_and_in_the_quality_check() -> None:
     made = encoding("sphere", "ball")
     span = span_of(made, *rays())
     graph = made.for_graph(torch.int8)

@@ -1,4 +1,4 @@
-"""Composited rays of a GPU in parts: values and gradients are those of all rays in one go."""
+"""Composited rays on a GPU in parts: values and gradients equal those of all rays at once."""
 
 from __future__ import annotations
 
@@ -13,7 +13,9 @@ from r2l_nerfstudio.rays.constants import constant
 
 @pytest.mark.parametrize(("spacing", "warp"), KINDS)
 @pytest.mark.parametrize("group", [1, 4])
-def test_parts_give_what_all_rays_give(spacing: str, warp: str, group: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rays_in_parts_equal_all_rays_at_once(
+    spacing: str, warp: str, group: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     made: CompositedEncoding = encoding(spacing, warp)
     origins, directions = (tensor[:600] for tensor in rays())
     span = made.span(origins[::group, None], directions.view(-1, group, 3))
@@ -34,7 +36,7 @@ def test_parts_give_what_all_rays_give(spacing: str, warp: str, group: int, monk
 
 
 def test_jitter_is_the_same_forward_and_backward(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Gradients are computed from points that were placed once: a step along them does what they say."""
+    """The sample points are placed once: a step along the gradients changes the loss as they predict."""
     made = encoding("sphere", "ball")
     origins, directions = (tensor[:300] for tensor in rays())
     span = made.span(origins[:, None], directions[:, None])
@@ -57,6 +59,6 @@ def test_jitter_is_the_same_forward_and_backward(monkeypatch: pytest.MonkeyPatch
     assert gradients == pytest.approx([1.0, 1.0], abs=0.1)
 
 
-def test_constants_have_the_type_of_what_they_are_for() -> None:
+def test_constants_have_the_type_of_their_operand() -> None:
     like = torch.zeros(2, dtype=torch.float64)
     assert torch.equal(constant(like, [1, 2.5]), torch.tensor([1.0, 2.5], dtype=torch.float64))

@@ -1,4 +1,4 @@
-"""CUDA graphs to their boundary without a GPU: around stand-ins that record what was run, and run it again."""
+"""CUDA graphs without a GPU: stand-ins record the calls and replay them."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ def test_the_first_call_is_eager_and_later_ones_replay(gpu):
     assert (cuda.eager, cuda.replays, cuda.captures) == (eager, replays + 2, 1)
 
 
-def test_few_shapes_are_kept_the_newest(gpu):
+def test_only_the_newest_shapes_are_kept(gpu):
     cuda = gpu(lambda x: x + 1)
     graphs = CudaGraphs(cuda.run, CPU)
     for rows in range(1, KEPT + 3):
@@ -117,7 +117,7 @@ def test_few_shapes_are_kept_the_newest(gpu):
 
 
 @pytest.mark.parametrize("trouble", ["capture", "values"])
-def test_a_capture_that_fails_leaves_eager_calls(gpu, trouble: str):
+def test_a_failed_graph_capture_falls_back_to_eager_calls(gpu, trouble: str):
     cuda = gpu(lambda x: 3 * x)
     cuda.error = RuntimeError("operation not permitted when stream is capturing") if trouble == "capture" else None
     cuda.is_wrong = trouble == "values"
@@ -131,7 +131,7 @@ def test_a_capture_that_fails_leaves_eager_calls(gpu, trouble: str):
     assert (cuda.eager, cuda.replays, cuda.captures) == (eager + 3, replays, trouble == "values")
 
 
-def test_threads_do_not_share_a_graph_at_once(gpu):
+def test_threads_do_not_replay_a_graph_at_once(gpu):
     def slow(x: Tensor) -> Tensor:
         time.sleep(0.0005)
         return x + 1
@@ -157,7 +157,7 @@ def test_threads_do_not_share_a_graph_at_once(gpu):
     assert not graphs.has_failed
 
 
-def test_an_interrupted_call_costs_its_graph_alone(gpu):
+def test_an_interrupted_call_only_drops_its_graph(gpu):
     class Interrupt(Exception):
         pass
 
@@ -208,5 +208,5 @@ def test_the_torch_engine_replays_any_size_and_follows_its_weights(gpu, kind: st
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_weights_in_training_are_drawn_without_graphs(precision: str):
+def test_weights_in_training_are_rendered_without_graphs(precision: str):
     assert TorchEngine(network("r2l"), precision)._graphs is None

@@ -11,7 +11,7 @@ import pytest
 from r2l_nerfstudio.disk import write_atomically
 
 
-def test_text_and_bytes_replace_what_was_there(tmp_path: Path) -> None:
+def test_text_and_bytes_replace_the_old_file(tmp_path: Path) -> None:
     file = tmp_path / "made" / "record"
     write_atomically(file, "größer")
     assert file.read_bytes() == "größer".encode()

@@ -1,4 +1,4 @@
-"""`auto` starts at once, chooses what is fastest and right, remembers it, and no interrupt or failure breaks it."""
+"""`auto` starts at once, selects the fastest correct engine and remembers it, and survives interrupts and failures."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class Fake:
     run_error: Exception | None = None
     release: str = "1"
     builds: int = 0
-    artefact: bytes | None = None
+    artifact: bytes | None = None
     network: nn.Module | None = None
 
     def version(self) -> str:
@@ -62,11 +62,11 @@ class Fake:
             assert self.may_build.wait(60)
         if self.build_error is not None:
             raise self.build_error
-        if self.artefact is not None and order.cache is not None:
-            file = order.cache / "artefact"
-            if file.exists() and file.read_bytes() != self.artefact:
-                raise RuntimeError("not an artefact of mine")
-            write_atomically(file, self.artefact)
+        if self.artifact is not None and order.cache is not None:
+            file = order.cache / "artifact"
+            if file.exists() and file.read_bytes() != self.artifact:
+                raise RuntimeError("not an artifact of mine")
+            write_atomically(file, self.artifact)
         self.network, self.precision = order.network, order.precision
         return self
 
@@ -115,7 +115,7 @@ def viewing(switch: EngineSwitch) -> switch_module._EngineSlot:
     return switch._slots[False]
 
 
-def test_the_fastest_that_agrees_is_chosen_and_the_others_are_told(engines: Callable[..., dict[str, Fake]]):
+def test_the_fastest_that_agrees_is_selected_and_the_others_are_reported(engines: Callable[..., dict[str, Fake]]):
     fakes = engines(
         Fake("slow", seconds=0.1),
         Fake("wrong", error=1e-3),
@@ -141,13 +141,13 @@ def test_the_fastest_that_agrees_is_chosen_and_the_others_are_told(engines: Call
         assert re.search(rf"{other}: \d+\.\d ms", line), other
 
 
-def test_nothing_that_runs_is_no_failure(engines: Callable[..., dict[str, Fake]]):
+def test_no_faster_engine_is_not_a_failure(engines: Callable[..., dict[str, Fake]]):
     fakes = engines(Fake("broken", build_error=RuntimeError("no")))
     chosen = select_engine(job(), wanted(fakes))
     assert chosen.engine is None and "torch fp32" in chosen.describe() and "RuntimeError: no" in chosen.describe()
 
 
-def test_what_takes_long_to_build_is_tried_only_without_the_others(engines: Callable[..., dict[str, Fake]]):
+def test_slow_builds_are_only_tried_if_no_other_engine_works(engines: Callable[..., dict[str, Fake]]):
     fakes = engines(Fake("quick"), Fake("long"))
     order = [Candidate("quick", "fp32"), Candidate("long", "fp32", frozenset({"quick"}))]
     assert "long fp32: not tried beside quick" in select_engine(job(), order).describe()
@@ -156,7 +156,7 @@ def test_what_takes_long_to_build_is_tried_only_without_the_others(engines: Call
 
 
 @pytest.mark.parametrize("is_exact", [True, False])
-def test_precisions_are_those_that_suit(is_exact: bool, monkeypatch: pytest.MonkeyPatch):
+def test_precisions_suit_the_device(is_exact: bool, monkeypatch: pytest.MonkeyPatch):
     found = {(c.name, c.precision) for c in candidates(CPU, is_exact)}
     assert (("openvino", "bf16") in found) == (not is_exact) and ("openvino", "fp32") in found
     on_gpu = candidates(torch.device("cuda"), is_exact)
@@ -164,7 +164,7 @@ def test_precisions_are_those_that_suit(is_exact: bool, monkeypatch: pytest.Monk
 
 
 def test_the_choice_is_remembered(engines: Callable[..., dict[str, Fake]], tmp_path: Path):
-    fakes = engines(Fake("slow", seconds=0.05), Fake("fast", artefact=b"code"))
+    fakes = engines(Fake("slow", seconds=0.05), Fake("fast", artifact=b"code"))
     first = select_engine(job(tmp_path), wanted(fakes))
     assert (fakes["slow"].builds, fakes["fast"].builds) == (1, 1)
     again = select_engine(job(tmp_path), wanted(fakes))
@@ -215,7 +215,7 @@ def _now_wrong(folder: Path, fakes: dict[str, Fake]) -> SelectionJob:
     "spoil",
     [_other_weights, _new_version, _other_device, _torn_record, _foreign_record, _list_record, _now_wrong],
 )
-def test_what_is_remembered_of_something_else_is_chosen_anew(
+def test_a_record_of_something_else_is_ignored(
     spoil: Callable, engines: Callable[..., dict[str, Fake]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     fakes = engines(Fake("slow", seconds=0.05), Fake("fast"))
@@ -227,24 +227,22 @@ def test_what_is_remembered_of_something_else_is_chosen_anew(
     assert chosen.engine is fakes["slow" if spoil is _now_wrong else "fast"]
 
 
-def test_a_broken_artefact_is_built_anew(engines: Callable[..., dict[str, Fake]], tmp_path: Path):
-    fakes = engines(Fake("fast", artefact=b"the whole artefact"))
+def test_a_broken_artifact_is_rebuilt(engines: Callable[..., dict[str, Fake]], tmp_path: Path):
+    fakes = engines(Fake("fast", artifact=b"the whole artifact"))
     select_engine(job(tmp_path), wanted(fakes))
-    (file,) = tmp_path.rglob("artefact")
+    (file,) = tmp_path.rglob("artifact")
     file.write_bytes(b"the who")
     chosen = select_engine(job(tmp_path), wanted(fakes))
-    assert chosen.engine is fakes["fast"] and file.read_bytes() == b"the whole artefact"
+    assert chosen.engine is fakes["fast"] and file.read_bytes() == b"the whole artifact"
 
 
-def test_a_folder_that_cannot_be_written_to_costs_the_memory_alone(
-    engines: Callable[..., dict[str, Fake]], tmp_path: Path
-):
+def test_without_a_writable_folder_only_the_record_is_lost(engines: Callable[..., dict[str, Fake]], tmp_path: Path):
     fakes = engines(Fake("fast"))
     (tmp_path / "file").write_text("in the way")
     assert select_engine(job(tmp_path / "file"), wanted(fakes)).engine is fakes["fast"]
 
 
-def test_auto_draws_at_once_and_changes_when_it_is_ready(engines: Callable[..., dict[str, Fake]]):
+def test_auto_renders_at_once_and_switches_when_ready(engines: Callable[..., dict[str, Fake]]):
     may_build = threading.Event()
     fakes = engines(Fake("fast", may_build=may_build))
     said: list[str] = []
@@ -263,7 +261,7 @@ def test_auto_draws_at_once_and_changes_when_it_is_ready(engines: Callable[..., 
     assert said == [viewing(switch).selection.describe()]
 
 
-def test_figures_come_from_torch_until_it_has_taken_long(
+def test_exact_calls_use_torch_until_rendering_has_taken_long(
     engines: Callable[..., dict[str, Fake]], monkeypatch: pytest.MonkeyPatch
 ):
     fakes = engines(Fake("fast"))
@@ -280,9 +278,7 @@ def test_figures_come_from_torch_until_it_has_taken_long(
     assert switch.newest is fakes["fast"]
 
 
-def test_weights_in_training_are_shown_as_they_are(
-    engines: Callable[..., dict[str, Fake]], monkeypatch: pytest.MonkeyPatch
-):
+def test_weights_in_training_are_never_stale(engines: Callable[..., dict[str, Fake]], monkeypatch: pytest.MonkeyPatch):
     fakes = engines(Fake("fast"))
     net = network("r2l")
     switch = EngineSwitch(lambda: net)
@@ -309,7 +305,7 @@ def test_weights_in_training_are_shown_as_they_are(
     torch.testing.assert_close(switch(read, is_exact=False), net(read).detach())
 
 
-def test_an_engine_that_fails_while_drawing_is_given_up(engines: Callable[..., dict[str, Fake]]):
+def test_an_engine_that_fails_while_rendering_is_dropped(engines: Callable[..., dict[str, Fake]]):
     fakes = engines(Fake("fast"))
     said: list[str] = []
     net = network("r2l")
@@ -336,12 +332,12 @@ def test_an_engine_by_name_that_cannot_run_is_an_error_with_the_reason(engines: 
         configured.check()
     with pytest.raises(InputError, match="needs an NVIDIA GPU"):
         configured(code("r2l", 30))
-    # A viewer says so and draws.
+    # A viewer shows a message and renders.
     torch.testing.assert_close(configured(code("r2l", 30), is_exact=False), net(code("r2l", 30)))
     wait_for(lambda: "needs an NVIDIA GPU" in configured.describe())
 
 
-def test_an_engine_by_name_gives_all_figures(engines: Callable[..., dict[str, Fake]]):
+def test_an_engine_by_name_computes_exact_calls(engines: Callable[..., dict[str, Fake]]):
     fakes = engines(Fake("fast"), Fake("named", seconds=0.05))
     net = network("r2l")
     switch = EngineSwitch(lambda: net, "named")
@@ -350,7 +346,7 @@ def test_an_engine_by_name_gives_all_figures(engines: Callable[..., dict[str, Fa
     assert not fakes["fast"].builds
 
 
-def test_the_engine_is_changed_between_pictures(engines: Callable[..., dict[str, Fake]]):
+def test_the_engine_is_changed_between_frames(engines: Callable[..., dict[str, Fake]]):
     fakes = engines(Fake("fast"), Fake("named"))
     net = network("r2l")
     switch = EngineSwitch(lambda: net)

@@ -1,4 +1,4 @@
-"""TensorRT to its boundary without a GPU: what is chosen, why not, and plans that are really built."""
+"""TensorRT without a GPU: the selection of a library, its errors, and plans that are really built."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ RTX, PROPER = "tensorrt_rtx", "tensorrt"
 
 
 def library(name: str, *served: str) -> ModuleType:
-    """What selection looks at in a library."""
+    """The attributes of a library that selection reads."""
     module = ModuleType(name)
     module.__version__ = "11.0"
     module.Builder = object
@@ -61,7 +61,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch):
         (None, (RTX, PROPER), RTX),
     ],
 )
-def test_the_flavour_is_that_which_serves_the_gpu(
+def test_the_library_flavor_suits_the_gpu(
     capability: tuple[int, int] | None, installed: tuple[str, ...], expected: str, monkeypatch: pytest.MonkeyPatch
 ):
     served = {RTX: ("SM75", "SM86", "SM89", "SM120"), PROPER: ()}
@@ -71,7 +71,7 @@ def test_the_flavour_is_that_which_serves_the_gpu(
     assert module.__name__ == expected and reason is None
 
 
-def test_a_gpu_that_the_installed_flavour_does_not_serve(monkeypatch: pytest.MonkeyPatch):
+def test_a_gpu_that_the_installed_flavor_does_not_support(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(sys.modules, RTX, library(RTX, "SM89"))
     monkeypatch.setitem(sys.modules, PROPER, None)
     module, reason = find_flavour((9, 0))
@@ -114,7 +114,7 @@ FAILURES = [
         ("torch_tensorrt", torch_tensorrt, "r2l-nerfstudio[torch-tensorrt]"),
     ],
 )
-def test_whatever_an_import_does_ends_in_a_sentence(
+def test_every_import_failure_ends_in_one_sentence(
     package: str, module: ModuleType, extra: str, error: Exception, gpu, monkeypatch: pytest.MonkeyPatch
 ):
     gpu((8, 9))
@@ -129,7 +129,7 @@ def test_whatever_an_import_does_ends_in_a_sentence(
     assert (str(error).splitlines() or [type(error).__name__])[0] in reason and "\n" not in reason
 
 
-def test_a_package_without_its_libraries_is_none(monkeypatch: pytest.MonkeyPatch):
+def test_a_package_without_its_libraries_counts_as_missing(monkeypatch: pytest.MonkeyPatch):
     stub = ModuleType(PROPER)  # as the registry's own
     monkeypatch.setitem(sys.modules, PROPER, stub)
     monkeypatch.setitem(sys.modules, RTX, None)
@@ -138,7 +138,7 @@ def test_a_package_without_its_libraries_is_none(monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.mark.parametrize("name", ["tensorrt", "torch-tensorrt"])
-def test_without_a_gpu_it_is_an_error_that_says_which(name: str):
+def test_without_a_gpu_it_is_an_error(name: str):
     with pytest.raises(InputError, match="needs an NVIDIA GPU of compute capability 7.5"):
         build_engine(name, network("r2l"), "fp16")
 
@@ -150,7 +150,7 @@ def test_bf16_is_refused_for_its_convolutions(module: ModuleType, gpu):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_usual_shapes_are_static_for_rays_and_open_for_ray_images(kind: str):
+def test_usual_shapes_are_static_for_rays_and_dynamic_for_ray_images(kind: str):
     net = network(kind)
     shapes = usual_shapes(net, CUDA)
     assert (shapes.least == shapes.most) == (kind == "r2l")
@@ -180,7 +180,7 @@ PLANS = {
 
 
 @pytest.mark.parametrize(("kind", "shape"), PLANS, ids=["-".join(key) for key in PLANS])
-def test_plans_are_built_in_the_precision_asked_for(kind: str, shape: str, rtx: ModuleType):
+def test_plans_are_built_in_the_requested_precision(kind: str, shape: str, rtx: ModuleType):
     net = wide(kind)
     numbers = sum(p.numel() for p in net.parameters())
     sizes = {}
@@ -226,7 +226,7 @@ def test_plans_of_whole_students_are_built_encoding_and_all(kind: str, shape: st
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_graph_reads_and_gives_fp32_of_any_size(kind: str, rtx: ModuleType):
+def test_the_graph_has_fp32_inputs_and_outputs_of_any_size(kind: str, rtx: ModuleType):
     net = network(kind)
     log = tensorrt._Log(rtx)
     builder = rtx.Builder(log.logger)
@@ -246,13 +246,13 @@ def test_a_graph_that_cannot_be_read_is_an_error_with_the_reason(rtx: ModuleType
         build_plan(rtx, network_onnx(network("r2l"))[:500], {})
 
 
-def test_shapes_that_cannot_be_are_an_error(rtx: ModuleType):
+def test_invalid_shapes_are_an_error(rtx: ModuleType):
     graph = network_onnx(network("r2l"))
     with pytest.raises(BrokenEngine, match="tensorrt_rtx (built nothing|refuses)"):
         build_plan(rtx, graph, {INPUT: Shapes((1, 7), (8, 7), (9, 7))})
 
 
-def test_a_plan_that_the_library_does_not_take_is_an_error_and_the_cached_one_goes(
+def test_a_rejected_plan_is_an_error_and_is_removed_from_the_cache(
     rtx: ModuleType, gpu, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     # Without a GPU no plan is taken: the way of a cached plan that does not fit, as far as it can be gone here.
@@ -268,7 +268,7 @@ def test_a_plan_that_the_library_does_not_take_is_an_error_and_the_cached_one_go
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_torch_tensorrt_takes_all_of_a_network(kind: str, capfd: pytest.CaptureFixture):
+def test_torch_tensorrt_converts_the_whole_network(kind: str, capfd: pytest.CaptureFixture):
     try:
         torch_trt = importlib.import_module("torch_tensorrt")
     except Exception as error:  # four kinds, depending on what is missing

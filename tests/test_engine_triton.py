@@ -1,4 +1,4 @@
-"""The fused kernel of the R2L network, by Triton's interpreter on a CPU: in a process of its own, which it needs."""
+"""The fused kernel of the R2L network in Triton's interpreter on a CPU, which needs a separate process."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def found() -> list[float]:
 
 
 @pytest.mark.parametrize("case", range(len(CASES)), ids=[f"{w}-{p}-{d} layers" for w, p, d in CASES])
-def test_values_are_those_of_pytorch(case: int, found: list[float]) -> None:
+def test_values_equal_pytorchs(case: int, found: list[float]) -> None:
     assert found[case] >= PARITY_DB[CASES[case][1]]
 
 

@@ -1,4 +1,4 @@
-"""Every engine that runs here agrees with the network, at any size, from any thread, and says why where it cannot run."""
+"""Every engine that runs here agrees with the network at any size and from any thread; others raise the reason."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ def test_several_threads_share_an_engine(kind: str, name: str):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_openvino_reckons_in_the_precision_asked_for(kind: str):
+def test_openvino_computes_in_the_requested_precision(kind: str):
     exact, net = built(kind, "openvino", "fp32")
     rough, _ = built(kind, "openvino", "bf16")
     read = code(kind, 50, 50)
@@ -110,7 +110,7 @@ def test_openvino_reckons_in_the_precision_asked_for(kind: str):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_fixed_network_is_the_network_and_no_part_of_it(kind: str):
+def test_a_frozen_copy_equals_the_network_and_is_independent_of_it(kind: str):
     net = network(kind)
     read = code(kind, 11, 13)
     before = net(read)
@@ -138,7 +138,7 @@ def test_torch_follows_weights_in_training(kind: str):
             net.train()(read).square().mean().backward()
         optimizer.step()
         net.eval()
-        assert not torch.allclose(engine(read), net(read), atol=1e-4), "not stale before it is told"
+        assert not torch.allclose(engine(read), net(read), atol=1e-4), "weights that changed before `refresh`"
         engine.refresh()
         torch.testing.assert_close(engine(read), net(read), atol=2e-6, rtol=0)
 
@@ -189,7 +189,7 @@ def test_every_change_of_weights_is_seen(change: str):
     assert weights_state(weights) != state
 
 
-def test_weights_hash_is_of_the_numbers():
+def test_weights_hash_depends_on_the_numbers():
     net = network("r2l")
     assert weights_hash(net) == weights_hash(network("r2l"))
     net.tail.bias[2] = torch.nextafter(net.tail.bias[2], torch.tensor(9.0))
@@ -210,7 +210,7 @@ def test_chunks_are_of_one_size_and_padding_is_dropped(count: int):
 
 
 @pytest.mark.parametrize(("rows", "columns"), [(3, 3), (8, 9), (17, 1), (16, 16)])
-def test_buckets_change_no_pixel_that_is_kept(rows: int, columns: int):
+def test_padding_to_buckets_changes_no_pixel(rows: int, columns: int):
     net = network("mobile-r2l")
     read = code("mobile-r2l", rows + 2, columns + 2)
     padded = to_bucket(read, 8)
@@ -248,7 +248,7 @@ def test_missing_package_is_an_error_with_its_extra(
 
 
 @needs_ahead_of_time_compiler
-def test_no_compiler_is_an_error_that_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+def test_a_missing_compiler_is_an_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CXX", raising=False)
     with pytest.raises(InputError, match="install g\\+\\+"):
@@ -256,7 +256,7 @@ def test_no_compiler_is_an_error_that_says_so(monkeypatch: pytest.MonkeyPatch, t
 
 
 @pytest.mark.parametrize(("name", "precision"), [("torch", "fp16"), ("onnxruntime", "bf16"), ("inductor", "fp16")])
-def test_precision_that_suits_no_cpu_is_refused(name: str, precision: str):
+def test_a_precision_that_no_cpu_supports_is_refused(name: str, precision: str):
     with pytest.raises(InputError, match="choose"):
         build_engine(name, network("r2l"), precision)
 
@@ -273,7 +273,7 @@ class _Lying:
 
 
 @pytest.mark.parametrize(("error", "message"), [(1e-3, "only 60 dB"), (float("nan"), "non-finite")])
-def test_an_engine_that_disagrees_is_not_handed_out(error: float, message: str, monkeypatch: pytest.MonkeyPatch):
+def test_an_engine_that_disagrees_is_not_returned(error: float, message: str, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(registry.engine_module("torch"), "build", lambda order: _Lying(error))
     with pytest.raises(InputError, match=message):
         build_engine("torch", network("r2l"))

@@ -1,4 +1,4 @@
-"""Every example runs as its docstring says."""
+"""Every example runs as described in its docstring."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def test_custom_ray_encoding(tiny_teacher: Path, tmp_path: Path, monkeypatch: py
     run = distil(shrunk(copy.deepcopy(method.config), "r2l-harmonics", **overrides))
     student = load_student(run, device="cpu")
     model = student.model
-    assert model.network.in_dim == model.ray_code.dim + 16
+    assert model.network.in_dim == model.ray_encoding.dim + 16
     origins, directions = torch.zeros(1, 3), torch.tensor([[0.6, 0.0, 0.8]])
     code = model.encode(origins, directions)
     # The first harmonics: a constant, then multiples of the direction's y, z and x.
@@ -115,5 +115,5 @@ def test_distil_from_a_teacher_of_another_plugin(
     config = functions["student_config"](teacher, tmp_path / "outputs")
     assert config.teacher == teacher and config.max_minutes == 20
     with own_writers():
-        run = functions["distil"](shrunk(config, "r2l-lite", max_num_iterations=3))
+        run = functions["distil"](shrunk(config, "r2l-lite", max_minutes=None, max_num_iterations=3))
     assert load_student(run, device="cpu").outputs == ("rgb", "accumulation", "depth")

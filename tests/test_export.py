@@ -1,4 +1,4 @@
-"""Students as graphs and files: the same pictures as torch's, or no file."""
+"""Students as graphs and files: the same images as PyTorch's, or no file."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def student(run: Callable[..., Path]) -> Callable[..., Student]:
 
 
 @pytest.mark.parametrize("resolution", [1, 2, 5])
-def test_gathers_read_what_the_volume_reads(resolution: int) -> None:
+def test_gathers_equal_the_volumes_reads(resolution: int) -> None:
     torch.manual_seed(0)
     volume = FeatureVolume(resolution, 3)
     volume.extent.fill_(1.3)
@@ -107,7 +107,7 @@ def test_camera_graph_is_what_torch_renders(name: str, spacing: str, tmp_path: P
 
 
 @pytest.mark.parametrize(("stride", "kernel", "padding"), [(2, 4, 1), (3, 3, 0)])
-def test_pixels_from_channels_are_a_transposed_convolution(stride: int, kernel: int, padding: int) -> None:
+def test_depth_to_space_is_a_transposed_convolution(stride: int, kernel: int, padding: int) -> None:
     torch.manual_seed(0)
     layer = torch.nn.ConvTranspose2d(5, 3, kernel, stride=stride, padding=padding)
     x = torch.randn(2, 5, 7, 4)
@@ -119,9 +119,7 @@ def test_one_sigmoid_is_nearly_gelu() -> None:
     assert (SigmoidGelu()(x) - torch.nn.functional.gelu(x)).abs().max() < 3e-4
 
 
-def test_large_pictures_are_gone_through_in_parts(
-    student: Callable[..., Student], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_large_images_are_rendered_in_parts(student: Callable[..., Student], monkeypatch: pytest.MonkeyPatch) -> None:
     inputs, _ = probe_inputs(student("r2l"), CAMERA, 0)
     module = CAMERA.build(student("r2l"))
     whole = module(*map(torch.from_numpy, inputs.values()))[0]
@@ -157,7 +155,7 @@ def test_onnx_renders_what_torch_renders(
     assert not {"GridSample", "GatherND", "ScatterND", "Loop", "If"} & {node.op_type for node in model.graph.node}
     assert str(Path(torch.__file__).parents[1]).encode() not in file.read_bytes()
     props = {prop.key: prop.value for prop in model.metadata_props}
-    code = exported.model.ray_code
+    code = exported.model.ray_encoding
     assert json.loads(props["near"]) == pytest.approx(float(code.near))
     assert np.allclose(json.loads(props["axes"]), code.axes.numpy())
     assert json.loads(props["background"]) == pytest.approx([1.0, 0.9, 0.8])
@@ -176,8 +174,10 @@ def test_onnx_renders_what_torch_renders(
         ("composited-r2l", "rays"),
     ],
 )
-def test_three_parts_are_the_whole(name: str, inputs: str, student: Callable[..., Student], tmp_path: Path) -> None:
-    """Each alone agrees with torch; one after the other they draw the picture."""
+def test_the_three_parts_equal_the_whole(
+    name: str, inputs: str, student: Callable[..., Student], tmp_path: Path
+) -> None:
+    """Each part agrees with PyTorch, and together they render the image."""
     exported, spec = student(name), GraphSpec(inputs, "fp32", 27, 18)
     given, truth = probe_inputs(exported, spec, 1)
     known = dict(given)
@@ -194,7 +194,7 @@ def test_three_parts_are_the_whole(name: str, inputs: str, student: Callable[...
 
 
 @pytest.mark.parametrize(("name", "precision"), [("mobile-r2l", "fp32"), ("r2l", "fp16")])
-def test_a_phone_takes_the_network_whole(
+def test_the_whole_network_converts_for_phones(
     name: str, precision: str, run: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
     output = tmp_path / "student.onnx"
@@ -212,7 +212,7 @@ def test_a_phone_takes_the_network_whole(
     assert min(sizes) > 0 and model.opset_import[0].version == mobile_onnx.OPSET
 
 
-def test_an_operator_that_phones_lack_is_named(
+def test_an_operator_that_phones_do_not_support_is_named(
     run: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
     with pytest.raises(SystemExit) as caught:
@@ -253,7 +253,7 @@ def write_once(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., None]:
 
 
 @pytest.mark.parametrize("flags", [("--target", "mobile"), ()])
-def test_int8_is_kept_where_it_costs_little(
+def test_int8_is_used_if_it_costs_little(
     flags: tuple[str, ...],
     captured: Path,
     write_once: Callable[..., None],
@@ -281,7 +281,7 @@ def test_int8_is_kept_where_it_costs_little(
     assert all(psnr(torch.from_numpy(found[key]), torch.from_numpy(truth[key])) > 25 for key in truth if key != "depth")
 
 
-def test_features_of_composited_students_are_kept_in_int8(student: Callable[..., Student], tmp_path: Path) -> None:
+def test_features_of_composited_students_are_stored_in_int8(student: Callable[..., Student], tmp_path: Path) -> None:
     exported, spec = student("composited-r2l"), replace(RAYS, part="encoding")
     files = {kind: tmp_path / f"{kind}.onnx" for kind in ("fp16", "int8")}
     onnx_file.write_onnx(exported, replace(spec, precision="fp16"), files["fp16"])
@@ -337,7 +337,7 @@ def test_int8_that_costs_too_much_is_refused(
         ("composited-r2l", ("--inputs", "rays")),
     ],
 )
-def test_core_ml_packages_are_what_was_asked_for(
+def test_core_ml_packages_match_the_request(
     name: str,
     arguments: tuple[str, ...],
     run: Callable[..., Path],
@@ -369,9 +369,7 @@ def test_core_ml_packages_are_what_was_asked_for(
     assert "holds a Core ML package" in " ".join(capsys.readouterr().out.split())
 
 
-def test_tells_what_is_wrong_with_a_core_ml_package(
-    student: Callable[..., Student], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_core_ml_errors(student: Callable[..., Student], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     coremltools = pytest.importorskip("coremltools", reason="pip install coremltools (Linux and macOS)")
     spec = replace(CAMERA, precision="fp16", part="network", is_static=True)
     output = tmp_path / "student.mlpackage"
@@ -387,7 +385,7 @@ def test_tells_what_is_wrong_with_a_core_ml_package(
     monkeypatch.setattr(coreml_file, "run_coreml", lambda *_: {key: value + 0.1 for key, value in truth.items()})
     with pytest.raises(InputError, match="does not render what PyTorch renders"):
         export_coreml(student("mobile-r2l"), spec, output)
-    # An fp32 network where fp16 was asked for.
+    # An fp32 network, although fp16 was requested.
     really_build = GraphSpec.build
     monkeypatch.setattr(
         GraphSpec, "build", lambda spec, student: really_build(replace(spec, precision="fp32"), student)
@@ -443,7 +441,7 @@ def test_an_export_that_differs_is_not_kept(
     assert output.read_text() == "an older one"
 
 
-def test_what_is_there_is_replaced_only_on_request(student: Callable[..., Student], tmp_path: Path) -> None:
+def test_existing_output_is_replaced_only_on_request(student: Callable[..., Student], tmp_path: Path) -> None:
     output = tmp_path / "student.onnx"
     output.write_text("mine")
     with pytest.raises(InputError, match="already exists.*--overwrite"):
@@ -458,7 +456,7 @@ def test_what_is_there_is_replaced_only_on_request(student: Callable[..., Studen
         export_onnx(student("r2l"), RAYS, output / "below a file.onnx")
 
 
-def test_tells_what_a_student_cannot_take(student: Callable[..., Student], tmp_path: Path) -> None:
+def test_unsupported_options_are_an_error(student: Callable[..., Student], tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no single rays"):
         export_onnx(student("mobile-r2l"), RAYS, tmp_path / "a.onnx")
     with pytest.raises(InputError, match="--width and --height must be positive integers .got 0 and 4"):
@@ -469,7 +467,7 @@ def test_tells_what_a_student_cannot_take(student: Callable[..., Student], tmp_p
 
 
 @pytest.mark.parametrize("missing", ["onnxscript", "openvino"])
-def test_tells_a_package_that_is_missing(
+def test_a_missing_package_is_named(
     missing: str, student: Callable[..., Student], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, missing, None)
@@ -494,7 +492,7 @@ def test_tensorrt_rtx_plans_are_built_without_a_gpu(
     assert about["precision"] == "fp16" and about["library"].startswith("tensorrt_rtx")
 
 
-def test_tells_what_needs_a_gpu_or_a_library(
+def test_formats_that_need_a_gpu_or_a_library(
     student: Callable[..., Student], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)

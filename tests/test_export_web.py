@@ -1,4 +1,4 @@
-"""What a web export knows of its capture, and the parts of it that need no browser."""
+"""Web exports: navigation limits, weights, server, and everything else that needs no browser."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def test_the_start_is_a_training_camera() -> None:
     assert float(distances.min()) < 5e-3
 
 
-def test_cameras_that_look_around_are_walked_among() -> None:
+def test_inward_and_outward_captures_get_different_rigs() -> None:
     angles = torch.linspace(0, 2 * math.pi, 13)[:-1]
     axes = torch.stack([angles.cos(), angles.sin(), 0.1 * torch.ones(12)], dim=-1)
     positions = 0.3 * axes + torch.tensor([0.0, 0.0, 1.0])
@@ -101,7 +101,7 @@ def test_pixels_are_bytes() -> None:
     assert to_rgb(pixels).tolist() == [[[0x10, 0x80, 0xCC], [0, 0, 0]]]
 
 
-def test_the_runtime_is_what_the_page_was_made_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_runtime_has_the_version_of_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     with pytest.raises(InputError, match="--runtime .*does not exist"):
         fetch_runtime(tmp_path / "gone.tgz")
@@ -128,7 +128,7 @@ def test_the_runtime_is_what_the_page_was_made_for(tmp_path: Path, monkeypatch: 
 @pytest.mark.parametrize(
     ("has_npm", "said"), [(False, "npm is not installed"), (True, r"npm could not download .*E404")]
 )
-def test_tells_when_npm_cannot(has_npm: bool, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_npm_errors(has_npm: bool, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(web_runtime.shutil, "which", lambda name: "npm" if has_npm else None)
     failed = subprocess.CompletedProcess([], 1, "", "npm error code E404")
@@ -202,7 +202,7 @@ def test_the_server_stays_in_its_folder(served: WebServer) -> None:
     assert base64.b64encode(hashlib.sha256(b"here()").digest()).decode() in policy
 
 
-def test_the_server_outlasts_half_open_requests(served: WebServer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_server_survives_half_open_requests(served: WebServer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(web_server, "SECONDS_FOR_REQUEST", 0.5)
     before = threading.active_count()
     waiting = []
@@ -228,12 +228,12 @@ def test_the_server_outlasts_half_open_requests(served: WebServer, monkeypatch: 
 
 
 @pytest.mark.parametrize("host", ["", " ", "no.such.host.invalid"])
-def test_the_server_refuses_no_host(host: str, tmp_path: Path) -> None:
+def test_the_server_refuses_an_empty_host(host: str, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="--host.*127.0.0.1 for this machine"):
         WebServer(tmp_path, host=host)
 
 
-def test_what_a_visitor_loads_besides_the_student_stays_small() -> None:
+def test_the_page_without_the_student_stays_small() -> None:
     """At most 40 KB of HTML, CSS, JavaScript and WGSL, gzipped file by file, without what only the fallback loads."""
     page = Path(web_folder.__file__).parent / "web"
     loaded = [name for name in web_folder.PAGE if name not in web_folder.UNREAD]
@@ -242,7 +242,7 @@ def test_what_a_visitor_loads_besides_the_student_stays_small() -> None:
     assert sum(len(gzip.compress(web_folder.without_comments(text).encode())) for text in texts) <= 40_000
 
 
-def test_only_comments_are_left_out() -> None:
+def test_only_comments_are_removed() -> None:
     script = "// one\nconst a = 'http://b'; // two\n  /** three\n   * four */\n/** @type {T} */ (a).b();\n/** five */\n"
     script += "c();\n"
     left = "const a = 'http://b'; // two\n/** @type {T} */ (a).b();\nc();\n"
@@ -263,7 +263,7 @@ def test_weights_without_batch_norm_render_the_same(config: LightFieldModelConfi
 
 
 @pytest.mark.parametrize("precision", ["fp16", "int8"])
-def test_the_weights_file_holds_what_renders(precision: WebPrecision, tmp_path: Path) -> None:
+def test_the_weights_file_holds_all_weights(precision: WebPrecision, tmp_path: Path) -> None:
     """A transposed convolution, read back and applied as the page does: each phase has its own matrix."""
     student = load_student(write_run(tmp_path / "run", tiny_composited_mobile_r2l()), device="cpu", engine="torch")
     weights = WebWeights(student.model, precision)

@@ -142,7 +142,7 @@ def test_captures_are_named_by_the_shortest_end_of_their_path_that_is_unique(tmp
         find_captures([CaptureConfig(path=str(tmp_path / "nothing/*"))])
 
 
-def test_a_fingerprint_follows_the_content_and_not_the_place(tmp_path: Path) -> None:
+def test_a_fingerprint_depends_on_content_and_not_on_location(tmp_path: Path) -> None:
     folder = write_folder(tmp_path / "a", '{"fl_x": 1, "frames": [1]}')
     first = folder_fingerprint(str(folder))
     moved = Path(shutil.move(folder, tmp_path / "b"))
@@ -172,7 +172,7 @@ def test_a_fingerprint_follows_the_content_and_not_the_place(tmp_path: Path) -> 
         (lambda fleet: setattr(fleet, "work_dir", "elsewhere"), ""),
     ],
 )
-def test_a_changed_option_redoes_exactly_what_depends_on_it(
+def test_a_changed_option_repeats_exactly_what_depends_on_it(
     tmp_path: Path, captures: list[str], change, redone
 ) -> None:
     fleet = stand_in_fleet(tmp_path, captures)
@@ -188,7 +188,7 @@ def test_a_changed_option_redoes_exactly_what_depends_on_it(
     assert set(sum(statuses(state).values(), [])) == {"done"}
 
 
-def test_a_changed_capture_redoes_its_own_stages(tmp_path: Path, captures: list[str]) -> None:
+def test_a_changed_capture_repeats_only_its_own_stages(tmp_path: Path, captures: list[str]) -> None:
     fleet, cluster = stand_in_fleet(tmp_path, captures), ThreadCluster()
     run_fleet(fleet, cluster)
     before = ran(tmp_path)
@@ -208,7 +208,7 @@ def test_going_back_to_an_earlier_option_finds_its_trained_runs(tmp_path: Path, 
     assert ran(tmp_path) - before == {"barn-report": 1, "barn-web": 1}
 
 
-def test_a_students_minutes_are_part_of_what_it_is_and_its_iterations_replace_them(captures: list[str]) -> None:
+def test_minutes_identify_a_student_unless_iterations_are_given(captures: list[str]) -> None:
     def student(options: str, minutes: float):
         fleet = FleetConfig(captures=[CaptureConfig(path=captures[0])], report=None, exports={})
         fleet.students["mobile"].options, fleet.students["mobile"].minutes = options, minutes
@@ -222,7 +222,7 @@ def test_a_students_minutes_are_part_of_what_it_is_and_its_iterations_replace_th
     assert "max-minutes" not in fixed.values["options"] and fixed.limit_minutes == 5
 
 
-def test_a_result_that_was_removed_is_made_again(tmp_path: Path, captures: list[str]) -> None:
+def test_a_removed_result_is_made_again(tmp_path: Path, captures: list[str]) -> None:
     fleet, cluster = stand_in_fleet(tmp_path, captures[:1]), ThreadCluster()
     run_fleet(fleet, cluster)
     shutil.rmtree(tmp_path / "out/captures/barn/mobile-web")
@@ -235,7 +235,7 @@ def test_a_result_that_was_removed_is_made_again(tmp_path: Path, captures: list[
 
 
 @pytest.mark.parametrize("kind", ["local", "memory"])
-def test_files_are_whole_or_absent_on_every_file_system(tmp_path: Path, kind: str) -> None:
+def test_files_are_complete_or_absent_on_every_file_system(tmp_path: Path, kind: str) -> None:
     storage = Storage(str(tmp_path / "out") if kind == "local" else "memory://out")
     assert storage.read_json("state/a.json") is None and storage.names("state") == []
     assert storage.read_all_json("state") == {}
@@ -263,7 +263,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.
     assert storage.read_json("a.json") == {"old": 1} and os.listdir(tmp_path) == ["a.json"]
 
 
-def test_a_download_that_was_cut_short_is_not_taken_for_a_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_download_is_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     memory = fsspec.filesystem("memory")
     memory.pipe({"/barn/images/0.png": b"photo", "/barn/transforms.json": b"{}"})
     real = type(memory).get_file
@@ -342,14 +342,14 @@ def test_the_reason_of_a_failure_is_read_from_its_output(code: int, lines: list[
     assert re.search(reason, said), said
 
 
-def test_a_kill_for_memory_and_a_full_disk_are_told_apart_from_other_deaths() -> None:
+def test_out_of_memory_kills_and_full_disks_are_recognized() -> None:
     killed = -signal.SIGKILL
     assert judge(killed, [], is_disk_full=False, killed_for_memory=False)[0] == "crash"
     assert judge(killed, [], is_disk_full=False, killed_for_memory=True)[0] == "out-of-memory"
     assert judge(1, ["RuntimeError: write failed"], is_disk_full=True, killed_for_memory=False)[0] == "disk-full"
 
 
-def test_failures_stop_what_depends_on_them_and_only_hopeful_ones_are_retried(tmp_path: Path) -> None:
+def test_failures_stop_dependents_and_only_some_are_retried(tmp_path: Path) -> None:
     names = {"fine": "", "full": "fill-disk", "hungry": "out-of-memory", "broken": "crash", "shaky": "crash-once"}
     entries = [
         CaptureConfig(
@@ -397,7 +397,7 @@ def test_a_stage_that_takes_too_long_is_ended_and_not_repeated(tmp_path: Path, c
     assert ran(tmp_path)["barn-teacher"] == 1
 
 
-def test_out_of_memory_on_a_share_of_a_gpu_is_tried_once_with_a_whole_one(tmp_path: Path, captures: list[str]) -> None:
+def test_out_of_memory_on_a_shared_gpu_is_retried_once_on_a_whole_one(tmp_path: Path, captures: list[str]) -> None:
     class OneGpu(ThreadCluster):
         def capacity(self) -> Capacity:
             return Capacity(2.0, 1.0)
@@ -459,7 +459,7 @@ def test_a_checkpoint_with_numpy_scalars_loads_after_it_was_made_loadable(tmp_pa
     assert torch.equal(loaded["pipeline"]["w"], torch.ones(2))
 
 
-def test_a_truncated_checkpoint_is_passed_over(tmp_path: Path) -> None:
+def test_a_truncated_checkpoint_is_skipped(tmp_path: Path) -> None:
     torch.save({"step": 5}, tmp_path / "step-000000005.ckpt")
     whole = (tmp_path / "step-000000005.ckpt").read_bytes()
     (tmp_path / "step-000000009.ckpt").write_bytes(whole[: len(whole) // 2])
@@ -484,7 +484,7 @@ run = pathlib.Path(value("--output-dir"), value("--experiment-name"), arguments[
 
 
 @pytest.mark.parametrize("refuses", [False, True])
-def test_an_interrupted_teacher_continues_with_the_iterations_that_are_left(
+def test_an_interrupted_teacher_continues_with_the_remaining_iterations(
     tmp_path: Path, captures: list[str], monkeypatch: pytest.MonkeyPatch, refuses: bool
 ) -> None:
     recorder, record = tmp_path / "recorder.py", tmp_path / "arguments.txt"
@@ -527,7 +527,7 @@ def test_a_ray_that_others_can_reach_is_refused(address: str) -> None:
         check_loopback({"127.0.0.1", address})
 
 
-def test_what_listens_here_is_found() -> None:
+def test_listening_sockets_are_found() -> None:
     with socket.socket() as server:
         server.bind(("127.0.0.5", 0))
         server.listen()
@@ -549,13 +549,13 @@ def test_a_reports_figures_are_found(has_teacher: bool, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "text", ["", "[]", "null", '{"mean": null}', '{"mean": {"teacher": {}}}', '{"mean": {"teacher": {"psnr": NaN}}}']
 )
-def test_figures_that_a_report_lacks_are_not_made_up(text: str, tmp_path: Path) -> None:
+def test_figures_missing_from_a_report_stay_empty(text: str, tmp_path: Path) -> None:
     assert report_figures(tmp_path) == {}
     (tmp_path / "report.json").write_text(text)
     assert report_figures(tmp_path) == {}
 
 
-def test_the_gallery_links_what_is_done_and_escapes_what_others_wrote(tmp_path: Path, captures: list[str]) -> None:
+def test_the_gallery_links_results_and_escapes_foreign_text(tmp_path: Path, captures: list[str]) -> None:
     fleet = stand_in_fleet(tmp_path, [*captures, str(write_folder(tmp_path / "captures" / "odd", "<b>"))])
     state = run_fleet(fleet, ThreadCluster())
     page = gallery_html(state, {"barn.jpg"}, is_running=True)

@@ -1,4 +1,4 @@
-"""Training where something outside it fails: a disk without room, a teacher that stops rendering."""
+"""Training when something outside it fails: a full disk, a teacher that stops rendering."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Checkpoints of composited students that cannot be: refused before a grid is allocated or a kernel reads beyond it."""
+"""Invalid checkpoints of composited students are refused before a grid is allocated or a kernel reads beyond it."""
 
 from __future__ import annotations
 
@@ -68,13 +68,13 @@ def with_a_flat_box(pipeline: dict[str, Any]) -> None:
         (with_a_flat_box, "box has sides of"),
     ],
 )
-def test_grids_that_cannot_be(edit: Callable[[dict[str, Any]], None], said: str, run: Path) -> None:
+def test_invalid_grids(edit: Callable[[dict[str, Any]], None], said: str, run: Path) -> None:
     with pytest.raises(InputError, match=said) as caught:
         load_student(edited(run, edit), engine="torch")
     assert "step-000000007.ckpt" in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_what_is_not_a_number_has_a_cell() -> None:
+def test_non_finite_points_have_a_cell() -> None:
     values = [np.nan, np.inf, -np.inf, -5.0, 3.7, 100.0, 1e30]
     assert all(0 <= int(_cell(np.float32(value), np.uint32(7))) <= 7 for value in values)
     assert int(_cell(np.float32(3.7), np.uint32(7))) == 3

@@ -1,4 +1,4 @@
-"""Files that are no published checkpoints, or mean harm: a reason in one paragraph, nothing run, nothing written."""
+"""Invalid and malicious files in place of published checkpoints: one paragraph, nothing executed, nothing written."""
 
 from __future__ import annotations
 
@@ -210,7 +210,7 @@ def crafted(tmp_path: Path, *arguments: Any) -> bytes:
         (0, (1,) * 9, (1,) * 9),
     ],
 )
-def test_tensors_beyond_their_numbers(offset: Any, shape: Any, stride: Any, refused, tmp_path: Path) -> None:
+def test_tensors_larger_than_their_storage(offset: Any, shape: Any, stride: Any, refused, tmp_path: Path) -> None:
     sound = write_tar(tmp_path / "sound.tar", r2l_weights())
     content = crafted(tmp_path, offset, shape, stride)
     file = repacked(sound, tmp_path / "crafted.tar", **{"data.pkl": content, "data/0": b"\0" * 16})
@@ -218,7 +218,7 @@ def test_tensors_beyond_their_numbers(offset: Any, shape: Any, stride: Any, refu
     assert "reaches beyond" in message or "an invalid shape" in message
 
 
-def test_numbers_that_are_missing_or_cut(refused, tmp_path: Path) -> None:
+def test_missing_or_truncated_numbers(refused, tmp_path: Path) -> None:
     sound = write_tar(tmp_path / "sound.tar", r2l_weights())
     assert "truncated" in refused(repacked(sound, tmp_path / "missing.tar", **{"data/0": None}))
     assert "bytes" in refused(repacked(sound, tmp_path / "cut.tar", **{"data/0": b"\0" * 12}))
@@ -274,7 +274,7 @@ def test_damaged_numbers(refused, tmp_path: Path) -> None:
 # Files of another kind.
 
 
-def test_no_file_a_folder_and_files_of_other_kinds(refused, tmp_path: Path) -> None:
+def test_missing_files_folders_and_other_file_types(refused, tmp_path: Path) -> None:
     assert "no checkpoint at" in refused(tmp_path / "nowhere.tar")
     assert "no checkpoint at" in refused(tmp_path / "nowhere.onnx")
     assert "is a folder" in refused(tmp_path)
@@ -358,7 +358,7 @@ def test_a_network_wider_than_memory(refused, tmp_path: Path, monkeypatch: pytes
     assert "does not fit into memory" in refused(file)
 
 
-def test_options_that_cannot_be(refused, tmp_path: Path) -> None:
+def test_invalid_options(refused, tmp_path: Path) -> None:
     file = write_tar(tmp_path / "r2l.tar", r2l_weights())
     assert "--near must be below --far" in refused(file, near=7.0)
     assert "positive integer" in refused(file, num_points=0)
@@ -376,7 +376,7 @@ def test_a_negative_near_is_taken(capture: Path, tmp_path: Path) -> None:
     assert list((tmp_path / "outputs").rglob("config.yml"))
 
 
-def test_the_command_says_it_in_one_paragraph(
+def test_the_command_prints_one_paragraph(
     capture: Path, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("sys.argv", ["r2l-import", str(tmp_path / "nowhere.tar"), "--data", str(capture)])
@@ -385,7 +385,7 @@ def test_the_command_says_it_in_one_paragraph(
     assert caught.value.code == 1 and "Error: There is no checkpoint" in capsys.readouterr().out
 
 
-def test_a_student_that_draws_something_else_is_not_kept(
+def test_a_student_that_renders_differently_is_not_kept(
     refused, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def other(points: int, octaves: int) -> torch.Tensor:
@@ -398,7 +398,7 @@ def test_a_student_that_draws_something_else_is_not_kept(
 # Captures.
 
 
-def test_captures_that_are_none(refused, tmp_path: Path) -> None:
+def test_folders_that_are_not_captures(refused, tmp_path: Path) -> None:
     file = write_tar(tmp_path / "r2l.tar", r2l_weights())
     assert "no capture at" in refused(file, tmp_path / "nowhere")
     (tmp_path / "empty").mkdir()
@@ -408,7 +408,7 @@ def test_captures_that_are_none(refused, tmp_path: Path) -> None:
     assert "poses_bounds.npy" in refused(file, tmp_path / "empty", layout="llff")
 
 
-def test_a_capture_that_is_not_blenders(refused, tmp_path: Path) -> None:
+def test_a_capture_in_another_format(refused, tmp_path: Path) -> None:
     data = blender_capture(tmp_path / "scene", around(1)[0].numpy(), 16, 24, 30.0)
     file = data / "transforms_train.json"
     content = json.loads(file.read_text())
@@ -433,7 +433,7 @@ def test_a_dataset_of_the_other_kind(refused, capture: Path, forward: Path, tmp_
     assert "trained on a blender dataset" in refused(of_blender, forward)
 
 
-def test_what_the_file_says_of_its_training_is_used(forward: Path, tmp_path: Path) -> None:
+def test_training_arguments_in_the_file_are_used(forward: Path, tmp_path: Path) -> None:
     arguments = {"dataset_type": "Colmap", "scene": "fern", "ndc": False, "input_height": 4, "input_width": 6}
     network = read_tar(write_tar(tmp_path / "mobile.tar", mobile_weights(), arguments))
     command = ImportCheckpoint(tmp_path / "mobile.tar", forward)
@@ -470,7 +470,7 @@ def test_damaged_llff_poses(content: np.ndarray, tmp_path: Path) -> None:
         read_poses_bounds(tmp_path / "poses_bounds.npy")
 
 
-def test_llff_poses_that_would_run_something(tmp_path: Path) -> None:
+def test_llff_poses_with_pickled_code(tmp_path: Path) -> None:
     touched = tmp_path / "touched"
     np.save(tmp_path / "poses_bounds.npy", np.array([Evil(touched)], dtype=object), allow_pickle=True)
     with pytest.raises(InputError, match="cannot be read"):
@@ -478,7 +478,7 @@ def test_llff_poses_that_would_run_something(tmp_path: Path) -> None:
     assert not touched.exists()
 
 
-def test_images_that_do_not_go_with_the_poses(refused, forward: Path, tmp_path: Path) -> None:
+def test_images_that_do_not_match_the_poses(refused, forward: Path, tmp_path: Path) -> None:
     shutil.copy(forward / "images" / "image000.png", forward / "images" / "image999.png")
     message = refused(write_tar(tmp_path / "r2l.tar", r2l_weights()), forward)
     assert "6 images" in message and "5 poses" in message
@@ -517,7 +517,7 @@ def edited_onnx(path: Path, change: Callable[[Any], None]) -> Path:
     return path
 
 
-def test_onnx_files_that_are_none(refused, tmp_path: Path) -> None:
+def test_files_that_are_not_onnx(refused, tmp_path: Path) -> None:
     damaged = tmp_path / "damaged.onnx"
     damaged.write_bytes(write_onnx(tmp_path / "sound.onnx", mobile_weights()).read_bytes()[:900])
     assert "cannot be imported" in refused(damaged)

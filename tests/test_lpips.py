@@ -1,4 +1,4 @@
-"""Models are built without their LPIPS network, and only then, and only there."""
+"""Models are built without their LPIPS network, only inside the context and only in its thread."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _SMALL = {
 
 
 class NetworkBuilt(Exception):
-    """The real metric's network was asked for."""
+    """The original metric's network was requested."""
 
 
 @pytest.fixture(autouse=True)
@@ -82,7 +82,7 @@ def test_only_inside_and_also_after_an_error() -> None:
     assert _is_real()
 
 
-def test_other_threads_keep_the_real_one() -> None:
+def test_other_threads_keep_the_original() -> None:
     seen = []
     with without_lpips():
         thread = threading.Thread(target=lambda: seen.append(_is_real()))

@@ -1,4 +1,4 @@
-"""What `ns-train` lists, and that listing it costs nothing."""
+"""The methods that `ns-train` lists, and that listing them imports nothing heavy."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_entry_points_are_named_as_their_methods() -> None:
 
 
 @pytest.mark.parametrize("method", sorted(METHODS))
-def test_ns_train_lists_it_and_asks_for_a_teacher(method: str, capsys: pytest.CaptureFixture) -> None:
+def test_ns_train_lists_it_and_requires_a_teacher(method: str, capsys: pytest.CaptureFixture) -> None:
     from nerfstudio.configs.method_configs import AnnotatedBaseConfigUnion, all_descriptions, all_methods
 
     assert all_methods[method].method_name == method and "R2L" in all_descriptions[method]
@@ -93,7 +93,7 @@ def test_command_line_reaches_the_configuration() -> None:
 
 
 @pytest.mark.parametrize("method", sorted(METHODS))
-def test_configuration_is_read_as_it_was_written(method: str, tmp_path: Path) -> None:
+def test_configuration_is_read_back_unchanged(method: str, tmp_path: Path) -> None:
     from nerfstudio.configs.method_configs import all_methods
 
     text = yaml.dump(all_methods[method])

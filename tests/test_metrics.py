@@ -82,7 +82,7 @@ def test_ssim_by_hand() -> None:
     assert found == pytest.approx(np.mean(values), abs=1e-4)
 
 
-def test_ssim_knows_height_from_channels() -> None:
+def test_ssim_distinguishes_height_from_channels() -> None:
     """The published code read height as channels, which gives .99 for anything."""
     generator = torch.Generator().manual_seed(0)
     truth, image = (torch.rand(32, 32, 3, generator=generator) for _ in range(2))

@@ -1,4 +1,4 @@
-"""The MobileR2L model: any pinhole at any size, other lenses, and what it learns from."""
+"""The MobileR2L model: pinholes of any size, other lenses, and its supervision."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def camera(width: int = 24, height: int = 17, zoom: float = 1.0, kind=CameraType
 
 @pytest.mark.parametrize("factor", [4, 8, 12])
 @pytest.mark.parametrize(("width", "height"), [(24, 16), (23, 17), (1, 1), (5, 31)])
-def test_any_size_is_drawn_whole(width: int, height: int, factor: int) -> None:
+def test_every_size_is_rendered_completely(width: int, height: int, factor: int) -> None:
     outputs = model(factor).get_outputs_for_camera(camera(width, height))
     assert list(outputs) == ["rgb", "accumulation", "depth"]
     for key, value in outputs.items():
@@ -64,14 +64,14 @@ def test_a_size_that_the_factor_does_not_divide_is_a_crop_of_one_that_it_does(fa
     assert whole["rgb"].std() > 0.01
 
 
-def test_pixels_at_the_border_are_as_any_other() -> None:
+def test_border_pixels_equal_other_pixels() -> None:
     student = model(4)
     whole = student.get_outputs_for_camera(camera(32, 24, cx=16.0, cy=12.0))["rgb"]
     inner = student.get_outputs_for_camera(camera(12, 8, cx=16.0 - 8, cy=12.0 - 4))["rgb"]
     torch.testing.assert_close(inner, whole[4:12, 8:20], atol=1e-5, rtol=1e-4)
 
 
-def test_accumulation_and_depth_are_there_where_the_teacher_had_them() -> None:
+def test_accumulation_and_depth_exist_if_the_teacher_has_them() -> None:
     keys = {(True, False): ["rgb", "accumulation"], (False, False): ["rgb"]}
     for (accumulation, depth), expected in keys.items():
         outputs = model(accumulation=accumulation, depth=depth).get_outputs_for_camera(camera())
@@ -87,21 +87,21 @@ def test_accumulation_and_depth_are_there_where_the_teacher_had_them() -> None:
 
 
 @pytest.mark.parametrize("zoom", [0.5, 0.8, 1.25, 2.0])
-def test_other_zooms_are_drawn_at_the_trained_pitch(zoom: float) -> None:
+def test_other_zooms_are_rendered_at_the_trained_pitch(zoom: float) -> None:
     student = model(4)
     # The network, as a function of direction alone that is smooth: a camera's picture is then known at any zoom.
     student.encode_rays = lambda origins, directions: EncodedRays(directions)
     student.network = _Directions(4)
-    student.ray_code.radius.fill_(100.0)  # no ray misses the scene
+    student.ray_encoding.radius.fill_(100.0)  # no ray misses the scene
     width, height = 36, 28
     rgb = student.get_outputs_for_camera(camera(width, height, zoom))["rgb"]
     _, directions = image_rays(POSE, torch.tensor([FOCAL * zoom, FOCAL * zoom, 18, 14]), height, width)
-    inner = slice(2, -2)  # resampling has no neighbours beyond the border
+    inner = slice(2, -2)  # resampling has no neighbors beyond the border
     torch.testing.assert_close(rgb[inner, inner], (0.5 + 0.4 * directions)[inner, inner], atol=0.004, rtol=0)
 
 
 class _Directions(torch.nn.Module):
-    """Rays of cells to colours of pixels, by interpolation: what a trained network comes down to in a smooth scene."""
+    """Rays of cells to colors of pixels, by interpolation: what a trained network comes down to in a smooth scene."""
 
     def __init__(self, factor: int) -> None:
         super().__init__()
@@ -113,7 +113,7 @@ class _Directions(torch.nn.Module):
         return torch.cat([color, color[:, :2]], dim=1)
 
 
-def test_very_wide_views_are_drawn_coarser() -> None:
+def test_very_wide_views_are_rendered_coarser() -> None:
     student = model(4)
     assert student.drawn_size(FOCAL, FOCAL, 37, 21) == (37, 21)
     assert student.drawn_size(2 * FOCAL, FOCAL, 37, 21) == (18, 21)
@@ -160,7 +160,7 @@ def test_rays_of_many_origins_are_refused(kind: CameraType, capsys: pytest.Captu
     assert "Error: " in capsys.readouterr().out
 
 
-def test_single_rays_are_answered_as_pictures_of_one_pixel() -> None:
+def test_single_rays_are_rendered_as_images_of_one_pixel() -> None:
     student = model(4)
     of = camera(1, 1)
     bundle = of.generate_rays(camera_indices=0, keep_shape=True).flatten()
@@ -179,7 +179,7 @@ def test_single_rays_are_answered_as_pictures_of_one_pixel() -> None:
 @pytest.mark.parametrize(
     ("size", "factor"), [((400, 400), 4), ((100, 60), 4), ((800, 800), 8), ((1008, 756), 12), ((4000, 3000), 12)]
 )
-def test_the_factor_fits_the_capture_unless_it_is_set(size: tuple[int, int], factor: int) -> None:
+def test_the_upsampling_factor_fits_the_capture_unless_it_is_set(size: tuple[int, int], factor: int) -> None:
     config = MobileR2LModelConfig()
     config.fit_to(*size)
     assert config.upsampling_factor == factor
@@ -194,7 +194,7 @@ def test_the_factor_fits_the_capture_unless_it_is_set(size: tuple[int, int], fac
 
 
 def views(count: int = 3, height: int = 20, width: int = 28) -> PhotographViews:
-    """Views whose colours are their rays' directions, in 8 bits."""
+    """Views whose colors are their rays' directions, in 8 bits."""
     torch.manual_seed(0)
     poses = torch.cat([torch.linalg.qr(torch.randn(count, 3, 3)).Q, torch.randn(count, 3, 1)], dim=-1)
     intrinsics = torch.tensor([FOCAL, FOCAL, width / 2, height / 2]).expand(count, 4) + torch.rand(count, 4)
@@ -206,7 +206,7 @@ def views(count: int = 3, height: int = 20, width: int = 28) -> PhotographViews:
 
 
 @pytest.mark.parametrize("factor", [4, 6])
-def test_pixels_of_crops_are_those_that_their_rays_see(factor: int) -> None:
+def test_pixels_of_crops_match_their_rays(factor: int) -> None:
     batch = sample_crops(views(), 40, 3, factor)
     side = 3 * factor
     assert batch.target.rgb.shape == (40, side, side, 3) and batch.ray_bundle.origins.shape == (40, 5, 5, 3)
@@ -232,7 +232,7 @@ def test_a_cells_ray_is_the_middle_of_its_pixels(factor: int) -> None:
     torch.testing.assert_close(step, step[:, :1, :1].expand_as(step), atol=1e-5, rtol=1e-4)
 
 
-def test_a_crop_renders_as_the_camera_that_it_is_part_of() -> None:
+def test_a_crop_equals_that_part_of_the_full_image() -> None:
     student, source = model(4), views(1, 16, 16)
     fx, _, cx, cy = source.intrinsics[0].tolist()
     student.focal.fill_(fx)
@@ -243,7 +243,7 @@ def test_a_crop_renders_as_the_camera_that_it_is_part_of() -> None:
     torch.testing.assert_close(outputs["rgb"][0], whole[..., :3], atol=1e-5, rtol=1e-4)
 
 
-def test_a_share_of_the_crops_is_drawn_where_the_teacher_sees_something() -> None:
+def test_a_share_of_the_crops_comes_from_the_foreground() -> None:
     source = views(4, 48, 48)
     seen = torch.zeros(48, 48, dtype=torch.bool)
     seen[10:26, 20:36] = True  # an eighth of the places where a crop's middle may be
@@ -255,7 +255,7 @@ def test_a_share_of_the_crops_is_drawn_where_the_teacher_sees_something() -> Non
         torch.testing.assert_close(batch.target.rgb, 0.5 + 0.5 * batch.target.directions, atol=0.003, rtol=0)
 
 
-def test_photographs_teach_no_geometry_and_join_teacher_views() -> None:
+def test_photos_supervise_no_geometry_and_mix_with_teacher_views() -> None:
     known, unknown = views(), views()
     known.has_geometry = True
     both = joined(sample_crops(known, 2, 3, 4), sample_crops(unknown, 3, 3, 4))
@@ -267,7 +267,7 @@ def test_photographs_teach_no_geometry_and_join_teacher_views() -> None:
     assert all(math.isfinite(float(loss)) for loss in losses.values())
 
 
-def test_pixels_without_weight_teach_nothing() -> None:
+def test_pixels_without_weight_have_no_gradient() -> None:
     source = views()
     batch = sample_crops(source, 4, 3, 4)
     student = model()

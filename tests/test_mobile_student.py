@@ -28,14 +28,14 @@ def test_flops_are_what_torch_counts(factor: int) -> None:
 @pytest.mark.parametrize(
     ("factor", "steps"), [(2, [2]), (3, [3]), (4, [2, 2]), (6, [2, 3]), (8, [2, 2, 2]), (12, [2, 2, 3])]
 )
-def test_factors(factor: int, steps: list[int]) -> None:
+def test_upsampling_factors(factor: int, steps: list[int]) -> None:
     assert up_steps(factor) == steps
     network = MobileR2L(10, 5, width=8, blocks=1, factor=factor, up_width=6, last_width=4)
     assert network(torch.zeros(2, 10, 3, 4)).shape == (2, 5, 3 * factor, 4 * factor)
 
 
 @pytest.mark.parametrize("factor", [0, 1, 5, 9, 18, 10])
-def test_impossible_factor_is_an_error_that_names_the_flag(factor: int) -> None:
+def test_impossible_upsampling_factor_is_an_error_that_names_the_flag(factor: int) -> None:
     with pytest.raises(InputError, match="--pipeline.model.upsampling-factor"):
         MobileR2L(10, factor=factor)
 
@@ -57,7 +57,7 @@ def test_zero_init_starts_as_the_identity() -> None:
 
 
 @pytest.mark.parametrize("factor", [4, 8, 12])
-def test_a_pixel_depends_on_its_cell_and_those_around_it_alone(factor: int) -> None:
+def test_a_pixel_depends_only_on_its_cell_and_the_cells_around_it(factor: int) -> None:
     torch.manual_seed(0)
     network = MobileR2L(5, 3, width=8, blocks=1, factor=factor, up_width=6, last_width=4, zero_init=False).eval()
     code = torch.randn(1, 5, 5, 5)

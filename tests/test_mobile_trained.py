@@ -1,4 +1,4 @@
-"""What only a trained MobileR2L student can show: it learns, keeps still, and bears half precision."""
+"""Properties of a trained MobileR2L student: it learns, is stable, and runs in half precision."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def resized(image: Tensor, size: int) -> Tensor:
     return interpolate(channels, (size, size), mode="bilinear", antialias=True)[0].permute(1, 2, 0)
 
 
-def test_it_learns_colour_accumulation_and_depth(student: MobileR2LModel, unseen: ViewRing) -> None:
+def test_it_learns_color_accumulation_and_depth(student: MobileR2LModel, unseen: ViewRing) -> None:
     for index in range(len(unseen)):
         outputs = student.get_outputs_for_camera(camera_of(unseen, index))
         truth = unseen.pixels[index].float() / 255
@@ -95,7 +95,9 @@ def test_it_learns_colour_accumulation_and_depth(student: MobileR2LModel, unseen
 
 
 @pytest.mark.parametrize("scale", [0.5, 0.7, 1.3, 2.0])
-def test_the_picture_stays_when_the_resolution_changes(scale: float, student: MobileR2LModel, unseen: ViewRing) -> None:
+def test_the_image_is_stable_when_the_resolution_changes(
+    scale: float, student: MobileR2LModel, unseen: ViewRing
+) -> None:
     own, other = camera_of(unseen, 0), camera_of(unseen, 0)
     other.rescale_output_resolution(scale)
     pictures = [student.get_outputs_for_camera(camera)["rgb"] for camera in (own, other)]
@@ -105,7 +107,7 @@ def test_the_picture_stays_when_the_resolution_changes(scale: float, student: Mo
 
 
 @pytest.mark.parametrize("shift", [1, 2, 3])
-def test_the_picture_moves_with_the_camera_and_the_grid_of_cells_is_not_seen(
+def test_the_image_moves_with_the_camera_without_a_visible_grid(
     shift: int, student: MobileR2LModel, unseen: ViewRing
 ) -> None:
     for index in range(len(unseen)):

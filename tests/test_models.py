@@ -1,4 +1,4 @@
-"""The R2L model: any camera, crop boxes, what its losses count, and its metrics."""
+"""The R2L model: cameras of all kinds, crop boxes, losses and metrics."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ DISTORTION = torch.tensor([[0.2, -0.05, 0.0, 0.0, 0.01, -0.02]])
 
 
 @pytest.mark.parametrize(("width", "height"), [(24, 17), (1, 1), (13, 5), (2, 31)])
-def test_pinholes_see_what_nerfstudios_rays_see(width: int, height: int) -> None:
+def test_pinhole_cameras_match_nerfstudios_rays(width: int, height: int) -> None:
     student = model(eval_num_rays_per_chunk=10)
     of = camera(width=width, height=height)
     assert is_pinhole(of)
@@ -87,7 +87,7 @@ def test_pinholes_see_what_nerfstudios_rays_see(width: int, height: int) -> None
     ],
     ids=["distorted", "fisheye", "distorted fisheye", "equirectangular", "orthophoto", "vr180"],
 )
-def test_other_cameras_see_by_nerfstudios_rays(of: Cameras) -> None:
+def test_other_cameras_match_nerfstudios_rays(of: Cameras) -> None:
     assert not is_pinhole(of)
     student = model()
     origins, directions = rays(of)
@@ -124,11 +124,11 @@ def test_camera_without_a_batch_dimension() -> None:
         (True, True, {"rgb", "accumulation", "depth"}),
         (True, False, {"rgb", "accumulation"}),
         (False, False, {"rgb"}),
-        # Nerfstudio colours depth by accumulation, and stops where there is none.
+        # Nerfstudio colors depth by accumulation, and stops where there is none.
         (False, True, {"rgb", "accumulation", "depth"}),
     ],
 )
-def test_outputs_are_those_of_the_teacher(accumulation: bool, depth: bool, keys: set[str]) -> None:
+def test_outputs_match_the_teachers(accumulation: bool, depth: bool, keys: set[str]) -> None:
     student = model(accumulation, depth)
     outputs = student.get_outputs_for_camera(camera())
     assert set(outputs) == keys
@@ -145,10 +145,10 @@ def test_a_checkpoint_keeps_the_scene() -> None:
     other = R2LModelConfig(width=16, depth=4).setup(
         scene_box=SceneBox(aabb=torch.tensor([[-1.0, -1, -1], [1, 1, 1]])), num_train_data=1, metadata={}
     )
-    assert other.ray_code.spacing != "sphere"
+    assert other.ray_encoding.spacing != "sphere"
     other.load_state_dict(student.state_dict(), strict=True)
     other.eval()
-    assert other.ray_code.spacing == "sphere" and not other.has_accumulation and other.has_depth
+    assert other.ray_encoding.spacing == "sphere" and not other.has_accumulation and other.has_depth
     assert torch.equal(other.background, BACKGROUND)
     for key, value in student.get_outputs_for_camera(camera()).items():
         assert torch.equal(other.get_outputs_for_camera(camera())[key], value)
@@ -203,7 +203,7 @@ def test_crop_without_depth_keeps_the_rays_that_meet_the_box() -> None:
         assert not _box().within((origins + distance * directions)[~meets]).any()
 
 
-def test_crop_paints_the_colour_that_the_viewer_asks_for() -> None:
+def test_crop_uses_the_viewers_background_color() -> None:
     color = torch.tensor([1.0, 0.0, 0.5])
     away = OrientedBox.from_params((50.0, 0.0, 0.0), (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
     with background_color_override_context(color):
@@ -257,16 +257,16 @@ def _batch(count: int = 40) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     return outputs, batch
 
 
-def test_losses_are_weighted_means_over_what_is_known() -> None:
+def test_losses_are_weighted_means() -> None:
     student = model(accumulation_weight=0.25, depth_weight=0.5)
     outputs, batch = _batch()
     losses = student.get_loss_dict(outputs, batch)
-    learnt = [*range(10), *range(20, 40)]
-    color = (outputs["rgb"] - batch["image"])[learnt].square().mean()
+    learned = [*range(10), *range(20, 40)]
+    color = (outputs["rgb"] - batch["image"])[learned].square().mean()
     torch.testing.assert_close(losses["rgb_loss"], color)
     opacity = (outputs["accumulation"] - batch["accumulation"])[:10].square().mean()
     torch.testing.assert_close(losses["accumulation_loss"], 0.25 * opacity)
-    target = student.ray_code.to_fraction(batch["origins"], batch["directions"], batch["depth"])
+    target = student.ray_encoding.to_fraction(batch["origins"], batch["directions"], batch["depth"])
     seen = batch["accumulation"] * (batch["depth"] > 0)
     errors = ((outputs["depth_fraction"] - target).square() * seen)[:10].sum() / seen[:10].sum()
     torch.testing.assert_close(losses["depth_loss"], 0.5 * errors)
@@ -287,7 +287,7 @@ def test_rays_without_weight_do_not_matter() -> None:
     assert all(torch.equal(after[key], before[key]) for key in before)
 
 
-def test_a_batch_of_photographs_alone_has_no_geometry_loss() -> None:
+def test_a_batch_of_photos_has_no_geometry_loss() -> None:
     outputs, batch = _batch()
     batch["geometry_weight"][:] = 0
     losses = model().get_loss_dict(outputs, batch)
@@ -297,13 +297,13 @@ def test_a_batch_of_photographs_alone_has_no_geometry_loss() -> None:
     assert set(model().get_loss_dict(outputs, {"image": batch["image"]})) == {"rgb_loss"}
 
 
-def test_what_the_teacher_lacks_is_no_loss() -> None:
+def test_outputs_that_the_teacher_lacks_have_no_loss() -> None:
     outputs, batch = _batch()
     assert set(model(accumulation=False).get_loss_dict(outputs, batch)) == {"rgb_loss", "depth_loss"}
     assert set(model(depth=False).get_loss_dict(outputs, batch)) == {"rgb_loss", "accumulation_loss"}
 
 
-def test_transparent_photographs_lie_on_the_background() -> None:
+def test_transparent_photos_are_blended_with_the_background() -> None:
     student = model()
     image = torch.rand(17, 24, 4)
     blended = image[..., :3] * image[..., 3:] + BACKGROUND * (1 - image[..., 3:])
@@ -348,7 +348,7 @@ def test_metrics_are_torchmetrics(no_weights: None, capsys: pytest.CaptureFixtur
     assert " ".join(capsys.readouterr().out.split()).count("Skipping LPIPS (alex)") == 1
 
 
-def test_lpips_is_torchmetrics_where_it_can_be_had(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lpips_equals_torchmetrics_if_available(monkeypatch: pytest.MonkeyPatch) -> None:
     class Distance(torch.nn.Module):
         """In the place of the network: how far apart, in the range that the network is fed."""
 

@@ -1,4 +1,4 @@
-"""Captures as people have them: each is read as what it shows, or refused with one paragraph that says what to do."""
+"""Unusual captures are either read correctly or refused in one paragraph with the remedy."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class Lens:
 
 
 def colors(origins: np.ndarray, directions: np.ndarray) -> np.ndarray:
-    """A ball of radius 0.7 at the origin, coloured by position, before a room coloured by direction."""
+    """A ball of radius 0.7 at the origin, colored by position, before a room colored by direction."""
     middle = (directions * origins).sum(-1)
     inside = middle**2 - (origins**2).sum(-1) + 0.7**2
     points = origins + directions * (-middle - np.sqrt(np.maximum(inside, 0)))[..., None]
@@ -120,7 +120,7 @@ def with_an_exif_orientation_that_its_cameras_ignore(folder: Path) -> DataParser
     return nerfstudio(folder, Lens(w=18, h=30, cx=9, cy=15), "images/{}.jpg", save)
 
 
-def of_16_bits_and_grey(folder: Path) -> DataParserConfig:
+def of_16_bits_and_gray(folder: Path) -> DataParserConfig:
     def save(image: Image.Image, path: Path) -> None:
         Image.fromarray(np.asarray(image.convert("L")).astype(np.uint16) * 257).save(path)
 
@@ -289,7 +289,7 @@ GOOD: dict[str, tuple[Make, float]] = {
 TINY_OR_HUGE = {"scale 1e-3": scaled(1e-3), "scale 1e4": scaled(1e4)}
 BAD: dict[str, tuple[Make, str]] = {
     "rotated by EXIF": (rotated_by_exif, r"0.jpg has 30x18 pixels, and its camera 18x30: .*on its side.*-auto-orient"),
-    "16 bits, grey": (of_16_bits_and_grey, r"000.png is an image of an unusual kind \(mode I;16\).*8-bit RGB"),
+    "16 bits, gray": (of_16_bits_and_gray, r"000.png is an image of an unusual kind \(mode I;16\).*8-bit RGB"),
     "EXR": (of_exr, r"cannot identify image file .*0.exr'.*such as EXR; convert the photos to 8-bit"),
     "CMYK": (of_cmyk, r"0.jpg is an image of an unusual kind \(CMYK\).*8-bit RGB"),
     "palette": (of_a_palette, r"000.png is an image of an unusual kind \(a palette\).*8-bit RGB"),
@@ -311,7 +311,7 @@ def read(config: DataParserConfig) -> tuple[InputDataset, Photographs]:
 
 
 @pytest.mark.parametrize("kind", GOOD)
-def test_what_is_read_is_what_the_photos_show(kind: str, tmp_path: Path) -> None:
+def test_unusual_captures_are_read_correctly(kind: str, tmp_path: Path) -> None:
     make, least = GOOD[kind]
     dataset, photos = read(make(tmp_path / "capture"))
     assert len(photos) == len(dataset) >= VIEWS
@@ -346,7 +346,7 @@ def test_teacher_views_can_be_rendered_around_it(kind: str, tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("kind", BAD)
-def test_one_paragraph_says_what_is_wrong(kind: str, tmp_path: Path) -> None:
+def test_unusable_captures_are_refused_in_one_paragraph(kind: str, tmp_path: Path) -> None:
     make, said = BAD[kind]
     with pytest.raises((CaptureError, InputError), match=said) as caught:
         read(make(tmp_path / "capture"))

@@ -21,7 +21,7 @@ def steps(module: nn.Module, settings: MuonOptimizerConfig, count: int = 3) -> N
         optimizer.step()
 
 
-def test_muon_treats_a_1x1_convolution_as_the_matrix_that_it_is() -> None:
+def test_muon_treats_a_1x1_convolution_as_a_matrix() -> None:
     linear, convolution = nn.Linear(5, 6), nn.Conv2d(5, 6, 1)
     convolution.weight.data.copy_(linear.weight.data[..., None, None])
     start = linear.weight.detach().clone()
@@ -31,7 +31,7 @@ def test_muon_treats_a_1x1_convolution_as_the_matrix_that_it_is() -> None:
     assert (linear.weight - start).abs().max() > 0.01
 
 
-def test_muon_goes_on_from_its_saved_state() -> None:
+def test_muon_resumes_from_its_saved_state() -> None:
     straight, resumed = nn.Conv2d(5, 6, 1), nn.Conv2d(5, 6, 1)
     resumed.load_state_dict(straight.state_dict())
     gradients = torch.randn(4, 6, 5, 1, 1, generator=torch.Generator().manual_seed(1))
@@ -50,7 +50,7 @@ def test_muon_goes_on_from_its_saved_state() -> None:
     assert torch.equal(straight.weight, resumed.weight)
 
 
-def test_average_forgets_the_beginning_and_then_moves_slowly() -> None:
+def test_average_follows_early_training_and_then_moves_slowly() -> None:
     module = nn.Linear(1, 1)
     module.weight.data.fill_(100.0)
     average = WeightAverage(module, decay=0.9)
@@ -63,7 +63,7 @@ def test_average_forgets_the_beginning_and_then_moves_slowly() -> None:
     assert float(module.weight) == 2.0
 
 
-def test_average_is_saved_whole_and_can_begin_anew() -> None:
+def test_average_is_saved_completely_and_can_be_restarted() -> None:
     module = nn.Linear(3, 2)
     average = WeightAverage(module, decay=0.9)
     for _ in range(5):

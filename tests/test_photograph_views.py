@@ -1,4 +1,4 @@
-"""Photos as undistorted views: each pixel's colour is the one that its ray had in the photo."""
+"""Photos as undistorted views: each pixel has the color of its ray in the photo."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ LENSES = {
 
 
 class Painted:
-    """A dataset of photos whose colours are the directions of their own rays, by Nerfstudio's cameras."""
+    """A dataset of photos whose colors are the directions of their own rays, by Nerfstudio's cameras."""
 
     def __init__(self, width: int = 60, height: int = 44, views: int = 2, **lens) -> None:
         torch.manual_seed(3)
@@ -55,7 +55,7 @@ def taken(dataset: Painted, focal: float = 50.0, size: tuple[int, int] = (40, 52
 
 @pytest.mark.parametrize("width", [60, 180], ids=["same pitch", "three times finer"])
 @pytest.mark.parametrize("lens", LENSES)
-def test_every_pixel_has_the_colour_of_its_ray(lens: str, width: int) -> None:
+def test_every_pixel_has_the_color_of_its_ray(lens: str, width: int) -> None:
     views = taken(Painted(width, round(width * 44 / 60), **LENSES[lens]))
     assert len(views) == 1 and views.pixels.shape == (1, 40, 52, 4) and not views.has_geometry
     directions = image_rays(views.camera_to_worlds[0], views.intrinsics[0], 40, 52)[1]
@@ -65,7 +65,7 @@ def test_every_pixel_has_the_colour_of_its_ray(lens: str, width: int) -> None:
     torch.testing.assert_close(color[valid], (0.5 + 0.45 * directions)[valid], atol=0.004, rtol=0)
 
 
-def test_a_view_wider_than_the_photograph_ends_where_that_ends() -> None:
+def test_a_view_wider_than_the_photo_ends_at_its_border() -> None:
     views = taken(Painted(), focal=30.0)
     camera = Painted().cameras[1]
     directions = image_rays(views.camera_to_worlds[0], views.intrinsics[0], 40, 52)[1]
@@ -79,7 +79,7 @@ def test_a_view_wider_than_the_photograph_ends_where_that_ends() -> None:
     assert 0.2 < valid.float().mean() < 0.8
 
 
-def test_a_photograph_of_the_views_own_camera_is_copied() -> None:
+def test_a_photo_with_the_views_camera_is_copied() -> None:
     dataset = Painted()
     camera = dataset.cameras[1]
     own = torch.tensor([float(camera.fx), float(camera.fy), float(camera.cx), float(camera.cy)]).expand(2, 4)
@@ -89,7 +89,7 @@ def test_a_photograph_of_the_views_own_camera_is_copied() -> None:
     assert torch.equal(views.camera_to_worlds[0], camera.camera_to_worlds)
 
 
-def test_masked_pixels_and_what_is_read_from_them_are_not_learnt() -> None:
+def test_masked_pixels_are_not_learned() -> None:
     dataset = Painted()
     dataset.mask = torch.ones(44, 60, 1, dtype=torch.bool)
     dataset.mask[10:30, 10:30] = False
@@ -100,7 +100,7 @@ def test_masked_pixels_and_what_is_read_from_them_are_not_learnt() -> None:
     assert torch.equal(masked.pixels[0][kept], whole.pixels[0][kept])
 
 
-def test_transparent_photographs_lie_on_the_background() -> None:
+def test_transparent_photos_are_blended_with_the_background() -> None:
     dataset = Painted()
     dataset.alpha = torch.tensor(0.25)
     background = torch.tensor([0.1, 0.9, 0.3])
@@ -110,7 +110,7 @@ def test_transparent_photographs_lie_on_the_background() -> None:
     torch.testing.assert_close((thin.pixels[..., :3].float() / 255)[valid], expected[valid], atol=0.005, rtol=0)
 
 
-def test_pose_corrections_are_those_of_the_teachers_training() -> None:
+def test_pose_corrections_match_the_teachers_training() -> None:
     dataset = Painted()
     optimizer = CameraOptimizerConfig(mode="SO3xR3").setup(num_cameras=2, device="cpu")
     torch.nn.init.normal_(optimizer.pose_adjustment, std=0.2)
@@ -139,7 +139,7 @@ def test_a_lens_that_cannot_be_undistorted_is_an_error_with_a_remedy(lens: dict)
         taken(Painted(**lens))
 
 
-def test_mixed_resolutions_become_one() -> None:
+def test_mixed_resolutions_become_one_size() -> None:
     small, large = Painted(60, 44), Painted(120, 88)
     for dataset in (small, large):
         dataset.cameras = copy.deepcopy(dataset.cameras)

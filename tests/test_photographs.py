@@ -1,4 +1,4 @@
-"""Photos as rays: the teacher's rays, its pose corrections, masks, and views that stay unseen."""
+"""Photos as rays: the teacher's rays, its pose corrections, masks, and held-out views."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from r2l_nerfstudio.distillation import photograph_views as photograph_views_mod
 from r2l_nerfstudio.distillation import photographs as photographs_module
 from r2l_nerfstudio.distillation.background import background_of
 from r2l_nerfstudio.distillation.photograph_views import photograph_views
-from r2l_nerfstudio.distillation.photographs import Photographs, read_photo, split_holdout
+from r2l_nerfstudio.distillation.photographs import Photographs, read_photo, split_held_out
 from r2l_nerfstudio.errors import InputError
 from r2l_nerfstudio.teacher import Teacher
 
@@ -44,7 +44,7 @@ def capture(tiny_capture: Path, tmp_path: Path) -> Path:
 
 
 def edit(capture: Path, **fields) -> None:
-    """Add to what the capture says of its camera."""
+    """Add to the capture's camera parameters."""
     meta = json.loads((capture / "transforms.json").read_text())
     (capture / "transforms.json").write_text(json.dumps({**meta, **fields}))
 
@@ -58,7 +58,7 @@ CAMERAS = {
 
 @pytest.mark.parametrize("scale", [1.0, 0.5])
 @pytest.mark.parametrize("kind", CAMERAS)
-def test_every_pixel_has_nerfstudios_ray_and_its_colour(kind: str, scale: float, capture: Path) -> None:
+def test_every_pixel_has_nerfstudios_ray_and_its_color(kind: str, scale: float, capture: Path) -> None:
     edit(capture, **CAMERAS[kind])
     dataset = dataset_of(capture, scale)
     photographs = Photographs(dataset, [1, 4], None, WHITE, "cpu")
@@ -80,11 +80,11 @@ def test_every_pixel_has_nerfstudios_ray_and_its_colour(kind: str, scale: float,
         assert (plain.directions.reshape(-1, 3) - sample.directions[: side * side]).abs().max() > 1e-3
     torch.testing.assert_close(sample.directions.norm(dim=-1), torch.ones(len(sample.directions)))
     assert (sample.weight == 1).all()
-    assert (sample.geometry_weight == 0).all()  # a photo says nothing of depth or opacity
+    assert (sample.geometry_weight == 0).all()  # a photo has no depth or opacity
 
 
 @pytest.mark.parametrize("mode", ["SO3xR3", "SE3"])
-def test_pose_corrections_are_those_of_the_teachers_training(mode: str, tiny_capture: Path) -> None:
+def test_pose_corrections_match_the_teachers_training(mode: str, tiny_capture: Path) -> None:
     dataset = dataset_of(tiny_capture)
     optimizer = CameraOptimizerConfig(mode=mode).setup(num_cameras=6, device="cpu")
     torch.nn.init.normal_(optimizer.pose_adjustment, std=0.2)
@@ -102,7 +102,7 @@ def test_pose_corrections_are_those_of_the_teachers_training(mode: str, tiny_cap
     assert (uncorrected - sample.directions).abs().max() > 0.05
 
 
-def test_a_trained_teachers_corrections_reach_the_photographs(tiny_teacher: Path, tiny_capture: Path) -> None:
+def test_a_trained_teachers_corrections_reach_the_photos(tiny_teacher: Path, tiny_capture: Path) -> None:
     teacher = Teacher.load(tiny_teacher)
     dataset = dataset_of(tiny_capture)
     sample = Photographs(dataset, [2], teacher.pose_corrections(), WHITE, "cpu").rays(torch.tensor([30, 500]))
@@ -131,10 +131,10 @@ def test_masked_pixels_are_never_drawn(capture: Path) -> None:
     # Every pixel that counts is drawn about as often as any other.
     rays = photographs.rays(counts.flatten().nonzero()[:, 0])
     nearest = torch.cdist(drawn.directions[drawn.weight[:, 0] > 0][:2000], rays.directions).amin(-1)
-    assert nearest.max() < 1e-3  # neighbours are forty times as far apart
+    assert nearest.max() < 1e-3  # neighbors are forty times as far apart
 
 
-def test_photos_that_masks_cover_are_left_out(capture: Path, capsys: pytest.CaptureFixture) -> None:
+def test_completely_masked_photos_are_left_out(capture: Path, capsys: pytest.CaptureFixture) -> None:
     masks = {index: 0 if index in (1, 2) else 255 for index in range(8)}
     write_masks(capture, {index: np.full((24, 24), value, np.uint8) for index, value in masks.items()})
     dataset = dataset_of(capture)  # of the files 1, 2, 3, 5, 6, 7
@@ -184,14 +184,14 @@ def test_photos_take_three_bytes_a_pixel_and_one_more_photo_while_they_load(tmp_
     assert (peak[0] - before) / (count * size * size) < 4.0 + 9.0 / count
 
 
-def test_photos_shrink_where_memory_is_short(capture: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+def test_photos_shrink_if_memory_is_short(capture: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     dataset = dataset_of(capture)
     whole = Photographs(dataset, [1, 4], None, WHITE, "cpu")
     monkeypatch.setattr(photographs_module, "free_memory", lambda device: 24 * 24 * 3 * 2 / 0.4 / 3.9)
     small = Photographs(dataset, [1, 4], None, WHITE, "cpu")
     assert len(small.pixels) == 2 * 12 * 12
     assert "1/2 of their width and height" in capsys.readouterr().out
-    # A pixel of the small photo has the mean colour of four, and the ray through their middle.
+    # A pixel of the small photo has the mean color of four, and the ray through their middle.
     colors = whole.pixels[:576].view(12, 2, 12, 2, 3).float().mean(dim=(1, 3)).reshape(-1, 3)
     assert (small.pixels[:144].float() - colors).abs().max() <= 1
     rays = whole.rays(torch.arange(576)).directions.view(12, 2, 12, 2, 3).mean(dim=(1, 3)).reshape(-1, 3)
@@ -226,7 +226,7 @@ def large_capture(folder: Path, size: int = 1000, count: int = 12) -> Path:
         ("CMYK", "CMYK"),
         ("P", "a palette"),
         ("I;16", "mode I;16"),
-        ("LA", "grey with alpha"),
+        ("LA", "gray with alpha"),
         ("1", "one bit"),
         ("F", "mode F"),
     ],
@@ -234,8 +234,8 @@ def large_capture(folder: Path, size: int = 1000, count: int = 12) -> Path:
 def test_images_that_nerfstudio_misreads(mode: str, said: str, capture: Path) -> None:
     file = capture / "images" / "001.png"
     with Image.open(file) as image:
-        grey = image.convert("L")
-        other = Image.fromarray(np.array(grey).astype(np.uint16) * 256) if mode == "I;16" else image.convert(mode)
+        gray = image.convert("L")
+        other = Image.fromarray(np.array(gray).astype(np.uint16) * 256) if mode == "I;16" else image.convert(mode)
     other.save(file, format={"CMYK": "JPEG", "F": "TIFF"}.get(mode, "PNG"))
     with pytest.raises(InputError, match=f"001.png is an image of an unusual kind .*{said}.*8-bit RGB"):
         read_photo(dataset_of(capture), 0, WHITE)
@@ -258,7 +258,7 @@ def test_photos_of_another_size_than_their_cameras(size: tuple[int, int], said: 
         read_photo(dataset_of(capture), 0, WHITE)
 
 
-def test_transparent_photographs_lie_on_the_background(tmp_path: Path) -> None:
+def test_transparent_photos_are_blended_with_the_background(tmp_path: Path) -> None:
     capture = write_blender_capture(tmp_path / "blender")
     for alpha_color in (None, "white"):
         config = BlenderDataParserConfig(data=capture, alpha_color=alpha_color)
@@ -279,7 +279,7 @@ def test_transparent_photographs_lie_on_the_background(tmp_path: Path) -> None:
     ("color", "alpha_color", "expected"),
     [("black", None, 0.0), ("white", None, 1.0), ("last_sample", None, 1.0), ("last_sample", [0.0, 0.5, 0.0], None)],
 )
-def test_background_of_a_student_is_its_teachers(color, alpha_color, expected, tiny_teacher: Path) -> None:
+def test_the_student_inherits_the_teachers_background(color, alpha_color, expected, tiny_teacher: Path) -> None:
     teacher = Teacher.load(tiny_teacher)
     teacher.model.config.background_color = color
     if alpha_color is not None:
@@ -295,29 +295,29 @@ def test_background_of_a_student_is_its_teachers(color, alpha_color, expected, t
 
 @pytest.mark.parametrize("fraction", [0.01, 0.1, 0.25, 0.5, 0.6])
 @pytest.mark.parametrize("views", [2, 3, 6, 17, 100])
-def test_held_out_views_are_apart_and_spread(views: int, fraction: float) -> None:
-    kept, held = split_holdout(views, fraction)
+def test_held_out_views_are_separate_and_spread_out(views: int, fraction: float) -> None:
+    kept, held = split_held_out(views, fraction)
     assert sorted(kept + held) == list(range(views)) and not set(kept) & set(held)
     assert len(held) == max(1, round(fraction * views))
     if len(held) > 1:
         gaps = [later - earlier for earlier, later in zip(held, held[1:], strict=False)]
         assert max(gaps) - min(gaps) <= 1
-    assert split_holdout(views, fraction) == (kept, held)
+    assert split_held_out(views, fraction) == (kept, held)
 
 
 def test_nothing_is_held_out_for_a_fraction_of_zero() -> None:
-    assert split_holdout(5, 0.0) == ([0, 1, 2, 3, 4], [])
+    assert split_held_out(5, 0.0) == ([0, 1, 2, 3, 4], [])
 
 
 @pytest.mark.parametrize(("views", "fraction"), [(1, 0.1), (5, 1.0), (3, 2.0)])
 def test_no_view_left_is_an_error(views: int, fraction: float) -> None:
-    with pytest.raises(InputError, match="--pipeline.datamanager.holdout-fraction"):
-        split_holdout(views, fraction)
+    with pytest.raises(InputError, match="--pipeline.datamanager.held-out-fraction"):
+        split_held_out(views, fraction)
 
 
 def test_pixels_of_held_out_views_are_never_drawn(tiny_capture: Path) -> None:
     dataset = dataset_of(tiny_capture)
-    kept, held = split_holdout(6, 0.4)
+    kept, held = split_held_out(6, 0.4)
     assert len(held) == 2
     photographs = Photographs(dataset, kept, None, WHITE, "cpu")
     sample = photographs.sample(20000)

@@ -1,4 +1,4 @@
-"""Sampled cameras stay where the capture was taken."""
+"""Sampled cameras stay near the capture."""
 
 import math
 
@@ -64,7 +64,7 @@ def test_focus_is_where_the_axes_meet() -> None:
 @pytest.mark.parametrize(
     "cameras", [object_capture(), forward_capture(), walk_capture()], ids=["object", "front", "walk"]
 )
-def test_every_sampler_gives_proper_cameras(kind, cameras) -> None:
+def test_every_sampler_returns_valid_cameras(kind, cameras) -> None:
     sampler = PoseSampler(cameras, PoseSamplerConfig(kind=kind))
     generator = torch.Generator().manual_seed(0)
     for _ in range(30):
@@ -136,7 +136,7 @@ def test_unknown_sampler_is_an_error_that_lists_the_known() -> None:
 
 
 @pytest.mark.parametrize(("kind", "moved"), [("neighbour", True), ("box", True), ("sphere", False)])
-def test_overscan_looks_past_the_field_of_view(kind: str, moved: bool) -> None:
+def test_overscan_extends_the_field_of_view(kind: str, moved: bool) -> None:
     cameras = object_capture()
     sampler = PoseSampler(cameras, PoseSamplerConfig(kind=kind, overscan=0.5))
     generator = torch.Generator().manual_seed(0)

@@ -33,7 +33,7 @@ def lego(root: Path) -> None:
             picture(root / f"nerf_synthetic/lego/{split}/r_{index}.png", 8, 8, "RGBA")
         content = {"camera_angle_x": 0.7, "frames": frames}
         (root / f"nerf_synthetic/lego/transforms_{split}.json").write_text(json.dumps(content))
-    (root / "nerf_synthetic/README.txt").write_text("Licences")
+    (root / "nerf_synthetic/README.txt").write_text("Licenses")
 
 
 def fern(root: Path) -> None:
@@ -54,12 +54,12 @@ def fox(root: Path) -> None:
     frames = [{"file_path": f"images/{index:04d}.jpg", "transform_matrix": POSE} for index in range(11)]
     sizes = {"w": 16.0, "h": 32.0, "fl_x": 20.5, "fl_y": 21.5, "cx": 8.5, "cy": 15.5, "k1": 0.1}
     (folder / "transforms.json").write_text(json.dumps({**sizes, "frames": frames}))
-    (root / "instant-ngp/LICENSE.txt").write_text("Licence")
+    (root / "instant-ngp/LICENSE.txt").write_text("License")
 
 
 @pytest.mark.parametrize("kind", ["zip", "gztar", "folder"])
 @pytest.mark.parametrize(("name", "publish"), [("lego", lego), ("fern", fern), ("fox", fox)])
-def test_a_capture_is_made_and_checked(
+def test_a_capture_is_written_and_checked(
     name: CaptureName, publish, kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
 ) -> None:
     source = tmp_path / "published"
@@ -89,7 +89,7 @@ def test_lego_is_averaged_over_two_by_two_pixels(tmp_path: Path) -> None:
         assert (np.asarray(image)[..., :3] == 205).all()
     validation = json.loads((folder / "transforms_val.json").read_text())
     assert [frame["file_path"] for frame in validation["frames"]] == ["./test/r_0", "./test/r_8"]
-    assert (folder / "README_nerf_synthetic.txt").read_text() == "Licences"
+    assert (folder / "README_nerf_synthetic.txt").read_text() == "Licenses"
 
 
 def test_poses_of_fern_in_nerfstudios_axes(tmp_path: Path) -> None:
@@ -112,7 +112,7 @@ def test_fox_keeps_only_frames_with_an_image(tmp_path: Path) -> None:
     for name, size in (("images", (8, 16)), ("images_2", (4, 8)), ("images_4", (2, 4))):
         with Image.open(folder / name / "0003.jpg") as image:
             assert image.size == size
-    assert (folder / "LICENSE.txt").read_text() == "Licence"
+    assert (folder / "LICENSE.txt").read_text() == "License"
 
 
 def test_an_archive_of_something_else_is_refused(tmp_path: Path) -> None:

@@ -49,7 +49,7 @@ def test_probe_images_need_no_resampling(kind: str) -> None:
         assert model.drawn_size(fx, fy, 24, 16) == (24, 16)
 
 
-def test_probe_code_is_what_the_network_reads(kind: str) -> None:
+def test_probe_encodings_are_the_networks_input(kind: str) -> None:
     model = student(kind)
     code = probe_code(model)
     assert code.isfinite().all()

@@ -45,7 +45,7 @@ def test_by_the_clock() -> None:
     assert progress.finished
 
 
-def test_a_resumed_run_has_what_is_left() -> None:
+def test_a_resumed_run_has_the_remaining_time() -> None:
     clock = Clock()
     progress = TrainingProgress(10, seconds=8.0, done=0.6, clock=clock)
     progress.update(90)
@@ -93,7 +93,7 @@ def test_cosine_ends_where_training_ends() -> None:
     assert found[100] == pytest.approx(0.2)
 
 
-def test_published_schedule_does_not_ask_how_long_training_is() -> None:
+def test_published_schedule_does_not_depend_on_the_length_of_training() -> None:
     short, long = (PublishedSchedulerConfig(warmup_steps=4, decay_steps=100, max_steps=m) for m in (10, 1000))
     assert rates(short, 200) == rates(long, 200)
     found = rates(long, 200)

@@ -1,4 +1,4 @@
-"""The published conventions: pictures of the published code, exports, and the frames they are drawn in."""
+"""The published conventions: images of the published code, exports, and frames of reference."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ from r2l_nerfstudio.rays.published import (
     llff_frame,
     published_scene,
 )
-from r2l_nerfstudio.rays.ray_code import RayCode
+from r2l_nerfstudio.rays.ray_encoding import RayEncoding
 from r2l_nerfstudio.rays.spacing import SceneBounds
 from r2l_nerfstudio.scripts.import_checkpoint import ImportCheckpoint
 from r2l_nerfstudio.student import Student
@@ -85,7 +85,7 @@ def imported(
 
 
 @pytest.mark.parametrize("name", PICTURES)
-def test_imported_students_draw_the_published_pictures(name: str, imported) -> None:
+def test_imported_students_render_the_published_images(name: str, imported) -> None:
     student, picture, pose = imported(name)
     height, width = picture["rgb"].shape[:2]
     found = student.render(pose.numpy(), picture["intrinsics"], width, height)
@@ -94,9 +94,9 @@ def test_imported_students_draw_the_published_pictures(name: str, imported) -> N
 
 
 @pytest.mark.parametrize("name", PICTURES)
-def test_sample_points_are_the_published_ones(name: str, imported) -> None:
+def test_sample_points_equal_the_published_ones(name: str, imported) -> None:
     student, picture, pose = imported(name)
-    code = student.model.ray_code
+    code = student.model.ray_encoding
     rows, columns, count = picture["points"].shape[:3]
     factor = int(picture.get("factor", 1))
     rays = code.image_rays(pose, torch.from_numpy(picture["intrinsics"]) / factor, rows, columns)
@@ -104,13 +104,13 @@ def test_sample_points_are_the_published_ones(name: str, imported) -> None:
 
 
 @pytest.mark.parametrize("name", PICTURES)
-def test_the_training_path_reads_the_same_rays(name: str, imported) -> None:
+def test_training_uses_the_same_rays(name: str, imported) -> None:
     """Outside of inference the encoding goes another way: autograd on, no doubled sines."""
     student, picture, pose = imported(name)
     model = student.model
     factor = int(picture.get("factor", 1))
     rows, columns = picture["points"].shape[:2]
-    rays = model.ray_code.image_rays(pose, torch.from_numpy(picture["intrinsics"]) / factor, rows, columns)
+    rays = model.ray_encoding.image_rays(pose, torch.from_numpy(picture["intrinsics"]) / factor, rows, columns)
     with torch.enable_grad():
         code = model.encode(*rays)
         if factor > 1:
@@ -142,7 +142,7 @@ KINDS = [("r2l", False), ("mobile-r2l", False), ("mobile-r2l", True)]
 
 
 @pytest.mark.parametrize(("kind", "ndc"), KINDS)
-def test_graphs_of_published_students_are_what_torch_renders(kind: str, ndc: bool) -> None:
+def test_graphs_of_published_students_equal_torch(kind: str, ndc: bool) -> None:
     student = published_student(kind, ndc)
     assert student.outputs == ("rgb",)
     spec = GraphSpec("camera", "fp32", 28, 20)
@@ -172,7 +172,7 @@ def test_onnx_and_openvino_of_published_students(kind: str, ndc: bool, tmp_path:
 def test_the_ray_graph_of_a_published_r2l() -> None:
     student = published_student("r2l")
     pose, intrinsics = torch.eye(3, 4), torch.tensor([30.0, 30.0, 14.0, 10.0])
-    rays = student.model.ray_code.image_rays(pose, intrinsics, 20, 28)
+    rays = student.model.ray_encoding.image_rays(pose, intrinsics, 20, 28)
     (found,) = GraphSpec("rays", "fp32", 28, 20).build(student)(*(tensor.reshape(-1, 3) for tensor in rays))
     assert (found.view(20, 28, 3) - student.render(pose, intrinsics, 28, 20)).abs().max() < 1e-4
 
@@ -181,7 +181,7 @@ def test_the_ray_graph_of_a_published_r2l() -> None:
 def test_the_web_graph_of_published_students(kind: str, ndc: bool) -> None:
     student = published_student(kind, ndc)
     graph = WebGraph(student, "fp32").eval()
-    pose = torch.cat([student.model.ray_code.axes, student.model.ray_code.center[:, None]], dim=-1)
+    pose = torch.cat([student.model.ray_encoding.axes, student.model.ray_encoding.center[:, None]], dim=-1)
     picture = {"width": 24, "height": 16, "focal": 50.0}
     pixels = graph(*page_rays(graph, pose, picture)).numpy()
     rgb = torch.from_numpy(to_rgb(pixels)).float() / 255
@@ -189,7 +189,7 @@ def test_the_web_graph_of_published_students(kind: str, ndc: bool) -> None:
     assert psnr(rgb, truth) > 50
 
 
-def test_wide_lenses_of_a_published_r2l_are_drawn_from_pinholes() -> None:
+def test_wide_lenses_of_a_published_r2l_are_rendered_from_pinholes() -> None:
     from nerfstudio.cameras.cameras import Cameras, CameraType
 
     student = published_student("r2l")
@@ -202,7 +202,7 @@ def test_wide_lenses_of_a_published_r2l_are_drawn_from_pinholes() -> None:
     assert rgb.isfinite().all() and (rgb - flat)[8:12, 8:12].abs().max() < 0.05
 
 
-def test_single_rays_have_no_depth_that_hides_anything() -> None:
+def test_single_rays_have_infinite_depth() -> None:
     from nerfstudio.cameras.rays import RayBundle
 
     for kind in ("r2l", "mobile-r2l"):
@@ -236,17 +236,17 @@ def test_ndc_of_known_points() -> None:
     assert all(values.isfinite().all() for values in backwards)
 
 
-def test_conventions_live_in_the_checkpoint() -> None:
+def test_conventions_are_in_the_checkpoint() -> None:
     student = published_student("mobile-r2l", ndc=True)
-    other = RayCode("points", 4, 4)
-    other.load_state_dict(student.model.ray_code.state_dict())
-    assert other.conventions == student.model.ray_code.conventions
-    rays = student.model.ray_code.image_rays(torch.eye(3, 4), torch.tensor([9.0, 9.0, 4.0, 4.0]), 8, 8)
-    assert torch.equal(other(*rays), student.model.ray_code(*rays))
+    other = RayEncoding("points", 4, 4)
+    other.load_state_dict(student.model.ray_encoding.state_dict())
+    assert other.conventions == student.model.ray_encoding.conventions
+    rays = student.model.ray_encoding.image_rays(torch.eye(3, 4), torch.tensor([9.0, 9.0, 4.0, 4.0]), 8, 8)
+    assert torch.equal(other(*rays), student.model.ray_encoding(*rays))
 
 
-def test_a_checkpoint_from_before_there_were_conventions_reads_as_ours() -> None:
-    code = RayCode("points", 4, 3)
+def test_a_checkpoint_without_conventions_uses_ours() -> None:
+    code = RayEncoding("points", 4, 3)
     state = code.state_dict()
     state["_extra_state"] = {"spacing": "disparity"}
     assert set(state) == {"center", "radius", "near", "far", "axes", "_extra_state"}
@@ -254,8 +254,8 @@ def test_a_checkpoint_from_before_there_were_conventions_reads_as_ours() -> None
     assert code.conventions == OURS and code.is_contracted and code.spacing == "disparity"
 
 
-def test_conventions_that_do_not_go_with_the_code() -> None:
-    for code, spacing in ((RayCode("plucker"), "near-far"), (RayCode("points"), "sphere")):
+def test_conventions_that_do_not_fit_the_encoding() -> None:
+    for code, spacing in ((RayEncoding("plucker"), "near-far"), (RayEncoding("points"), "sphere")):
         code.spacing = spacing
         with pytest.raises(InputError, match="published-rays"):
             code.set_conventions(RayConventions(is_planar=True))
@@ -315,8 +315,8 @@ def test_the_frame_of_a_forward_facing_capture() -> None:
     back = llff_frame(raw, 0.37 * 4 / 3)
     assert torch.allclose(back.poses(raw), poses, atol=1e-9)
     # With an origin of its own only the positions move.
-    centred = llff_frame(raw, 0.37 * 4 / 3, raw[0, :, 3])
-    assert torch.allclose(centred.poses(raw)[0, :, 3], torch.zeros(3, dtype=torch.float64), atol=1e-9)
+    centered = llff_frame(raw, 0.37 * 4 / 3, raw[0, :, 3])
+    assert torch.allclose(centered.poses(raw)[0, :, 3], torch.zeros(3, dtype=torch.float64), atol=1e-9)
 
 
 @dataclasses.dataclass
@@ -357,7 +357,7 @@ def test_training_conventions_by_kind_of_capture() -> None:
 # The recipe.
 
 
-def test_published_hard_rays_wait_until_the_pool_is_full() -> None:
+def test_published_hard_rays_start_when_the_pool_is_full() -> None:
     pool = HardRayPool(2, 2, 1, "cpu", is_published=True)
     pool.add(torch.arange(6.0)[:, None], torch.arange(6.0))
     assert pool.available == 0 and len(pool) == 2

@@ -37,7 +37,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     return folder, done.stdout
 
 
-def test_miniature_leaves_picture_table_and_runs(finished):
+def test_miniature_writes_image_table_and_runs(finished):
     folder, printed = finished
     root = folder / "quick" / "fast"
     for stage in ("Capture", "Teacher", "R2L student", "MobileR2L student", "Evaluation"):
@@ -58,7 +58,7 @@ def test_miniature_leaves_picture_table_and_runs(finished):
         assert len(picture.getcolors(maxcolors=1 << 20)) > 100
 
 
-def test_last_lines_open_runs_that_exist(finished):
+def test_printed_commands_name_existing_runs(finished):
     folder, printed = finished
     last = printed.rstrip().splitlines()[-2:]
     for method, line in zip(("r2l-lite", "mobile-r2l-lite"), last, strict=True):
@@ -71,7 +71,7 @@ def test_last_lines_open_runs_that_exist(finished):
         assert len(checkpoints) == 1
 
 
-def test_rerun_finds_everything_and_trains_nothing(finished, monkeypatch, capsys):
+def test_rerun_trains_nothing(finished, monkeypatch, capsys):
     folder, printed = finished
     runs = sorted((folder / "quick").rglob("*.ckpt"))
     stamps = [path.stat().st_mtime_ns for path in runs]
@@ -94,7 +94,7 @@ def test_foreign_folder_is_refused_in_a_paragraph(tmp_path):
     assert not (tmp_path / "quick" / "fast" / "stages.json").exists()
 
 
-def test_stages_are_done_once_and_again_when_asked_or_changed(tmp_path):
+def test_stages_run_once_and_again_if_forced_or_changed(tmp_path):
     result = tmp_path / "result"
     calls = []
 
@@ -122,7 +122,7 @@ def test_stages_are_done_once_and_again_when_asked_or_changed(tmp_path):
     assert "Teacher" not in json.loads((tmp_path / "stages.json").read_text())
 
 
-def test_error_column_is_what_its_title_says():
+def test_error_column_matches_its_title():
     tiles = [torch.full((8, 8, 3), value) for value in (0.0, 0.25, 0.5, 1.0)]
     sheet = contact_sheet([("12.3 dB", tiles)], ["truth", "teacher", "student", "error"], tile=32)
     middles = [sheet.getpixel((64 + column * 38 + 16, 24 + 16)) for column in range(4)]
@@ -174,7 +174,7 @@ def test_an_environment_without_a_working_nerfacto_is_refused(code: int, dev, mo
     assert "exactly 23 arguments, not nerfacto --help" in capsys.readouterr().err
 
 
-def test_failed_set_up_says_so_and_is_tried_again(dev, monkeypatch, capsys):
+def test_failed_set_up_is_reported_and_tried_again(dev, monkeypatch, capsys):
     monkeypatch.setattr(dev.venv, "create", lambda path, **options: path.mkdir(exist_ok=True))
     monkeypatch.setattr(dev.subprocess, "call", lambda *arguments, **options: 2)
     assert dev.main(["test"]) == 1
@@ -182,7 +182,7 @@ def test_failed_set_up_says_so_and_is_tried_again(dev, monkeypatch, capsys):
     assert not dev.STAMP.exists()
 
 
-def test_old_python_is_told_what_is_needed(dev, monkeypatch, capsys):
+def test_old_python_is_an_error(dev, monkeypatch, capsys):
     monkeypatch.setattr(dev.sys, "version_info", (3, 9, 1))
     assert dev.main(["test"]) == 1
     assert "Python 3.10 or newer is needed" in capsys.readouterr().err
@@ -209,7 +209,7 @@ def test_pips_settings_reach_uv_but_never_over_its_own(dev, monkeypatch, tmp_pat
     assert "UV_DEFAULT_INDEX" not in dev.uv_environment()
 
 
-def test_set_up_script_needs_the_standard_library_alone():
+def test_set_up_script_needs_only_the_standard_library():
     text = (ROOT / "dev.py").read_text()
     modules = set(re.findall(r"^(?:import|from) (\w+)", text, re.MULTILINE))
     assert modules <= sys.stdlib_module_names

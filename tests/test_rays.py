@@ -11,7 +11,7 @@ from r2l_nerfstudio.errors import InputError
 from r2l_nerfstudio.rays.contraction import contract
 from r2l_nerfstudio.rays.encoding import encoded_dim, frequency_encode, frequency_encode_into
 from r2l_nerfstudio.rays.pinhole import image_rays, pinhole_rays, pixel_centers
-from r2l_nerfstudio.rays.ray_code import RayCode
+from r2l_nerfstudio.rays.ray_encoding import RayEncoding
 from r2l_nerfstudio.rays.spacing import SceneBounds, cross_sphere, stratified
 
 
@@ -47,8 +47,8 @@ def test_encoding_is_the_published_one() -> None:
     expected += [math.sin(f * v) for f in (1, 2, 4) for v in (0.25, -0.5)]
     expected += [math.cos(f * v) for f in (1, 2, 4) for v in (0.25, -0.5)]
     torch.testing.assert_close(encoded, torch.tensor([expected]))
-    assert RayCode("points", 16, 10).dim == 1008  # R2L
-    assert RayCode("points", 8, 6).dim == 312  # MobileR2L
+    assert RayEncoding("points", 16, 10).dim == 1008  # R2L
+    assert RayEncoding("points", 8, 6).dim == 312  # MobileR2L
     assert encoded_dim(5, 0) == 5
 
 
@@ -66,7 +66,7 @@ def test_encoding_without_gradients_is_the_same(octaves: int) -> None:
 
 
 def test_gradients_go_through_an_encoding() -> None:
-    code = RayCode("points", 4, 3)
+    code = RayEncoding("points", 4, 3)
     origins, directions = some_rays()
     origins.requires_grad_()
     code(origins, directions).square().sum().backward()
@@ -74,7 +74,7 @@ def test_gradients_go_through_an_encoding() -> None:
 
 
 def test_encoding_stays_in_fp32_under_autocast() -> None:
-    code = RayCode("points", 4, 10)
+    code = RayEncoding("points", 4, 10)
     origins, directions = some_rays()
     expected = code(origins, directions)
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -109,7 +109,7 @@ def test_stratified_points() -> None:
 
 @pytest.mark.parametrize("kind", ["sphere", "near-far", "disparity"])
 def test_distance_and_fraction_are_inverse(kind) -> None:
-    code = RayCode()
+    code = RayEncoding()
     code.set_bounds(SceneBounds(kind, (0.1, 0.2, -0.3), 1.5, 0.2, 6.0), torch.eye(3))
     origins, directions = some_rays()
     fractions = torch.linspace(0.02, 0.98, 7).expand(64, 7)
@@ -120,15 +120,15 @@ def test_distance_and_fraction_are_inverse(kind) -> None:
 
 @pytest.mark.parametrize("kind", ["points", "plucker"])
 def test_sliding_a_camera_along_its_ray_changes_nothing_in_a_bounded_scene(kind) -> None:
-    code = RayCode(kind, 8, 4)
+    code = RayEncoding(kind, 8, 4)
     code.set_bounds(SceneBounds("sphere", (0.0, 0.1, 0.0), 1.2, 0.5, 5.0), torch.eye(3))
     origins, directions = some_rays()
     moved = code.values(origins + 1.7 * directions, directions)
     torch.testing.assert_close(code.values(origins, directions), moved, atol=2e-5, rtol=1e-4)
 
 
-def test_two_plane_code_meets_its_planes() -> None:
-    code = RayCode("two-plane", num_frequencies=0)
+def test_two_plane_encoding_lies_on_its_planes() -> None:
+    code = RayEncoding("two-plane", num_frequencies=0)
     code.set_bounds(SceneBounds("near-far", (0.0, 0.0, 0.0), 2.0, 0.5, 5.0), torch.eye(3))
     values = code(torch.tensor([[0.0, 0.0, 6.0]]), torch.tensor([[0.6, 0.0, -0.8]]))
     # In units of the radius the ray starts at z = 3 with slope x/z = -0.75: x = 3 at z = -1, 1.5 at z = 1.
@@ -138,30 +138,30 @@ def test_two_plane_code_meets_its_planes() -> None:
 
 
 @pytest.mark.parametrize("kind", ["near-far", "disparity"])
-def test_unbounded_codes_stay_in_the_contracted_ball(kind) -> None:
-    code = RayCode("points", 8, 0)
+def test_unbounded_encodings_stay_in_the_contracted_ball(kind) -> None:
+    code = RayEncoding("points", 8, 0)
     code.set_bounds(SceneBounds(kind, (0.0, 0.0, 0.0), 0.5, 0.05, 1e4), torch.eye(3))
     points = code(*some_rays()).view(64, 8, 3)
     assert points.norm(dim=-1).max() <= 2.0
 
 
-def test_bounds_live_in_the_checkpoint(tmp_path) -> None:
-    code = RayCode("points", 4, 2)
+def test_bounds_are_in_the_checkpoint(tmp_path) -> None:
+    code = RayEncoding("points", 4, 2)
     code.set_bounds(SceneBounds("disparity", (1.0, 2.0, 3.0), 4.0, 0.5, 60.0), torch.eye(3))
     torch.save(code.state_dict(), tmp_path / "code.ckpt")
-    other = RayCode("points", 4, 2)
+    other = RayEncoding("points", 4, 2)
     other.load_state_dict(torch.load(tmp_path / "code.ckpt", weights_only=True), strict=True)
     assert other.spacing == "disparity"
     assert torch.equal(other(*some_rays()), code(*some_rays()))
 
 
-def test_unknown_ray_code_is_an_error_that_lists_the_known() -> None:
+def test_unknown_ray_encoding_is_an_error_that_lists_the_known() -> None:
     with pytest.raises(InputError, match="points, plucker, two-plane"):
-        RayCode("pluecker")
+        RayEncoding("pluecker")
 
 
 def test_rays_that_miss_a_bounded_scene() -> None:
-    code = RayCode()
+    code = RayEncoding()
     code.set_bounds(SceneBounds("sphere", (1.0, 0.0, 0.0), 0.5, 1.0, 4.0), torch.eye(3))
     forward = torch.tensor([0.0, 0.0, -1.0])
     origins = torch.tensor([[1.0, 0, 3], [1.49, 0, 3], [1.51, 0, 3], [1.0, 0, -3], [1.0, 0, 0.2], [1.0, 0, -0.2]])

@@ -1,4 +1,4 @@
-"""What public bug reports found: cut-out photos, odd cameras, scenes that move, captures without what they need."""
+"""Regressions from public bug reports: cut-out photos, unusual cameras, dynamic scenes, incomplete captures."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from r2l_nerfstudio.distillation.view_ring import ViewRenderer
 from r2l_nerfstudio.errors import InputError
 from r2l_nerfstudio.teacher import Teacher, TeacherOutputs
 
-# The colour behind the scene.
+# The color behind the scene.
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +48,7 @@ def cut_out(tiny_capture: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 
 
 class Compositing:
-    """Renders each photo as a model trained with some background colour has learned to."""
+    """Renders each photo as a model trained with some background color has learned to."""
 
     views_only = False
     config_path = Path("teacher/config.yml")
@@ -90,10 +90,10 @@ def test_one_background_for_teacher_photos_and_student(
     assert error < 1e-4  # 40 dB between the photo stage's photos and the teacher
 
 
-def test_a_background_that_only_the_teacher_knows(tiny_teacher: Path) -> None:
+def test_a_background_that_only_the_teacher_has(tiny_teacher: Path) -> None:
     teacher = Teacher.load(tiny_teacher)
 
-    class Grey:
+    class Gray:
         config = teacher.model.config
 
         def get_outputs_for_camera(self, camera: Cameras) -> dict[str, torch.Tensor]:
@@ -103,7 +103,7 @@ def test_a_background_that_only_the_teacher_knows(tiny_teacher: Path) -> None:
             rgb = torch.where(accumulation > 0, torch.tensor([1.0, 0.0, 0.0]), torch.tensor([0.5, 0.6, 0.7]))
             return {"rgb": rgb, "accumulation": accumulation}
 
-    teacher.model = Grey()
+    teacher.model = Gray()
     torch.testing.assert_close(background_of(teacher), torch.tensor([0.5, 0.6, 0.7]))
 
 
@@ -171,7 +171,7 @@ def moving(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return config.get_base_dir()
 
 
-def test_a_scene_that_changes_needs_an_instant(moving: Path) -> None:
+def test_a_time_dependent_scene_needs_an_instant(moving: Path) -> None:
     with pytest.raises(InputError, match="'dnerf', whose scene changes over time.*--teacher-time"):
         Teacher.load(moving)
 
@@ -193,7 +193,7 @@ def test_a_scene_frozen_at_an_instant(moving: Path) -> None:
     assert calls and all((times == 1.0).all() for times in calls)
 
 
-def test_an_instant_of_a_scene_that_does_not_change(tiny_teacher: Path) -> None:
+def test_an_instant_of_a_static_scene(tiny_teacher: Path) -> None:
     with pytest.raises(InputError, match="does not change over time: leave --teacher-time out"):
         Teacher.load(tiny_teacher, time=0.5)
 
@@ -204,11 +204,11 @@ def test_an_instant_of_a_scene_that_does_not_change(tiny_teacher: Path) -> None:
 @pytest.mark.parametrize(
     ("outputs", "said"),
     [
-        ({"rgb": torch.full((24, 24, 3), 200.0)}, "colours between 200 and 200"),
-        ({"rgb": torch.full((24, 24, 3), -3.0)}, "colours between -3 and -3"),
-        ({"rgb": torch.zeros(24, 24, 4)}, r"colour of shape \[24, 24, 4\], and \[24, 24, 3\]"),
-        ({"rgb": torch.zeros(100, 3)}, r"colour of shape \[100, 3\]"),
-        ({"rgb": torch.zeros(3, 24, 24)}, r"colour of shape \[3, 24, 24\]"),
+        ({"rgb": torch.full((24, 24, 3), 200.0)}, "colors between 200 and 200"),
+        ({"rgb": torch.full((24, 24, 3), -3.0)}, "colors between -3 and -3"),
+        ({"rgb": torch.zeros(24, 24, 4)}, r"color of shape \[24, 24, 4\], and \[24, 24, 3\]"),
+        ({"rgb": torch.zeros(100, 3)}, r"color of shape \[100, 3\]"),
+        ({"rgb": torch.zeros(3, 24, 24)}, r"color of shape \[3, 24, 24\]"),
         ({"rgb": torch.zeros(24, 24, 3), "depth": torch.zeros(12, 12, 1)}, r"depth of shape \[12, 12, 1\]"),
         (
             {"rgb": torch.zeros(24, 24, 3), "accumulation": torch.zeros(24, 24, 2)},
@@ -216,7 +216,7 @@ def test_an_instant_of_a_scene_that_does_not_change(tiny_teacher: Path) -> None:
         ),
     ],
 )
-def test_outputs_that_cannot_be(outputs: dict[str, torch.Tensor], said: str, tiny_teacher: Path) -> None:
+def test_invalid_outputs(outputs: dict[str, torch.Tensor], said: str, tiny_teacher: Path) -> None:
     teacher = Teacher.load(tiny_teacher)
     teacher.model.get_outputs_for_camera = lambda camera: outputs
     with pytest.raises(InputError, match=said):
@@ -260,26 +260,26 @@ def test_cameras_in_one_place(tiny_capture: Path, tmp_path: Path) -> None:
         parse_capture(NerfstudioDataParserConfig(data=data))
 
 
-def test_poses_that_are_not_finite(tiny_capture: Path, tmp_path: Path) -> None:
+def test_non_finite_poses(tiny_capture: Path, tmp_path: Path) -> None:
     data = with_poses(tiny_capture, tmp_path, lambda pose: pose * np.nan)
     with pytest.raises(CaptureError):
         parse_capture(NerfstudioDataParserConfig(data=data))
 
 
 @pytest.mark.parametrize("focal", [0.0, -24.0])
-def test_focal_lengths_that_cannot_be(focal: float, tiny_capture: Path, tmp_path: Path) -> None:
+def test_invalid_focal_lengths(focal: float, tiny_capture: Path, tmp_path: Path) -> None:
     with pytest.raises(CaptureError, match="the focal length of .* is invalid, .*png being the first"):
         parse_capture(NerfstudioDataParserConfig(data=edited(tiny_capture, tmp_path, fl_x=focal)))
 
 
-def test_windows_line_ends(tiny_capture: Path, tmp_path: Path) -> None:
+def test_windows_line_endings(tiny_capture: Path, tmp_path: Path) -> None:
     data = edited(tiny_capture, tmp_path)
     text = json.dumps(json.loads((data / "transforms.json").read_text()), indent=1)
     (data / "transforms.json").write_bytes(text.replace("\n", "\r\n").encode())
     assert len(parse_capture(NerfstudioDataParserConfig(data=data)).image_filenames) > 0
 
 
-def test_downscaled_images_that_are_missing(tmp_path: Path) -> None:
+def test_missing_downscaled_images(tmp_path: Path) -> None:
     class Parser:
         config = ColmapDataParserConfig(data=tmp_path, images_path=Path("images"), downscale_factor=4)
 
@@ -299,7 +299,7 @@ def test_a_dataparser_that_unpickles(tmp_path: Path) -> None:
         parse_capture(MinimalDataParserConfig(data=tmp_path))
 
 
-def test_an_image_of_exr(tiny_capture: Path, tmp_path: Path) -> None:
+def test_exr_images(tiny_capture: Path, tmp_path: Path) -> None:
     data = edited(tiny_capture, tmp_path)
     file = data / "images" / "001.png"
     file.write_bytes(b"\x76\x2f\x31\x01" + bytes(500))

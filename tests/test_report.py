@@ -1,4 +1,4 @@
-"""The report of a finished student: figures that any JSON reader takes, and a page that loads nothing else."""
+"""The report of a finished student: figures in standard JSON, and a self-contained page."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ def test_a_renderer_that_ignores_the_size_is_found_unstable() -> None:
     assert min(between_sizes(smooth, camera)) > 35 > 25 > min(between_sizes(by_pixels, camera))
 
 
-def test_the_learning_curve_is_kept_and_goes_on_after_a_resume(tmp_path: Path) -> None:
+def test_the_learning_curve_is_saved_and_continues_after_a_resume(tmp_path: Path) -> None:
     first = LearningCurveWriter(tmp_path)
     first.write_scalar("Held-out PSNR (teacher views)", torch.tensor(21.5), 10)
     first.write_scalar("Train Loss", 0.1, 10)

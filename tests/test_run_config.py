@@ -1,4 +1,4 @@
-"""Runs are found and their configurations read, and nothing but configurations."""
+"""Runs are found, and only plain configurations are read."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def _error(path: Path) -> str:
     return str(caught.value)
 
 
-def test_every_stock_method_is_read_as_it_was_written(tmp_path: Path) -> None:
+def test_every_stock_method_is_read_back_unchanged(tmp_path: Path) -> None:
     from nerfstudio.configs.external_methods import ExternalMethodDummyTrainerConfig
     from nerfstudio.configs.method_configs import all_methods
 
@@ -247,7 +247,7 @@ def test_targets_and_fields_of_another_role(
         ("viewer.websocket_port", "70000", "viewer.websocket_port must be between 0 and 65535"),
     ],
 )
-def test_values_that_no_field_can_have(field: str, value: str, named: str, config_file: Path) -> None:
+def test_invalid_values(field: str, value: str, named: str, config_file: Path) -> None:
     config_file.write_text(_with_value(field, value))
     assert named in _error(config_file)
 
@@ -272,7 +272,7 @@ def test_fields_of_another_version_are_dropped(
     assert "of_the_future" in capsys.readouterr().out
 
 
-def test_fields_that_are_missing_have_their_defaults(config_file: Path, config_text: str) -> None:
+def test_missing_fields_have_their_defaults(config_file: Path, config_text: str) -> None:
     text = re.sub(r"^logging: .*?^(?=\w)", "", config_text, flags=re.MULTILINE | re.DOTALL)
     assert text != config_text
     config_file.write_text(text)
@@ -291,7 +291,7 @@ def test_aliases_that_multiply(config_file: Path, config_text: str) -> None:
     assert load_run_config(config_file).method_name == "nerfacto"
 
 
-def test_no_ordinary_file(tmp_path: Path) -> None:
+def test_not_an_ordinary_file(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "config.yml")
     with pytest.raises(InputError):
         load_run_config(tmp_path / "config.yml")
@@ -319,7 +319,7 @@ def test_truncated_files(part: float, config_file: Path, config_text: str) -> No
     assert "config.yml" in _error(config_file)
 
 
-def test_cut_between_two_lines_is_noticed(config_file: Path, config_text: str) -> None:
+def test_truncation_between_two_lines_is_detected(config_file: Path, config_text: str) -> None:
     lines = config_text.splitlines(keepends=True)
     for key in ("vis:", "pipeline:", "relative_model_dir:"):
         cut = next(index for index, line in enumerate(lines) if line.startswith(key))

@@ -108,8 +108,8 @@ def test_mask_area_of_a_sphere_seen_from_afar():
     assert picture.accumulation.sum().item() == pytest.approx(math.pi * radius**2, rel=0.01)
     corner = picture.rgb[0, 0]
     torch.testing.assert_close(corner, torch.ones(3))
-    centre = picture.depth[size // 2, size // 2].item()
-    assert centre == pytest.approx(RADIUS - 0.5, abs=1e-3)
+    center = picture.depth[size // 2, size // 2].item()
+    assert center == pytest.approx(RADIUS - 0.5, abs=1e-3)
     assert picture.depth[0, 0].item() == math.inf
 
 
@@ -123,7 +123,7 @@ def test_render_is_the_mean_of_the_finer_render():
     assert ((coarse.accumulation > 0) & (coarse.accumulation < 1)).any()
 
 
-def test_matt_things_look_the_same_from_everywhere_and_the_glossy_one_does_not():
+def test_only_the_glossy_object_depends_on_the_direction():
     scene = Scene()
 
     def seen_from(point: torch.Tensor, eyes: torch.Tensor) -> torch.Tensor:
@@ -150,8 +150,8 @@ def test_shadow_darkens_the_table():
 
 
 def test_checker_alternates():
-    colour = checker((1.0, 1.0, 1.0), (0.0, 0.0, 0.0), cell=0.5, sharpness=20.0)
-    squares = colour(torch.tensor([[0.25, 0.25, 0.0], [0.75, 0.25, 0.0], [0.75, 0.75, 0.0], [-0.25, 0.25, 0.0]]))
+    color = checker((1.0, 1.0, 1.0), (0.0, 0.0, 0.0), cell=0.5, sharpness=20.0)
+    squares = color(torch.tensor([[0.25, 0.25, 0.0], [0.75, 0.25, 0.0], [0.75, 0.75, 0.0], [-0.25, 0.25, 0.0]]))
     torch.testing.assert_close(squares[:, 0], torch.tensor([1.0, 0.0, 1.0, 0.0]), atol=1e-4, rtol=0)
 
 
@@ -172,12 +172,12 @@ def test_rays_are_nerfstudios_and_a_known_point_lands_on_its_pixel():
     assert torch.linalg.cross(ray, towards).norm() < 0.75 / 40  # within that pixel
 
 
-def test_ball_appears_where_its_centre_projects():
-    centre = torch.tensor([0.3, 0.1, 0.2])
-    scene = Scene(things=(Thing(Sphere(tuple(centre.tolist()), 0.15), solid((0.0, 0.0, 0.0))),))
+def test_ball_appears_where_its_center_projects():
+    center = torch.tensor([0.3, 0.1, 0.2])
+    scene = Scene(things=(Thing(Sphere(tuple(center.tolist()), 0.15), solid((0.0, 0.0, 0.0))),))
     for camera in band_cameras(band_poses(3, seed=4), 64):
         pose = camera.camera_to_worlds
-        x, y, z = pose[:, :3].T @ (centre - pose[:, 3])
+        x, y, z = pose[:, :3].T @ (center - pose[:, 3])
         mask = scene.render(camera).accumulation[..., 0]
         rows, columns = torch.meshgrid(torch.arange(64) + 0.5, torch.arange(64) + 0.5, indexing="ij")
         assert ((mask * columns).sum() / mask.sum()).item() == pytest.approx((32 - 89.6 * x / z).item(), abs=0.3)
@@ -187,11 +187,11 @@ def test_ball_appears_where_its_centre_projects():
 @pytest.mark.parametrize("spiral", [True, False])
 def test_band_cameras_look_inward_from_the_band(spiral):
     poses = band_poses(50, seed=2, spiral=spiral)
-    rotation, centre = poses[..., :3], poses[..., 3]
+    rotation, center = poses[..., :3], poses[..., 3]
     torch.testing.assert_close(rotation.transpose(1, 2) @ rotation, torch.eye(3).expand(50, 3, 3), atol=1e-5, rtol=0)
     torch.testing.assert_close(torch.linalg.det(rotation), torch.ones(50))
-    torch.testing.assert_close(centre, RADIUS * rotation[..., 2], atol=1e-5, rtol=0)
-    elevation = torch.rad2deg(torch.asin(centre[:, 2] / RADIUS))
+    torch.testing.assert_close(center, RADIUS * rotation[..., 2], atol=1e-5, rtol=0)
+    elevation = torch.rad2deg(torch.asin(center[:, 2] / RADIUS))
     assert elevation.min() >= ELEVATION[0] - 1e-3 and elevation.max() <= ELEVATION[1] + 1e-3
     assert (rotation[:, 2, 1] > 0).all()  # up is up
     assert torch.equal(poses, band_poses(50, seed=2, spiral=spiral))
@@ -242,7 +242,7 @@ def test_depth_scales_with_the_frame(capture):
     torch.testing.assert_close(points, expected, atol=1e-4, rtol=0)
 
 
-def test_capture_is_written_once_and_a_half_written_one_again(tmp_path):
+def test_capture_is_written_once_and_an_incomplete_one_again(tmp_path):
     folder = tmp_path / "capture"
     settings = {"num_train": 2, "num_test": 1, "size": 8}
     counts = []
@@ -263,7 +263,7 @@ def test_capture_is_written_once_and_a_half_written_one_again(tmp_path):
     assert image.read_bytes() == good
 
 
-def test_interrupted_capture_does_not_look_finished(tmp_path):
+def test_interrupted_capture_is_incomplete(tmp_path):
     folder = tmp_path / "capture"
 
     def interrupt(done: int, total: int) -> None:
@@ -275,7 +275,7 @@ def test_interrupted_capture_does_not_look_finished(tmp_path):
     assert not (folder / "transforms.json").exists()
 
 
-def test_other_peoples_folders_are_left_alone(tmp_path):
+def test_foreign_folders_are_not_touched(tmp_path):
     settings = {"num_train": 2, "num_test": 1, "size": 8}
     foreign = tmp_path / "foreign"
     foreign.mkdir()

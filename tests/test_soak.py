@@ -18,9 +18,7 @@ FRAMES = 160
 
 
 @pytest.mark.parametrize("engine", ["torch", "openvino", "onnxruntime"])
-def test_rendering_at_ever_new_sizes_keeps_nothing(
-    engine: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_rendering_at_new_sizes_leaks_nothing(engine: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip(engine)
     run = student_runs.write_run(tmp_path / "run", student_runs.tiny_mobile_r2l())
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
@@ -30,7 +28,7 @@ def test_rendering_at_ever_new_sizes_keeps_nothing(
     assert watched.is_flat, watched
 
 
-def test_growth_is_found() -> None:
+def test_growth_is_detected() -> None:
     steady = [Sample(float(second), 500.0, 10, 20) for second in range(100)]
     assert judge("steady", steady, 100, 20.0).is_flat
     for grows in ("megabytes", "threads", "descriptors"):

@@ -1,4 +1,4 @@
-"""What of a picture is drawn where a bounded scene fills a part of it: enough, and no more than that."""
+"""The part of an image that a bounded scene can cover: complete, and hardly larger."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def test_a_window_holds_the_sphere_and_little_else() -> None:
     assert alone > 10
 
 
-def test_nothing_is_left_out_by_cameras_that_are_not_clear_of_the_sphere() -> None:
+def test_cameras_near_the_sphere_leave_nothing_out() -> None:
     intrinsics, pose = torch.tensor([20.0, 20.0, 8.0, 8.0]), torch.eye(4)[:3]
     whole = (0, 0, 16, 16)
     for position in ([0.0, 0.0, 0.5], [0.0, 0.0, -3.0], [5.0, 0.0, 0.5], [math.nan, 0.0, 3.0]):
@@ -87,7 +87,7 @@ def student(kind: str) -> LightFieldModel:
 
 
 @pytest.mark.parametrize("kind", ["r2l", "mobile-r2l"])
-def test_what_is_left_out_changes_no_picture(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_window_changes_no_image(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = student(kind)
     rays = [0]
 
@@ -104,7 +104,7 @@ def test_what_is_left_out_changes_no_picture(kind: str, monkeypatch: pytest.Monk
     rays.append(0)
     if kind == "r2l":
         nothing = lambda origins, _: torch.zeros_like(origins[..., :1], dtype=torch.bool)  # noqa: E731
-        monkeypatch.setattr(model.ray_code, "misses_scene", nothing)
+        monkeypatch.setattr(model.ray_encoding, "misses_scene", nothing)
     else:
         monkeypatch.setattr(mobile_r2l, "sphere_window", lambda _, __, height, width, *___: Window(0, 0, width, height))
     with model.drawn_by(count):

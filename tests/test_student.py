@@ -1,4 +1,4 @@
-"""Students from their run's folder alone."""
+"""Students loaded from their run's folder, with nothing else on the disk."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_renders_what_nerfstudio_renders(config, tmp_path: Path) -> None:
         np.testing.assert_array_equal(image, truth[name].numpy())
 
 
-def test_takes_tensors_and_matrices(run: Path) -> None:
+def test_accepts_tensors_and_matrices(run: Path) -> None:
     student = load_student(str(run), device="cpu", step=STEP)
     pose = probe_poses(student.model)[1]
     image = student.render(pose, torch.from_numpy(LENS), 24, 18)
@@ -51,7 +51,7 @@ def test_takes_tensors_and_matrices(run: Path) -> None:
     np.testing.assert_array_equal(student.render(square.tolist(), LENS, 24, 18), image.numpy())
 
 
-def test_outputs_are_those_its_teacher_had(tmp_path: Path) -> None:
+def test_outputs_match_the_teachers(tmp_path: Path) -> None:
     student = load_student(write_run(tmp_path / "run", tiny_r2l(), has_depth=False))
     assert student.outputs == ("rgb", "accumulation")
     with pytest.raises(InputError, match="renders rgb, accumulation, not 'depth'"):
@@ -70,29 +70,29 @@ def test_outputs_are_those_its_teacher_had(tmp_path: Path) -> None:
         ({"height": 2.5}, r"height must be a positive integer \(got 2.5\)"),
     ],
 )
-def test_tells_a_camera_that_is_none(run: Path, camera: dict, said: str) -> None:
+def test_invalid_cameras(run: Path, camera: dict, said: str) -> None:
     student = load_student(run)
     with pytest.raises(InputError, match=said):
         student.render(**{"camera_to_world": np.eye(4), "intrinsics": LENS, "width": 4, "height": 4, **camera})
 
 
-def test_tells_a_run_that_is_missing(tmp_path: Path) -> None:
+def test_missing_run(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no trained run"):
         load_student(tmp_path / "nowhere" / "config.yml")
 
 
-def test_tells_a_run_that_is_no_students(tiny_teacher: Path) -> None:
+def test_run_of_another_method(tiny_teacher: Path) -> None:
     with pytest.raises(InputError, match="a 'nerfacto' run, not a student"):
         load_student(tiny_teacher)
 
 
-def test_tells_a_missing_step(run: Path) -> None:
+def test_missing_step(run: Path) -> None:
     with pytest.raises(InputError, match=rf"no checkpoint of step 3 .*only of \[{STEP}\]"):
         load_student(run, step=3)
 
 
 @pytest.mark.parametrize("damage", ["cut", "text", "no pipeline", "code"])
-def test_tells_a_damaged_checkpoint(damage: str, tmp_path: Path) -> None:
+def test_damaged_checkpoint(damage: str, tmp_path: Path) -> None:
     config = write_run(tmp_path / "run", tiny_r2l())
     (file,) = (config.parent / "nerfstudio_models").iterdir()
     if damage == "cut":
@@ -106,7 +106,7 @@ def test_tells_a_damaged_checkpoint(damage: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("change", ["one is missing", "another shape"])
-def test_tells_weights_of_another_student(change: str, tmp_path: Path) -> None:
+def test_weights_of_another_student(change: str, tmp_path: Path) -> None:
     config = write_run(tmp_path / "run", tiny_r2l())
     (file,) = (config.parent / "nerfstudio_models").iterdir()
     content = torch.load(file, weights_only=True)
@@ -127,7 +127,7 @@ def test_runs_on_an_engine_by_name(run: Path) -> None:
 
 
 @pytest.mark.parametrize(("engine", "said"), [("warp", "Unknown engine 'warp'"), ("tensorrt", "needs an NVIDIA GPU")])
-def test_tells_an_engine_that_cannot_run(engine: str, said: str, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_engine_that_cannot_run(engine: str, said: str, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(InputError, match=said):
         load_student(run, device="cpu", engine=engine)

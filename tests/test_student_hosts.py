@@ -1,4 +1,4 @@
-"""A student inside programs that set torch up in their own way."""
+"""A student inside programs that configure PyTorch differently."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_in_inference_mode_and_out_of_it_again(engine: str, run: Path, truth: np
 
 
 @pytest.mark.parametrize("engine", ["torch", "openvino"])
-def test_where_numbers_are_fp64_by_default(engine: str, run: Path, truth: np.ndarray) -> None:
+def test_with_fp64_as_default(engine: str, run: Path, truth: np.ndarray) -> None:
     torch.set_default_dtype(torch.float64)
     try:
         found = picture(load_student(run, engine=engine))
@@ -69,7 +69,7 @@ def test_copies(make, run: Path, truth: np.ndarray) -> None:
     assert float(again.model.background[0]) == 0.25
 
 
-def test_a_copy_of_a_student_of_no_run(run: Path) -> None:
+def test_a_copy_of_a_student_without_a_run(run: Path) -> None:
     with pytest.raises(TypeError, match="load it in each process"):
         copy.deepcopy(Student(load_student(run, engine="torch").model, "r2l"))
 

@@ -40,7 +40,7 @@ def test_impossible_depth_is_an_error_that_names_the_flag(depth) -> None:
 
 def test_students_and_rays_do_without_nerfstudio() -> None:
     code = (
-        "import sys; import r2l_nerfstudio.students.resmlp, r2l_nerfstudio.rays.ray_code;"
+        "import sys; import r2l_nerfstudio.students.resmlp, r2l_nerfstudio.rays.ray_encoding;"
         "sys.exit(any(name.split('.')[0] == 'nerfstudio' for name in sys.modules))"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

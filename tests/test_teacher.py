@@ -1,4 +1,4 @@
-"""Trained runs answer for rays and views, and a run that cannot says why."""
+"""Trained runs render rays and views; runs that cannot raise errors with the reason."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def _equal(first: Cameras, second: Cameras) -> bool:
 # What each of the methods that run here must do.
 
 
-def test_view_is_what_the_trained_model_renders(trained: Trained) -> None:
+def test_view_equals_the_trained_models_render(trained: Trained) -> None:
     view = trained.teacher.view(trained.camera())
     with torch.no_grad():
         expected = trained.model.get_outputs_for_camera(trained.camera())
@@ -122,7 +122,7 @@ def test_cropped_camera_gives_the_crop(trained: Trained) -> None:
         torch.testing.assert_close(getattr(crop, name), getattr(whole, name)[window], rtol=1e-4, atol=1e-5)
 
 
-def test_rays_are_the_view(trained: Trained) -> None:
+def test_rays_equal_the_view(trained: Trained) -> None:
     trained.teacher.model.config.eval_num_rays_per_chunk = 100  # an odd part of 576
     view = trained.teacher.view(trained.camera())
     bundle = trained.camera().generate_rays(camera_indices=0, keep_shape=True)
@@ -151,7 +151,7 @@ def test_teacher_is_frozen(trained: Trained) -> None:
 # What loading finds out.
 
 
-def test_what_a_teacher_tells(tiny_teacher: Path, tiny_capture: Path) -> None:
+def test_properties_of_a_teacher(tiny_teacher: Path, tiny_capture: Path) -> None:
     teacher = Teacher.load(tiny_teacher)
     assert teacher.config_path == tiny_teacher / "config.yml"
     assert teacher.checkpoint == tiny_teacher / "nerfstudio_models" / "step-000000029.ckpt"
@@ -164,7 +164,7 @@ def test_what_a_teacher_tells(tiny_teacher: Path, tiny_capture: Path) -> None:
     assert teacher.config.pipeline.datamanager.dataparser.data == Path()  # ours is a copy
 
 
-def test_one_camera_at_a_time_left_as_it_was(tiny_teacher: Path) -> None:
+def test_one_camera_at_a_time_unmodified(tiny_teacher: Path) -> None:
     class Editing(nn.Module):
         config = NerfactoModelConfig()
 
@@ -194,7 +194,7 @@ def test_one_camera_at_a_time_left_as_it_was(tiny_teacher: Path) -> None:
     assert torch.equal(bundle.metadata["directions_norm"], untouched.metadata["directions_norm"])
 
 
-def test_pose_corrections_are_those_of_training(tiny_teacher: Path) -> None:
+def test_pose_corrections_match_training(tiny_teacher: Path) -> None:
     teacher = Teacher.load(tiny_teacher)
     corrections = teacher.pose_corrections()
     assert corrections.shape == (6, 3, 4) and not corrections.requires_grad
@@ -209,13 +209,13 @@ def test_pose_corrections_are_those_of_training(tiny_teacher: Path) -> None:
     torch.testing.assert_close(bundle.directions, directions)
 
 
-def test_no_pose_corrections_where_none_were_learnt(run: Path, edit_checkpoint) -> None:
+def test_no_pose_corrections_if_none_were_learned(run: Path, edit_checkpoint) -> None:
     _edit_config(run, "mode: SO3xR3", "mode: 'off'")
     edit_checkpoint(lambda content: content["pipeline"].pop("_model.camera_optimizer.pose_adjustment"))
     assert Teacher.load(run).pose_corrections() is None
 
 
-def test_fingerprint_follows_what_is_trained_not_where(run: Path, tiny_teacher: Path, edit_checkpoint) -> None:
+def test_fingerprint_depends_on_weights_and_not_on_location(run: Path, tiny_teacher: Path, edit_checkpoint) -> None:
     original = Teacher.load(tiny_teacher).fingerprint()
     assert Teacher.load(run).fingerprint() == original
     edit_checkpoint(lambda content: content["pipeline"]["_model.field.aabb"].add_(0.5))
@@ -225,7 +225,7 @@ def test_fingerprint_follows_what_is_trained_not_where(run: Path, tiny_teacher: 
     assert Teacher.load(run).fingerprint() not in (original, retrained)
 
 
-def test_background_of_a_teacher_trained_on_random_colours(
+def test_background_of_a_teacher_trained_on_random_colors(
     run: Path, tiny_teacher: Path, blender_capture: Path, tmp_path: Path
 ) -> None:
     _edit_config(run, "background_color: last_sample", "background_color: random")
@@ -276,7 +276,7 @@ def test_capture_given_by_the_caller(run: Path, tiny_capture: Path, tmp_path: Pa
     assert teacher.dataparser_outputs.image_filenames[0].is_relative_to(moved)
 
 
-def test_capture_of_the_dataparser_alone(run: Path, tiny_capture: Path) -> None:
+def test_capture_named_only_by_the_dataparser(run: Path, tiny_capture: Path) -> None:
     config = load_run_config(run)
     config.pipeline.datamanager.data = None
     config.pipeline.datamanager.dataparser.data = tiny_capture
@@ -327,7 +327,7 @@ def test_damaged_frame_file(content: str, run: Path) -> None:
 # Checkpoints, good and bad.
 
 
-def test_numpy_scalars_are_let_in(run: Path, edit_checkpoint) -> None:
+def test_numpy_scalars_are_allowed(run: Path, edit_checkpoint) -> None:
     def add(content: dict) -> None:
         scalars = [np.float64(0.5), np.float32(0.25), np.int64(3)]
         content["schedulers"] = {"fields": {"_last_lr": scalars}}
@@ -435,8 +435,8 @@ def test_run_without_a_capture(run: Path) -> None:
     assert "not trained on a capture" in _error(run)
 
 
-def test_teacher_without_colour(tiny_teacher: Path) -> None:
-    class Colourless(nn.Module):
+def test_teacher_without_color(tiny_teacher: Path) -> None:
+    class Colorless(nn.Module):
         config = NerfactoModelConfig()
 
         def get_outputs_for_camera(self, camera: Cameras) -> dict:
@@ -445,10 +445,10 @@ def test_teacher_without_colour(tiny_teacher: Path) -> None:
         def forward(self, bundle) -> dict:
             return self.get_outputs_for_camera(bundle)
 
-    teacher = replace(Teacher.load(tiny_teacher), model=Colourless())
+    teacher = replace(Teacher.load(tiny_teacher), model=Colorless())
     camera = teacher.dataparser_outputs.cameras[:1]
     for ask in (lambda: teacher.view(camera), lambda: teacher.rays(camera.generate_rays(0))):
-        with pytest.raises(InputError, match="no colour output: its outputs are depth, normals"):
+        with pytest.raises(InputError, match="no color output: its outputs are depth, normals"):
             ask()
 
 
@@ -550,7 +550,7 @@ def splat(tiny_capture: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     return Teacher.load(_cuda_run("splatfacto", tiny_capture, tmp_path))
 
 
-def test_splat_takes_the_size_of_its_checkpoint(splat: Teacher) -> None:
+def test_splat_has_the_size_of_its_checkpoint(splat: Teacher) -> None:
     assert splat.views_only
     assert splat.model.num_points == 30
     assert not any(parameter.requires_grad for parameter in splat.model.parameters())
@@ -566,7 +566,7 @@ def test_splat_depth_is_distance_along_the_ray(splat: Teacher) -> None:
     assert view.depth.shape == view.accumulation.shape == (24, 24, 1) and view.rgb.shape == (24, 24, 3)
 
 
-def test_splat_trained_on_random_colours_is_not_painted_grey(splat: Teacher) -> None:
+def test_splat_trained_on_random_colors_is_not_rendered_on_gray(splat: Teacher) -> None:
     camera = splat.dataparser_outputs.cameras[0]
     assert torch.equal(splat.background, torch.zeros(3))
     torch.testing.assert_close(splat.view(camera).rgb[3, 4], torch.tensor([0.25, 0.0, 0.0]))

@@ -1,4 +1,4 @@
-"""What stands in for newer versions of PyTorch does the same as they do."""
+"""The replacements for functions of newer PyTorch versions behave as these do."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from r2l_nerfstudio.torch_compat import load_tensors
 @pytest.mark.parametrize("shape", [(7, 7), (12, 5), (5, 12)])
 @pytest.mark.parametrize("adjust_lr_fn", ["original", "match_rms_adamw"])
 @pytest.mark.parametrize("is_fast", [True, False])
-def test_muon_takes_the_steps_of_torchs(
+def test_muon_takes_the_same_steps_as_torchs(
     shape: tuple[int, int], adjust_lr_fn: str, is_fast: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(muon, "is_bf16_fast", lambda _: is_fast)

@@ -1,4 +1,4 @@
-"""Compiled engines are read only from where nobody but the user can have written them."""
+"""Compiled engines are read only from folders that no other user can write to."""
 
 from __future__ import annotations
 
@@ -41,23 +41,23 @@ def cache(tmp_path: Path) -> EngineCache:
 
 
 @pytest.mark.parametrize("damage", [_loosen, _open_folder, _give_away, _link])
-def test_artefacts_that_others_may_have_written(damage: Callable[[Path, Path], None], cache: EngineCache) -> None:
-    folder = cache.artefacts("inductor", "1")
+def test_artifacts_that_others_may_have_written(damage: Callable[[Path, Path], None], cache: EngineCache) -> None:
+    folder = cache.artifacts("inductor", "1")
     folder.mkdir(mode=0o700)
     file = folder / "inductor-fp32.pt2"
     file.write_bytes(b"machine code")
     file.chmod(0o600)
-    assert cache.artefacts("inductor", "1") == folder
+    assert cache.artifacts("inductor", "1") == folder
     damage(folder, file)
-    assert cache.artefacts("inductor", "1") is None
+    assert cache.artifacts("inductor", "1") is None
 
 
 def test_a_folder_that_is_a_link(cache: EngineCache, tmp_path: Path) -> None:
     theirs = tmp_path / "theirs"
     theirs.mkdir(mode=0o700)
-    folder = cache.artefacts("inductor", "1")
+    folder = cache.artifacts("inductor", "1")
     folder.symlink_to(theirs)
-    assert cache.artefacts("inductor", "1") is None
+    assert cache.artifacts("inductor", "1") is None
 
 
 def test_records_that_others_may_have_written(cache: EngineCache) -> None:
@@ -73,13 +73,13 @@ def test_the_cache_is_the_users_own(user_cache: Path) -> None:
     assert is_private(folder) and folder.stat().st_mode & 0o777 == 0o700
 
 
-def test_no_cache_where_none_can_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_cache_without_a_writable_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     assert engine_cache_folder() is None
 
 
-def test_a_runs_own_engines_are_left_alone(tmp_path: Path, user_cache: Path) -> None:
+def test_engines_in_a_runs_folder_are_ignored(tmp_path: Path, user_cache: Path) -> None:
     run = student_runs.write_run(tmp_path / "run", R2LModelConfig(width=16, depth=4)).parent
     student = load_student(run, engine="torch")
     assert student.model.engines.cache_folder.is_relative_to(user_cache)

@@ -1,4 +1,4 @@
-"""The ring of teacher views: right rays with right colours, and what happens when something is wrong."""
+"""The ring of teacher views: correct rays and colors, and failures."""
 
 import errno
 import os
@@ -29,7 +29,7 @@ def renderer(teacher: SceneTeacher | None = None, cache_dir=None, seed: int = 0)
     return ViewRenderer(teacher, sampler, survey, 24, 24, seed, cache_dir)
 
 
-def test_rays_carry_the_colours_the_teacher_gives_along_them() -> None:
+def test_rays_have_the_teachers_colors() -> None:
     ring = ViewRing(renderer(), 3, "cpu")
     ring.fill()
     sample = ring.sample(500)
@@ -42,7 +42,7 @@ def test_rays_carry_the_colours_the_teacher_gives_along_them() -> None:
     assert (sample.weight == 1).all()
 
 
-def test_a_share_of_the_rays_is_drawn_where_the_teacher_sees_something() -> None:
+def test_a_share_of_the_rays_comes_from_the_foreground() -> None:
     ring = ViewRing(renderer(), 3, "cpu")
     ring.fill()
     seen = (ring.pixels[..., 3] > 0).float().mean()
@@ -76,7 +76,7 @@ def test_numbered_views_are_repeatable_and_seeds_differ() -> None:
     assert not torch.equal(first.camera_to_world, other.camera_to_world)
 
 
-def test_colours_that_are_not_finite_are_dropped_and_counted(capsys) -> None:
+def test_non_finite_colors_are_dropped_and_counted(capsys) -> None:
     ring = ViewRing(renderer(SceneTeacher(broken=(3, 5))), 2, "cpu")
     ring.fill()
     sample = ring.sample(20000)
@@ -103,7 +103,7 @@ def test_a_cache_is_resumed_and_its_broken_files_rendered_again(tmp_path) -> Non
         assert torch.equal(ring.pixels[index], fresh.render(index).pixels)
 
 
-def test_the_ring_shrinks_where_memory_is_short_and_says_so(monkeypatch, capsys) -> None:
+def test_the_ring_shrinks_if_memory_is_short_with_a_message(monkeypatch, capsys) -> None:
     monkeypatch.setattr(view_ring, "free_memory", lambda device: 24 * 24 * view_ring.BYTES_PER_PIXEL * 5)
     ring = ViewRing(renderer(), 100, "cpu")
     assert ring.capacity == 4
@@ -113,11 +113,11 @@ def test_the_ring_shrinks_where_memory_is_short_and_says_so(monkeypatch, capsys)
         ViewRing(renderer(), 100, "cpu")
 
 
-def test_free_memory_of_a_cpu_is_what_the_system_says() -> None:
+def test_free_memory_of_a_cpu_is_the_systems() -> None:
     assert 0 < view_ring.free_memory(torch.device("cpu")) <= psutil.virtual_memory().total
 
 
-def test_views_of_nothing_are_refused() -> None:
+def test_empty_views_are_refused() -> None:
     made = renderer()
     away = made.sampler.cameras.camera_to_worlds.clone()
     away[:, :, 0] *= -1
@@ -129,7 +129,7 @@ def test_views_of_nothing_are_refused() -> None:
         made.render(0)
 
 
-def test_a_teacher_of_colours_alone_will_do() -> None:
+def test_a_teacher_with_only_color_is_enough() -> None:
     teacher = SceneTeacher(geometry=False)
     ring = ViewRing(renderer(teacher), 2, "cpu")
     ring.fill()
@@ -147,10 +147,10 @@ def test_bounds_of_a_bounded_capture_are_its_sphere() -> None:
     assert other.kind == "disparity"
 
 
-def test_a_teacher_without_a_finite_colour_is_an_error() -> None:
+def test_a_teacher_without_a_finite_color_is_an_error() -> None:
     teacher = SceneTeacher()
     teacher.broken = (slice(None), slice(None))
-    with pytest.raises(InputError, match="no finite colour"):
+    with pytest.raises(InputError, match="no finite color"):
         Survey.take(teacher, scene_cameras())
 
 
@@ -213,7 +213,7 @@ def flip_a_pixel(file: Path) -> None:
         flip_a_pixel,
     ],
 )
-def test_cached_views_that_cannot_be_are_rendered_again(damage, tmp_path: Path) -> None:
+def test_invalid_cached_views_are_rendered_again(damage, tmp_path: Path) -> None:
     truth = renderer(cache_dir=tmp_path).render(0)
     (file,) = tmp_path.glob("*.npz")
     before = stored(file)
@@ -237,13 +237,13 @@ def test_a_full_disk_ends_the_cache_and_nothing_else(tmp_path: Path, monkeypatch
     assert not list((tmp_path / "views").iterdir())
 
 
-def test_a_cache_folder_that_cannot_be_made(tmp_path: Path, capsys) -> None:
+def test_a_cache_folder_that_cannot_be_created(tmp_path: Path, capsys) -> None:
     (tmp_path / "file").write_text("")
     assert renderer(cache_dir=tmp_path / "file").cache_dir is None
     assert "Going on without the cache" in capsys.readouterr().out
 
 
-def test_what_a_killed_process_left_is_cleaned_up(tmp_path: Path) -> None:
+def test_files_of_a_killed_process_are_removed(tmp_path: Path) -> None:
     names = ("view_0_1.999999999.partial", f"view_0_2.{os.getpid()}.partial", "a.partial")
     old, own, fresh = (tmp_path / name for name in names)
     for file in (old, own, fresh):
@@ -271,7 +271,7 @@ class OddTeacher(SceneTeacher):
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
 @pytest.mark.parametrize("name", ["depth", "accumulation"])
-def test_outputs_that_are_never_finite_count_as_missing(name: str, value: float) -> None:
+def test_never_finite_outputs_count_as_missing(name: str, value: float) -> None:
     made = renderer(OddTeacher(**{name: value}))
     assert made.survey.has_depth == (name != "depth") and made.survey.has_accumulation == (name != "accumulation")
     view, truth = made.render(0), renderer().render(0)

@@ -1,4 +1,4 @@
-"""What a student brings into the viewer, without a browser: interrupts, speed, the split with the teacher."""
+"""The student's parts of the viewer, without a browser: interrupts, frame rate, the split with the teacher."""
 
 from __future__ import annotations
 
@@ -136,7 +136,7 @@ def test_any_size_is_rendered(size: tuple[int, int], box: OrientedBox | None):
     assert all(value.isfinite().all() for value in outputs.values())
 
 
-def test_crop_box_paints_the_viewers_background_where_rays_miss_it():
+def test_rays_that_miss_the_crop_box_have_the_viewers_background():
     color = torch.tensor([0.1, 0.2, 0.3])
     model = tiny_model()
     far = OrientedBox(R=torch.eye(3), T=torch.tensor([0.0, 5.0, 0.0]), S=torch.full((3,), 0.5))
@@ -153,7 +153,7 @@ def test_crop_box_around_everything_changes_nothing():
     assert all(torch.equal(whole[key], cropped[key]) for key in whole)
 
 
-def test_the_pace_is_that_of_the_last_finished_frame(monkeypatch: pytest.MonkeyPatch):
+def test_the_frame_rate_is_of_the_last_finished_frame(monkeypatch: pytest.MonkeyPatch):
     clock = iter([1.0, 1.04, 5.0, 6.0, 8.0])
     # Only here: other tests' panels read the clock too.
     monkeypatch.setattr(panel, "time", SimpleNamespace(perf_counter=lambda: next(clock), sleep=time.sleep))
@@ -173,7 +173,7 @@ def test_the_pace_is_that_of_the_last_finished_frame(monkeypatch: pytest.MonkeyP
 
 
 class PaintedTeacher:
-    """Answers with one colour, through Nerfstudio's global background as teachers on random backgrounds do."""
+    """Answers with one color, through Nerfstudio's global background as teachers on random backgrounds do."""
 
     COLOR = torch.tensor([0.2, 0.4, 0.6])
 
@@ -194,7 +194,7 @@ def split_with(teacher: Any) -> TeacherSplit:
     return split
 
 
-def test_split_interrupted_at_any_line_leaves_nerfstudios_background_alone():
+def test_split_interrupted_at_any_line_restores_nerfstudios_background():
     split = split_with(PaintedTeacher())
     rgb = torch.zeros(6, 8, 3)
     outside = torch.tensor([0.5, 0.5, 0.5])
@@ -231,12 +231,12 @@ def test_split_keeps_the_students_left_half(size: tuple[int, int]):
     assert torch.equal(rgb, before), "the student's own picture was painted over"
 
 
-def test_split_is_for_the_viewer_alone():
+def test_split_only_applies_in_the_viewer():
     rgb = torch.rand(6, 8, 3)
     assert split_with(PaintedTeacher()).apply(rgb, camera(6, 8)) is rgb
 
 
-def test_split_draws_a_slow_teacher_coarser_while_the_camera_moves():
+def test_split_renders_a_slow_teacher_coarser_while_the_camera_moves():
     teacher = PaintedTeacher()
     split = split_with(teacher)
     split._frame_time._newest = (10.0, 100, 100)
@@ -252,7 +252,7 @@ def test_split_draws_a_slow_teacher_coarser_while_the_camera_moves():
     assert (int(teacher.cameras[-1].height), int(teacher.cameras[-1].width)) == (100, 100)
 
 
-def test_split_shows_what_the_teacher_sees(tiny_teacher: Path):
+def test_split_shows_the_teachers_render(tiny_teacher: Path):
     split = TeacherSplit()
     split.teacher_path = tiny_teacher / "config.yml"
     rgb = torch.zeros(12, 17, 3)
@@ -270,7 +270,7 @@ def test_split_shows_what_the_teacher_sees(tiny_teacher: Path):
 @pytest.mark.parametrize(
     ("path", "reason"), [(None, "does not name its teacher"), (Path("gone") / "config.yml", "no trained run")]
 )
-def test_split_without_its_teacher_says_why_and_shows_the_student(path: Path | None, reason: str):
+def test_split_without_its_teacher_shows_the_reason_and_the_student(path: Path | None, reason: str):
     split = TeacherSplit()
     split.teacher_path = path
     split.checkbox.default_value = True
@@ -282,7 +282,7 @@ def test_split_without_its_teacher_says_why_and_shows_the_student(path: Path | N
     assert split.describe(None) == ""
 
 
-def test_split_survives_a_teacher_that_fails_while_drawing():
+def test_split_survives_a_teacher_that_fails_while_rendering():
     class Broken(PaintedTeacher):
         def view(self, camera: Cameras) -> TeacherOutputs:
             raise AttributeError("no such part")
@@ -315,14 +315,14 @@ def open_viewer(tmp_path: Path) -> Iterator[Callable[[R2LModel], Viewer]]:
         viewer.viser_server.stop()
 
 
-def test_viewer_finds_the_split_and_leaves_depth_alone(open_viewer: Callable[[R2LModel], Viewer]):
+def test_viewer_shows_the_split_and_keeps_depth(open_viewer: Callable[[R2LModel], Viewer]):
     viewer = open_viewer(tiny_model())
     assert [element.name for _, element in viewer.viewer_elements] == ["Engine", "Split with teacher"]
     assert not viewer.control_panel.layer_depth
     assert not viewer.control_panel._layer_depth.gui_handle.disabled
 
 
-def test_viewer_outlives_what_its_browsers_do_too_late_or_too_early(open_viewer: Callable[[R2LModel], Viewer]):
+def test_viewer_survives_messages_that_are_too_late_or_too_early(open_viewer: Callable[[R2LModel], Viewer]):
     viewer = open_viewer(tiny_model())
     with viewer.viser_server.atomic():
         viewer.render_statemachines[7].action("of a browser that has gone")
@@ -333,7 +333,7 @@ def test_viewer_outlives_what_its_browsers_do_too_late_or_too_early(open_viewer:
     assert viewer.render_statemachines[8] is thread and len(viewer.render_statemachines) == 1
 
 
-def test_depth_cannot_be_composited_where_the_teacher_had_none(open_viewer: Callable[[R2LModel], Viewer]):
+def test_depth_cannot_be_composited_without_the_teachers_depth(open_viewer: Callable[[R2LModel], Viewer]):
     viewer = open_viewer(tiny_model(has_depth=False))
     assert not viewer.control_panel.layer_depth
     assert viewer.control_panel._layer_depth.gui_handle.disabled

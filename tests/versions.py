@@ -1,4 +1,4 @@
-"""What the installed PyTorch can do, for tests of what older ones lack."""
+"""Conditions on the installed PyTorch version, for tests."""
 
 from __future__ import annotations
 

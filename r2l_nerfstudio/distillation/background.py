@@ -1,4 +1,4 @@
-"""The background colour: one rule for teacher, photos, frame check and student."""
+"""The background color: one rule for teacher, photos, frame check and student."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ _EMPTY = 0.1
 
 
 def background_of(teacher: Teacher) -> Float[Tensor, "3"]:
-    """Return the colour that a student has where its teacher has nothing, and on which photos with an alpha channel are
+    """Return the color that a student has where its teacher has nothing, and on which photos with an alpha channel are
     blended.
 
-    It is the colour the teacher was trained with, by how Nerfstudio's renderers composite photos in training
+    It is the color the teacher was trained with, by how Nerfstudio's renderers composite photos in training
     (`RGBRenderer.blend_background_for_loss_computation`):
 
-    * fixed (`white`, `black`, a colour): that colour;
+    * fixed (`white`, `black`, a color): that color;
     * `random`: the one that `Teacher.background` composites on, since any was as good in training;
     * `last_sample`: black, if photos have an alpha channel; else what the teacher shows where its accumulation is near
       zero, or white if it is zero nowhere.

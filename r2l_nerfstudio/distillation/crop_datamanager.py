@@ -19,7 +19,7 @@ from r2l_nerfstudio.errors import InputError
 from r2l_nerfstudio.ranges import IntRange
 from r2l_nerfstudio.rays.ray_image import MARGIN, StudentRays
 
-HOLDOUT_PIXELS = 32768
+HELD_OUT_PIXELS = 32768
 
 
 @dataclass
@@ -86,7 +86,7 @@ class CropDataManager(DistillationDataManager):
         )
 
     def hold_out(self, source: Views, generator: torch.Generator | None) -> Batch:
-        return self._crops(source, HOLDOUT_PIXELS, generator)
+        return self._crops(source, HELD_OUT_PIXELS, generator)
 
     def draw(self, num_real: int) -> Batch:
         """Draw crops of teacher views, then crops of photos."""

@@ -21,7 +21,7 @@ class Views(Protocol):
     """Pinhole views of one size: a ring of teacher views, or undistorted photos."""
 
     pixels: UInt8[Tensor, "capacity height width channels"]
-    """rgb, accumulation if known, and 1 where the colour is learned."""
+    """rgb, accumulation if known, and 1 where the color is learned."""
     depth: Float[Tensor, "capacity height width"]
     camera_to_worlds: Float[Tensor, "capacity 3 4"]
     intrinsics: Float[Tensor, "capacity 4"]

@@ -25,7 +25,7 @@ from nerfstudio.data.utils.nerfstudio_collate import nerfstudio_collate
 from nerfstudio.utils.rich_utils import CONSOLE
 from torch import Tensor
 
-from r2l_nerfstudio.distillation.photographs import split_holdout
+from r2l_nerfstudio.distillation.photographs import split_held_out
 from r2l_nerfstudio.distillation.pose_sampling import CaptureCameras, PoseSampler, PoseSamplerConfig, capture_cameras
 from r2l_nerfstudio.distillation.ray_sample import RaySample
 from r2l_nerfstudio.distillation.survey import Survey
@@ -36,8 +36,8 @@ from r2l_nerfstudio.rays.ray_image import StudentRays
 from r2l_nerfstudio.renamed_fields import RenamedFields
 from r2l_nerfstudio.teacher import Teacher
 
-HOLDOUT_VIEWS = 4
-HOLDOUT_SEED_OFFSET = 7_654_321
+HELD_OUT_VIEWS = 4
+HELD_OUT_SEED_OFFSET = 7_654_321
 MOST_FAILURES = 3
 """Consecutive teacher views that may fail during training before rendering stops."""
 
@@ -46,7 +46,11 @@ MOST_FAILURES = 3
 class DistillationDataManagerConfig(RenamedFields, VanillaDataManagerConfig):
     """Supervision for a student: a ring of teacher views, then photos."""
 
-    RENAMED: ClassVar[dict[str, str]] = {"real_iterations": "photo_iterations", "real_fraction": "photo_fraction"}
+    RENAMED: ClassVar[dict[str, str]] = {
+        "real_iterations": "photo_iterations",
+        "real_fraction": "photo_fraction",
+        "holdout_fraction": "held_out_fraction",
+    }
 
     _target: type = field(default_factory=lambda: DistillationDataManager)
     dataparser: tyro.conf.Suppress[DataParserConfig] = field(default_factory=NerfstudioDataParserConfig)
@@ -73,7 +77,9 @@ class DistillationDataManagerConfig(RenamedFields, VanillaDataManagerConfig):
         float, FloatRange(0, 1), tyro.conf.arg(aliases=["--pipeline.datamanager.real-fraction"])
     ] = 0.5
     """Share of photos in each batch of the photo stage."""
-    holdout_fraction: Annotated[float, FloatRange(0, 1)] = 0.1
+    held_out_fraction: Annotated[
+        float, FloatRange(0, 1), tyro.conf.arg(aliases=["--pipeline.datamanager.holdout-fraction"])
+    ] = 0.1
     """Share of the training photos that is held out, to measure on and never train on."""
     cache_dir: Path | None = None
     """Folder to keep rendered teacher views in, so that the next run with this teacher starts at once."""
@@ -104,7 +110,7 @@ class Batch:
     """Number of rays, from the first, that were newly drawn from teacher views."""
 
     def as_nerfstudio(self) -> tuple[RayBundle, dict[str, Tensor]]:
-        """Return what Nerfstudio's data managers return: rays, and a dictionary in which colours are called `image`."""
+        """Return what Nerfstudio's data managers return: rays, and a dictionary in which colors are called `image`."""
         fields = {name: value for name, value in vars(self.target).items() if name != "rgb"}
         return self.ray_bundle, {"image": self.target.rgb, **fields}
 
@@ -164,7 +170,7 @@ class DistillationDataManager(VanillaDataManager[InputDataset]):
         Args:
             teacher: teacher to render views with.
             survey: what the teacher shows from its training cameras.
-            background: colour behind photos with an alpha channel.
+            background: color behind photos with an alpha channel.
             rays: which rays the student reads.
 
         Raises:
@@ -187,7 +193,7 @@ class DistillationDataManager(VanillaDataManager[InputDataset]):
         self.photographs: Any = None
         self.held_photographs: Batch | None = None
         if config.photo_iterations > 0:
-            kept, held = split_holdout(len(self.train_dataset), config.holdout_fraction)
+            kept, held = split_held_out(len(self.train_dataset), config.held_out_fraction)
             corrections = teacher.pose_corrections()
             self.photographs = self.read_photographs(kept, corrections)
             if len(self.photographs) == 0:
@@ -200,7 +206,7 @@ class DistillationDataManager(VanillaDataManager[InputDataset]):
                     self.held_photographs = self.hold_out(watched, generator)
                 else:
                     CONSOLE.print("[yellow]No held-out photo has a pixel outside its mask: no PSNR against photos.")
-        self._held_ring = ViewRing(renderer(seed + HOLDOUT_SEED_OFFSET, None), HOLDOUT_VIEWS, self.device)
+        self._held_ring = ViewRing(renderer(seed + HELD_OUT_SEED_OFFSET, None), HELD_OUT_VIEWS, self.device)
         self._held_ring.fill()
         self.held_views = self.hold_out(self._held_ring, None)
         self.ring = ViewRing(renderer(seed, self._cache_dir(teacher, sampler)), config.num_views, self.device)

@@ -53,7 +53,7 @@ def check_frame(teacher: Teacher, dataset: InputDataset, background: Float[Tenso
     Args:
         teacher: teacher to check.
         dataset: the training views.
-        background: colour on which photos with an alpha channel are blended; that of the teacher.
+        background: color on which photos with an alpha channel are blended; that of the teacher.
 
     Raises:
         InputError: if a camera's own photo fits no better than others.

@@ -68,7 +68,7 @@ class WarmupCosineSchedulerConfig(SchedulerConfig):
     final_share: float = 0.01
     """Learning rate at the end, as a share of the highest."""
     max_steps: int = 30000
-    """Iterations in all; set from --max-num-iterations."""
+    """Total number of iterations; set from --max-num-iterations."""
 
     def share(self, step: int, progress: float) -> float:
         """Return the factor of the learning rate at an iteration and a share of the whole training."""
@@ -78,7 +78,7 @@ class WarmupCosineSchedulerConfig(SchedulerConfig):
 
 @dataclass
 class PublishedSchedulerConfig(SchedulerConfig):
-    """R2L's schedule: linear warm-up from a fifth of the learning rate, then a tenth of it every so many iterations."""
+    """R2L's schedule: linear warm-up from a fifth of the learning rate, then a tenth of it per `decay_steps` iterations."""
 
     _target: type = field(default_factory=lambda: WarmupCosineScheduler)
     warmup_steps: int = 200
@@ -87,7 +87,7 @@ class PublishedSchedulerConfig(SchedulerConfig):
     """Iterations to a tenth of the learning rate, whatever the length of the training. 0: as the published R2L has it,
     250,000 for a forward-facing capture and 500,000 for any other."""
     max_steps: int = 1_200_000
-    """Iterations in all; set from --max-num-iterations."""
+    """Total number of iterations; set from --max-num-iterations."""
 
     def share(self, step: int, progress: float) -> float:
         """Return the factor of the learning rate at an iteration."""

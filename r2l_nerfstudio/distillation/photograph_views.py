@@ -23,7 +23,7 @@ class PhotographViews:
     """Photos as `crops.Views`."""
 
     pixels: UInt8[Tensor, "views height width 4"]
-    """rgb, and 1 where the colour is learned."""
+    """rgb, and 1 where the color is learned."""
     depth: Float[Tensor, "views height width"]
     camera_to_worlds: Float[Tensor, "views 3 4"]
     intrinsics: Float[Tensor, "views 4"]
@@ -50,7 +50,7 @@ def photograph_views(
         intrinsics: fx, fy, cx, cy in pixels of the views to make, for all training views.
         size: height and width in pixels of the views to make.
         corrections: the teacher's pose corrections for all training views, or None.
-        background: colour behind photos with an alpha channel.
+        background: color behind photos with an alpha channel.
         device: device of the views.
 
     Raises:
@@ -98,11 +98,11 @@ def _affordable(indices: list[int], size: tuple[int, int], device: torch.device 
 def undistorted_photo(
     dataset: InputDataset, index: int, wanted: Float[Tensor, "4"], size: tuple[int, int], background: Float[Tensor, "3"]
 ) -> UInt8[Tensor, "height width 4"]:
-    """Return one photo as a pinhole view: rgb, and 1 where the colour is known. Arguments and errors as
+    """Return one photo as a pinhole view: rgb, and 1 where the color is known. Arguments and errors as
     `photograph_views`."""
     photo = read_photo(dataset, index, background)
     known = np.ones(photo.rgb.shape[:2], np.uint8) if photo.mask is None else photo.mask.astype(np.uint8)
-    # One array, so that pixels beyond the photo or under a mask are known when colours are averaged. 16 bits, so that
+    # One array, so that pixels beyond the photo or under a mask are known when colors are averaged. 16 bits, so that
     # shrinking does not round to 8 once more; fp32 would take twice the memory.
     channels = np.dstack([photo.rgb * known[..., None], 255 * known]).astype(np.uint16) * 256
     height, width = channels.shape[:2]
@@ -131,7 +131,7 @@ def undistorted_photo(
 def _where(
     camera: Cameras, intrinsics: tuple[float, ...], wanted: Tensor, size: tuple[int, int], path: object
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return for every pixel of the view where to read it; OpenCV counts from the centre of the first pixel."""
+    """Return for every pixel of the view where to read it; OpenCV counts from the center of the first pixel."""
     matrix, target = (
         np.array([[fx, 0, cx - 0.5], [0, fy, cy - 0.5], [0, 0, 1]])
         for fx, fy, cx, cy in (intrinsics, wanted.double().tolist())

@@ -30,7 +30,7 @@ _MODES = ("RGB", "RGBA", "L")
 _ROWS_AT_ONCE = 256
 
 
-def split_holdout(num_views: int, fraction: float) -> tuple[list[int], list[int]]:
+def split_held_out(num_views: int, fraction: float) -> tuple[list[int], list[int]]:
     """Return training views to learn from, and every n-th one to hold out.
 
     Args:
@@ -48,8 +48,8 @@ def split_holdout(num_views: int, fraction: float) -> tuple[list[int], list[int]
     if not kept:
         raise InputError(
             f"No training view is left after holding out {len(held)} of {num_views}: lower"
-            " --pipeline.datamanager.holdout-fraction, or set --pipeline.datamanager.photo-iterations 0 and the fraction"
-            " to 0 to learn from the teacher alone."
+            " --pipeline.datamanager.held-out-fraction, or set --pipeline.datamanager.photo-iterations 0 and the fraction"
+            " to 0 to learn only from the teacher."
         )
     return kept, held
 
@@ -70,7 +70,7 @@ def read_photo(dataset: InputDataset, index: int, background: Float[Tensor, "3"]
     Args:
         dataset: the training views.
         index: index of the view.
-        background: colour behind photos with an alpha channel, unless the capture has its own (`alpha_color`).
+        background: color behind photos with an alpha channel, unless the capture has its own (`alpha_color`).
 
     Raises:
         InputError: the photo or its mask cannot be read, is of a kind that Nerfstudio misreads, or does not have its
@@ -132,11 +132,11 @@ def _check_mode(path: Any) -> None:
     except Exception:  # Read by other means, or not at all, which the reading itself reports.
         return
     if mode not in _MODES:
-        kind = {"CMYK": "CMYK", "P": "a palette", "LA": "grey with alpha", "1": "one bit a pixel"}.get(
+        kind = {"CMYK": "CMYK", "P": "a palette", "LA": "gray with alpha", "1": "one bit a pixel"}.get(
             mode, f"mode {mode}"
         )
         raise InputError(
-            f"The photo {path} is an image of an unusual kind ({kind}), which Nerfstudio reads with other colours:"
+            f"The photo {path} is an image of an unusual kind ({kind}), which Nerfstudio reads with other colors:"
             " convert the capture's photos to 8-bit RGB, for instance with ImageMagick (mogrify -colorspace sRGB"
             " -type TrueColor -depth 8 *.png), and train the teacher again."
         )
@@ -171,7 +171,7 @@ class Photographs:
         dataset: the training views.
         indices: indices of the photos.
         corrections: the teacher's pose corrections for all training views, or None.
-        background: colour behind photos with an alpha channel.
+        background: color behind photos with an alpha channel.
         device: device of pixels and rays.
         conventions: how the student's ray encoding reads rays.
     """

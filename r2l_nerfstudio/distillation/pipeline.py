@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal, cast
+from typing import Annotated, Any, ClassVar, Literal, cast
 
 import torch
 import torch.distributed
@@ -47,6 +47,7 @@ from r2l_nerfstudio.models.light_field import LightFieldModel, LightFieldModelCo
 from r2l_nerfstudio.psnr import decibels
 from r2l_nerfstudio.ranges import FloatRange, IntRange
 from r2l_nerfstudio.rays.conventions import OURS
+from r2l_nerfstudio.renamed_fields import RenamedFields
 from r2l_nerfstudio.teacher import Teacher
 
 STATISTICS_BATCHES = 16
@@ -54,8 +55,10 @@ STEPS_PER_GROWTH = 200
 
 
 @dataclass
-class DistillationPipelineConfig(VanillaPipelineConfig):
+class DistillationPipelineConfig(RenamedFields, VanillaPipelineConfig):
     """A student, its data, and the teacher they come from."""
+
+    RENAMED: ClassVar[dict[str, str]] = {"steps_per_holdout": "steps_per_eval_held_out"}
 
     _target: type = field(default_factory=lambda: DistillationPipeline)
     datamanager: DistillationDataManagerConfig = field(default_factory=DistillationDataManagerConfig)
@@ -71,7 +74,9 @@ class DistillationPipelineConfig(VanillaPipelineConfig):
     bf16: bool = True
     """Train the network in bfloat16 with fp32 weights, which needs no loss scaling, unlike the fp16 of Nerfstudio's
     mixed precision on CUDA. Rays, encoding and losses stay in fp32. Without bf16 arithmetic everything is fp32."""
-    steps_per_holdout: Annotated[int, IntRange(1, 10**9)] = 500
+    steps_per_eval_held_out: Annotated[
+        int, IntRange(1, 10**9), tyro.conf.arg(aliases=["--pipeline.steps-per-holdout"])
+    ] = 500
     """Iterations between measurements on the held-out views."""
     sync_batch_norm: bool = False
     """On several GPUs, normalize over the batches of all of them (SyncBatchNorm), as published; CPUs have no such layer
@@ -231,7 +236,7 @@ class DistillationPipeline(VanillaPipeline):
         """Load a student completely: Nerfstudio would silently leave what does not fit at random.
 
         Raises:
-            SystemExit: with a paragraph that says why, if it does not fit.
+            SystemExit: with a paragraph with the reason, if it does not fit.
         """
         state = without_module_prefix(loaded_state)
         averages = saved_average(state)
@@ -268,7 +273,7 @@ class DistillationPipeline(VanillaPipeline):
         Raises:
             InputError: if the checkpoint's ray encoding reads other rays than the data manager makes.
         """
-        read, rays = self.model.ray_code.conventions, getattr(self.datamanager, "rays", None)
+        read, rays = self.model.ray_encoding.conventions, getattr(self.datamanager, "rays", None)
         if rays is None:  # No teacher: nothing is trained.
             return
         made = rays.conventions
@@ -318,7 +323,7 @@ class DistillationPipeline(VanillaPipeline):
         return torch.autocast(device_type=device.type, dtype=torch.bfloat16, enabled=is_used)
 
     @torch.no_grad()
-    def holdout_psnr(self, held: Batch) -> float:
+    def held_out_psnr(self, held: Batch) -> float:
         """Return the PSNR in dB of the student on held-out pixels; NaN if none of them counts."""
         was_training = self.training
         self.eval()
@@ -343,7 +348,7 @@ class DistillationPipeline(VanillaPipeline):
             *super().get_training_callbacks(attributes),
             self._after_iterations(self.update_average, 1),
             self._after_iterations(self._grow_occupancy, STEPS_PER_GROWTH),
-            self._after_iterations(self._watch_holdout, self.config.steps_per_holdout),
+            self._after_iterations(self._watch_holdout, self.config.steps_per_eval_held_out),
         ]
 
     def follow(self, progress: TrainingProgress) -> None:
@@ -422,12 +427,12 @@ class DistillationPipeline(VanillaPipeline):
         if step == 0:
             return
         with self.averaged():
-            against_teacher = self.holdout_psnr(self.datamanager.held_views)
+            against_teacher = self.held_out_psnr(self.datamanager.held_views)
             writer.put_scalar(name="Held-out PSNR (teacher views)", scalar=against_teacher, step=step)
             writer.put_scalar(name="Training done", scalar=float(self.done), step=step)
             line = f"Step {step}: {against_teacher:.2f} dB against the teacher on held-out views"
             if self.datamanager.held_photographs is not None:
-                real = self.holdout_psnr(self.datamanager.held_photographs)
+                real = self.held_out_psnr(self.datamanager.held_photographs)
                 if not math.isnan(real):
                     writer.put_scalar(name="Held-out PSNR (photos)", scalar=real, step=step)
                     line += f", {real:.2f} dB against held-out photos"
@@ -464,7 +469,7 @@ class DistillationPipeline(VanillaPipeline):
     def _restore_best(self) -> None:
         if self._best is None or self.datamanager.held_photographs is None:
             return
-        now = self.holdout_psnr(self.datamanager.held_photographs)
+        now = self.held_out_psnr(self.datamanager.held_photographs)
         best, state = self._best
         if best > now + 0.02:
             CONSOLE.print(

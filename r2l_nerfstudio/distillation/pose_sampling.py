@@ -23,12 +23,12 @@ class PoseSamplerConfig:
     """How cameras are sampled."""
 
     kind: SamplerKind = "auto"
-    """neighbour: between neighbouring training cameras; sphere: in the band they cover around an object; box: in the
+    """neighbour: between neighboring training cameras; sphere: in the band they cover around an object; box: in the
     box of positions and viewing axes of a forward-facing capture; auto: by the capture's layout."""
     num_neighbours: Annotated[int, IntRange(1, 10**6)] = 4
     """neighbour: number of nearest cameras to interpolate to."""
     jitter: Annotated[float, FloatRange(0, 100)] = 0.3
-    """Random displacement, as a share of the distance to neighbouring cameras."""
+    """Random displacement, as a share of the distance to neighboring cameras."""
     focal_range: tuple[Annotated[float, FloatRange(0.01, 100)], Annotated[float, FloatRange(0.01, 100)]] = (0.95, 1.25)
     """Focal lengths, as multiples of the training cameras'."""
     overscan: Annotated[float, FloatRange(0, 10)] = 0.0
@@ -136,7 +136,7 @@ def look_along(axis: Float[Tensor, "3"], up: Float[Tensor, "3"]) -> Float[Tensor
     """Return the rotation (columns right, up, backward) of a camera that looks along `axis`."""
     backward = -axis / axis.norm().clamp_min(1e-8)
     right = torch.linalg.cross(up, backward)
-    if right.norm() < 1e-4:  # It looks straight along the up direction: any right will do.
+    if right.norm() < 1e-4:  # The view is along the up direction, so any right is valid.
         other = torch.tensor([1.0, 0.0, 0.0]) if backward[0].abs() < 0.9 else torch.tensor([0.0, 1.0, 0.0])
         right = torch.linalg.cross(other, backward)
     right = right / right.norm()
@@ -231,7 +231,7 @@ class PoseSampler:
         share = torch.rand((), generator=generator)
         position = torch.lerp(cameras.positions[base], cameras.positions[other], share)
         position = position + self.config.jitter * near_distances.mean() * torch.randn(3, generator=generator) / 3**0.5
-        # Rotations of neighbours are close: a normalised blend of axes replaces the geodesic.
+        # Rotations of neighbors are close: a normalized blend of axes replaces the geodesic.
         axis = torch.lerp(cameras.axes[base], cameras.axes[other], share)
         up = torch.lerp(cameras.camera_to_worlds[base, :, 1], cameras.camera_to_worlds[other, :, 1], share)
         between = torch.arccos((cameras.axes[base] @ cameras.axes[other]).clamp(-1, 1))

@@ -16,8 +16,8 @@ class TrainingProgress:
     """Progress from 0 to 1, on which schedules, the photo stage and the end of training depend.
 
     Args:
-        steps: iterations in all, those of an earlier run included.
-        seconds: end after so many seconds from now, whatever the iterations; None to end after `steps`.
+        steps: total number of iterations, including those of an earlier run.
+        seconds: end this many seconds from now, regardless of iterations; None to end after `steps`.
         done: share of the whole that earlier runs did; used with `seconds` only.
         clock: returns the time in seconds.
     """
@@ -87,7 +87,7 @@ class TrainingProgress:
         return (self._clock() - self._start) / (step - self._first_step) * (self.steps - step)
 
     def expected_steps(self, step: int) -> int:
-        """Return the iterations in all, as far as known before iteration `step`."""
+        """Return the total number of iterations, as far as known before iteration `step`."""
         if self.seconds is None:
             return self.steps
         first = step if self._first_step is None else self._first_step

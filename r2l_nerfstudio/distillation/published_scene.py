@@ -27,7 +27,7 @@ def scene_of_capture(
     """Return frame, near and far as the published code would choose them.
 
     A capture around an object gets NeRF-Synthetic's: its own coordinates if they are NeRF-Synthetic's, else its focus
-    at the origin and its cameras at 4.03. Any other capture gets LLFF's: recentred, the nearest visible point at 1 /
+    at the origin and its cameras at 4.03. Any other capture gets LLFF's: recentered, the nearest visible point at 1 /
     0.75; a MobileR2L uses normalized device coordinates if all cameras face one way.
 
     Args:
@@ -43,8 +43,8 @@ def scene_of_capture(
             return published_scene(to_files, reads_ray_image, True, (0.0, 0.0))
         focus = cameras.focus.double()
         scale = BLENDER_RADIUS / float((cameras.positions.double() - focus).norm(dim=-1).median())
-        centred = Similarity(torch.eye(3, dtype=torch.float64), scale, -scale * focus)
-        return published_scene(centred, reads_ray_image, True, (0.0, 0.0))
+        centered = Similarity(torch.eye(3, dtype=torch.float64), scale, -scale * focus)
+        return published_scene(centered, reads_ray_image, True, (0.0, 0.0))
     # A survey widens what the teacher shows by these shares.
     nearest, farthest = bounds.near / 0.9, bounds.far / 1.1
     similarity = llff_frame(cameras.camera_to_worlds, nearest)

@@ -24,7 +24,7 @@ from r2l_nerfstudio.ranges import FloatRange, IntRange
 from r2l_nerfstudio.rays.ray_image import StudentRays
 from r2l_nerfstudio.teacher import Teacher
 
-HOLDOUT_RAYS = 8192
+HELD_OUT_RAYS = 8192
 DRAWS_AT_ONCE = 32
 """Iterations for which rays of photos are made at once: Nerfstudio's cameras synchronize with a GPU each time."""
 
@@ -73,9 +73,9 @@ class RayDataManager(DistillationDataManager):
 
     def hold_out(self, source: Photographs | ViewRing, generator: torch.Generator | None) -> Batch:
         if isinstance(source, ViewRing):
-            sample = source.sample(HOLDOUT_RAYS, generator, conventions=self.rays.conventions)
+            sample = source.sample(HELD_OUT_RAYS, generator, conventions=self.rays.conventions)
         else:
-            sample = source.sample(HOLDOUT_RAYS, generator)
+            sample = source.sample(HELD_OUT_RAYS, generator)
         return Batch(to_ray_bundle(sample), sample)
 
     def draw(self, num_real: int) -> Batch:

@@ -13,7 +13,7 @@ RECORD_WIDTH = 13
 
 @dataclass
 class RaySample:
-    """Rays in any arrangement with colours, and geometry if known."""
+    """Rays in any arrangement with colors, and geometry if known."""
 
     origins: Float[Tensor, "*batch 3"]
     """In the teacher's frame."""
@@ -24,7 +24,7 @@ class RaySample:
     depth: Float[Tensor, "*batch 1"]
     """Distance along the ray, in the teacher's unit; 0 where there is none."""
     weight: Float[Tensor, "*batch 1"]
-    """1, or 0 where the colour is not learned."""
+    """1, or 0 where the color is not learned."""
     geometry_weight: Float[Tensor, "*batch 1"]
     """1, or 0 where accumulation and depth are unknown (photos)."""
 

@@ -33,7 +33,7 @@ _AT_ONCE = 1 << 15
 class SceneOccupancy:
     """Marks the cells in which teacher views end.
 
-    A cell is occupied if at least two pixels end there, and so are its neighbours. Pixels that show something although no
+    A cell is occupied if at least two pixels end there, and so are its neighbors. Pixels that show something although no
     occupied cell lies on their ray (a wire thinner than a pixel, depth that is missing or wrong) then claim all cells
     along it that no view shows to be empty. Nothing that a teacher view shows is left out.
 
@@ -65,7 +65,7 @@ class SceneOccupancy:
         encoding, scene = self.encoding, self.encoding.occupancy.scene
         warp = self._warp(cameras)
         views = [self._surface(ring, index) for index in range(len(ring))] if self.has_depth else []
-        points = torch.cat([points for points, _ in views]) if views else encoding.ray_code.center.new_zeros(0, 3)
+        points = torch.cat([points for points, _ in views]) if views else encoding.ray_encoding.center.new_zeros(0, 3)
         origin, axes = self._apex(cameras)
         axes = axes.to(points)
         if warp == "ball":
@@ -143,13 +143,13 @@ class SceneOccupancy:
         )
 
     def _warp(self, cameras: CaptureCameras) -> GridWarp:
-        if self.encoding.ray_code.spacing == "sphere":
+        if self.encoding.ray_encoding.spacing == "sphere":
             return "ball"
         return "frustum" if choose_sampler(cameras) == "box" else "contracted"
 
     def _apex(self, cameras: CaptureCameras) -> tuple[Float[Tensor, "3"], Float[Tensor, "3 3"]]:
         """Return origin (scene coordinates) and axes of a camera behind all cameras, with their mean direction."""
-        code, axes = self.encoding.ray_code, cameras.mean_axes
+        code, axes = self.encoding.ray_encoding, cameras.mean_axes
         backward = axes[:, 2]
         along = cameras.positions @ backward
         middle = cameras.positions.mean(0)
@@ -158,7 +158,7 @@ class SceneOccupancy:
 
     def _surface(self, ring: ViewRing, index: int) -> tuple[Float[Tensor, "points 3"], Float[Tensor, "points"]]:
         """Return points in scene coordinates at which a view's pixels end, and sides of the pixels there."""
-        code = self.encoding.ray_code
+        code = self.encoding.ray_encoding
         origins, directions, accumulation, depth, valid = _pixels(ring, index)
         ends = valid & (accumulation >= SURE) & (depth > 0)
         depth = depth[ends, None]
@@ -187,7 +187,7 @@ class SceneOccupancy:
         counts = _sum_of_ranks(self._counts.clone())
         occupancy.mark((counts >= LEAST_HITS).to(torch.uint8))
         for cells in self._unexplained(ring, indices):
-            # Carving leaves little of a bounded scene; elsewhere whole rays, which need no neighbours.
+            # Carving leaves little of a bounded scene; elsewhere whole rays, which need no neighbors.
             occupancy.mark(cells, dilation=int(self.encoding.is_bounded))
             self._claimed = cells
         if _ranks() > 1:
@@ -229,7 +229,7 @@ class SceneOccupancy:
         x, y, _ = occupancy.resolution
         cell = torch.stack([numbers % x, numbers // x % y, numbers // (x * y)], dim=-1)
         size = cell.new_tensor(occupancy.resolution)
-        code, scene = self.encoding.ray_code, occupancy.scene
+        code, scene = self.encoding.ray_encoding, occupancy.scene
         points = (((cell + 0.5) / size) * scene.extent + scene.low) * code.radius + code.center
         for index in torch.linspace(0, len(ring) - 1, min(CARVING_VIEWS, len(ring))).round().long().unique().tolist():
             pose, (fx, fy, cx, cy) = ring.camera_to_worlds[index], ring.intrinsics[index]
@@ -237,7 +237,7 @@ class SceneOccupancy:
             depth = -local[:, 2]
             column = (local[:, 0] / depth * fx + cx).floor().long()
             row = (cy - local[:, 1] / depth * fy).floor().long()
-            # One pixel from the border, so that its neighbours exist: a cell may be as wide as a few pixels.
+            # One pixel from the border, so that its neighbors exist: a cell may be as wide as a few pixels.
             inside = (depth > 0) & (column >= 1) & (row >= 1) & (column < ring.width - 1) & (row < ring.height - 1)
             accumulation = ring.pixels[index, ..., 3].float()[None, None]
             around = torch.nn.functional.max_pool2d(accumulation, 3, stride=1, padding=1)[0, 0]

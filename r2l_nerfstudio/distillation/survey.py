@@ -80,7 +80,7 @@ class Survey:
             cameras: the training cameras, lens distortion and all.
 
         Raises:
-            InputError: if the teacher returns no finite colour at all.
+            InputError: if the teacher returns no finite color at all.
         """
         chosen = torch.linspace(0, len(cameras) - 1, min(MAX_VIEWS, len(cameras))).round().long().unique()
         points, distances, accumulations, nearest = [], [], [], []
@@ -111,7 +111,7 @@ class Survey:
                 nearest.append(float(depth.quantile(0.1)))
         if outputs is None or finite == 0:
             raise InputError(
-                f"The teacher {teacher.config_path} renders no finite colour from any of its training cameras: its"
+                f"The teacher {teacher.config_path} renders no finite color from any of its training cameras: its"
                 " training has diverged. Train it again, or give an earlier checkpoint's run with --teacher."
             )
         return cls(

@@ -57,14 +57,14 @@ class DistillationTrainerConfig(TrainerConfig):
     max_num_iterations: Annotated[int, IntRange(1, 10**9)] = 30000
     """Training iterations, those before a resumed checkpoint included."""
     max_minutes: Annotated[float, FloatRange(0, above=True)] | None = None
-    """End after so many minutes, the first teacher views included; schedules and the photo stage adapt, and
-    --max-num-iterations is ignored. A run resumed with --load-dir gets what is left of them."""
+    """Length of the training in minutes, including the first teacher views; schedules and the photo stage adapt, and
+    --max-num-iterations is ignored. A run resumed with --load-dir continues for the remaining minutes."""
 
     def set_timestamp(self) -> None:
         """Name the run. `ns-train` calls this before it writes anything, so the teacher is read here.
 
         Raises:
-            SystemExit: with a paragraph that says why, if the teacher or its capture cannot be used.
+            SystemExit: with a paragraph with the reason, if the teacher or its capture cannot be used.
         """
         with command_line():
             check_ranges(self)
@@ -110,7 +110,7 @@ class DistillationTrainerConfig(TrainerConfig):
         look for in the run.
 
         Raises:
-            SystemExit: with a paragraph that says why, if the file cannot be written.
+            SystemExit: with a paragraph with the reason, if the file cannot be written.
         """
         kept = self.load_step, self.pipeline.resumes
         self.load_step = self.pipeline.resumes = None
@@ -227,7 +227,7 @@ class DistillationTrainer(Trainer):
     pipeline: DistillationPipeline
 
     def setup(self, test_mode: Literal["test", "val", "inference"] = "val") -> None:
-        """Set up as `Trainer.setup`; a run that fails here leaves no config.yml that looks like a finished one."""
+        """Set up as `Trainer.setup`; a run that fails here leaves no config.yml that resembles a finished run's."""
         self._setup_began = time.monotonic()
         try:
             with exit_on_input_error():
@@ -417,7 +417,7 @@ class DistillationTrainer(Trainer):
             training the weights are saved without what resuming needs, or else in the system's temporary folder.
 
         Raises:
-            SystemExit: with a paragraph that says why, if training has ended and the student cannot be saved anywhere.
+            SystemExit: with a paragraph with the reason, if training has ended and the student cannot be saved anywhere.
         """
         try:
             self._write_checkpoint(step, self.checkpoint_dir)

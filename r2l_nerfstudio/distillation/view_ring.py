@@ -41,7 +41,7 @@ class TeacherView:
     camera_to_world: Float[Tensor, "3 4"]
     intrinsics: Float[Tensor, "4"]
     pixels: UInt8[Tensor, "height width 5"]
-    """rgb, accumulation, and 1 where the teacher's colour was finite."""
+    """rgb, accumulation, and 1 where the teacher's color was finite."""
     depth: Float[Tensor, "height width"]
     """Distance along the ray in fp16, in the teacher's unit; 0 where there is none."""
 
@@ -120,8 +120,7 @@ class ViewRenderer:
             self.invalid_pixels += invalid
             if self.invalid_pixels >= self._warn_at:
                 CONSOLE.print(
-                    f"[bold yellow]The teacher rendered non-finite colours: dropped {self.invalid_pixels} pixels so"
-                    " far."
+                    f"[bold yellow]The teacher rendered non-finite colors: dropped {self.invalid_pixels} pixels so far."
                 )
                 self._warn_at = 10 * self.invalid_pixels
         self.seconds += time.perf_counter() - start

@@ -1,6 +1,6 @@
-"""The engine cache in the user's cache folder: compiled artefacts, and which engine was the fastest.
+"""The engine cache in the user's cache folder: compiled artifacts, and which engine was the fastest.
 
-Compiled artefacts are machine code that runs when it is loaded. They are therefore never read from a run's folder,
+Compiled artifacts are machine code that runs when it is loaded. They are therefore never read from a run's folder,
 which may come from anyone, and only from places where nobody but the user can write.
 """
 
@@ -46,8 +46,8 @@ class EngineCache:
         place = hashlib.sha256(device_name(device).encode()).hexdigest()[:12]
         self.folder = folder / f"{weights}-{place}"
 
-    def artefacts(self, name: str, version: str) -> Path | None:
-        """Return the folder for artefacts of one version of one engine; None if another user may have written there."""
+    def artifacts(self, name: str, version: str) -> Path | None:
+        """Return the folder for artifacts of one version of one engine; None if another user may have written there."""
         folder = self.folder / f"{name}-{hashlib.sha256(version.encode()).hexdigest()[:12]}"
         try:
             self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)

@@ -44,7 +44,7 @@ class CudaGraphs:
         is called.
 
     Args:
-        run: from code to values on the GPU: the same kernels at every call, without waiting for the GPU. Weights stay
+        run: from inputs to outputs on the GPU: the same kernels at every call, without waiting for the GPU. Weights stay
             at their addresses; they may be written to in place.
         device: the GPU.
     """

@@ -1,4 +1,4 @@
-"""TorchInductor, compiled ahead of time: one artefact for all sizes, whose calls trace and compile nothing."""
+"""TorchInductor, compiled ahead of time: one artifact for all sizes, whose calls trace and compile nothing."""
 
 from __future__ import annotations
 

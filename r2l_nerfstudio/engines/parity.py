@@ -23,7 +23,7 @@ def parity(engine: Engine, network: nn.Module, device: torch.device, probe: Tens
         engine: engine to compare.
         network: in fp32 and evaluation mode, with the weights that the engine was built from.
         device: device of both.
-        probe: codes to compare on, as the engine will read them; evenly distributed numbers of order one by default.
+        probe: ray encodings to compare on, as the engine will read them; evenly distributed numbers of order one by default.
     """
     code = random_code(network, device) if probe is None else probe
     return psnr(engine(code), network(code).float())

@@ -46,14 +46,14 @@ class BuildSpec:
     precision: Precision
     device: torch.device
     cache: Path | None = None
-    """Folder for compiled artefacts of this network, precision, device and engine version; None to keep none."""
+    """Folder for compiled artifacts of this network, precision, device and engine version; None to keep none."""
 
 
 class EngineModule(Protocol):
     """Functions of a module that builds an engine."""
 
     def version(self) -> str:
-        """Return the version of everything that a compiled artefact depends on; part of its name on disk."""
+        """Return the version of everything that a compiled artifact depends on; part of its name on disk."""
         ...
 
     def why_not(self, device: torch.device, precision: Precision) -> str | None:

@@ -62,9 +62,9 @@ def build_engine(
     Args:
         name: one of `ENGINE_NAMES`.
         network: a `ResMLP` or `MobileR2L` on `device`, in evaluation mode, its weights not being trained.
-        precision: precision of the arithmetic; code and values are fp32 in any case.
-        device: device of code and values.
-        cache: folder for compiled artefacts of this network, precision and device; None to keep none.
+        precision: precision of the arithmetic; inputs and outputs are always fp32.
+        device: device of inputs and outputs.
+        cache: folder for compiled artifacts of this network, precision and device; None to keep none.
 
     Raises:
         InputError: for an unknown name, an engine that cannot run here, that fails to build, or whose values differ

@@ -24,7 +24,7 @@ from r2l_nerfstudio.errors import first_line
 
 SECONDS_PER_TIMING = 0.5
 _MOST_ROWS = 16384
-"""Rays of a code for timing; the time of more rays is proportional."""
+"""Rays of an input for timing; the time of more rays is proportional."""
 
 
 @dataclass(frozen=True)
@@ -180,7 +180,7 @@ def _built(job: SelectionJob, candidate: Candidate, cache: EngineCache | None) -
         reason = module.why_not(job.device, candidate.precision)
         if reason is not None:
             return None, reason.rstrip("."), 0.0
-        folder = None if cache is None else cache.artefacts(candidate.name, module.version())
+        folder = None if cache is None else cache.artifacts(candidate.name, module.version())
         engine = _built_from_cache(job, candidate, folder)
         found = parity(engine, job.network, job.device, job.probe)
     except Exception as error:  # Each library raises its own exceptions.

@@ -61,7 +61,7 @@ class _EngineSlot:
     selection: Selection | None = None
     error: str = ""
     """Why an engine that was chosen by name does not run."""
-    asked: tuple[int, str] | None = None
+    requested: tuple[int, str] | None = None
     """Weights and engine for which a worker was last started."""
     shape: tuple[int, ...] = ()
     """Shape of the latest code."""
@@ -82,7 +82,7 @@ class EngineSwitch:
     Args:
         network: returns the student's network, in fp32; it may be trained, moved and loaded meanwhile.
         choice: `auto`, or an engine's name.
-        probe: returns the code to compare engines on; numbers of order one by default.
+        probe: returns the ray encodings to compare engines on; numbers of order one by default.
         interrupts: exceptions that a caller raises in the middle of a call, and that are not an engine's fault.
         say: called with one line on what was selected and what went wrong.
 
@@ -134,7 +134,7 @@ class EngineSwitch:
         self.check(choice)
         self.choice = choice
         for slot in self._slots.values():
-            slot.ready, slot.selection, slot.asked, slot.error = None, None, None, ""
+            slot.ready, slot.selection, slot.requested, slot.error = None, None, None, ""
 
     def check(self, choice: EngineOption | None = None) -> None:
         """Check that an engine, by default the chosen one, can run on this machine, without building it.
@@ -167,10 +167,10 @@ class EngineSwitch:
         slot = self._slots[is_exact]
         slot.shape = tuple(code.shape)
         state = self._state()
-        if is_exact and self.choice != "auto" and slot.asked is None:
+        if is_exact and self.choice != "auto" and slot.requested is None:
             # An engine chosen by name, and no viewer: wait for it. If training changes the weights later, it is built
             # again once they stop changing.
-            slot.asked = (state, self.choice)
+            slot.requested = (state, self.choice)
             self._prepare(slot, state)
         if slot.error and is_exact:
             raise InputError(slot.error)
@@ -216,14 +216,14 @@ class EngineSwitch:
 
     def _call_worker(self, slot: _EngineSlot, state: int) -> None:
         key = (state, self.choice)
-        if slot.asked == key or slot.lock.locked():
+        if slot.requested == key or slot.lock.locked():
             return
         if self.choice == "auto" and slot.is_exact and slot.seconds < SECONDS_BEFORE_EXACT:
             return
         # A single call that cannot be interrupted half-way, unlike `threading.Thread.start`. If the next line is not
         # reached, the next frame starts another worker, which finds the first one's lock.
         _thread.start_new_thread(self._work, (slot,))
-        slot.asked = key
+        slot.requested = key
 
     def _work(self, slot: _EngineSlot) -> None:
         """Wait until the weights stop changing, select an engine and hand it over."""

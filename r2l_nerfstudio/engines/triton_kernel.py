@@ -98,7 +98,7 @@ def residual_mlp(
         code: encoded rays, fp32, contiguous.
         head: weight, transposed, and bias of the first layer, in the precision of the arithmetic; products are summed in
             fp32.
-        hidden: of all layers between the first and the last, likewise.
+        hidden: weights of all layers between the first and the last.
         tail: of the last layer, filled up to `OUTPUTS` columns.
         out_dim: outputs per ray.
 

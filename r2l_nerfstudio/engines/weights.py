@@ -16,7 +16,7 @@ from r2l_nerfstudio.students.mobile import ConvBlock, MobileR2L
 class FixedNetwork(nn.Module):
     """A copy of a student's network with every BatchNorm folded into its convolution, computing in one precision.
 
-    fp32 code in, fp32 values out, shapes as the network's. Training is not affected.
+    fp32 in and out, shapes as the network's. Training is not affected.
 
     Args:
         network: in fp32.

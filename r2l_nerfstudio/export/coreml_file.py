@@ -55,7 +55,7 @@ def export_coreml(student: Student, spec: GraphSpec, output: Path, overwrite: bo
     """
     coremltools = import_coremltools()
     if Path(output).suffix != ".mlpackage":
-        raise InputError(f"{output}: a Core ML package is a folder that ends in .mlpackage; give such a name.")
+        raise InputError(f"{output}: the name of a Core ML package must end in .mlpackage.")
     with atomic_folder(output, overwrite, MANIFEST, "Core ML package") as folder:
         graph = spec.build(student)
         inputs, outputs = probe_inputs(student, spec, 0)
@@ -131,7 +131,7 @@ def check_structure(
     Args:
         coremltools: the library.
         package: the folder.
-        spec: what was asked for.
+        spec: the requested graph.
         inputs: examples, by name.
         outputs: outputs for them.
         graph: graph that was converted.

@@ -30,7 +30,7 @@ GraphPart = Literal["whole", "encoding", "network", "values"]
 GraphPrecision = Literal["fp32", "fp16"]
 
 RAYS_AT_ONCE = 1 << 16
-"""Rays per part of an image: the codes of a whole image would take gigabytes."""
+"""Rays per part of an image: the ray encodings of a whole image would take gigabytes."""
 
 
 COMPOSITED_AT_ONCE = 1 << 14
@@ -62,7 +62,7 @@ class Encoding(nn.Module):
         self.composited = None if model.composited is None else model.composited.for_graph(kept)
         self.factor = model.factor
         self.pixel_samples = getattr(model.config, "pixel_samples", 0)
-        self.ray_code = copy.deepcopy(model.ray_code)
+        self.ray_encoding = copy.deepcopy(model.ray_encoding)
         self.volume = None if model.volume is None else GatheredVolume(model.volume, DTYPES[precision])
         self.volume_points = model.config.volume_points
         self.encode = reduced_frequency_encode if reduce_angles else frequency_encode
@@ -74,7 +74,7 @@ class Encoding(nn.Module):
         return RAYS_AT_ONCE if self.composited is None else COMPOSITED_AT_ONCE
 
     def forward(self, origins: Float[Tensor, "*rays 3"], directions: Float[Tensor, "*rays 3"]) -> EncodedRays:
-        """Return the code of rays, as the network reads it, and the geometry that is known without the network.
+        """Return the encoding of rays, as the network reads it, and the geometry that is known without the network.
 
         Args:
             origins: in the run's frame; for a MobileR2L those of a ray image, [rows, columns, 3].
@@ -91,9 +91,9 @@ class Encoding(nn.Module):
                 self.composited, self.factor, self.pixel_samples, origins, directions, encode=self.encode
             )
             return EncodedRays(found.code.permute(2, 0, 1)[None], found.geometry)
-        code = self.encode(self.ray_code.values(origins, directions), self.ray_code.num_frequencies)
+        code = self.encode(self.ray_encoding.values(origins, directions), self.ray_encoding.num_frequencies)
         if self.volume is not None:
-            features = self.volume(self.ray_code.points(origins, directions, self.volume_points))
+            features = self.volume(self.ray_encoding.points(origins, directions, self.volume_points))
             code = torch.cat([code, features], dim=-1)
         return EncodedRays(code.permute(2, 0, 1)[None] if self.reads_ray_image else code)
 
@@ -184,7 +184,7 @@ class Pictures(nn.Module):
 
     def __init__(self, model: LightFieldModel) -> None:
         super().__init__()
-        self.ray_code = copy.deepcopy(model.ray_code)
+        self.ray_encoding = copy.deepcopy(model.ray_encoding)
         self.register_buffer("background", model.background.clone())
         self.outputs = ("rgb", *["accumulation"] * model.has_accumulation, *["depth"] * model.has_depth)
 
@@ -196,15 +196,15 @@ class Pictures(nn.Module):
         Rays that miss a bounded scene see its background; `depth` is the distance along the ray.
         """
         found, fraction = {"rgb": values[..., :3], "accumulation": values[..., 3:4]}, values[..., 4:5]
-        if self.ray_code.spacing == "sphere":
+        if self.ray_encoding.spacing == "sphere":
             # Arithmetic instead of a selection, for which Core ML's converter would store the background once per
             # pixel.
-            missed = self.ray_code.misses_scene(origins, directions).to(values.dtype)
+            missed = self.ray_encoding.misses_scene(origins, directions).to(values.dtype)
             found["rgb"] = found["rgb"] * (1 - missed) + self.background * missed
             found["accumulation"] = found["accumulation"] * (1 - missed)
             fraction = fraction * (1 - missed) + MISSED_FRACTION * missed
         if "depth" in self.outputs:
-            distance = self.ray_code.to_distance(origins, directions, fraction)
+            distance = self.ray_encoding.to_distance(origins, directions, fraction)
             found["depth"] = distance.clamp_min(0.0)
         return tuple(found[name] for name in self.outputs)
 
@@ -226,7 +226,7 @@ class PictureFrame(nn.Module):
         self.factor = model.factor
         self.rays_per_cell = model.rays_per_cell
         self.margin = model.margin
-        self.conventions: RayConventions = model.ray_code.conventions
+        self.conventions: RayConventions = model.ray_encoding.conventions
         self.height = height
         self.width = width
         margin = self.margin * self.rays_per_cell
@@ -334,7 +334,7 @@ class CodeGraph(nn.Module):
         precision: precision of a stored feature volume.
         frame: rays of the camera's image; None for a graph of rays.
         reduce_angles: as `Encoding`.
-        int8_features: likewise.
+        int8_features: whether features are stored in int8.
     """
 
     def __init__(
@@ -455,7 +455,7 @@ class GraphSpec:
     """Which graph of a student to build."""
 
     inputs: GraphInputs
-    """A camera's pose and intrinsics, or the rays' origins and directions; the network alone takes their code."""
+    """A camera's pose and intrinsics, or the rays' origins and directions; without the encoding, the network's input."""
     precision: GraphPrecision
     """Precision of the network; the encoding is in fp32."""
     width: int
@@ -476,13 +476,13 @@ class GraphSpec:
         """Return the rays of the camera's image; None for a graph of rays.
 
         Raises:
-            InputError: a part of a graph is requested whose codes would take gigabytes.
+            InputError: a part of a graph is requested whose ray encodings would take gigabytes.
         """
         if self.inputs == "rays":
             return None
         if not student.model.reads_ray_image and self.width * self.height > RAYS_AT_ONCE:
             raise InputError(
-                f"--width {self.width} --height {self.height}: the codes of so many rays of a {student.method_name}"
+                f"--width {self.width} --height {self.height}: the encodings of so many rays of a {student.method_name}"
                 f" student take gigabytes; choose at most {RAYS_AT_ONCE} pixels, or --inputs rays and process them in"
                 " parts."
             )

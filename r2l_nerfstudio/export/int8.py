@@ -1,4 +1,4 @@
-"""int8 networks, if that costs little: quantised after training on the codes of sampled cameras."""
+"""int8 networks, if that costs little: quantized after training on the ray encodings of sampled cameras."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from r2l_nerfstudio.atomic_output import atomic_files
-from r2l_nerfstudio.distillation.photographs import read_photo, split_holdout
+from r2l_nerfstudio.distillation.photographs import read_photo, split_held_out
 from r2l_nerfstudio.distillation.pose_sampling import CaptureCameras, PoseSampler, capture_cameras
 from r2l_nerfstudio.errors import InputError
 from r2l_nerfstudio.export.comparison import check_export, probe_inputs
@@ -80,7 +80,7 @@ def export_int8(
 ) -> Int8Report:
     """Write an ONNX file whose network and features are in int8 (the network by QuantizeLinear and DequantizeLinear).
 
-    Weights and features are quantised per channel, activations to uint8; the encoding stays in fp32. Layers are left in
+    Weights and features are quantized per channel, activations to uint8; the encoding stays in fp32. Layers are left in
     fp32 one after the other until int8 costs at most `MOST_LOSS`.
 
     Args:
@@ -104,15 +104,15 @@ def export_int8(
     cameras = capture_cameras(dataset.cameras)
     with atomic_files(output, overwrite) as file:
         network = file.with_suffix(".network.onnx")
-        quantised = file.with_suffix(".int8.onnx")
+        quantized = file.with_suffix(".int8.onnx")
         write_onnx(student, replace(spec, part="network", is_static=False, precision="fp32"), network)
         codes = calibration_codes(student, cameras)
         photographs = held_out(student, dataset, held_share)
         said = []
         accepted = None
         for scheme, kept in schemes(network):
-            quantise(network, quantised, codes, kept)
-            report = judge(student, quantised, scheme, photographs, cameras)
+            quantize(network, quantized, codes, kept)
+            report = judge(student, quantized, scheme, photographs, cameras)
             if _is_good(report):
                 accepted = report
                 break
@@ -123,7 +123,7 @@ def export_int8(
                 + ("" if photographs else f" ({NEEDED_DB:.0f} dB against its own images)")
                 + ", so it was not kept; choose --precision fp16."
             )
-        assemble(student, spec, quantised, file)
+        assemble(student, spec, quantized, file)
         if spec.is_plain:
             mobile_verdict(file)
         parity = check_export(
@@ -145,7 +145,7 @@ def schemes(network: Path) -> list[tuple[str, list[str]]]:
 
 
 def calibration_codes(student: Student, cameras: CaptureCameras) -> list[Float[np.ndarray, "*code"]]:
-    """Return the codes of sampled cameras, each as one input of the network."""
+    """Return the ray encodings of sampled cameras, each as one input of the network."""
     return [
         student.model.encoding_for_camera(pose, intrinsics, spec.height, spec.width).code.contiguous().numpy()
         for pose, intrinsics, spec in sampled_views(student, cameras, CALIBRATION_VIEWS, seed=0)
@@ -173,13 +173,13 @@ def sampled_views(
         yield pose, own, GraphSpec("camera", "fp32", width, height)
 
 
-def quantise(network: Path, output: Path, codes: list[Float[np.ndarray, "*code"]], kept: list[str]) -> None:
+def quantize(network: Path, output: Path, codes: list[Float[np.ndarray, "*code"]], kept: list[str]) -> None:
     """Write a network with QuantizeLinear and DequantizeLinear where they save work.
 
     Args:
         network: in fp32.
         output: file to write.
-        codes: to measure the ranges of all activations on.
+        codes: ray encodings to measure the ranges of all activations on.
         kept: names of layers that stay in fp32.
     """
     from onnxruntime import quantization
@@ -226,7 +226,7 @@ def held_out(student: Student, dataset: InputDataset, share: float) -> list[tupl
         dataset: the training views.
         share: share of the views that was held out; a tenth if none was.
     """
-    _, held = split_holdout(len(dataset), share or 0.1)
+    _, held = split_held_out(len(dataset), share or 0.1)
     chosen = [held[round(index)] for index in np.linspace(0, len(held) - 1, min(JUDGED_VIEWS, len(held)))]
     if not all(Path(dataset.image_filenames[index]).is_file() for index in chosen):
         return []
@@ -250,7 +250,7 @@ def judge(
     photographs: list[tuple[Cameras, Float[Tensor, "h w 3"]]],
     cameras: CaptureCameras,
 ) -> Int8Report:
-    """Measure a quantised network on photos or, without any, against the student."""
+    """Measure a quantized network on photos or, without any, against the student."""
     import onnxruntime
 
     session = onnxruntime.InferenceSession(str(network), providers=["CPUExecutionProvider"])
@@ -286,7 +286,7 @@ def _is_good(report: Int8Report) -> bool:
 
 
 def assemble(student: Student, spec: GraphSpec, network: Path, output: Path) -> None:
-    """Write the requested graph around a quantised network."""
+    """Write the requested graph around a quantized network."""
     import onnx
 
     model = onnx.load(str(network))

@@ -113,7 +113,7 @@ def forget_source(model: onnx.ModelProto) -> None:
 
 def metadata(student: Student, spec: GraphSpec) -> dict[str, str]:
     """Return what another program needs: text, and numbers or lists of numbers in JSON; lengths in the run's unit."""
-    model, code = student.model, student.model.ray_code
+    model, code = student.model, student.model.ray_encoding
     found: dict[str, Any] = {
         "method": student.method_name,
         "precision": spec.precision,

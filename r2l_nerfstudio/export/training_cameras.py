@@ -35,7 +35,7 @@ def training_views(run: Path, data: Path | None = None) -> tuple[InputDataset, f
             " its training cameras are needed: give its location with --data."
         ) from error
     dataset = InputDataset(outputs, getattr(datamanager, "camera_res_scale_factor", 1.0))
-    return dataset, getattr(datamanager, "holdout_fraction", 0.0)
+    return dataset, getattr(datamanager, "held_out_fraction", 0.0)
 
 
 def training_cameras(run: Path, data: Path | None = None) -> CaptureCameras:

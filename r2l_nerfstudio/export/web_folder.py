@@ -40,7 +40,7 @@ PAGE = (
     "light-field.js",
     "light-field.d.ts",
     "style.js",
-    "hands.js",
+    "input.js",
     "rigs.js",
     "pace.js",
     "scene.js",
@@ -60,37 +60,48 @@ UNREAD = ("README.txt", "light-field.d.ts", "package.json", "worker.js")
 LICENSE = "LICENSE.onnxruntime-web.txt"
 SCENE = "scene.json"
 VERSION = 2
-"""Of scene.json: a page reads its own version only."""
+"""Version of scene.json; a page only reads its own."""
 RUNTIME = "ort"
 FALLBACK = "student.onnx"
 LARGEST = 1280
-"""Longer side in pixels of the page's pictures, where the student draws at any size."""
+"""Longer side in pixels of the page's frames, if the student renders at any size."""
 POSTER = 720
 NEEDED_DB = 50.0
-"""Least PSNR against torch of a page's pixels; rounding to 8 bits leaves 59 dB."""
+"""Least PSNR in dB of a page's pixels against PyTorch; rounding to 8 bits leaves 59 dB."""
 PROBE_CELLS = 5
 _COMMENT = re.compile(r"^[ \t]*(?://.*|/\*\*(?:(?!\*/)[\s\S])*\*/)[ \t]*\n", re.MULTILINE)
 
 
 @dataclass(frozen=True)
+class PageOptions:
+    """What a page is called, and how its weights are stored."""
+
+    title: str
+    precision: PrecisionChoice = "fp16"
+    """Precision of the weights; auto: int8 if it costs little."""
+    photos: Photos = ()
+    """Held-out cameras and photos to judge int8 by; if empty, it is judged by the student's own renders."""
+
+
+@dataclass(frozen=True)
 class WebExport:
-    """A finished folder."""
+    """A finished export."""
 
     folder: Path
     psnr: dict[str, float]
-    """In dB against torch, by model file."""
+    """PSNR in dB against PyTorch, by model file."""
     notes: tuple[str, ...] = ()
-    """Why the weights have their precision, in sentences."""
+    """Reasons for the precision of the weights, as sentences."""
 
     @property
     def bytes(self) -> dict[str, int]:
-        """Of each file, by its path in the folder."""
+        """Bytes of each file, by its path in the folder."""
         paths = sorted(path for path in self.folder.rglob("*") if path.is_file())
         return {path.relative_to(self.folder).as_posix(): path.stat().st_size for path in paths}
 
     @property
     def visitor_bytes(self) -> int:
-        """What a browser with WebGPU loads."""
+        """Bytes that a browser with WebGPU loads."""
         unread = (*UNREAD, FALLBACK)
         return sum(size for name, size in self.bytes.items() if "/" not in name and name not in unread)
 
@@ -100,32 +111,28 @@ def export_web(
     cameras: CaptureCameras,
     runtime: Path | None,
     output: Path,
-    title: str,
+    options: PageOptions,
     overwrite: bool = False,
-    precision: PrecisionChoice = "fp16",
-    photos: Photos = (),
 ) -> WebExport:
-    """Write the folder: page, student, scene, and what browsers without WebGPU draw with.
+    """Write a folder with page, student, scene, and the fallback for browsers without WebGPU.
 
     Args:
         student: on the CPU.
-        cameras: of its training, in its frame.
+        cameras: its training cameras, in its frame.
         runtime: folder with the files of ONNX Runtime Web; None leaves the fallback out.
-        output: the folder to make; its parent is made too.
-        title: of the page.
-        overwrite: whether an export that is there may be replaced.
-        precision: of the weights; auto: int8 if it costs little.
-        photos: held-out cameras and photos to judge int8 by; without any, by the student's own pictures.
+        output: the folder to write; missing parents are created.
+        options: title and precision.
+        overwrite: whether an existing export may be replaced.
 
     Raises:
-        InputError: packages are missing, the folder holds something, int8 is asked for and costs too much, or the page's
-            student differs from torch; nothing is left then.
+        InputError: if packages are missing, the folder is not empty, int8 is requested and costs too much, or the page's
+            student differs from torch; nothing is written then.
     """
     require_safetensors()
     if runtime is not None:
         require_onnx()
     with atomic_folder(output, overwrite, SCENE, "web export") as folder:
-        found, notes = _fill(student, cameras, runtime, folder, title, precision, photos)
+        found, notes = _fill(student, cameras, runtime, folder, options)
     return WebExport(Path(output), found, notes)
 
 
@@ -134,9 +141,7 @@ def _fill(
     cameras: CaptureCameras,
     runtime: Path | None,
     folder: Path,
-    title: str,
-    precision: PrecisionChoice,
-    photos: Photos,
+    options: PageOptions,
 ) -> tuple[dict[str, float], tuple[str, ...]]:
     with as_file(files("r2l_nerfstudio.export") / "web") as page:
         for name in PAGE:
@@ -145,18 +150,18 @@ def _fill(
         if runtime is not None:
             (folder / RUNTIME).mkdir()
             shutil.copyfile(page / LICENSE, folder / RUNTIME / LICENSE)
-    code = student.model.ray_code
+    code = student.model.ray_encoding
     view = view_limits(cameras, code.spacing == "sphere", float(code.radius))
     picture = _picture(student, cameras)
     pose = start_pose(view)
-    weights, notes = choose_weights(student, cameras, photos, precision)
+    weights, notes = choose_weights(student, cameras, options.photos, options.precision)
     file = folder / f"student.{weights.precision}.safetensors"
     weights.write(file)
     found = {file.name: _check_weights(student, weights, pose, picture)}
     model = student.model
     scene: dict[str, Any] = {
         "version": VERSION,
-        "title": title,
+        "title": options.title,
         "method": student.method_name,
         "background": model.background.tolist(),
         "picture": picture,
@@ -187,7 +192,7 @@ def _fill(
         }
     (folder / SCENE).write_text(json.dumps(scene, separators=(",", ":")) + "\n")
     _poster(student, pose, picture).save(folder / "poster.jpg", quality=85)
-    (folder / "package.json").write_text(json.dumps(_package(title, folder), indent=2) + "\n")
+    (folder / "package.json").write_text(json.dumps(_package(options.title), indent=2) + "\n")
     return found, notes
 
 
@@ -196,8 +201,8 @@ def without_comments(script: str) -> str:
     return _COMMENT.sub("", script)
 
 
-def _package(title: str, folder: Path) -> dict[str, Any]:
-    """The folder as an npm package: importing it defines `<light-field>`, which without `src` shows this scene."""
+def _package(title: str) -> dict[str, Any]:
+    """Return the folder's npm package.json: importing it defines `<light-field>`, which without `src` shows this scene."""
     name = re.sub(r"[^a-z0-9]+", "-", title.lower()).strip("-") or "light-field"
     return {
         "name": name,
@@ -212,7 +217,7 @@ def _package(title: str, folder: Path) -> dict[str, Any]:
 
 
 def _described(file: Path) -> dict[str, Any]:
-    """A file as the page is told of it."""
+    """Return a file's entry in scene.json."""
     content = file.read_bytes()
     return {"file": file.name, "bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
 
@@ -237,10 +242,10 @@ def _check_weights(student: Student, weights: WebWeights, pose: Float[Tensor, "3
 
 
 def _small_camera(student: Student, picture: dict[str, Any]) -> tuple[float, int, int]:
-    """Focal length, width and height of the page's picture; smaller for students that answer rays one by one."""
+    """Return focal length, width and height of the page's frame; smaller for students of single rays."""
     share = 1.0
     if not student.model.reads_ray_image:
-        # Fewer rays tell as much.
+        # Fewer rays are enough.
         share = min(1.0, 200 / max(picture["width"], picture["height"]))
     return picture["focal"] * share, round(picture["width"] * share), round(picture["height"] * share)
 
@@ -249,14 +254,14 @@ def _small_camera(student: Student, picture: dict[str, Any]) -> tuple[float, int
 def drawn_rgb(
     student: Student, pose: Float[Tensor, "3 4"], focal: float, width: int, height: int
 ) -> Float[Tensor, "height width 3"]:
-    """What the page draws: one ray per pixel, where `Student.render` averages several in coarse pictures."""
+    """Render as the page does: one ray per pixel, where `Student.render` averages several in coarse images."""
     model = student.model
     intrinsics = torch.tensor([focal, focal, width / 2, height / 2])
     if not isinstance(model, R2LModel):
         return torch.from_numpy(student.render(pose.numpy(), intrinsics.numpy(), width, height))
-    rays = model.ray_code.image_rays(pose, intrinsics, height, width)
+    rays = model.ray_encoding.image_rays(pose, intrinsics, height, width)
     rgb = model.render_rays(*rays)[..., :3]
-    return torch.where(model.ray_code.misses_scene(*rays), model.background, rgb)
+    return torch.where(model.ray_encoding.misses_scene(*rays), model.background, rgb)
 
 
 def _picture(student: Student, cameras: CaptureCameras) -> dict[str, Any]:
@@ -276,14 +281,14 @@ def _picture(student: Student, cameras: CaptureCameras) -> dict[str, Any]:
 def page_rays(
     graph: WebGraph, pose: Float[Tensor, "3 4"], picture: dict[str, Any]
 ) -> tuple[Float[Tensor, "3"], Float[Tensor, "rows columns 3"]]:
-    """Origin and directions as the page makes them for a picture."""
+    """Return the origin and directions that the page computes for a frame."""
     width, height, focal = picture["width"], picture["height"], picture["focal"]
     intrinsics = torch.tensor([focal, focal, width / 2, height / 2])
     if graph.reads_ray_image:
         size = ray_image_size(height, width, graph.factor, graph.margin)
         height, width = (count * graph.rays_per_cell for count in size)
         intrinsics = ray_image_intrinsics(intrinsics, graph.factor, None, graph.rays_per_cell, graph.margin)
-    origins, directions = graph.encoded_network.encoding.ray_code.image_rays(pose, intrinsics, height, width)
+    origins, directions = graph.encoded_network.encoding.ray_encoding.image_rays(pose, intrinsics, height, width)
     return origins[0, 0], directions
 
 
@@ -302,7 +307,7 @@ def _check_model(student: Student, file: Path, pose: Float[Tensor, "3 4"], pictu
     rgb = torch.from_numpy(to_rgb(np.asarray(pixels))[:height, :width]).float() / 255
     intrinsics = torch.tensor([focal, focal, width / 2, height / 2])
     # The page itself paints the background where rays pass by the scene.
-    code = student.model.ray_code
+    code = student.model.ray_encoding
     rays = code.image_rays(pose, intrinsics, height, width)
     missed = code.misses_scene(*rays)
     truth = drawn_rgb(student, pose, focal, width, height)
@@ -325,7 +330,7 @@ def to_rgb(pixels: Int[np.ndarray, "height width"]) -> Int[np.ndarray, "height w
 def _probe(
     student: Student, weights: WebWeights, pose: Float[Tensor, "3 4"], picture: dict[str, Any]
 ) -> dict[str, Any]:
-    """A small picture and its pixels: a browser that gives others does not draw this student."""
+    """Return a camera and the student's pixels for it, with which a browser checks its own rendering."""
     if student.model.reads_ray_image:
         side, focal = student.model.factor * PROBE_CELLS, picture["focal"]
     else:

@@ -48,12 +48,12 @@ class WebGraph(nn.Module):
         self.reads_ray_image = model.reads_ray_image
         """Whether it draws whole ray images."""
         self.margin = model.margin
-        """Cells around the picture."""
+        """Cells around the image."""
 
     def forward(
         self, origin: Float[Tensor, "3"], directions: Float[Tensor, "rows columns 3"]
     ) -> Int[Tensor, "height width"]:
-        """A picture without its margin.
+        """Return an image without its margin.
 
         Args:
             origin: of all rays, in the run's frame.
@@ -71,7 +71,7 @@ class WebGraph(nn.Module):
 
 
 def write_web_graph(student: Student, precision: GraphPrecision, path: Path) -> None:
-    """Write it as ONNX; weights are kept in half precision in any case, and widened on loading where asked for fp32."""
+    """Write the graph as ONNX. Weights are always stored in half precision; for fp32 they are widened on loading."""
     import onnx
 
     graph = WebGraph(student, precision).eval()

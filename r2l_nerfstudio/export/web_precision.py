@@ -24,22 +24,22 @@ PrecisionChoice = Literal["auto", "fp16", "int8"]
 def choose_weights(
     student: Student, cameras: CaptureCameras, photos: Photos, precision: PrecisionChoice
 ) -> tuple[WebWeights, tuple[str, ...]]:
-    """The student's weights in the precision asked for, and sentences on what it costs.
+    """Return the student's weights in the requested precision, and sentences on its cost.
 
     Args:
         student: on the CPU.
         cameras: of its training.
         photos: cameras and photos that no training used; may be empty.
-        precision: auto: int8 if it loses at most 0.5 dB on the photos and stays within 40 dB of the student's own pictures.
+        precision: auto: int8 if it loses at most 0.5 dB on the photos and stays within 40 dB of the student's own renders.
 
     Raises:
-        InputError: int8 is asked for and costs more.
+        InputError: if int8 is requested and costs more.
     """
     if precision == "fp16":
         return WebWeights(student.model, "fp16"), ()
     weights = WebWeights(student.model, "int8")
     likeness = _likeness(student, weights, cameras)
-    said = f"int8: {likeness:.1f} dB against the student's own pictures of {JUDGED_VIEWS} sampled cameras"
+    said = f"int8: {likeness:.1f} dB against the student's own renders of {JUDGED_VIEWS} sampled cameras"
     loss = 0.0
     if photos:
         own, rounded = _on_photos(student, weights, photos)

@@ -28,7 +28,7 @@ GPU_FILES = (
     "ort-wasm-simd-threaded.asyncify.mjs",
     "ort-wasm-simd-threaded.asyncify.wasm.gzip",
 )
-"""Likewise for WebGPU: benchmarks compare the page's own renderer with it."""
+"""Files for WebGPU, with which benchmarks compare the page's own renderer."""
 
 
 def fetch_runtime(package: Path | None = None) -> Path:

@@ -10,8 +10,7 @@ from pathlib import Path
 
 from r2l_nerfstudio.atomic_output import atomic_files
 from r2l_nerfstudio.distillation.pose_sampling import CaptureCameras
-from r2l_nerfstudio.export.web_folder import SCENE, WebExport, export_web
-from r2l_nerfstudio.export.web_precision import Photos, PrecisionChoice
+from r2l_nerfstudio.export.web_folder import SCENE, PageOptions, WebExport, export_web
 from r2l_nerfstudio.student import Student
 
 _IMPORT = re.compile(r"^import [^;]*? from \"\./([\w-]+\.js)\";\n", re.MULTILINE)
@@ -22,27 +21,18 @@ def export_single_file(
     student: Student,
     cameras: CaptureCameras,
     output: Path,
-    title: str,
+    options: PageOptions,
     overwrite: bool = False,
-    precision: PrecisionChoice = "fp16",
-    photos: Photos = (),
 ) -> WebExport:
-    """Write the page with modules, weights, scene and poster inside; without the fallback, which is several times as large.
+    """Write the page of `export_web` as one HTML file, without the fallback, which is several times as large.
 
-    Args:
-        student: on the CPU.
-        cameras: of its training, in its frame.
-        output: the file to write.
-        title: of the page.
-        overwrite: whether the file may exist.
-        precision: as `export_web`.
-        photos: as `export_web`.
+    Args: as `export_web`; `output` is the file.
 
     Raises:
         InputError: as `export_web`.
     """
     with atomic_files(output, overwrite) as file, tempfile.TemporaryDirectory() as scratch:
-        made = export_web(student, cameras, None, Path(scratch) / "page", title, precision=precision, photos=photos)
+        made = export_web(student, cameras, None, Path(scratch) / "page", options)
         file.write_text(joined_page(made.folder))
         return WebExport(Path(output), made.psnr, made.notes)
 

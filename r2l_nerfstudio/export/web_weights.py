@@ -255,7 +255,7 @@ def _as_stored(features: Tensor, model: LightFieldModel) -> Tensor:
 
 def encoding_description(model: LightFieldModel) -> dict[str, Any]:
     """How the student encodes rays, as the page reads it."""
-    code = model.ray_code
+    code = model.ray_encoding
     found: dict[str, Any] = {
         "spacing": code.spacing,
         "center": code.center.tolist(),

@@ -56,7 +56,7 @@ def judge(code: int, lines: Sequence[str], is_disk_full: bool, killed_for_memory
 
 
 def clean(line: str) -> str:
-    """Return a line of output without colours and box drawing."""
+    """Return a line of output without colors and box drawing."""
     return _BOX.sub(" ", _ANSI.sub("", line)).strip()
 
 

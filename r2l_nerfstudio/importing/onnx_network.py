@@ -179,7 +179,7 @@ def _transposed_stride(weight: Tensor) -> int:
 def _network(
     path: Path, steps: list[Step], weights: dict[str, Tensor]
 ) -> tuple[dict[str, int], dict[str, Tensor], int]:
-    """Return sizes, the state for our network with identity norms, and the length of a code in the file's order."""
+    """Return sizes, the state for our network with identity norms, and the length of an encoded ray in the file's order."""
     layers = []
     for step in steps:
         if step.kind not in ("Conv", "ConvTranspose"):

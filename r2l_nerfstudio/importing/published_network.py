@@ -1,4 +1,4 @@
-"""Networks in published checkpoints: which network, of which size, and its weights under our names."""
+"""Networks in published checkpoints: kind, size, and weights under our names."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from r2l_nerfstudio.importing.pickle_reader import Checkpoint, TensorRef, plain
 
 PublishedKind = Literal["r2l", "mobile-r2l"]
 PlainNetwork = Callable[[Tensor], Tensor]
-"""A network from codes in the published order to colours in (0, 1)."""
+"""A network from ray encodings in the published order to colors in (0, 1)."""
 
 MOST_FREQUENCIES = 16
 """Maximum octaves; more exceed the precision of float32 and indicate that the number of points was misread."""
@@ -38,7 +38,7 @@ class PublishedNetwork:
     path: Path
     kind: PublishedKind
     state: dict[str, Tensor]
-    """State of our network class for `kind`, whose codes are in our order."""
+    """State of our network class for `kind`, whose inputs are in our order."""
     run: PlainNetwork
     """The file's own weights in plain PyTorch: [rays, in_dim] to [rays, 3], or [1, in_dim, rows, columns] to [1, 3,
     height, width]."""
@@ -188,7 +188,7 @@ def encoding_size(
 
 
 def our_columns(num_points: int, num_frequencies: int) -> Tensor:
-    """Return for each number of our code its position in the published order."""
+    """Return for each number of our ray encoding its position in the published order."""
     values = torch.arange(3 * num_points)
     octaves = torch.arange(num_frequencies)[:, None]
     first = values * (2 * num_frequencies + 1)

@@ -26,7 +26,7 @@ def published_points(
     Args:
         pose: camera to world, OpenGL axes, in the published frame.
         rows: rows of pixels, or of a MobileR2L's cells.
-        columns: columns likewise.
+        columns: number of columns.
         focal: focal length in the same unit.
         pixel_offset: 0 for R2L, 0.5 for MobileR2L.
         near: position of the first point.
@@ -78,7 +78,7 @@ def published_picture(
         network: network read from the file.
         pose: camera to world, OpenGL axes, in the published frame.
         height: in pixels; for a MobileR2L a multiple of its factor.
-        width: in pixels, likewise.
+        width: in pixels.
         focal: focal length in pixels.
         near: position of the first point.
         far: position of the last point.

@@ -59,7 +59,7 @@ class Imported:
     psnr: float
     """PSNR in dB of one image against the file's own weights."""
     largest: float
-    """Largest difference of a colour in that image."""
+    """Largest difference of a color in that image."""
     photos: tuple[float, float] | None
     """Mean squared errors of training views against their own photos, and against other photos; None for too few."""
 
@@ -235,7 +235,7 @@ def compare(student: Student, placement: Placement) -> tuple[float, float]:
     """Compare one image of a training camera with the one that the file's own weights render.
 
     Returns:
-        PSNR in dB, and the largest difference of a colour.
+        PSNR in dB, and the largest difference of a color.
 
     Raises:
         InputError: if they differ by more than rounding.

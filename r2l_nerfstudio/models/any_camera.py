@@ -22,7 +22,7 @@ RenderPinhole = Callable[[Tensor, Tensor, int, int], Tensor]
 def render_by_faces(
     camera: CameraRays, focal: float, render_pinhole: RenderPinhole
 ) -> Float[Tensor, "height width channels"]:
-    """Render a camera with lens distortion, a fisheye or a panorama from pinhole images at its centre.
+    """Render a camera with lens distortion, a fisheye or a panorama from pinhole images at its center.
 
     Args:
         camera: the camera, on the device to render on.

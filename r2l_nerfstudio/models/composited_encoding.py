@@ -21,7 +21,7 @@ from r2l_nerfstudio.rays.constants import constant
 from r2l_nerfstudio.rays.encoding import encoded_dim, frequency_encode
 from r2l_nerfstudio.rays.occupancy import OccupancyGrid, checked_resolution, grid_point_index
 from r2l_nerfstudio.rays.placement import Placement, place_samples
-from r2l_nerfstudio.rays.ray_code import RayCode
+from r2l_nerfstudio.rays.ray_encoding import RayEncoding
 from r2l_nerfstudio.rays.ray_image import MARGIN, CellPixels
 from r2l_nerfstudio.rays.scene_grid import NEAREST, WARPS
 from r2l_nerfstudio.students.cpu_march import MarchSpace, march
@@ -50,7 +50,7 @@ class EncodedRays(NamedTuple):
 class RaySpan(NamedTuple):
     """The part of rays along which the scene is searched, in scene coordinates.
 
-    Rays lie in groups of neighbouring rays with one origin; those of a group have their sample points at the same distances.
+    Rays lie in groups of neighboring rays with one origin; those of a group have their sample points at the same distances.
     """
 
     origin: Float[Tensor, "groups 1 3"]
@@ -89,14 +89,14 @@ class CompositedEncoding(nn.Module):
     Occupancy, box and features are part of the checkpoint; the grid points that have features follow from the occupancy.
 
     Args:
-        ray_code: the model's encoding, which has the scene's bounds.
+        ray_encoding: the model's encoding, which has the scene's bounds.
         settings: sizes.
     """
 
-    def __init__(self, ray_code: RayCode, settings: CompositedSettings) -> None:
+    def __init__(self, ray_encoding: RayEncoding, settings: CompositedSettings) -> None:
         super().__init__()
         self.settings = settings
-        self._ray_code = (ray_code,)  # In a tuple, since it is the model's submodule, not this module's.
+        self._ray_encoding = (ray_encoding,)  # In a tuple, since it is the model's submodule, not this module's.
         self.occupancy = OccupancyGrid()
         self.volume = SparseVolume(settings.channels)
         self._volume_cells = (1, 1, 1)
@@ -124,6 +124,15 @@ class CompositedEncoding(nn.Module):
         if int(index.max()) >= len(self.volume.rows):
             raise ValueError(f"it holds {len(self.volume.rows) - 1} features for {int(index.max())} grid points")
         self.volume.index = index.to(self.volume.rows.device)
+        self._load_kernels()
+
+    def _load_kernels(self) -> None:
+        """March one ray, which imports and compiles what that needs. The viewer interrupts its render threads at any
+        line, and a half-done import of Numba stays broken for the whole process."""
+        if self.volume.rows.device.type == "cpu":
+            ray = torch.zeros(1, 1, 3), torch.ones(1, 1, 3).div(3**0.5)
+            with torch.no_grad():
+                self.composited(self.span(*ray))
 
     def for_graph(self, dtype: torch.dtype) -> CompositedEncoding:
         """Return a copy in plain PyTorch operators on any device, for exporters.
@@ -152,9 +161,9 @@ class CompositedEncoding(nn.Module):
             self.volume.rows.data = kept
 
     @property
-    def ray_code(self) -> RayCode:
+    def ray_encoding(self) -> RayEncoding:
         """The encoding that knows where rays start and end."""
-        return self._ray_code[0]
+        return self._ray_encoding[0]
 
     @property
     def is_bounded(self) -> bool:
@@ -171,7 +180,9 @@ class CompositedEncoding(nn.Module):
         """Hold features where the occupancy is set; as `SparseVolume.lay_out`, `spare` being a share of the rows."""
         self._volume_cells = volume_cells
         index = grid_point_index(self.occupancy.cells, volume_cells)
-        return self.volume.lay_out(index, int(spare * int(index.max())))
+        rows = self.volume.lay_out(index, int(spare * int(index.max())))
+        self._load_kernels()
+        return rows
 
     def span(self, origins: Float[Tensor, "groups 1 3"], directions: Float[Tensor, "groups group 3"]) -> RaySpan:
         """Return where the scene is searched: inside its box if it is bounded, else between the nearest and farthest
@@ -181,7 +192,7 @@ class CompositedEncoding(nn.Module):
             origins: in the teacher's frame.
             directions: unit length; those of a group are less than about a cell of the occupancy apart.
         """
-        code, scene = self.ray_code, self.occupancy.scene
+        code, scene = self.ray_encoding, self.occupancy.scene
         origin, direction = (origins.float() - code.center) / code.radius, directions.float() / code.radius
         start, step = origin[:, 0], direction[:, 0]
         if direction.shape[1] > 1:
@@ -194,7 +205,7 @@ class CompositedEncoding(nn.Module):
 
     def positions(self, fractions: Float[Tensor, "*n"]) -> Float[Tensor, "*n"]:
         """In steps of a `RaySpan`, of positions in [0, 1]."""
-        return fractions if self.is_bounded else self.ray_code.distance(fractions, None)
+        return fractions if self.is_bounded else self.ray_encoding.distance(fractions, None)
 
     def distances(self, span: RaySpan, fractions: Float[Tensor, "groups *n"]) -> Float[Tensor, "groups *n"]:
         """From the origins, in the teacher's unit of length, of positions in [0, 1] of a span."""
@@ -297,11 +308,11 @@ class CompositedEncoding(nn.Module):
         origins: Float[Tensor, "groups 1 3"],
         directions: Float[Tensor, "groups group 3"],
     ) -> Float[Tensor, "rays 2"]:
-        """Accumulation, and depth as the position in [0, 1] of the scene's spacing that codes a student's depth."""
+        """Accumulation, and depth as the position in [0, 1] of the scene's spacing that encodes a student's depth."""
         fraction = _mean(found.fraction, found.accumulation)
         if self.is_bounded:
             distance = self.distances(span, fraction.view(*directions.shape[:2], 1))
-            fraction = self.ray_code.to_fraction(origins, directions, distance).flatten(0, 1)
+            fraction = self.ray_encoding.to_fraction(origins, directions, distance).flatten(0, 1)
         return torch.cat([found.accumulation, fraction], dim=-1)
 
     def middles(self, device: torch.device | str = "cpu") -> Float[Tensor, "probes"]:
@@ -311,9 +322,9 @@ class CompositedEncoding(nn.Module):
 
     def march_space(self) -> MarchSpace:
         """Return bounds, occupancy and grid points in the form of the CPU kernels."""
-        code, scene = self.ray_code, self.occupancy.scene
-        watched = [self.occupancy.cells, self.volume.index, code.near, code.far, *scene.buffers()]
-        state = weights_state(watched)
+        code, scene = self.ray_encoding, self.occupancy.scene
+        inputs = [self.occupancy.cells, self.volume.index, code.near, code.far, *scene.buffers()]
+        state = weights_state(inputs)
         if self._space is None or self._space[0] != state:
             space = MarchSpace(
                 is_disparity=code.spacing == "disparity" and not self.is_bounded,
@@ -416,9 +427,9 @@ def finished(
     """Return the five numbers of pixels: rgb, accumulation, depth as a position in [0, 1] of the scene's spacing.
 
     Args:
-        values: colours of the network.
+        values: colors of the network.
         geometry: geometry of `EncodedRays`.
-        background: background around a bounded scene, where colours are weighted by accumulation; None elsewhere.
+        background: background around a bounded scene, where colors are weighted by accumulation; None elsewhere.
     """
     if background is not None:
         accumulation = geometry[..., :1]

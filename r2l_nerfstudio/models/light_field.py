@@ -1,4 +1,4 @@
-"""The base of all students behind Nerfstudio's Model interface: rays in, colour, accumulation and depth out."""
+"""The base of all students behind Nerfstudio's Model interface: rays in, color, accumulation and depth out."""
 
 from __future__ import annotations
 
@@ -31,15 +31,15 @@ from r2l_nerfstudio.models.composited_encoding import (
     EncodedRays,
     finished,
 )
-from r2l_nerfstudio.models.drawing_code import DrawingCode
+from r2l_nerfstudio.models.cpu_ray_encoding import CpuRayEncoding
 from r2l_nerfstudio.models.metrics import image_metrics
 from r2l_nerfstudio.models.probe_cameras import probe_code
 from r2l_nerfstudio.ranges import FloatRange, IntRange
 from r2l_nerfstudio.rays.conventions import OURS, RayConventions
-from r2l_nerfstudio.rays.ray_code import RayCode, RayCodeKind
+from r2l_nerfstudio.rays.ray_encoding import RayEncoding, RayEncodingKind
 from r2l_nerfstudio.rays.ray_image import StudentRays
 from r2l_nerfstudio.rays.spacing import MISSED_FRACTION, SceneBounds, SpacingKind
-from r2l_nerfstudio.renamed_fields import RenamedFields
+from r2l_nerfstudio.renamed_fields import RenamedFields, current_name
 from r2l_nerfstudio.students.ray_features import FeatureVolume
 from r2l_nerfstudio.viewer.engine_menu import EngineMenu, in_render_thread
 from r2l_nerfstudio.viewer.panel import FrameTime, ViewerPanel
@@ -62,7 +62,7 @@ class LightFieldModelConfig(RenamedFields, ModelConfig):
     """Features of the hidden layers."""
     zero_init: bool = True
     """Start every residual block as the identity."""
-    ray_encoding: Annotated[RayCodeKind, tyro.conf.arg(aliases=["--pipeline.model.ray-code"])] = "points"
+    ray_encoding: Annotated[RayEncodingKind, tyro.conf.arg(aliases=["--pipeline.model.ray-code"])] = "points"
     """Ray encoding: points along the ray, Plücker coordinates, intersections with two planes, or composited: features
     gathered along the ray where the scene is."""
     num_points: Annotated[int, IntRange(1, 4096)] = 16
@@ -127,7 +127,7 @@ class LightFieldModelConfig(RenamedFields, ModelConfig):
 
 
 class LightFieldModel(Model):
-    """A student: a network from encoded rays to colour, accumulation and depth.
+    """A student: a network from encoded rays to color, accumulation and depth.
 
     The ray encoding, its bounds, the background and the teacher's outputs are in the checkpoint.
     """
@@ -144,7 +144,7 @@ class LightFieldModel(Model):
     crop_margin: int = 0
     """Cells around a crop that are evaluated and dropped in training."""
     network: torch.nn.Module
-    """From encoded rays to numbers in (0, 1): rgb, and unless composited or of colour only, accumulation and depth as a
+    """From encoded rays to numbers in (0, 1): rgb, and unless composited or of color only, accumulation and depth as a
     position along the ray."""
     background: Tensor
     _runner: Callable[[Tensor], Tensor] | None = None
@@ -156,21 +156,21 @@ class LightFieldModel(Model):
         c = self.config
         is_composited = c.ray_encoding == "composited"
         # Composited students only need its bounds.
-        self.ray_code = RayCode("points" if is_composited else c.ray_encoding, c.num_points, c.num_frequencies)
+        self.ray_encoding = RayEncoding("points" if is_composited else c.ray_encoding, c.num_points, c.num_frequencies)
         self.composited: CompositedEncoding | None = None
         self.volume: FeatureVolume | None = None
         if is_composited:
             settings = CompositedSettings(
                 c.feature_channels, c.num_samples, c.num_probes, c.point_octaves, c.direction_octaves
             )
-            self.composited = CompositedEncoding(self.ray_code, settings)
+            self.composited = CompositedEncoding(self.ray_encoding, settings)
             code_dim = self.composited.dim
         else:
-            code_dim = self.ray_code.dim
+            code_dim = self.ray_encoding.dim
             if c.volume_resolution > 0:
                 self.volume = FeatureVolume(c.volume_resolution, c.volume_channels)
                 code_dim += c.volume_channels * c.volume_points
-        self.drawing_code = DrawingCode(self.ray_code, self.volume, self.config.volume_points)
+        self.cpu_ray_encoding = CpuRayEncoding(self.ray_encoding, self.volume, self.config.volume_points)
         self.network = self.build_network(code_dim)
         self.register_buffer("background", torch.ones(3))
         has_focal = self.reads_ray_image or is_composited
@@ -195,7 +195,7 @@ class LightFieldModel(Model):
     @property
     def rays(self) -> StudentRays:
         """The rays that it reads, for a data manager."""
-        return StudentRays(self.factor, self.rays_per_cell, self.margin, self.ray_code.conventions)
+        return StudentRays(self.factor, self.rays_per_cell, self.margin, self.ray_encoding.conventions)
 
     @property
     def rays_per_cell(self) -> int:
@@ -209,7 +209,7 @@ class LightFieldModel(Model):
 
     @abstractmethod
     def build_network(self, code_dim: int) -> torch.nn.Module:
-        """Build the network, for codes of this length."""
+        """Build the network, for encoded rays of this length."""
 
     @abstractmethod
     def render_pinhole(
@@ -253,6 +253,12 @@ class LightFieldModel(Model):
             width, 2) of whole cells without the margin, None where the network predicts it.
         """
 
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        # For Nerfstudio's loader, and for a student that is a teacher.
+        for name in [name for name in state_dict if current_name(name) != name]:
+            state_dict[current_name(name)] = state_dict.pop(name)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
     def get_extra_state(self) -> dict[str, Any]:
         return {"has_accumulation": self.has_accumulation, "has_depth": self.has_depth}
 
@@ -275,14 +281,14 @@ class LightFieldModel(Model):
         Args:
             bounds: where the scene lies.
             axes: columns: the capture's mean right, up and backward directions.
-            background: the background colour.
+            background: the background color.
             has_accumulation: whether the teacher has accumulation.
             has_depth: whether the teacher has depth.
             focal: focal length in pixels of the views to learn from.
             conventions: how the ray encoding reads rays.
         """
-        self.ray_code.set_bounds(bounds, axes)
-        self.ray_code.set_conventions(conventions)
+        self.ray_encoding.set_bounds(bounds, axes)
+        self.ray_encoding.set_conventions(conventions)
         if self.volume is not None:
             # A bounded scene's points end a little beyond radius 1, contracted space ends at 2.
             extent = 1.05 if bounds.kind == "sphere" else 2.0
@@ -298,7 +304,7 @@ class LightFieldModel(Model):
 
     def describe_scene(self) -> str:
         """Return one line on the bounds in use."""
-        code = self.ray_code
+        code = self.ray_encoding
         if code.conventions.frame is not None:
             ndc = "normalized device coordinates" if code.conventions.ndc else "world units, planar depth"
             return f"published ray conventions, {ndc}, near {float(code.near):g}, far {float(code.far):g}"
@@ -339,11 +345,11 @@ class LightFieldModel(Model):
         if self.composited is not None:
             return self.encode_composited(self.composited, origins, directions, jitter)
         if origins.device.type == "cpu" and not (jitter or torch.is_grad_enabled()):
-            return EncodedRays(self.drawing_code(origins.float(), directions.float()))
-        code = self.ray_code(origins, directions, jitter)
+            return EncodedRays(self.cpu_ray_encoding(origins.float(), directions.float()))
+        code = self.ray_encoding(origins, directions, jitter)
         if self.volume is None:
             return EncodedRays(code)
-        points = self.ray_code.points(origins, directions, self.config.volume_points, jitter)
+        points = self.ray_encoding.points(origins, directions, self.config.volume_points, jitter)
         features = self.volume(points.flatten(0, -3))
         return EncodedRays(torch.cat([code, features.view(*code.shape[:-1], -1)], dim=-1))
 
@@ -362,7 +368,7 @@ class LightFieldModel(Model):
     ) -> Float[Tensor, "*pixels 5"]:
         """Return the five numbers of pixels: rgb, accumulation, depth as a position along the ray.
 
-        Around a bounded scene the network's colours are weighted by accumulation: empty pixels are exactly the
+        Around a bounded scene the network's colors are weighted by accumulation: empty pixels are exactly the
             background.
 
         Args:
@@ -381,7 +387,7 @@ class LightFieldModel(Model):
         managers hold directions by the encoding's conventions.
         """
         directions = ray_bundle.directions
-        if self.ray_code.conventions.is_planar and "directions_norm" in ray_bundle.metadata:
+        if self.ray_encoding.conventions.is_planar and "directions_norm" in ray_bundle.metadata:
             directions = directions * ray_bundle.metadata["directions_norm"]
         return ray_bundle.origins, directions
 
@@ -398,7 +404,7 @@ class LightFieldModel(Model):
 
     @contextmanager
     def drawn_by(self, runner: Callable[[Tensor], Tensor]) -> Iterator[None]:
-        """Within it, render with another runner of the network than the engines: a quantised one, or one that is
+        """Within it, render with another runner of the network than the engines: a quantized one, or one that is
         measured.
 
         Args:
@@ -449,13 +455,13 @@ class LightFieldModel(Model):
         Rays that miss a bounded scene's sphere show the background: the student was not trained on them, but there is
         nothing.
         """
-        # For a student of colour only, the others are empty.
+        # For a student of color only, the others are empty.
         rgb, accumulation, fraction = values[..., :3], values[..., 3:4], values[..., 4:5]
         crossing = None
-        if self.ray_code.spacing == "sphere":
+        if self.ray_encoding.spacing == "sphere":
             origins, directions = camera.rays
             # All rays of a pinhole have one origin: what depends only on it is computed once.
-            crossing = self.ray_code.crossing(origins[:1, :1] if camera.is_pinhole else origins, directions)
+            crossing = self.ray_encoding.crossing(origins[:1, :1] if camera.is_pinhole else origins, directions)
             assert crossing is not None
             rgb = torch.where(crossing.is_missed, self.background, rgb)
             accumulation = accumulation.masked_fill(crossing.is_missed, 0.0)
@@ -464,7 +470,7 @@ class LightFieldModel(Model):
         if self.has_accumulation:
             outputs["accumulation"] = accumulation
         if self.has_depth:
-            outputs["depth"] = self.ray_code.distance(fraction, crossing).clamp_min(0.0)
+            outputs["depth"] = self.ray_encoding.distance(fraction, crossing).clamp_min(0.0)
             outputs.setdefault("accumulation", torch.ones_like(outputs["depth"]))
         return outputs
 
@@ -484,11 +490,11 @@ class LightFieldModel(Model):
         return cropped
 
     def get_rgba_image(self, outputs: dict[str, Tensor], output_name: str = "rgb") -> Float[Tensor, "height width 4"]:
-        """Return colour without its background, and opacity, in [0, 1]: what `ns-render --rendered-output-names rgba`
+        """Return color without its background, and opacity, in [0, 1]: what `ns-render --rendered-output-names rgba`
         saves."""
         rgb = outputs[output_name]
         opacity = outputs.get("accumulation", torch.ones_like(rgb[..., :1]))
-        # At almost zero opacity, colour is almost all rounding: it is kept in range, and not visible.
+        # At almost zero opacity, color is almost all rounding: it is kept in range, and not visible.
         color = (rgb - self.background * (1 - opacity)) / opacity.clamp_min(1e-3)
         return torch.cat([color.clamp(0, 1), opacity], dim=-1)
 
@@ -501,7 +507,7 @@ class LightFieldModel(Model):
     def get_loss_dict(
         self, outputs: dict[str, Tensor], batch: dict[str, Tensor], metrics_dict: dict[str, Tensor] | None = None
     ) -> dict[str, Tensor]:
-        """Return mean squared errors of colour and, where known, accumulation and coded depth."""
+        """Return mean squared errors of color and, where known, accumulation and encoded depth."""
         truth = self.blend(batch["image"].to(self.device))
         weight = batch.get("weight", torch.ones_like(truth[..., :1])).to(self.device)
         losses = {"rgb_loss": _weighted_mean((outputs["rgb"] - truth).square().mean(-1, keepdim=True), weight)}
@@ -513,8 +519,8 @@ class LightFieldModel(Model):
             losses["accumulation_loss"] = self.config.accumulation_weight * _weighted_mean(error, known)
         if self.has_depth:
             seen = known * batch["accumulation"] * (batch["depth"] > 0)
-            # Compared as positions in [0, 1]: a metre far away counts less than one close by.
-            target = self.ray_code.to_fraction(batch["origins"], batch["directions"], batch["depth"])
+            # Compared as positions in [0, 1]: a meter far away counts less than one close by.
+            target = self.ray_encoding.to_fraction(batch["origins"], batch["directions"], batch["depth"])
             error = (outputs["depth_fraction"] - target).square()
             losses["depth_loss"] = self.config.depth_weight * _weighted_mean(error, seen)
         return losses
@@ -529,7 +535,7 @@ class LightFieldModel(Model):
         self, outputs: dict[str, Tensor], batch: dict[str, Tensor]
     ) -> tuple[dict[str, float], dict[str, Tensor]]:
         """Return PSNR, SSIM (and LPIPS if its weights can be loaded), and images: photo beside render, accumulation and
-        depth in colour."""
+        depth in color."""
         truth = self.blend(batch["image"].to(self.device))
         metrics = image_metrics(outputs["rgb"], truth)
         images = {"img": torch.cat([truth, outputs["rgb"]], dim=1)}

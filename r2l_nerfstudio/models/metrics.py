@@ -53,7 +53,7 @@ def ssim(image: Float[Tensor, "height width 3"], truth: Float[Tensor, "height wi
     found = structural_similarity_index_measure(
         *_batches(image, truth), data_range=1.0, gaussian_kernel=True, sigma=SSIM_SIGMA, kernel_size=SSIM_WINDOW
     )
-    return float(cast(Tensor, found))  # It returns a pair only if asked for more.
+    return float(cast(Tensor, found))  # It returns a tuple only with other options.
 
 
 def lpips(

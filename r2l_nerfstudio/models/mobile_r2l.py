@@ -61,7 +61,7 @@ class MobileR2LModelConfig(LightFieldModelConfig):
     last_width: Annotated[int, IntRange(1, 8192)] = 16
     """Channels of the last upsampling step."""
     margin: int = MARGIN
-    """Cells around an image that are evaluated and dropped, so that its border pixels have neighbours; 0, as published:
+    """Cells around an image that are evaluated and dropped, so that its border pixels have neighbors; 0, as published:
     none, and zeros beyond the border."""
     pixel_samples: int = 12
     """composited: sample points per pixel; cells have `num_samples`."""
@@ -117,7 +117,7 @@ class MobileR2LModel(LightFieldModel):
 
     # Rays only, like Nerfstudio's models of rays: cameras go through `get_outputs_for_camera`.
     def get_outputs(self, ray_bundle: RayBundle) -> dict[str, Tensor]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """Return colour, accumulation and coded depth of the pixels of ray images, without their margins.
+        """Return color, accumulation and encoded depth of the pixels of ray images, without their margins.
 
         Args:
             ray_bundle: rays of the cells, margin included (crops rows columns), `rays_per_cell` times as many along
@@ -151,9 +151,9 @@ class MobileR2LModel(LightFieldModel):
     @torch.no_grad()
     def _answer_rays(self, origins: Float[Tensor, "rays 3"], directions: Float[Tensor, "rays 3"]) -> dict[str, Tensor]:
         """Render each ray as an image of one pixel, with an upright camera that looks along it."""
-        right = torch.linalg.cross(directions, self.ray_code.axes[:, 1].expand_as(directions))
+        right = torch.linalg.cross(directions, self.ray_encoding.axes[:, 1].expand_as(directions))
         # Straight up or down any right will do.
-        other = torch.linalg.cross(directions, self.ray_code.axes[:, 0].expand_as(directions))
+        other = torch.linalg.cross(directions, self.ray_encoding.axes[:, 0].expand_as(directions))
         right = torch.where(right.norm(dim=-1, keepdim=True) > 1e-3, right, other)
         right = right / right.norm(dim=-1, keepdim=True)
         axes = torch.stack([right, torch.linalg.cross(right, directions), -directions, origins], dim=-1)
@@ -161,7 +161,7 @@ class MobileR2LModel(LightFieldModel):
         side = (1 + 2 * self.margin) * self.rays_per_cell
         grid = pixel_centers(side, side, self.device)
         in_cells = ray_image_intrinsics(intrinsics, self.factor, None, self.rays_per_cell, self.margin)
-        code, geometry = self.encode_rays(*self.ray_code.pinhole_rays(axes[:, None, None], in_cells, grid))
+        code, geometry = self.encode_rays(*self.ray_encoding.pinhole_rays(axes[:, None, None], in_cells, grid))
         first = self.margin * self.factor
         values = self.run_network(code.permute(0, 3, 1, 2))[:, :, first, first]
         values = self.finish(values, None if geometry is None else geometry[:, 0, 0])
@@ -171,7 +171,7 @@ class MobileR2LModel(LightFieldModel):
         return {
             "rgb": values[:, :3],
             "accumulation": values[:, 3:4],
-            "depth": self.ray_code.to_distance(origins, directions, fraction),
+            "depth": self.ray_encoding.to_distance(origins, directions, fraction),
             "depth_fraction": fraction,
         }
 
@@ -205,8 +205,8 @@ class MobileR2LModel(LightFieldModel):
         except for some pixels around it."""
         window = Window(0, 0, width, height)
         # On GPUs a new size costs more than it saves: engines are planned, and graphs captured, for each.
-        if self.ray_code.spacing == "sphere" and self.device.type == "cpu":
-            code = self.ray_code
+        if self.ray_encoding.spacing == "sphere" and self.device.type == "cpu":
+            code = self.ray_encoding
             window = sphere_window(pose, intrinsics, height, width, code.center, float(code.radius), spill)
         left, columns = self._cells(window.left, window.right, width)
         top, rows = self._cells(window.top, window.bottom, height)
@@ -247,6 +247,6 @@ class MobileR2LModel(LightFieldModel):
     ) -> EncodedRays:
         """Return `encoding_for_camera` for a window of cells, margin included, that begins at a pixel (x, y)."""
         in_cells = ray_image_intrinsics(intrinsics, self.factor, corner, self.rays_per_cell, self.margin)
-        rays = self.ray_code.image_rays(pose, in_cells, rows * self.rays_per_cell, columns * self.rays_per_cell)
+        rays = self.ray_encoding.image_rays(pose, in_cells, rows * self.rays_per_cell, columns * self.rays_per_cell)
         code, geometry = self.encode_rays(*rays)
         return EncodedRays(code.permute(2, 0, 1)[None], geometry)

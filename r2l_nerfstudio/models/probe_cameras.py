@@ -23,7 +23,7 @@ def probe_poses(model: LightFieldModel) -> Float[Tensor, "probes 3 4"]:
 
     Around a bounded object they look at it from outside; in any other scene they stand at its center and look around.
     """
-    code = model.ray_code
+    code = model.ray_encoding
     axes = code.axes.cpu()
     distance = float(code.near + code.far) / 2 if code.spacing == "sphere" else 0.0
     poses = []

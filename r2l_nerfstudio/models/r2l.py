@@ -40,7 +40,7 @@ class R2LModelConfig(LightFieldModelConfig):
 
 
 class R2LModel(LightFieldModel):
-    """A residual MLP from an encoded ray to colour, accumulation and depth."""
+    """A residual MLP from an encoded ray to color, accumulation and depth."""
 
     config: R2LModelConfig
     network: ResMLP
@@ -50,11 +50,11 @@ class R2LModel(LightFieldModel):
 
     # Rays only, like Nerfstudio's models of rays: cameras go through `get_outputs_for_camera`.
     def get_outputs(self, ray_bundle: RayBundle) -> dict[str, Tensor]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """Return colour, accumulation and depth of rays.
+        """Return color, accumulation and depth of rays.
 
         Returns:
             `rgb` (*batch 3), `accumulation` (*batch 1), `depth` (*batch 1, distance along the ray), and
-            `depth_fraction`, the position in [0, 1] along the ray that codes the depth. Of a student of colour only, `rgb`
+            `depth_fraction`, the position in [0, 1] along the ray that encodes the depth. Of a student of color only, `rgb`
             and an infinite `depth`.
         """
         origins, directions = self.bundle_rays(ray_bundle)
@@ -66,7 +66,7 @@ class R2LModel(LightFieldModel):
         return {
             "rgb": values[..., :3],
             "accumulation": values[..., 3:4],
-            "depth": self.ray_code.to_distance(origins, directions, fraction),
+            "depth": self.ray_encoding.to_distance(origins, directions, fraction),
             "depth_fraction": fraction,
         }
 
@@ -92,11 +92,11 @@ class R2LModel(LightFieldModel):
         across, down = self._supersampling(intrinsics, height, width)
         drawn_height, drawn_width = math.ceil(height * down), math.ceil(width * across)
         if (drawn_height, drawn_width) == (height, width):
-            if camera is not None and self.ray_code.reads_pixel_centers:
+            if camera is not None and self.ray_encoding.reads_pixel_centers:
                 return self.render_rays(*camera.rays)
-            return self.render_rays(*self.ray_code.image_rays(pose, intrinsics, height, width))
+            return self.render_rays(*self.ray_encoding.image_rays(pose, intrinsics, height, width))
         scale = constant(intrinsics, [drawn_width / width, drawn_height / height] * 2)
-        values = self.render_rays(*self.ray_code.image_rays(pose, intrinsics * scale, drawn_height, drawn_width))
+        values = self.render_rays(*self.ray_encoding.image_rays(pose, intrinsics * scale, drawn_height, drawn_width))
         values = interpolate(values.permute(2, 0, 1)[None], (height, width), mode="bilinear", antialias=True)
         return values[0].permute(1, 2, 0)
 
@@ -110,7 +110,7 @@ class R2LModel(LightFieldModel):
 
     def render_values(self, camera: CameraRays) -> Float[Tensor, "height width 5"]:
         if not camera.is_pinhole:
-            if self.ray_code.conventions.is_planar:  # Only pinholes are planar.
+            if self.ray_encoding.conventions.is_planar:  # Only pinholes are planar.
                 return render_by_faces(camera, float(camera.camera.fx[0]), self.render_pinhole)
             return self.render_rays(*camera.rays)
         return self.render_pinhole(*camera.pinhole, camera.height, camera.width, camera)
@@ -122,7 +122,7 @@ class R2LModel(LightFieldModel):
     def encoding_for_camera(
         self, pose: Float[Tensor, "3 4"], intrinsics: Float[Tensor, "4"], height: int, width: int
     ) -> EncodedRays:
-        origins, directions = self.ray_code.image_rays(pose, intrinsics, height, width)
+        origins, directions = self.ray_encoding.image_rays(pose, intrinsics, height, width)
         return self.encode_rays(origins.reshape(-1, 3), directions.reshape(-1, 3))
 
     def render_rays(
@@ -141,8 +141,8 @@ class R2LModel(LightFieldModel):
             )
         flat = [tensor.reshape(-1, 3) for tensor in (origins, directions)]
         seen: Tensor | None = None
-        if self.ray_code.spacing == "sphere":
-            seen = (~self.ray_code.misses_scene(origins, directions)).flatten().nonzero()[:, 0]
+        if self.ray_encoding.spacing == "sphere":
+            seen = (~self.ray_encoding.misses_scene(origins, directions)).flatten().nonzero()[:, 0]
             flat = [tensor[seen] for tensor in flat]
         size = min(self.config.eval_num_rays_per_chunk, 4 * chunk_rows(origins.device))
         parts = [self.run_network(self.encode(o, d)) for o, d in zip(*(t.split(size) for t in flat), strict=True)]

@@ -110,7 +110,7 @@ class StudentWork:
         if isinstance(self.model, MobileR2LModel):
             return self.model._draw(pose, intrinsics, height, width, spill=1)
         model = cast(R2LModel, self.model)
-        return model.render_rays(*model.ray_code.image_rays(pose, intrinsics, height, width))
+        return model.render_rays(*model.ray_encoding.image_rays(pose, intrinsics, height, width))
 
 
 def student_cost(config: DistillationTrainerConfig, width: int, height: int) -> StudentCost:
@@ -177,7 +177,7 @@ def _ring(width: int, height: int, device: str) -> ViewRing:
 
 def _drawer(data: Any, model: LightFieldModel, ring: ViewRing) -> Callable[[], Batch]:
     """How the data manager of a configuration draws a batch of teacher views."""
-    conventions = model.ray_code.conventions
+    conventions = model.ray_encoding.conventions
     if isinstance(data, RayDataManagerConfig):
         total = data.train_num_rays_per_batch
         pool = HardRayPool(int(data.hard_fraction * total), data.hard_pool_batches, RECORD_WIDTH, ring.device)

@@ -10,7 +10,7 @@ def contract(positions: Float[Tensor, "*batch 3"]) -> Float[Tensor, "*batch 3"]:
     """Map all of space into a ball of radius 2 and keep the unit ball unchanged (mip-NeRF 360, eq. 10).
 
     Args:
-        positions: points, in units of the scene's radius around its centre.
+        positions: points, in units of the scene's radius around its center.
 
     Returns:
         x inside the unit ball, else (2 - 1/|x|) x/|x|.

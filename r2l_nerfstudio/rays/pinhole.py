@@ -19,7 +19,7 @@ def pinhole_rays(
     Args:
         camera_to_worlds: OpenGL camera axes (x right, y up, looking along -z) in the world frame.
         intrinsics: fx, fy, cx, cy in pixels.
-        pixels: image points (x, y) in pixels; a pixel's centre has +0.5 in both.
+        pixels: image points (x, y) in pixels; a pixel's center has +0.5 in both.
         is_planar: scale directions to a component of 1 along the viewing axis instead of unit length.
 
     Returns:
@@ -48,7 +48,7 @@ def planar_directions(
 
 
 def pixel_centers(height: int, width: int, device: torch.device | str = "cpu") -> Float[Tensor, "height width 2"]:
-    """Return the centres (x, y) of the pixels of an image, in pixels: the first one is (0.5, 0.5)."""
+    """Return the centers (x, y) of the pixels of an image, in pixels: the first one is (0.5, 0.5)."""
     y, x = torch.meshgrid(
         torch.arange(height, device=device, dtype=torch.float32) + 0.5,
         torch.arange(width, device=device, dtype=torch.float32) + 0.5,
@@ -72,7 +72,7 @@ def image_rays(
         intrinsics: fx, fy, cx, cy in pixels.
         height: image height in pixels.
         width: image width in pixels.
-        pixel_offset: position in each pixel: 0.5 is the centre, 0 the upper left corner.
+        pixel_offset: position in each pixel: 0.5 is the center, 0 the upper left corner.
         is_planar: scale directions to a component of 1 along the viewing axis instead of unit length.
 
     Returns:

@@ -100,7 +100,7 @@ def fit_similarity(
     return fitted, residual, float(degrees)
 
 
-def recentred(poses: Float[Tensor, "num 3 4"], center: Float[Tensor, "3"] | None = None) -> Similarity:
+def recentered(poses: Float[Tensor, "num 3 4"], center: Float[Tensor, "3"] | None = None) -> Similarity:
     """Return the rigid motion into the frame of the mean camera, as LLFF's loader recenters poses.
 
     Args:
@@ -123,9 +123,9 @@ def llff_frame(poses: Float[Tensor, "num 3 4"], nearest: float, center: Float[Te
     Args:
         poses: camera-to-world matrices of all its cameras, OpenGL axes.
         nearest: smallest visible distance, in the unit of the poses.
-        center: as for `recentred`.
+        center: as for `recentered`.
     """
-    rigid = recentred(poses, center)
+    rigid = recentered(poses, center)
     scale = 1.0 / (LLFF_BOUND_FACTOR * nearest)
     return Similarity(rigid.rotation, scale, scale * rigid.translation)
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from r2l_nerfstudio.rays.conventions import OURS, RayConventions
 
 MARGIN = 1
-"""Cells around an image that are evaluated and dropped, so that its border pixels have neighbours like any other."""
+"""Cells around an image that are evaluated and dropped, so that its border pixels have neighbors like any other."""
 
 
 def ray_image_size(height: int, width: int, factor: int, margin: int = MARGIN) -> tuple[int, int]:
@@ -26,7 +26,7 @@ def ray_image_intrinsics(
     rays_per_cell: int = 1,
     margin: int = MARGIN,
 ) -> Float[Tensor, "*batch 4"]:
-    """Return the intrinsics of the ray image, in cells: its rays pass through the centres of `factor` x `factor`
+    """Return the intrinsics of the ray image, in cells: its rays pass through the centers of `factor` x `factor`
     pixels.
 
     Args:

@@ -26,9 +26,9 @@ class SceneBounds:
 
     kind: SpacingKind
     center: tuple[float, float, float]
-    """Centre of the scene."""
+    """Center of the scene."""
     radius: float
-    """Radius of the scene around its centre; lengths are divided by it before encoding."""
+    """Radius of the scene around its center; lengths are divided by it before encoding."""
     near: float
     """Nearest distance from a camera at which the teacher shows something."""
     far: float

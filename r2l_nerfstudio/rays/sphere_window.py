@@ -30,8 +30,8 @@ def sphere_window(
     """Return the smallest window that contains a sphere's silhouette; the whole image for a camera that is not clear of
     the sphere.
 
-    Across the picture, the planes through the camera and its vertical axis that touch the sphere have the slopes
-    (x d ± r sqrt(x² + d² - r²)) / (d² - r²), x and d being the centre's place to the right and in depth; likewise down.
+    Across the image, the planes through the camera and its vertical axis that touch the sphere have the slopes
+    (x d ± r sqrt(x² + d² - r²)) / (d² - r²) for the center's offset x to the right and depth d; the same downwards.
 
     Args:
         camera_to_world: OpenGL camera axes in the world frame.

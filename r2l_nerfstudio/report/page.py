@@ -20,7 +20,7 @@ from r2l_nerfstudio.report.measure import ComparedView, EngineTime, Measurements
 
 LARGEST = 1000
 """Largest width in pixels; wider images are shrunk for the page."""
-COLOURS = ("#2f7fd0", "#d0612f", "#2f9e5a")
+COLORS = ("#2f7fd0", "#d0612f", "#2f9e5a")
 
 Table = tuple[list[str], list[list[str]]]
 """Column titles and rows."""
@@ -217,11 +217,11 @@ def _curve(points: Sequence[CurvePoint]) -> str:
     )
     for number, name in enumerate(dict.fromkeys(point.name for point in points)):
         own = [point for point in points if point.name == name]
-        colour = COLOURS[number % len(COLOURS)]
+        color = COLORS[number % len(COLORS)]
         path = " ".join(f"{across(point.minutes):.1f},{up(point.psnr):.1f}" for point in own)
-        parts.append(f'<polyline fill="none" stroke="{colour}" stroke-width="2" points="{path}"/>')
+        parts.append(f'<polyline fill="none" stroke="{color}" stroke-width="2" points="{path}"/>')
         parts += [
-            f'<circle cx="{across(point.minutes):.1f}" cy="{up(point.psnr):.1f}" r="2.5" fill="{colour}">'
+            f'<circle cx="{across(point.minutes):.1f}" cy="{up(point.psnr):.1f}" r="2.5" fill="{color}">'
             f"<title>{point.psnr:.2f} dB, iteration {point.step}</title></circle>"
             for point in own
         ]

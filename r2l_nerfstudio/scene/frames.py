@@ -36,8 +36,8 @@ def camera_in_world_frame(camera: Cameras, outputs: DataparserOutputs) -> Camera
     pose = camera.camera_to_worlds
     transform = outputs.dataparser_transform.to(pose)
     rotation, shift = transform[:3, :3], transform[:3, 3]
-    centre = (pose[..., 3] / outputs.dataparser_scale - shift) @ rotation  # Row vectors: x @ R is R^T x.
-    return _with_poses(camera, torch.cat([rotation.T @ pose[..., :3], centre[..., None]], -1))
+    center = (pose[..., 3] / outputs.dataparser_scale - shift) @ rotation  # Row vectors: x @ R is R^T x.
+    return _with_poses(camera, torch.cat([rotation.T @ pose[..., :3], center[..., None]], -1))
 
 
 def camera_in_dataparser_frame(camera: Cameras, outputs: DataparserOutputs) -> Cameras:
@@ -45,5 +45,5 @@ def camera_in_dataparser_frame(camera: Cameras, outputs: DataparserOutputs) -> C
     pose = camera.camera_to_worlds
     transform = outputs.dataparser_transform.to(pose)
     rotation, shift = transform[:3, :3], transform[:3, 3]
-    centre = (pose[..., 3] @ rotation.T + shift) * outputs.dataparser_scale
-    return _with_poses(camera, torch.cat([rotation @ pose[..., :3], centre[..., None]], -1))
+    center = (pose[..., 3] @ rotation.T + shift) * outputs.dataparser_scale
+    return _with_poses(camera, torch.cat([rotation @ pose[..., :3], center[..., None]], -1))

@@ -24,7 +24,7 @@ class Picture(NamedTuple):
     """What a ray, or a pixel, sees."""
 
     rgb: Float[Tensor, "*batch 3"]
-    """Colour in [0, 1], over the white background."""
+    """Color in [0, 1], over the white background."""
     accumulation: Float[Tensor, "*batch 1"]
     """Share of the pixel that the object covers, in [0, 1]."""
     depth: Float[Tensor, "*batch 1"]
@@ -168,8 +168,8 @@ def pinhole_rays(
     """Return rays of one undistorted pinhole camera through a regular grid of points in each pixel.
 
     Args:
-        camera: a scalar camera. Pixel (0, 0) is top left and its centre is at (0.5, 0.5).
-        supersample: grid points per pixel along each axis; 1 gives the pixel centres.
+        camera: a scalar camera. Pixel (0, 0) is top left and its center is at (0.5, 0.5).
+        supersample: grid points per pixel along each axis; 1 gives the pixel centers.
 
     Returns:
         Origins and unit directions in the camera's frame of reference, rows = height x supersample, columns alike.

@@ -36,7 +36,7 @@ class Shape(Protocol):
         ...
 
     def local(self, points: Float[Tensor, "rays 3"]) -> Float[Tensor, "rays 3"]:
-        """Return world points in the solid's own axes, from its own centre, for textures."""
+        """Return world points in the solid's own axes, from its own center, for textures."""
         ...
 
 
@@ -75,7 +75,7 @@ class Sphere:
         """See `Shape.intersect`."""
         start = self.local(origins)
         along = (start * directions).sum(-1)
-        # The distance of the centre from the ray's line is far better conditioned than b^2 - c for a distant start.
+        # The distance of the center from the ray's line is far better conditioned than b^2 - c for a distant start.
         aside = start - along[:, None] * directions
         half_chord = (self.radius**2 - (aside**2).sum(-1)).clamp(min=-1.0)
         root = torch.where(half_chord >= 0, half_chord.clamp(min=0).sqrt(), -torch.inf)

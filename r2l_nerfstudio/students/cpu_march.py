@@ -69,7 +69,7 @@ def _in_parts(work: Callable[[slice], None], groups: int, group: int) -> None:
 
 
 class Rays(Protocol):
-    """Rays in groups that share their sample points; `models.composited_encoding.RaySpan` says what each tensor is."""
+    """Rays in groups that share their sample points; see `models.composited_encoding.RaySpan` for the tensors."""
 
     @property
     def origin(self) -> Tensor: ...

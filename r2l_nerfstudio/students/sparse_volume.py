@@ -150,7 +150,7 @@ def composite(
     points: Float[Tensor, "rays samples 3"],
     is_empty: Bool[Tensor, "rays"],
 ) -> Composited:
-    """Alpha-composite features along rays, front to back (NeRF, eq. 3; features instead of colours as in SNeRG, sec.
+    """Alpha-composite features along rays, front to back (NeRF, eq. 3; features instead of colors as in SNeRG, sec.
     4).
 
     `students.cpu_kernels.march` is the same function for a CPU.

@@ -28,7 +28,7 @@ SECONDS_WHILE_MOVING = 0.1
 pixels."""
 
 LINE_COLOR = (0.133, 0.157, 0.192)
-"""Colour of the dividing line, as in the viewer's split of two outputs."""
+"""Color of the dividing line, as in the viewer's split of two outputs."""
 
 
 class TeacherSplit:

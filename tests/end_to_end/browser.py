@@ -1,4 +1,4 @@
-"""A headless Chromium on the viewer's page, for tests that look at what a user sees."""
+"""Headless Chromium on the viewer's page, for tests of what a user sees."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 PATIENCE = 180.0
 """Seconds to wait for anything on the page: the CPU draws WebGL too, beside other work."""
 CHANGED = 4.0
-"""Steps of 8-bit colour between pictures that are not of the same."""
+"""Steps of 8-bit color between images of different views."""
 SAME = 1.5
 """What JPEG and the page's own resampling may add up to."""
 
@@ -34,7 +34,7 @@ def wait_for(page: Page | Frame, expression: str, seconds: float = PATIENCE) -> 
     """
     end = time.monotonic() + seconds
     while not page.evaluate(expression):
-        assert time.monotonic() < end, f"after {seconds:.0f} s it still is not true: {expression}"
+        assert time.monotonic() < end, f"after {seconds:.0f} s it is still not true: {expression}"
         time.sleep(0.05)
 
 
@@ -225,7 +225,7 @@ class ViewerPage:
 
 
 def difference(one: np.ndarray, other: np.ndarray) -> float:
-    """Mean absolute difference of two pictures in steps of 8-bit colour, blind to how finely the page draws them."""
+    """Mean absolute difference of two pictures in steps of 8-bit color, blind to how finely the page draws them."""
     small = [
         np.asarray(Image.fromarray(picture).resize((64, 48), Image.Resampling.BOX), float) for picture in (one, other)
     ]
@@ -239,7 +239,7 @@ def wait_until(
     pause: float = 0.5,
     sleep: Callable[[float], None] = time.sleep,
 ) -> None:
-    """Ask again and again.
+    """Poll a condition.
 
     Raises:
         AssertionError: if `condition` is not true within `seconds`; it tells what was waited for.
@@ -247,5 +247,7 @@ def wait_until(
     end = time.monotonic() + seconds
     while not condition():
         if time.monotonic() > end:
-            raise AssertionError(f"waited {seconds:.0f} s in vain for {what if isinstance(what, str) else what()}")
+            raise AssertionError(
+                f"waited {seconds:.0f} s without success for {what if isinstance(what, str) else what()}"
+            )
         sleep(pause)

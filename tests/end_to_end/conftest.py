@@ -1,4 +1,4 @@
-"""What end-to-end tests share: a student trained as a user trains one."""
+"""Shared by the end-to-end tests: a student trained with `ns-train`."""
 
 from __future__ import annotations
 

@@ -154,7 +154,7 @@ def test_four_captures_become_students_reports_and_exports(tmp_path: Path, local
     assert (tmp_path / "out" / capture.stages[-1].details["result"] / "student.onnx").stat().st_size > 1000
 
 
-def test_a_stage_whose_worker_was_killed_is_done_by_another(tmp_path: Path, local_ray: RayCluster) -> None:
+def test_a_stage_of_a_killed_worker_runs_again_on_another(tmp_path: Path, local_ray: RayCluster) -> None:
     captures = [str(write_folder(tmp_path / "captures" / name)) for name in ("barn", "church")]
     fleet = stand_in_fleet(
         tmp_path, [CaptureConfig(path=captures[0], options={"mobile": "--do kill-worker"}), captures[1]]

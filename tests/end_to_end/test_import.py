@@ -1,4 +1,4 @@
-"""Published students in Nerfstudio: drawn and evaluated by its tools, fine-tuned, and distilled by the `-paper` methods."""
+"""Published students in Nerfstudio: rendered, evaluated and fine-tuned by its tools, distilled by the `-paper` methods."""
 
 from __future__ import annotations
 
@@ -86,8 +86,8 @@ def test_an_imported_student_is_fine_tuned(run: Path, own_frame: Path, teacher: 
     folder = distil(config)
     before, after = (load_student(path, device="cpu", engine="torch").model for path in (run, folder))
     assert after.config.published_rays and after.config.width == 8
-    assert after.ray_code.conventions == before.ray_code.conventions
-    assert (float(after.ray_code.near), float(after.ray_code.far)) == (2.0, 6.0)
+    assert after.ray_encoding.conventions == before.ray_encoding.conventions
+    assert (float(after.ray_encoding.near), float(after.ray_encoding.far)) == (2.0, 6.0)
     moved = (after.network.head.weight - before.network.head.weight).abs().max()
     assert 0 < float(moved) < 0.2
 
@@ -125,7 +125,7 @@ PAPER = {
 def test_the_paper_methods_distil(method: str, teacher: Path, tmp_path: Path) -> None:
     folder = distil(student_config(teacher, tmp_path, method, **PAPER[method]))
     student = load_student(folder, device="cpu", engine="torch")
-    code = student.model.ray_code
+    code = student.model.ray_encoding
     assert student.outputs == ("rgb",) and student.model.network.tail.bias.shape == (3,)
     assert code.conventions.is_planar and not code.is_contracted and code.conventions.ndc is None
     assert code.conventions.pixel_offset == (0.5 if "mobile" in method else 0.0)

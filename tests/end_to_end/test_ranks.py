@@ -25,7 +25,7 @@ def overrides(method: str, num_rays: int, num_views: int, minutes: float | None)
         "max_num_iterations": ITERATIONS,
         "max_minutes": minutes,
         "pipeline.datamanager.train_num_rays_per_batch": num_rays,
-        "pipeline.steps_per_holdout": 50,
+        "pipeline.steps_per_eval_held_out": 50,
     }
 
 
@@ -35,7 +35,7 @@ def result_of(trainer: Any) -> dict[str, Any]:
     return {
         "parameters": {name: value.detach().clone() for name, value in pipeline.model.named_parameters()},
         "buffers": {name: value.clone() for name, value in pipeline.model.named_buffers()},
-        "psnr": pipeline.holdout_psnr(pipeline.datamanager.held_views),
+        "psnr": pipeline.held_out_psnr(pipeline.datamanager.held_views),
         "poses": pipeline.datamanager.ring.camera_to_worlds.clone(),
         "steps": trainer.step,
     }

@@ -38,7 +38,7 @@ def camera_path(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("student", ["tiny_student", "tiny_mobile_student"])
-def test_a_camera_path_looks_the_same_by_every_engine(
+def test_every_engine_renders_the_same_camera_path(
     student: str, request: pytest.FixtureRequest, camera_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ):
     from nerfstudio.scripts.render import RenderCameraPath

@@ -12,7 +12,7 @@ from nerfstudio.data.datamanagers.parallel_datamanager import ParallelDataManage
 OFFLINE_TRAIN = Path(__file__).parents[1] / "offline_train.py"
 
 
-def test_it_trains_with_the_processes_of_its_own_data_manager(
+def test_nerfacto_trains_with_its_own_data_manager(
     tiny_capture: Path, environment: dict[str, str], tmp_path: Path
 ) -> None:
     # These are started by `multiprocess`, whose wheel may be that of another Python.

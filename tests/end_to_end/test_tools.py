@@ -140,7 +140,9 @@ def test_checkpoint_of_other_options(copied: Callable[..., Path], capsys: pytest
     assert last.startswith("Error: ") and "network.blocks." in last and "config.yml" in last
 
 
-def test_capture_that_is_gone(copied: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_missing_capture_is_an_error(
+    copied: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
     lost = copied(config=lambda config: setattr(config.pipeline.datamanager, "data", tmp_path / "lost"))
     with pytest.raises(SystemExit) as caught:
         eval_setup(lost)
@@ -190,7 +192,7 @@ def test_render_dataset_raw_and_transparent(orphan: Path, tmp_path: Path) -> Non
         (False, True, {"rgb", "gt-rgb", "accumulation", "depth"}),
     ],
 )
-def test_render_dataset_of_students_of_less(
+def test_render_dataset_of_students_without_depth_or_accumulation(
     accumulation: bool, depth: bool, outputs: set[str], copied: Callable[..., Path], tmp_path: Path
 ) -> None:
     def forget(content: dict) -> None:

@@ -1,4 +1,4 @@
-"""Training as a user meets it: killed, resumed, short of memory, taught by a teacher that is not always right."""
+"""Training end to end: killed, resumed, short of memory, with a teacher that sometimes fails."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def killed(
     return command[1:], folder
 
 
-def test_a_kill_leaves_a_whole_checkpoint(killed: tuple[list[str], Path]) -> None:
+def test_a_killed_run_leaves_a_complete_checkpoint(killed: tuple[list[str], Path]) -> None:
     _, folder = killed
     files = list((folder / "nerfstudio_models").iterdir())
     assert files and all(file.suffix == ".ckpt" for file in files)  # Nerfstudio stumbles over anything else
@@ -99,7 +99,7 @@ def test_a_kill_leaves_a_whole_checkpoint(killed: tuple[list[str], Path]) -> Non
     assert torch.equal(pipeline.model.network.head.weight, weights["_model.network.head.weight"])
 
 
-def test_a_killed_run_goes_on(
+def test_a_killed_run_resumes(
     killed: tuple[list[str], Path],
     iterations: list[tuple[int, float]],
     tmp_path: Path,
@@ -130,7 +130,7 @@ def test_a_killed_run_goes_on(
     def watched_train(trainer: DistillationTrainer) -> None:
         begun["model"] = {key: value.clone() for key, value in trainer.pipeline.model.named_parameters()}
         begun["buffers"] = {key: value.clone() for key, value in trainer.pipeline.model.named_buffers()}
-        begun["spacing"] = trainer.pipeline.model.ray_code.spacing
+        begun["spacing"] = trainer.pipeline.model.ray_encoding.spacing
         begun["rates"] = [scheduler.last_epoch for scheduler in trainer.optimizers.schedulers.values()]
         begun["momenta"] = {
             name: copy.deepcopy(optimizer.state_dict()) for name, optimizer in trainer.optimizers.optimizers.items()
@@ -158,7 +158,7 @@ def test_a_killed_run_goes_on(
     assert kept.keys() >= begun["model"].keys()
     for key, value in kept.items():
         assert torch.equal(value, saved["pipeline"][f"_model.{key}"])
-    assert begun["spacing"] == saved["pipeline"]["_model.ray_code._extra_state"]["spacing"]
+    assert begun["spacing"] == saved["pipeline"]["_model.ray_encoding._extra_state"]["spacing"]
     assert set(begun["rates"]) == {saved["step"] + 1}
     for group, state in begun["momenta"].items():
         assert state["state"].keys() == saved["optimizers"][group]["state"].keys() != set()
@@ -167,7 +167,7 @@ def test_a_killed_run_goes_on(
                 assert torch.equal(
                     torch.as_tensor(value), torch.as_tensor(saved["optimizers"][group]["state"][index][key])
                 )
-    # It went on with the next step, to as many in all as were asked for.
+    # It continued with the next step, up to the requested total.
     assert [step for step, _ in iterations] == list(range(saved["step"] + 1, total))
     assert real == list(range(total - 6, total))
     resumed = load_run_config(tmp_path / "tiny" / "r2l-lite" / "run")
@@ -178,7 +178,7 @@ def test_a_killed_run_goes_on(
     assert newest.exists()
 
 
-def test_a_finished_run_has_nothing_left_to_do(
+def test_resuming_a_finished_run_trains_nothing(
     tiny_student: Path, tiny_teacher: Path, tmp_path: Path, iterations: list[tuple[int, float]]
 ) -> None:
     shape = {"pipeline.model.width": 32, "pipeline.model.depth": 6, "max_num_iterations": 30}
@@ -189,7 +189,7 @@ def test_a_finished_run_has_nothing_left_to_do(
     assert checkpoints(run / "nerfstudio_models")[0].name == "step-000000029.ckpt"
 
 
-def test_a_checkpoint_is_whole_or_not_there(
+def test_a_checkpoint_is_complete_or_absent(
     tiny_teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     with set_up(student_config(tiny_teacher, tmp_path)) as trainer:
@@ -248,7 +248,7 @@ def test_checkpoint_is_small_and_safe(tiny_student: Path) -> None:
     assert file.stat().st_size < 4 * weights + 100_000
 
 
-def test_a_teachers_resolution_is_the_students(tiny_teacher: Path, tmp_path: Path) -> None:
+def test_the_student_inherits_the_teachers_resolution(tiny_teacher: Path, tmp_path: Path) -> None:
     teacher = Path(shutil.copytree(tiny_teacher, tmp_path / "teacher"))
     config = load_run_config(teacher)
     config.pipeline.datamanager.camera_res_scale_factor = 0.5
@@ -279,7 +279,7 @@ def test_a_capture_that_has_moved(tiny_teacher: Path, tiny_capture: Path, tmp_pa
         ("r2l", "points", "sphere", "sphere"),
     ],
 )
-def test_every_code_learns_and_is_restored(
+def test_every_ray_encoding_learns_and_is_restored(
     method: str, code: str, spacing: str, sampler: str, tiny_teacher: Path, tmp_path: Path
 ) -> None:
     config = student_config(
@@ -300,13 +300,13 @@ def test_every_code_learns_and_is_restored(
     with set_up(config) as trainer:
         pipeline = trainer.pipeline
         assert pipeline.datamanager.photographs is None
-        # So short a training teaches little but the mean colour: begin far from it.
+        # So short a training teaches little but the mean color: begin far from it.
         pipeline.model.network.tail.bias.data[:3] = 2.0
-        before = pipeline.holdout_psnr(pipeline.datamanager.held_views)
+        before = pipeline.held_out_psnr(pipeline.datamanager.held_views)
         trainer.train()
-        assert pipeline.holdout_psnr(pipeline.datamanager.held_views) > before + 2
+        assert pipeline.held_out_psnr(pipeline.datamanager.held_views) > before + 2
     _, restored, _, _ = eval_setup(config.get_base_dir() / "config.yml")
-    theirs, ours = pipeline.model.ray_code, restored.model.ray_code
+    theirs, ours = pipeline.model.ray_encoding, restored.model.ray_encoding
     assert ours.kind == code and ours.spacing == theirs.spacing
     assert spacing == "auto" or ours.spacing == spacing
     for name in ("center", "radius", "near", "far", "axes"):
@@ -321,7 +321,7 @@ def test_every_code_learns_and_is_restored(
 # Trouble while training.
 
 
-def test_colours_that_are_not_finite_are_dropped(
+def test_non_finite_colors_are_dropped(
     tiny_teacher: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -341,7 +341,7 @@ def test_colours_that_are_not_finite_are_dropped(
     monkeypatch.setattr(Teacher, "_outputs", broken)
     run = distil(student_config(tiny_teacher, tmp_path))
     said = " ".join(capsys.readouterr().out.split())
-    assert "non-finite colours" in said and "dropped" in said
+    assert "non-finite colors" in said and "dropped" in said
     assert len(iterations) == 12 and all(torch.tensor(loss).isfinite() for _, loss in iterations)
     for value in read(*checkpoints(run / "nerfstudio_models"))["pipeline"].values():
         assert not isinstance(value, torch.Tensor) or value.isfinite().all()
@@ -370,10 +370,10 @@ def test_no_room_for_a_batch(tiny_teacher: Path, tmp_path: Path, capsys: pytest.
 # Overfitting.
 
 
-def test_the_best_weights_on_held_out_photographs_are_kept(
+def test_the_best_weights_on_held_out_photos_are_restored(
     tiny_teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ray_datamanager, "HOLDOUT_RAYS", 512)
+    monkeypatch.setattr(ray_datamanager, "HELD_OUT_RAYS", 512)
     config = student_config(
         tiny_teacher,
         tmp_path,
@@ -381,8 +381,8 @@ def test_the_best_weights_on_held_out_photographs_are_kept(
             "max_num_iterations": 30,
             "pipeline.datamanager.photo_iterations": 20,
             "pipeline.datamanager.photo_fraction": 0.9,
-            "pipeline.datamanager.holdout_fraction": 0.3,
-            "pipeline.steps_per_holdout": 2,
+            "pipeline.datamanager.held_out_fraction": 0.3,
+            "pipeline.steps_per_eval_held_out": 2,
         },
     )
     for group in config.optimizers.values():
@@ -395,7 +395,7 @@ def test_the_best_weights_on_held_out_photographs_are_kept(
         # What is learned from the others does not carry over to the held-out ones.
         pipeline.datamanager.photographs.pixels = 255 - pipeline.datamanager.photographs.pixels
         seen: dict[int, float] = {}
-        watch = pipeline.holdout_psnr
+        watch = pipeline.held_out_psnr
 
         def recorded(sample) -> float:
             psnr = watch(sample)
@@ -403,7 +403,7 @@ def test_the_best_weights_on_held_out_photographs_are_kept(
                 seen[trainer.step] = psnr
             return psnr
 
-        pipeline.holdout_psnr = recorded
+        pipeline.held_out_psnr = recorded
         trainer.train()
         last = watch(photographs)
     assert list(seen) == [*range(2, 30, 2), 29]  # and once more at the end
@@ -417,7 +417,7 @@ def test_the_best_weights_on_held_out_photographs_are_kept(
         assert torch.equal(ours, theirs), name
 
 
-def test_weights_that_are_still_the_best_stay(
+def test_final_weights_that_are_best_are_kept(
     tiny_teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     with set_up(student_config(tiny_teacher, tmp_path)) as trainer:
@@ -439,8 +439,8 @@ def test_weights_that_are_still_the_best_stay(
             assert torch.equal(value, weights[key])
 
 
-def test_nothing_is_watched_where_nothing_is_held_out(tiny_teacher: Path, tmp_path: Path) -> None:
-    overrides = {"pipeline.datamanager.holdout_fraction": 0.0, "pipeline.steps_per_holdout": 2}
+def test_without_held_out_photos_none_are_measured(tiny_teacher: Path, tmp_path: Path) -> None:
+    overrides = {"pipeline.datamanager.held_out_fraction": 0.0, "pipeline.steps_per_eval_held_out": 2}
     with set_up(student_config(tiny_teacher, tmp_path, **overrides)) as trainer:
         assert trainer.pipeline.datamanager.held_photographs is None
         assert len(trainer.pipeline.datamanager.photographs.pixels) == 6 * 24 * 24
@@ -451,7 +451,7 @@ def test_nothing_is_watched_where_nothing_is_held_out(tiny_teacher: Path, tmp_pa
 def test_the_average_of_the_weights_survives_a_kill_and_is_what_training_leaves(
     tiny_teacher: Path, tmp_path: Path
 ) -> None:
-    overrides = {"steps_per_save": 5, "save_only_latest_checkpoint": False, "pipeline.steps_per_holdout": 4}
+    overrides = {"steps_per_save": 5, "save_only_latest_checkpoint": False, "pipeline.steps_per_eval_held_out": 4}
     config = student_config(tiny_teacher, tmp_path / "whole", "mobile-r2l-lite", **overrides)
     with set_up(config) as trainer:
         trainer.train()
@@ -486,7 +486,7 @@ def test_the_average_of_the_weights_survives_a_kill_and_is_what_training_leaves(
         assert torch.equal(ours, theirs), name
 
 
-def test_watching_with_the_average_leaves_training_as_it_was(tiny_teacher: Path, tmp_path: Path) -> None:
+def test_measuring_the_average_does_not_change_training(tiny_teacher: Path, tmp_path: Path) -> None:
     with set_up(student_config(tiny_teacher, tmp_path, "mobile-r2l-lite")) as trainer:
         pipeline = trainer.pipeline
         for step in range(3):
@@ -506,7 +506,7 @@ def test_watching_with_the_average_leaves_training_as_it_was(tiny_teacher: Path,
 
 
 @pytest.mark.parametrize("method", ["r2l-lite", "mobile-r2l-lite"])
-def test_minutes_are_kept(method: str, tiny_teacher: Path, tmp_path: Path, iterations: list, capsys) -> None:
+def test_max_minutes_is_respected(method: str, tiny_teacher: Path, tmp_path: Path, iterations: list, capsys) -> None:
     overrides = {"max_minutes": 0.15, "max_num_iterations": 40, "pipeline.datamanager.photo_iterations": 10}
     with set_up(student_config(tiny_teacher, tmp_path, method, **overrides)) as trainer:
         real: list[float] = []
@@ -531,7 +531,7 @@ def test_minutes_are_kept(method: str, tiny_teacher: Path, tmp_path: Path, itera
     assert len(checkpoints(trainer.checkpoint_dir)) == 1
 
 
-def test_teacher_views_leave_time_to_train(tiny_teacher: Path, tmp_path: Path) -> None:
+def test_rendering_teacher_views_leaves_time_to_train(tiny_teacher: Path, tmp_path: Path) -> None:
     overrides = {"max_minutes": 0.2, "pipeline.datamanager.num_views": 5000}
     with set_up(student_config(tiny_teacher, tmp_path, **overrides)) as trainer:
         ring = trainer.pipeline.datamanager.ring
@@ -567,47 +567,49 @@ def test_no_iteration_waits_for_the_teacher(tiny_teacher: Path, tmp_path: Path) 
         assert not torch.equal(datamanager.ring.camera_to_worlds, before)
 
 
-class WatchedDevice(TorchDispatchMode):
-    """Notes at which iterations the host asks a device for a number, and so waits for it."""
+class DeviceWaits(TorchDispatchMode):
+    """Records the iterations at which the host waits for a number from the device."""
 
     def __init__(self, trainer: DistillationTrainer) -> None:
         super().__init__()
         self.trainer = trainer
-        self.asked: dict[int, list[str]] = {}
+        self.names: dict[int, list[str]] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         name = func.overloadpacket.__name__
         by_mask = name.startswith(("index", "_index")) and any(
             isinstance(where, Tensor) and where.dtype == torch.bool for where in tree_leaves(args[1:2])
         )
-        asks = by_mask or name in ("_local_scalar_dense", "nonzero", "masked_select", "equal", "_unique2")
-        # Adam asks for its count of steps, which torch keeps on the host.
-        if asks and not any("/torch/optim/" in frame.filename for frame in traceback.extract_stack()):
-            self.asked.setdefault(self.trainer.step, []).append(name)
+        waits = by_mask or name in ("_local_scalar_dense", "nonzero", "masked_select", "equal", "_unique2")
+        # Adam reads its count of steps, which torch keeps on the host.
+        if waits and not any("/torch/optim/" in frame.filename for frame in traceback.extract_stack()):
+            self.names.setdefault(self.trainer.step, []).append(name)
         return func(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize("method", ["r2l", "r2l-lite", "mobile-r2l-lite", "r2l-paper"])
-def test_no_iteration_asks_the_device_for_a_number(method: str, tiny_teacher: Path, tmp_path: Path) -> None:
+def test_no_iteration_waits_for_a_number_from_the_device(method: str, tiny_teacher: Path, tmp_path: Path) -> None:
     overrides = {
         "max_num_iterations": 40,
         "pipeline.datamanager.photo_iterations": 20,
         "pipeline.datamanager.refresh_share": 0.0,
-        "pipeline.steps_per_holdout": 10,
+        "pipeline.steps_per_eval_held_out": 10,
         "logging.steps_per_log": 10,
         "steps_per_save": 10,
     }
     with set_up(student_config(tiny_teacher, tmp_path, method, **overrides)) as trainer:
-        watched = WatchedDevice(trainer)
-        with watched:
+        waits = DeviceWaits(trainer)
+        with waits:
             trainer.train()
     assert trainer.step == 39
-    # Every tenth is watched, logged or saved. The first sets things up.
-    assert {step: names for step, names in watched.asked.items() if step % 10 in range(2, 9)} == {}
-    assert watched.asked  # those that are watched ask
+    # Every tenth is measured, logged or saved. The first sets things up.
+    assert {step: names for step, names in waits.names.items() if step % 10 in range(2, 9)} == {}
+    assert waits.names  # those that are measured wait
 
 
-def test_no_minutes_are_no_budget(tiny_teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_without_max_minutes_there_is_no_time_budget(
+    tiny_teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
     with pytest.raises(SystemExit):
         student_config(tiny_teacher, tmp_path, max_minutes=0.0).set_timestamp()
     assert "--max-minutes must be above 0" in " ".join(capsys.readouterr().out.split())
@@ -617,7 +619,7 @@ def test_no_minutes_are_no_budget(tiny_teacher: Path, tmp_path: Path, capsys: py
 def test_stopping_early_leaves_a_usable_student(
     number: int, tiny_teacher: Path, tmp_path: Path, iterations: list
 ) -> None:
-    overrides = {"max_num_iterations": 5000, "pipeline.steps_per_holdout": 10**6}
+    overrides = {"max_num_iterations": 5000, "pipeline.steps_per_eval_held_out": 10**6}
     before = signal.getsignal(number)
     with set_up(student_config(tiny_teacher, tmp_path, "mobile-r2l-lite", **overrides)) as trainer:
         train_iteration = trainer.train_iteration

@@ -34,7 +34,7 @@ def test_a_student_is_served_on_loopback_without_its_capture(
     assert after == before, "r2l-view wrote into the run"
 
 
-def test_a_folder_that_is_no_run(
+def test_a_folder_without_a_run_is_an_error(
     command: Callable[..., list[str]], environment: dict[str, str], tmp_path: Path
 ) -> None:
     found = subprocess.run(command("r2l-view", tmp_path), env=environment, capture_output=True, text=True, timeout=300)

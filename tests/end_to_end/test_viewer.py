@@ -1,4 +1,4 @@
-"""The viewer on a student, seen through a real browser."""
+"""The viewer on a student, in a real browser."""
 
 from __future__ import annotations
 
@@ -148,9 +148,9 @@ def test_crop_box_leaves_only_what_is_inside(page: ViewerPage):
     page.wait_until(lambda: difference(before, page.picture()) < SAME, "the crop to end")
 
 
-def test_moving_the_camera_changes_the_picture(page: ViewerPage):
+def test_moving_the_camera_changes_the_image(page: ViewerPage):
     before = page.settle()
-    assert before.std() > 2, "the canvas shows one colour only"
+    assert before.std() > 2, "the canvas shows one color only"
     page.save(SCREENSHOTS / "student.png")
     page.drag(120, 20)
     after = page.settle()
@@ -158,12 +158,12 @@ def test_moving_the_camera_changes_the_picture(page: ViewerPage):
     page.save(SCREENSHOTS / "student_moved.png")
 
 
-def test_the_panel_tells_the_speed(page: ViewerPage):
+def test_the_panel_shows_the_frame_rate(page: ViewerPage):
     assert page.pace("Student") > 0
     assert page.pace("Teacher") is None
 
 
-def test_depth_is_not_composited_unless_asked_for(page: ViewerPage):
+def test_depth_is_not_composited_by_default(page: ViewerPage):
     box = page.row("Composite depth")
     assert not box.is_checked()
     box.check()
@@ -185,7 +185,7 @@ def test_an_idle_viewer_draws_nothing(page: ViewerPage):
 def test_split_shows_the_teacher_on_the_right(page: ViewerPage):
     before = page.settle()
     middle = before.shape[1] // 2
-    # Its line in between, and where the page blends it with its neighbours.
+    # Its line in between, and where the page blends it with its neighbors.
     left, right = np.s_[:, : middle - 12], np.s_[:, middle + 12 :]
     box = page.row("Split with teacher")
     assert not box.is_checked()
@@ -219,7 +219,7 @@ def test_windows_of_odd_sizes(page: ViewerPage):
         assert page.settle().std() > 2
 
 
-def test_every_output_can_be_looked_at(page: ViewerPage):
+def test_every_output_can_be_shown(page: ViewerPage):
     before = page.settle()
     for output in ("depth", "accumulation", "rgb"):
         row = page.row("Output type").first
@@ -249,7 +249,7 @@ def test_browsers_may_leave_while_they_move(page: ViewerPage, browser: BrowserCo
     page.drag(-120, 0)
 
 
-def test_training_is_watched(
+def test_the_viewer_shows_a_training(
     browser: BrowserContext,
     train_student: Callable[..., list[str]],
     environment: dict[str, str],

@@ -1,4 +1,4 @@
-"""Engines in the viewer, seen through a real browser: chosen by themselves, changed by hand, told in the panel."""
+"""Engines in the viewer, in a real browser: selected automatically, changed by the user, shown in the panel."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def opened(
         assert not page.crashes
 
 
-def test_engines_are_chosen_told_and_changed(
+def test_engines_are_selected_shown_and_changed(
     opened: tuple[ViewerPage, Served], student: tuple[str, Path], user_cache: Path
 ):
     method, _ = student
@@ -114,7 +114,7 @@ def test_ns_eval_gives_the_same_figures_by_every_engine(student: tuple[str, Path
     assert max(psnr.values()) - min(psnr.values()) < 1e-3, psnr
 
 
-def test_ns_eval_with_an_engine_that_cannot_run_says_why(
+def test_ns_eval_with_an_unavailable_engine_is_an_error_with_the_reason(
     student: tuple[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture
 ):
     from nerfstudio.scripts.eval import ComputePSNR

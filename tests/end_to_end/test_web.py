@@ -1,10 +1,8 @@
-"""`r2l-export web` in a real browser: what a visitor sees, and what they are told where there is nothing to see."""
+"""`r2l-export web` in a real browser: what a visitor sees, and the messages if rendering is impossible."""
 
 from __future__ import annotations
 
-import base64
 import functools
-import io
 import json
 import math
 import os
@@ -13,7 +11,6 @@ import shutil
 import subprocess
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -22,16 +19,15 @@ import numpy as np
 import pytest
 import yaml
 from browser import PATIENCE, chromium, wait_for
-from PIL import Image
 from published_files import mobile_weights, r2l_weights, write_tar
 from teachers import write_blender_capture
 
+from benchmarks.web_page import canvas_image, served, state
 from r2l_nerfstudio import load_student
 from r2l_nerfstudio.errors import InputError
 from r2l_nerfstudio.export.navigation import start_pose, view_limits
 from r2l_nerfstudio.export.training_cameras import training_cameras
 from r2l_nerfstudio.export.web_runtime import fetch_runtime
-from r2l_nerfstudio.export.web_server import WebServer
 from r2l_nerfstudio.run_config import load_run_config
 from r2l_nerfstudio.scripts import export as script
 from r2l_nerfstudio.scripts.import_checkpoint import ImportCheckpoint
@@ -78,15 +74,6 @@ def pages(
     return made
 
 
-@contextmanager
-def served(folder: Path) -> Iterator[str]:
-    """The address of a folder, served as `r2l-export web --serve` does it."""
-    with WebServer(folder) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{server.server_address[1]}/"
-        server.shutdown()
-
-
 @pytest.fixture(scope="module")
 def addresses(pages: dict[str, tuple[Path, Student]]) -> Iterator[dict[str, str]]:
     """Of the served web folders, by student."""
@@ -127,30 +114,16 @@ def visit(context: BrowserContext) -> Iterator[Callable[..., Page]]:
         page.close()
 
 
-def state(page: Page) -> dict[str, str]:
-    """What the page says of itself."""
-    return page.evaluate("({...document.querySelector('light-field').dataset})")
-
-
 def settle(page: Page) -> None:
-    """Wait until the picture is as good as it gets."""
+    """Wait until the image has its final resolution."""
     wait_for(page, "['resting', 'failed'].includes(document.querySelector('light-field').dataset.state)")
     assert state(page)["state"] == "resting", sentence(page)
 
 
 def sentence(page: Page) -> str:
-    """What the page says instead of a picture; waits for it."""
+    """Wait for the page's error message and return it."""
     page.wait_for_selector("#message:not([hidden])", timeout=1e3 * PATIENCE)
     return page.locator("#message").inner_text()
-
-
-def picture(page: Page) -> np.ndarray:
-    """What is on the canvas, [height, width, 3] in [0, 1]."""
-    url = page.evaluate(
-        "document.querySelector('light-field').shadowRoot.querySelector('canvas').toDataURL('image/png')"
-    )
-    image = Image.open(io.BytesIO(base64.b64decode(url.partition(",")[2])))
-    return np.asarray(image.convert("RGB"), dtype=np.float32) / 255
 
 
 def psnr(one: np.ndarray, other: np.ndarray) -> float:
@@ -159,14 +132,14 @@ def psnr(one: np.ndarray, other: np.ndarray) -> float:
 
 
 def change(one: np.ndarray, other: np.ndarray) -> float:
-    """Mean absolute difference in steps of 8-bit colour."""
+    """Mean absolute difference in steps of 8-bit color."""
     return 255 * float(np.abs(one - other).mean())
 
 
 def rendered(student: Student, run: Path, angles: tuple[float, float, float]) -> np.ndarray:
     """The picture that torch makes of a view of the page."""
     cameras = training_cameras(run)
-    code = student.model.ray_code
+    code = student.model.ray_encoding
     view = view_limits(cameras, code.spacing == "sphere", float(code.radius))
     view["start"] = {
         "azimuth": math.radians(angles[0]),
@@ -178,7 +151,7 @@ def rendered(student: Student, run: Path, angles: tuple[float, float, float]) ->
 
 
 @pytest.mark.parametrize("name", ["r2l", "mobile-r2l"])
-def test_draws_what_torch_draws(
+def test_renders_what_torch_renders(
     name: str,
     pages: dict[str, tuple[Path, Student]],
     addresses: dict[str, str],
@@ -202,11 +175,11 @@ def test_draws_what_torch_draws(
         angles = (float(view["azimuth"]), float(view["elevation"]), float(view["distance"]) / distance)
         assert math.remainder(angles[0] - azimuth, 360) == pytest.approx(0, abs=0.01)
         truth = rendered(student, tiny_student, angles)
-        assert truth.std() > 0.01 and psnr(picture(page), truth) > 45
+        assert truth.std() > 0.01 and psnr(canvas_image(page), truth) > 45
 
 
 @pytest.mark.parametrize("weights", [r2l_weights, mobile_weights])
-def test_published_students_draw_what_torch_draws(
+def test_published_students_render_what_torch_renders(
     weights: Callable, runtime: Path, tmp_path: Path, visit: Callable[..., Page]
 ) -> None:
     """Planar rays through pixel corners, or a ray image without a margin."""
@@ -222,7 +195,7 @@ def test_published_students_draw_what_torch_draws(
         view = dict(part.split("=") for part in state(page)["view"].split("&"))
         angles = (float(view["azimuth"]), float(view["elevation"]), 1.0)
         truth = rendered(load_student(run, "cpu", engine="torch"), run, angles)
-        assert truth.std() > 0.01 and psnr(picture(page), truth) > 45
+        assert truth.std() > 0.01 and psnr(canvas_image(page), truth) > 45
 
 
 def test_moves_by_mouse_wheel_and_keys_within_limits(addresses: dict[str, str], visit: Callable[..., Page]) -> None:
@@ -234,7 +207,7 @@ def test_moves_by_mouse_wheel_and_keys_within_limits(addresses: dict[str, str], 
         wait_for(page, f"document.querySelector('light-field').dataset.frames > {frames}")
         settle(page)
         view = dict(part.split("=") for part in state(page)["view"].split("&"))
-        return picture(page), {key: float(value) for key, value in view.items() if key != "target"}
+        return canvas_image(page), {key: float(value) for key, value in view.items() if key != "target"}
 
     def drag(right: int, down: int, button: str = "left") -> None:
         page.mouse.move(160, 160)
@@ -287,17 +260,17 @@ def test_moves_by_touch(addresses: dict[str, str], visit: Callable[..., Page]) -
 def test_resizes_reloads_and_shares_the_machine(addresses: dict[str, str], visit: Callable[..., Page]) -> None:
     page = visit(f"{addresses['r2l']}?size=32", 480, 320)
     other = visit(f"{addresses['mobile-r2l']}", 320, 320)
-    assert picture(page).shape[1] / picture(page).shape[0] == pytest.approx(1.5, abs=0.1)
+    assert canvas_image(page).shape[1] / canvas_image(page).shape[0] == pytest.approx(1.5, abs=0.1)
     frames = int(state(page)["frames"])
     page.bring_to_front()
     page.set_viewport_size({"width": 240, "height": 400})
     wait_for(page, f"document.querySelector('light-field').dataset.frames > {frames}")
     settle(page)
-    assert picture(page).shape[1] / picture(page).shape[0] == pytest.approx(0.6, abs=0.1)
-    before = picture(page)
+    assert canvas_image(page).shape[1] / canvas_image(page).shape[0] == pytest.approx(0.6, abs=0.1)
+    before = canvas_image(page)
     page.reload()
     settle(page)
-    assert np.array_equal(picture(page), before)
+    assert np.array_equal(canvas_image(page), before)
     other.bring_to_front()
     other.keyboard.press("ArrowLeft")
     settle(other)
@@ -306,18 +279,18 @@ def test_resizes_reloads_and_shares_the_machine(addresses: dict[str, str], visit
 @pytest.mark.parametrize(
     ("file", "body", "said"),
     [
-        ("student.onnx", "flipped", "student.onnx is damaged: copy the whole folder"),
-        ("student.onnx", "cut", "student.onnx is cut short"),
+        ("student.onnx", "flipped", "student.onnx is damaged. To fix this, copy the whole folder"),
+        ("student.onnx", "cut", "student.onnx is incomplete"),
         ("student.onnx", None, "student.onnx is missing on the server"),
         ("ort/ort-wasm-simd-threaded.wasm.gzip", None, "ort-wasm-simd-threaded.wasm.gzip is missing"),
         ("ort/ort-wasm-simd-threaded.wasm.gzip", "flipped", "ort-wasm-simd-threaded.wasm.gzip is damaged"),
-        ("ort/ort.wasm.min.mjs", None, "cannot draw the scene"),
+        ("ort/ort.wasm.min.mjs", None, "cannot render the scene"),
         ("scene.json", "cut", "scene.json is missing or damaged"),
         ("worker.js", None, "A part of this page did not load"),
         ("scene.json", "older", "scene.json is of version 1 and this page of version 2"),
     ],
 )
-def test_says_what_is_wrong_with_a_file(
+def test_a_bad_file_is_named(
     file: str,
     body: str | None,
     said: str,
@@ -344,15 +317,17 @@ def test_says_what_is_wrong_with_a_file(
         context.unroute(pattern)
 
 
-def test_says_when_the_browser_cannot(addresses: dict[str, str], context: BrowserContext) -> None:
+def test_an_unsupported_browser_shows_a_message(addresses: dict[str, str], context: BrowserContext) -> None:
     page = context.new_page()
     page.add_init_script("delete globalThis.WebAssembly")
     page.goto(addresses["r2l"])
-    assert "This browser cannot draw the scene" in sentence(page)
+    assert "This browser cannot render the scene" in sentence(page)
     page.close()
 
 
-def test_says_when_opened_as_a_file(pages: dict[str, tuple[Path, Student]], visit: Callable[..., Page]) -> None:
+def test_a_page_opened_as_a_file_shows_a_message(
+    pages: dict[str, tuple[Path, Student]], visit: Callable[..., Page]
+) -> None:
     page = visit((pages["r2l"][0] / "index.html").as_uri(), wait=False)
     assert "only from a web server" in page.locator("#browser").inner_text()
 
@@ -385,8 +360,8 @@ class _Quiet(SimpleHTTPRequestHandler):
 @pytest.mark.parametrize(
     ("name", "width", "height"), [("desktop", 1280, 800), ("phone", 390, 844), ("sideways", 844, 390)]
 )
-def test_looks_right(name: str, width: int, height: int, addresses: dict[str, str], visit: Callable[..., Page]) -> None:
-    """Nothing lies over another, nothing is cut off, nothing is moved by what is loaded."""
+def test_layout(name: str, width: int, height: int, addresses: dict[str, str], visit: Callable[..., Page]) -> None:
+    """Nothing overlaps or is cut off."""
     page = visit(f"{addresses['r2l']}?size=64", width, height)
     SCREENSHOTS.mkdir(parents=True, exist_ok=True)
     page.screenshot(path=SCREENSHOTS / f"{name}.png")
@@ -396,14 +371,14 @@ def test_looks_right(name: str, width: int, height: int, addresses: dict[str, st
         assert box["x"] + box["width"] <= width and box["y"] + box["height"] <= height
     assert boxes[0]["x"] + boxes[0]["width"] <= boxes[1]["x"]
     assert re.match(r"[\d.]+ fps · [\d.]+ ms", page.locator("#figures").inner_text())
-    page.get_by_role("button", name="Keys").click()
+    page.get_by_role("button", name="Controls").click()
     dialog = page.locator("dialog").bounding_box()
     assert dialog["x"] >= 0 and dialog["y"] >= 0 and dialog["y"] + dialog["height"] <= height
     page.screenshot(path=SCREENSHOTS / f"{name}_keys.png")
 
 
 def test_no_request_leaves_the_origin(addresses: dict[str, str], requested: list[str]) -> None:
-    """Of all that the tests above asked for."""
+    """Over all requests of the tests above."""
     assert len(requested) > 50
     elsewhere = [url for url in requested if not re.match(r"(http://127\.0\.0\.1:\d+/|file:|blob:|data:)", url)]
     assert not elsewhere
@@ -421,7 +396,7 @@ def test_scripts_pass_the_type_checker(tmp_path: Path) -> None:
     assert result.returncode == 0, result.stdout + result.stderr
 
 
-def test_command_line_tells_what_is_wrong(
+def test_command_line_errors(
     pages: dict[str, tuple[Path, Student]],
     tiny_student: Path,
     tmp_path: Path,

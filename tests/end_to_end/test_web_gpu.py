@@ -1,4 +1,4 @@
-"""The web page's own renderer on WebGPU in software: what it draws, what it loads, and what it does when something fails."""
+"""The web page's own renderer on WebGPU in software: its images, its requests, and its failures."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import json
 import math
 import re
 import shutil
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,10 +24,10 @@ from student_runs import (
     write_run,
 )
 
+from benchmarks.web_page import ELEMENT, served, state
 from r2l_nerfstudio import load_student
 from r2l_nerfstudio.distillation.pose_sampling import CaptureCameras, look_along
-from r2l_nerfstudio.export.web_folder import drawn_rgb, export_web
-from r2l_nerfstudio.export.web_server import WebServer
+from r2l_nerfstudio.export.web_folder import PageOptions, drawn_rgb, export_web
 from r2l_nerfstudio.export.web_single_file import export_single_file
 from r2l_nerfstudio.export.web_weights import WebWeights
 from r2l_nerfstudio.student import Student
@@ -38,7 +37,6 @@ if TYPE_CHECKING:
 
 SCREENSHOTS = Path(__file__).parents[2] / "artifacts" / "web"
 FOCAL = 50.0
-ELEMENT = "document.querySelector('light-field')"
 SIZES = ((48, 40), (37, 29), (33, 50))
 STUDENTS = {
     "r2l": (tiny_composited_r2l(), "sphere"),
@@ -78,13 +76,13 @@ def make_student(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], St
 def folder(make_student: Callable[[str], Student], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The page of an R2L student, without the fallback."""
     output = tmp_path_factory.mktemp("page") / "page"
-    export_web(make_student("r2l"), ring(), None, output, "A ball")
+    export_web(make_student("r2l"), ring(), None, output, PageOptions("A ball"))
     return output
 
 
 @pytest.fixture(scope="module")
 def context(tmp_path_factory: pytest.TempPathFactory) -> Iterator[BrowserContext]:
-    """A browser with WebGPU in software; skips where it has none."""
+    """A browser with WebGPU in software; skips the test if it has none."""
     with chromium(tmp_path_factory.mktemp("profile"), 400, 320, has_gpu=True) as context:
         yield context
 
@@ -92,31 +90,25 @@ def context(tmp_path_factory: pytest.TempPathFactory) -> Iterator[BrowserContext
 @contextmanager
 def opened(context: BrowserContext, folder: Path, query: str = "", prepare: str = "") -> Iterator[Page]:
     """A page of a served folder, from the first byte on; `prepare` runs before its scripts."""
-    with WebServer(folder) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
+    with served(folder) as address:
         page = context.new_page()
         try:
             if prepare:
                 page.add_init_script(prepare)
-            page.goto(f"http://127.0.0.1:{server.server_address[1]}/{query}")
+            page.goto(f"{address}{query}")
             yield page
         finally:
             page.close()
-            server.shutdown()
-
-
-def state(page: Page) -> dict[str, str]:
-    return page.evaluate(f"({{...{ELEMENT}.dataset}})")
 
 
 def sentence(page: Page) -> str:
-    """What the page says instead of a picture; waits for it."""
+    """Wait for the page's error message and return it."""
     page.wait_for_selector("#message:not([hidden])", timeout=1e3 * PATIENCE)
     return page.locator("#message").inner_text()
 
 
 def rest(page: Page) -> dict[str, str]:
-    """Wait until the picture is as good as it gets."""
+    """Wait until the image has its final resolution."""
     wait_for(page, f"['resting', 'failed'].includes({ELEMENT}.dataset.state)")
     found = state(page)
     assert found["state"] == "resting", page.locator("#message").inner_text()
@@ -124,7 +116,7 @@ def rest(page: Page) -> dict[str, str]:
 
 
 def drawn(page: Page, pose: torch.Tensor, width: int, height: int) -> np.ndarray:
-    """What the page's renderer draws of a camera, read back: [height, width, 3] in [0, 1]."""
+    """Render a camera with the page's renderer and read it back: [height, width, 3] in [0, 1]."""
     names = ("right", "up", "backward", "position")
     camera = {
         "pose": {name: pose[:, axis].tolist() for axis, name in enumerate(names)},
@@ -148,12 +140,12 @@ def psnr(one: np.ndarray, other: np.ndarray) -> float:
 
 
 @pytest.mark.parametrize("name", STUDENTS)
-def test_draws_what_torch_draws(
+def test_renders_what_torch_renders(
     name: str, make_student: Callable[[str], Student], context: BrowserContext, tmp_path: Path
 ) -> None:
     """Ten cameras at odd sizes."""
     student = make_student(name)
-    export_web(student, ring(), None, tmp_path / "page", name)
+    export_web(student, ring(), None, tmp_path / "page", PageOptions(name))
     with opened(context, tmp_path / "page") as page:
         assert rest(page)["backend"] == "WebGPU"
         for number, pose in enumerate(ring().camera_to_worlds):
@@ -163,12 +155,12 @@ def test_draws_what_torch_draws(
 
 
 @pytest.mark.parametrize("name", ["r2l", "mobile-r2l"])
-def test_int8_draws_what_its_weights_draw(
+def test_int8_renders_what_its_weights_render(
     name: str, make_student: Callable[[str], Student], context: BrowserContext, tmp_path: Path
 ) -> None:
     student = make_student(name)
-    made = export_web(student, ring(), None, tmp_path / "page", name, precision="auto")
-    assert "student.int8.safetensors" in made.psnr and "against the student's own pictures" in made.notes[0]
+    made = export_web(student, ring(), None, tmp_path / "page", PageOptions(name, "auto"))
+    assert "student.int8.safetensors" in made.psnr and "against the student's own renders" in made.notes[0]
     pose = ring().camera_to_worlds[3]
     with opened(context, tmp_path / "page") as page:
         rest(page)
@@ -178,8 +170,8 @@ def test_int8_draws_what_its_weights_draw(
         assert psnr(found, drawn_rgb(student, pose, FOCAL, 37, 29).numpy()) > 50
 
 
-def test_loads_the_student_and_nothing_more(folder: Path, context: BrowserContext) -> None:
-    """Neither ONNX Runtime nor the worker; from its own server only; the first picture soon after the weights."""
+def test_loads_only_the_student(folder: Path, context: BrowserContext) -> None:
+    """Neither ONNX Runtime nor the worker, only from its own server, and the first frame soon after the weights."""
     with opened(context, folder) as page:
         loaded = rest(page)
         names = page.evaluate("performance.getEntriesByType('resource').map(({name}) => name)")
@@ -188,7 +180,7 @@ def test_loads_the_student_and_nothing_more(folder: Path, context: BrowserContex
     assert float(loaded["firstFrame"]) > 0
 
 
-def test_looks_at_the_point_of_a_double_click_and_shares_the_view(folder: Path, context: BrowserContext) -> None:
+def test_a_double_click_focuses_and_the_view_can_be_shared(folder: Path, context: BrowserContext) -> None:
     with opened(context, folder) as page:
         before = rest(page)["view"]
         page.mouse.dblclick(215, 170)
@@ -229,7 +221,7 @@ def test_glides_after_a_drag_unless_motion_is_reduced(folder: Path, context: Bro
         rest(page)
 
 
-def test_a_lost_gpu_is_opened_again(folder: Path, context: BrowserContext) -> None:
+def test_a_lost_gpu_is_reopened(folder: Path, context: BrowserContext) -> None:
     with opened(context, folder) as page:
         before = rest(page)
         page.evaluate(f"{ELEMENT}.backend.device.destroy()")
@@ -248,7 +240,7 @@ def test_a_lost_gpu_is_opened_again(folder: Path, context: BrowserContext) -> No
         "GPUDevice.prototype.createComputePipelineAsync = async () => { throw new Error('no memory') }",
     ],
 )
-def test_says_so_without_a_gpu_and_without_a_fallback(prepare: str, folder: Path, context: BrowserContext) -> None:
+def test_without_webgpu_and_fallback_a_message_is_shown(prepare: str, folder: Path, context: BrowserContext) -> None:
     with opened(context, folder, prepare=prepare) as page:
         assert "it needs WebGPU" in sentence(page)
         assert page.locator("#poster").is_visible()
@@ -257,14 +249,14 @@ def test_says_so_without_a_gpu_and_without_a_fallback(prepare: str, folder: Path
 @pytest.mark.parametrize(
     ("damage", "said"),
     [
-        ("cut", "cut short"),
+        ("cut", "is incomplete"),
         ("flipped", "is damaged"),
         ("missing", "is missing on the server"),
         ("no header", "is damaged (its header is cut short)"),
         ("no tensor", "is damaged (it has no"),
     ],
 )
-def test_says_what_is_wrong_with_the_weights(
+def test_bad_weights_are_described(
     damage: str, said: str, folder: Path, context: BrowserContext, tmp_path: Path
 ) -> None:
     site = Path(shutil.copytree(folder, tmp_path / "site"))
@@ -295,13 +287,13 @@ def test_says_what_is_wrong_with_the_weights(
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"version": 3}, "of version 3 and this page of version 2"),
-        ({"background": [0, 0, "1.0); evil("]}, "wrong: background"),
-        ({"poster": "https://elsewhere.example/poster.jpg"}, "wrong: poster"),
-        ({"student": {}}, "wrong: student.weights"),
+        ({"version": 3}, "of version 3 and this page is of version 2"),
+        ({"background": [0, 0, "1.0); evil("]}, "invalid: background"),
+        ({"poster": "https://elsewhere.example/poster.jpg"}, "invalid: poster"),
+        ({"student": {}}, "invalid: student.weights"),
     ],
 )
-def test_says_what_is_wrong_with_the_scene(
+def test_a_bad_scene_is_described(
     change: dict[str, Any], said: str, folder: Path, context: BrowserContext, tmp_path: Path
 ) -> None:
     site = Path(shutil.copytree(folder, tmp_path / "site"))
@@ -311,7 +303,7 @@ def test_says_what_is_wrong_with_the_scene(
         assert said in sentence(page)
 
 
-def test_is_an_element_of_other_pages(folder: Path, context: BrowserContext, tmp_path: Path) -> None:
+def test_the_element_works_in_other_pages(folder: Path, context: BrowserContext, tmp_path: Path) -> None:
     """Two of them in one page, without controls, one of them without its background."""
     site = tmp_path / "site"
     shutil.copytree(folder, site / "scene")
@@ -327,10 +319,10 @@ def test_is_an_element_of_other_pages(folder: Path, context: BrowserContext, tmp
         assert "azimuth=30.00" in page.evaluate("document.getElementById('two').view")
 
 
-def test_one_file_opens_without_a_server(
+def test_a_single_file_opens_without_a_server(
     make_student: Callable[[str], Student], context: BrowserContext, tmp_path: Path
 ) -> None:
-    export_single_file(make_student("mobile-r2l"), ring(), tmp_path / "scene.html", "One file")
+    export_single_file(make_student("mobile-r2l"), ring(), tmp_path / "scene.html", PageOptions("One file"))
     page = context.new_page()
     page.goto((tmp_path / "scene.html").as_uri())
     assert rest(page)["backend"] == "WebGPU"
@@ -339,7 +331,7 @@ def test_one_file_opens_without_a_server(
 
 
 @pytest.mark.parametrize(("name", "width", "height"), [("desktop", 1280, 800), ("phone", 390, 844)])
-def test_looks_right(name: str, width: int, height: int, folder: Path, context: BrowserContext) -> None:
+def test_layout(name: str, width: int, height: int, folder: Path, context: BrowserContext) -> None:
     with opened(context, folder) as page:
         page.set_viewport_size({"width": width, "height": height})
         rest(page)

@@ -1,4 +1,4 @@
-"""The wheel works without the checkout, and holds what users run and nothing else."""
+"""The wheel works without the checkout and contains nothing that users do not run."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def run(built: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., 
     return run
 
 
-def test_the_wheel_holds_the_package_alone(built: Path):
+def test_the_wheel_contains_only_the_package(built: Path):
     (wheel,) = built.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()

@@ -1,4 +1,4 @@
-// ONNX Runtime Web on the processor, for browsers without WebGPU: loaded only by those.
+// ONNX Runtime Web on the CPU, loaded only by browsers without WebGPU.
 
 /** @import {Answer, Backend, Scene} from "./types.d.ts" */
 
@@ -7,12 +7,12 @@ const MOST_THREADS = 8;
 /**
  * @param {Scene} scene
  * @param {URL} base folder of the export
- * @param {{progress: (done: number) => void, threads: number}} options `threads` 0: as many as there are cores
+ * @param {{progress: (done: number) => void, threads: number}} options `threads` 0: one per core
  * @returns {Promise<Backend>}
  */
 export function openFallback(scene, base, { progress, threads: asked }) {
   const cores = Math.min(MOST_THREADS, navigator.hardwareConcurrency || 1);
-  // Without the server's headers for isolation there are no threads.
+  // Threads need the server's headers for cross-origin isolation.
   const threads = globalThis.crossOriginIsolated ? (asked >= 1 ? Math.min(asked, cores) : cores) : 1;
   const worker = new Worker(new URL("./worker.js", import.meta.url), { type: "module" });
   const canvas = document.createElement("canvas");
@@ -27,7 +27,7 @@ export function openFallback(scene, base, { progress, threads: asked }) {
       else reject(error);
       worker.terminate();
     };
-    worker.addEventListener("error", () => fail("A part of this page did not load: copy the whole folder of the export to the server again, or load the page again."));
+    worker.addEventListener("error", () => fail("A part of this page did not load. Reload the page, or copy the whole folder of the export to the server again."));
     worker.addEventListener("message", (/** @type {MessageEvent<Answer>} */ { data }) => {
       if (data.kind === "progress") progress(data.done);
       else if (data.kind === "failed") fail(data.sentence);

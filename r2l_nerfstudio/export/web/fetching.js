@@ -1,21 +1,21 @@
-// Files of this folder, whole or with a sentence that says what is wrong.
+// Loads files of this folder completely, or fails with a message for the visitor.
 
 export class MissingFile extends Error {}
 
-/** A file of a page of one file; undefined in any other page. @param {string} name @returns {Uint8Array<ArrayBuffer> | undefined} */
+/** A file inside a single-file page; undefined in any other page. @param {string} name @returns {Uint8Array<ArrayBuffer> | undefined} */
 export function inlined(name) {
   const files = /** @type {{lightFieldFiles?: Record<string, string>}} */ (globalThis).lightFieldFiles;
   return files?.[name] === undefined ? undefined : Uint8Array.from(atob(files[name]), (byte) => byte.charCodeAt(0));
 }
 
 /**
- * A page of one file holds the others in base64, by their names.
+ * Fetch a file completely and check it; a single-file page holds the others in base64, by name.
  *
  * @param {URL} base folder
  * @param {string} name of the file in it
  * @param {number} bytes that it has
- * @param {string | null} sha256 in hexadecimal; null to check the size alone
- * @param {(done: number) => void} progress told the bytes so far
+ * @param {string | null} sha256 in hexadecimal; null to check only the size
+ * @param {(done: number) => void} progress called with the bytes so far
  * @returns {Promise<Uint8Array<ArrayBuffer>>}
  */
 export async function fetchWhole(base, name, bytes, sha256, progress) {
@@ -29,29 +29,29 @@ export async function fetchWhole(base, name, bytes, sha256, progress) {
   try {
     response = await fetch(new URL(name, base));
   } catch {
-    throw new MissingFile(`The file ${name} did not arrive: check the connection, then load the page again.`);
+    throw new MissingFile(`The file ${name} did not load. Check the connection and reload the page.`);
   }
-  if (!response.ok || !response.body) throw new MissingFile(`The file ${name} is missing on the server: ${again}`);
+  if (!response.ok || !response.body) throw new MissingFile(`The file ${name} is missing on the server. To fix this, ${again}`);
   const found = new Uint8Array(bytes);
   let done = 0;
   try {
     for (const reader = response.body.getReader(); ; ) {
       const { done: isOver, value } = await reader.read();
       if (isOver) break;
-      if (done + value.length > bytes) throw new MissingFile(`The file ${name} is not the one that was exported: ${again}`);
+      if (done + value.length > bytes) throw new MissingFile(`The file ${name} is not the one that was exported. To fix this, ${again}`);
       found.set(value, done);
       progress((done += value.length));
     }
   } catch (error) {
     if (error instanceof MissingFile) throw error;
-    throw new MissingFile(`The file ${name} did not arrive whole: check the connection, then load the page again.`);
+    throw new MissingFile(`The file ${name} did not load completely. Check the connection and reload the page.`);
   }
-  if (done !== bytes) throw new MissingFile(`The file ${name} is cut short: ${again}`);
-  // Browsers offer this to pages from https and from this machine only.
+  if (done !== bytes) throw new MissingFile(`The file ${name} is incomplete. To fix this, ${again}`);
+  // Browsers provide crypto.subtle only over https and on localhost.
   if (sha256 && globalThis.crypto?.subtle) {
     const digest = new Uint8Array(await crypto.subtle.digest("SHA-256", found));
     const hexadecimal = Array.from(digest, (byte) => byte.toString(16).padStart(2, "0")).join("");
-    if (hexadecimal !== sha256) throw new MissingFile(`The file ${name} is damaged: ${again}`);
+    if (hexadecimal !== sha256) throw new MissingFile(`The file ${name} is damaged. To fix this, ${again}`);
   }
   return found;
 }
@@ -65,6 +65,6 @@ export async function unpack(packed, name) {
   try {
     return await new Response(new Blob([packed]).stream().pipeThrough(unpacker)).arrayBuffer();
   } catch {
-    throw new MissingFile(`The file ${name} is damaged: copy the whole folder of the export to the server again.`);
+    throw new MissingFile(`The file ${name} is damaged. To fix this, copy the whole folder of the export to the server again.`);
   }
 }

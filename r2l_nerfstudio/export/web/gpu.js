@@ -1,13 +1,13 @@
-// The GPU as a backend of the page: opens it, makes sure that it draws this student, and says when it is gone.
+// The WebGPU backend: opens the GPU, checks that it renders this student correctly, and reports when it is lost.
 
 import { Renderer } from "./renderer.js";
 
 /** @import {Backend, Camera, Scene} from "./types.d.ts" */
 
-/** Mean error, in steps of 8-bit color, beyond which a GPU does not draw what the student draws. */
+/** Mean error, in steps of 8-bit color, above which the GPU is not used. */
 const WRONG = 4;
 
-/** The GPU cannot be used: the fallback may. */
+/** The GPU cannot be used, but the fallback may work. */
 export class NoGpu extends Error {}
 
 /**
@@ -18,7 +18,7 @@ export class NoGpu extends Error {}
  */
 export async function openGpu(scene, load, { lost, transparent }) {
   const adapter = await navigator.gpu?.requestAdapter({ powerPreference: "high-performance" });
-  if (!adapter) throw new NoGpu("there is no adapter");
+  if (!adapter) throw new NoGpu("no adapter is available");
   const file = load();
   const { maxBufferSize, maxStorageBufferBindingSize } = adapter.limits;
   const device = await adapter.requestDevice({
@@ -43,7 +43,7 @@ export async function openGpu(scene, load, { lost, transparent }) {
     for (const error of [await device.popErrorScope(), await device.popErrorScope()]) {
       if (error) throw new NoGpu(error.message);
     }
-    if (!(difference < WRONG)) throw new NoGpu(`its picture is wrong by ${difference.toFixed(0)} of 255`);
+    if (!(difference < WRONG)) throw new NoGpu(`its pixels are wrong by ${difference.toFixed(0)} of 255`);
     return backend(renderer, { most, close, transparent });
   } catch (error) {
     close();
@@ -51,7 +51,7 @@ export async function openGpu(scene, load, { lost, transparent }) {
   }
 }
 
-/** Mean difference from pixels that are known: some drivers compute wrongly, and say nothing. @param {Renderer} renderer @param {Scene} scene */
+/** Mean difference from the student's own pixels: some drivers compute wrong results without an error. @param {Renderer} renderer @param {Scene} scene */
 async function probe(renderer, { probe: { position, axes, side, focal, pixels } }) {
   const [right, up, backward] = axes;
   await renderer.draw({ pose: { position, right, up, backward }, width: side, height: side, focal }, null);

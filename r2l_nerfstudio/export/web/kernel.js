@@ -1,4 +1,4 @@
-// A compute shader, its bindings by the names they have in its text.
+// A compute shader whose bindings are addressed by their names in the WGSL source.
 
 const DECLARATION = /@group\((\d)\) @binding\((\d)\) var(?:<([\w, ]+)>)? (\w+)\s*:\s*([\w]+)(?:<(\w+))?/g;
 
@@ -16,7 +16,7 @@ export class Kernel {
       const at = Number(group);
       const number = Number(binding);
       (this.groups[at] ??= []).push({ name, binding: number });
-      // Written out: layouts that browsers derive leave out what a shader declares and does not use.
+      // Explicit, since derived layouts omit bindings that a shader declares but does not use.
       (layouts[at] ??= []).push({ binding: number, visibility: GPUShaderStage.COMPUTE, ...kind(space, type, format) });
     }
     this.layouts = layouts.map((entries) => device.createBindGroupLayout({ entries }));
@@ -27,7 +27,7 @@ export class Kernel {
     this.ready = device
       .createComputePipelineAsync({ layout, compute: { module, entryPoint: "main" } })
       .then((pipeline) => (this.pipeline = pipeline));
-    // Failures are met where `ready` is waited for.
+    // Errors are handled where `ready` is awaited.
     this.ready.catch(() => undefined);
   }
 

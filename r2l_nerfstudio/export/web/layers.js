@@ -1,10 +1,10 @@
-// What the network's layers are, and where their numbers lie in the weights file.
+// The network's layers, and where their weights are in the file.
 
 import { codeLength } from "./wgsl.js";
 
 /** @import {Layer, Network, Student} from "./types.d.ts" */
 
-/** Columns that a thread keeps in registers, in vectors of four: the most that divide a layer's. @param {number} outputs */
+/** Columns that a thread keeps in registers, in vectors of four: the largest count that divides a layer's. @param {number} outputs */
 function columns(outputs) {
   const vectors = Math.ceil(outputs / 4);
   const groups = [4, 3, 2].find((count) => vectors % count === 0) ?? 1;
@@ -78,7 +78,7 @@ export function flopsPerRow(layers) {
   return layers.reduce((sum, layer) => sum + 2 * layer.inputs * layer.outputs * layer.taps * layer.scale * layer.step ** 2, 0);
 }
 
-/** Shapes of the tensors that a network needs. @param {Layer} layer @returns {number[]} */
+/** Shape of a layer's matrix in the weights file. @param {Layer} layer @returns {number[]} */
 export function matrixShape({ inputs, outputs, taps, step }) {
   return step > 1 ? [step * step, taps * inputs, outputs] : [inputs, outputs];
 }

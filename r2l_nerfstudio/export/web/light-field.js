@@ -1,9 +1,9 @@
-// <light-field src="folder/">: a scene in any page. Loads it, draws it as the visitor moves, and says so where it cannot.
+// <light-field src="folder/">: a scene in any page. Loads it, renders it as the visitor moves, and shows an error if it cannot.
 
 import { openFallback } from "./fallback.js";
 import { fetchWhole, inlined, MissingFile } from "./fetching.js";
 import { NoGpu, openGpu } from "./gpu.js";
-import { listen } from "./hands.js";
+import { connectInput } from "./input.js";
 import { Pace } from "./pace.js";
 import { drawnSize } from "./rays.js";
 import { OrbitRig, WalkRig } from "./rigs.js";
@@ -14,10 +14,10 @@ import { WrongWeights } from "./weights.js";
 /** @import {Backend, Rig, Scene, Vector} from "./types.d.ts" */
 
 const REST_MS = 180;
-/** In which a throw loses two thirds of its speed. */
+/** Time constant of the glide after a release: two thirds of its speed are lost in it. */
 const GLIDE_MS = 320;
 const FOCUS_MS = 350;
-/** Of turning by itself: a share of the stage's height per millisecond. */
+/** Speed of auto-rotate, in shares of the stage's height per millisecond. */
 const ROTATION = 0.00009;
 const MOST_RESTARTS = 3;
 const RESTART_MS = 500;
@@ -43,11 +43,11 @@ export class LightField extends HTMLElement {
     this.file = null;
     this.arrived = 0;
     /** @type {(() => boolean) | null} */
-    this.isHandOn = null;
+    this.isHeld = null;
     this.query = new URLSearchParams();
     this.isStarted = false;
     this.frames = 0;
-    /** Ends what hangs on the page around this element. */
+    /** Removes this element's listeners from the page around it. */
     this.ending = new AbortController();
   }
 
@@ -64,7 +64,7 @@ export class LightField extends HTMLElement {
     this.backend = null;
   }
 
-  /** The view as an address asks for it. */
+  /** The view in the form that an address takes. */
   get view() {
     return this.rig?.address() ?? "";
   }
@@ -80,7 +80,7 @@ export class LightField extends HTMLElement {
     return /** @type {HTMLElement} */ (this.shadowRoot?.getElementById(id));
   }
 
-  /** What the address asks for, before and after its #; the latter wins. */
+  /** Read the options in the address, before and after its #; the latter take precedence. */
   #readAddress() {
     this.query = new URLSearchParams(this.getAttribute("view") ?? "");
     if (!this.hasAttribute("linked")) return;
@@ -89,14 +89,14 @@ export class LightField extends HTMLElement {
     }
   }
 
-  /** @param {unknown} error that nobody foresaw */
+  /** @param {unknown} error unexpected */
   #stop(error) {
     const reason = String(error instanceof Error ? error.message : error).replace(/\s+/g, " ").slice(0, 160);
-    this.#giveUp(`This page stopped (${reason}): load it again, or ${AGAIN}`);
+    this.#fail(`The page stopped (${reason}). Reload it, or ${AGAIN}`);
   }
 
   /** @param {string} sentence */
-  #giveUp(sentence) {
+  #fail(sentence) {
     const message = this.#part("message");
     message.textContent = sentence;
     message.hidden = false;
@@ -120,13 +120,13 @@ export class LightField extends HTMLElement {
       if (!response.ok) throw new Error(String(response.status));
       scene = await response.json();
     } catch {
-      return this.#giveUp(`The file scene.json is missing or damaged: ${AGAIN}`);
+      return this.#fail(`The file scene.json is missing or damaged. To fix this, ${AGAIN}`);
     }
     const fault = faultyField(scene);
     if (fault === "version") {
-      return this.#giveUp(`The file scene.json is of version ${String(scene.version).slice(0, 20)} and this page of version ${SCENE_VERSION}: export the scene again, and copy the whole folder.`);
+      return this.#fail(`The file scene.json is of version ${String(scene.version).slice(0, 20)} and this page is of version ${SCENE_VERSION}. Export the scene again and copy the whole folder.`);
     }
-    if (fault) return this.#giveUp(`The file scene.json is not the one that was exported (wrong: ${fault}): ${AGAIN}`);
+    if (fault) return this.#fail(`The file scene.json is not the one that was exported (invalid: ${fault}). To fix this, ${AGAIN}`);
     this.scene = /** @type {Scene} */ (scene);
     await this.#open(this.scene, base);
   }
@@ -157,7 +157,7 @@ export class LightField extends HTMLElement {
   }
 
   /**
-   * Open the GPU, or what draws without one.
+   * Open the GPU backend, or the fallback for browsers without WebGPU.
    *
    * @param {Scene} scene
    * @param {URL} base
@@ -167,14 +167,14 @@ export class LightField extends HTMLElement {
     const progress = /** @type {HTMLProgressElement} */ (this.#part("progress"));
     const show = (/** @type {number} */ done) => (progress.value = done);
     const { weights } = scene.student;
-    let reason = "the address asks for the processor";
+    let reason = "the address has backend=wasm";
     if (!skipsGpu) {
       const load = () => {
         this.file ??= fetchWhole(base, weights.file, weights.bytes, weights.sha256, (done) => show(done / weights.bytes)).then((file) => {
           this.arrived = performance.now();
           return file;
         });
-        // Met where it is waited for; here only so that no browser complains about it before.
+        // The error is handled where the file is awaited; without this, browsers report an unhandled rejection first.
         this.file.catch(() => undefined);
         return this.file;
       };
@@ -184,8 +184,8 @@ export class LightField extends HTMLElement {
           lost: () => this.#recover(scene, base),
         });
       } catch (error) {
-        if (error instanceof MissingFile) return this.#giveUp(error.message);
-        if (error instanceof WrongWeights) return this.#giveUp(`The file ${weights.file} is damaged (${error.message}): ${AGAIN}`);
+        if (error instanceof MissingFile) return this.#fail(error.message);
+        if (error instanceof WrongWeights) return this.#fail(`The file ${weights.file} is damaged (${error.message}). To fix this, ${AGAIN}`);
         reason = String(error instanceof Error ? error.message : error);
         if (!(error instanceof NoGpu)) reason = `it failed: ${reason}`;
         console.info(`WebGPU is not used: ${reason}`);
@@ -193,15 +193,15 @@ export class LightField extends HTMLElement {
     }
     if (!this.backend) {
       if (!scene.fallback) {
-        return this.#giveUp("This browser cannot draw the scene: it needs WebGPU, which is missing or switched off here. A current Chrome, Edge, Firefox or Safari has it.");
+        return this.#fail("This browser cannot render the scene: it needs WebGPU, which is missing or disabled. Current versions of Chrome, Edge, Firefox and Safari have it.");
       }
       if (!canRunWasm()) {
-        return this.#giveUp("This browser cannot draw the scene: it lacks WebGPU and fast WebAssembly. A current Chrome, Edge, Firefox or Safari has them.");
+        return this.#fail("This browser cannot render the scene: it needs WebGPU or WebAssembly SIMD. Current versions of Chrome, Edge, Firefox and Safari have both.");
       }
       try {
         this.backend = await openFallback(scene, base, { progress: show, threads: Number(this.query.get("threads")) || 0 });
       } catch (error) {
-        return this.#giveUp(error instanceof Error ? error.message : String(error));
+        return this.#fail(error instanceof Error ? error.message : String(error));
       }
     }
     this.dataset.backend = this.backend.name;
@@ -212,7 +212,7 @@ export class LightField extends HTMLElement {
     this.#play(scene, this.backend);
   }
 
-  /** The GPU is gone, as after a driver's update or a laptop's sleep. @param {Scene} scene @param {URL} base */
+  /** Restart after the GPU was lost, for example by a driver update or a sleeping laptop. @param {Scene} scene @param {URL} base */
   #recover(scene, base) {
     this.backend = null;
     this.dataset.state = "loading";
@@ -221,7 +221,7 @@ export class LightField extends HTMLElement {
     setTimeout(() => this.#start(scene, base, this.restarts > MOST_RESTARTS).catch((error) => this.#stop(error)), RESTART_MS);
   }
 
-  /** Draw whenever something changed. @param {Scene} scene @param {Backend} backend */
+  /** Render whenever something changed. @param {Scene} scene @param {Backend} backend */
   #play(scene, backend) {
     const stage = this.#part("stage");
     const rig = /** @type {Rig} */ (this.rig);
@@ -241,7 +241,7 @@ export class LightField extends HTMLElement {
       return scale;
     };
     const side = Math.min(2048, Number(this.query.get("size")) || 0);
-    // Whole images are drawn at the pitch they were learned at, or not well.
+    // MobileR2L students only render well at the pixel pitch of their training views.
     const fixed = isImage ? Math.min(1, largest()) : side > 0 ? side / Math.sqrt(own.width * own.height) : null;
     const pace = new Pace(fixed, own.width * own.height, largest());
     let [isBusy, wantsFrame, shown, asked, lastMove, lastTick, ticking] = [false, true, 0, 0, -1e9, 0, 0];
@@ -291,7 +291,7 @@ export class LightField extends HTMLElement {
       thrown(0, 0);
       moved();
     };
-    this.isHandOn ??= this.#connect({ reset, thrown: (right, down) => this.thrown?.(right, down), doubleTapped: (x, y) => void this.doubleTapped?.(x, y) });
+    this.isHeld ??= this.#connect({ reset, thrown: (right, down) => this.thrown?.(right, down), doubleTapped: (x, y) => void this.doubleTapped?.(x, y) });
     this.thrown = thrown;
     this.doubleTapped = doubleTapped;
     this.reset = reset;
@@ -331,7 +331,7 @@ export class LightField extends HTMLElement {
       if (this.backend !== backend) return;
       const passed = Math.min(100, Math.max(0, now - lastTick));
       lastTick = now;
-      const isHeld = this.isHandOn?.() ?? false;
+      const isHeld = this.isHeld?.() ?? false;
       if (!isHeld && Math.hypot(glideRight, glideDown) > 2e-6) {
         rig.turn(glideRight * passed, glideDown * passed);
         const left = Math.exp(-passed / GLIDE_MS);
@@ -355,7 +355,7 @@ export class LightField extends HTMLElement {
       else if (!isBusy && !isMoving && isCoarse) draw(pace.resting(shown));
       const isResting = !isBusy && !wantsFrame && !isMoving && !isCoarse && !isHeld;
       this.dataset.state = isResting ? "resting" : "drawing";
-      // At rest no frame is asked for: nothing runs, nothing drains a battery. A hidden page gets none anyway.
+      // At rest no frame is requested, which saves battery. A hidden page gets none anyway.
       if (!isResting && !isBusy) ticking = requestAnimationFrame(tick);
       else if (isBusy && (isHeld || isRotating || focusing || glideRight || glideDown)) ticking = requestAnimationFrame(tick);
     };
@@ -363,7 +363,7 @@ export class LightField extends HTMLElement {
   }
 
   /**
-   * Hands, keys and buttons, once for all backends.
+   * Connect mouse, touch, keys and buttons, once for all backends.
    *
    * @param {{reset: () => void, thrown: (right: number, down: number) => void, doubleTapped: (x: number, y: number) => void}} events
    */
@@ -386,14 +386,14 @@ export class LightField extends HTMLElement {
         if (navigator.share && matchMedia("(pointer: coarse)").matches) await navigator.share({ title: scene.title, url: address.href });
         else {
           await navigator.clipboard.writeText(address.href);
-          this.#say("The link to this view is copied.");
+          this.#toast("Link copied");
         }
       } catch {
-        this.#say("The link to this view is in the address bar.");
+        this.#toast("The link is in the address bar");
       }
     };
     const moved = () => this.moved?.();
-    const hand = listen(stage, rig, { ...events, moved }, { r: reset, f: fullscreen, h: help, l: () => void share() });
+    const hand = connectInput(stage, rig, { ...events, moved }, { r: reset, f: fullscreen, h: help, l: () => void share() });
     for (const [id, act] of /** @type {const} */ ([["reset", reset], ["help", help], ["fullscreen", fullscreen], ["share", share]])) {
       this.#part(id).addEventListener("click", () => void act());
     }
@@ -407,8 +407,8 @@ export class LightField extends HTMLElement {
     return hand;
   }
 
-  /** @param {string} sentence for a moment */
-  #say(sentence) {
+  /** @param {string} sentence shown briefly */
+  #toast(sentence) {
     const toast = this.#part("toast");
     toast.textContent = sentence;
     toast.hidden = false;
@@ -427,7 +427,7 @@ export class LightField extends HTMLElement {
     if (this.arrived) this.dataset.firstFrame = (performance.now() - this.arrived).toFixed(0);
     const scene = /** @type {Scene} */ (this.scene);
     const runtime = this.backend?.device || !scene.fallback ? "" : ` by ONNX Runtime Web ${scene.fallback.runtime.version}`;
-    this.#part("about").textContent = `${scene.title}: ${scene.method}, drawn with ${this.backend?.name}${runtime}.`;
+    this.#part("about").textContent = `${scene.title}: ${scene.method}, rendered with ${this.backend?.name}${runtime}.`;
     const isPlain = this.hasAttribute("plain") || this.query.has("plain");
     for (const id of ["poster", "loading"]) this.#part(id).hidden = true;
     for (const id of ["figures", "buttons", "hint"]) this.#part(id).hidden = isPlain;
@@ -438,7 +438,7 @@ export class LightField extends HTMLElement {
   }
 }
 
-/** Whether WebAssembly and its vector instructions are there: the smallest module that uses one. */
+/** Whether the browser has WebAssembly with SIMD: validates the smallest module that uses it. */
 function canRunWasm() {
   const vector = [0, 97, 115, 109, 1, 0, 0, 0, 1, 5, 1, 96, 0, 1, 123, 3, 2, 1, 0, 10, 10, 1, 8, 0, 65, 0, 253, 15, 253, 98, 11];
   return typeof WebAssembly === "object" && WebAssembly.validate(new Uint8Array(vector));

@@ -1,13 +1,13 @@
-// How large to draw so that the picture keeps up with the hand, and how fast it came out.
+// Chooses the render resolution so that frames keep up with the camera, and measures the frame rate.
 
 const AIM_MS = 40;
 const SMALLEST = 0.18;
 const PATIENCE_MS = 1500;
 
-/** Chooses the scale of the next picture from what the last ones took. */
+/** Chooses the scale of the next frame from the time of the last ones. */
 export class Pace {
   /**
-   * @param {number | null} fixed the only scale there is; null where the student draws at any
+   * @param {number | null} fixed the only possible scale; null if the student renders at any
    * @param {number} pixels of a picture at scale 1
    * @param {number} largest scale
    */
@@ -39,13 +39,13 @@ export class Pace {
     if (this.fixed !== null) return this.fixed;
     if (this.perPixel === null) return SMALLEST;
     const scale = Math.sqrt(AIM_MS / (this.perPixel * this.pixels));
-    // Steps rather than every size: less work for the runtime, less flicker.
+    // In steps, since every new size costs the runtime work and flickers.
     const stepped = 2 ** (Math.floor(4 * Math.log2(scale)) / 4);
     return Math.min(this.largest, Math.max(SMALLEST, stepped));
   }
 
   /**
-   * Scale once the camera rests, no farther than what is still worth waiting for.
+   * Scale once the camera rests, limited by the time that it would take.
    *
    * @param {number} shown scale of what is on the stage
    */
@@ -56,7 +56,7 @@ export class Pace {
     return Math.max(scale, Math.min(shown, this.largest));
   }
 
-  /** Pictures in the last second. @param {number} now */
+  /** Frames in the last second. @param {number} now */
   framesPerSecond(now) {
     return this.times.filter((time) => now - time < 1000).length;
   }

@@ -1,17 +1,17 @@
-// Rays of an undistorted camera, as the student learnt them.
+// Rays of an undistorted camera, with the student's conventions.
 
 /** @import {Pose, RayConventions, Scene, Sphere} from "./types.d.ts" */
 
 /**
- * Some cells of the picture's grid; 0, 0 is its first. A cell is `factor` x `factor` pixels.
+ * A rectangle of cells of the image; (0, 0) is the first. A cell is `factor` x `factor` pixels.
  * @typedef {{top: number, left: number, rows: number, columns: number}} Cells
  */
 
 /**
- * Place of a pixel in the plane one unit before the camera, x right, y up.
+ * Position of a pixel in the plane one unit in front of the camera, x right, y up.
  *
  * @typedef {object} Plane
- * @property {(column: number) => number} x of a column in pixels; a pixel's centre has half a pixel more than its number
+ * @property {(column: number) => number} x of a column in pixels; a pixel's center is at its index + 0.5
  * @property {(row: number) => number} y
  */
 
@@ -26,7 +26,7 @@ export function plane(width, height, focal) {
 }
 
 /**
- * Directions through cells, or through parts of them, as the student's ray encoding reads them.
+ * Directions of the rays through cells or parts of them, with the conventions of the student's ray encoding.
  *
  * @param {Pose} pose
  * @param {Plane} where
@@ -53,7 +53,7 @@ export function cellRays(pose, where, factor, cells, rays) {
 }
 
 /**
- * Which rays pass by the scene, and so see its background; none where it has no bounds.
+ * Return a test for rays that miss a bounded scene and see its background.
  *
  * @param {Pose} pose
  * @param {Sphere | null} sphere
@@ -73,14 +73,14 @@ export function missTest(pose, sphere) {
 }
 
 /**
- * The cells that see the scene, and those around them.
+ * Return the rectangle of cells that see the scene, with a border of one cell.
  *
  * @param {number} width of the picture in pixels
  * @param {number} height
  * @param {number} factor
  * @param {Plane} where
  * @param {(x: number, y: number) => boolean} misses
- * @returns {Cells | null} null where none does
+ * @returns {Cells | null} null if no cell does
  */
 export function seenCells(width, height, factor, where, misses) {
   const [rows, columns] = [Math.ceil(height / factor), Math.ceil(width / factor)];
@@ -100,9 +100,9 @@ export function seenCells(width, height, factor, where, misses) {
 }
 
 /**
- * Size at which a picture is drawn on a stage of another shape.
+ * Size in pixels at which the scene is rendered for a stage of another aspect ratio.
  *
- * All of a bounded scene is shown, with more of its background; of any other no more than the student has learnt to see.
+ * A bounded scene is shown completely, with more background. Any other is cropped to the student's field of view.
  *
  * @param {Scene} scene
  * @param {number} aspect the stage's width by its height

@@ -1,4 +1,4 @@
-// Draws a student on the GPU: one command buffer per picture, which never comes back to the processor.
+// Renders a student on the GPU: one command buffer per frame, without a readback.
 
 import { Kernel } from "./kernel.js";
 import { layersOf, rowLength } from "./layers.js";
@@ -22,14 +22,14 @@ import {
 /** @import {Camera, Layer, Scene} from "./types.d.ts" */
 /** @import {Resource} from "./kernel.js" */
 
-/** Rows of an R2L network that go through its layers together: their hidden numbers stay in the GPU's caches, or near. */
+/** Rays that go through an R2L network's layers together, so that their hidden features stay in the GPU's caches. */
 const CHUNK = 1 << 15;
 
 /** @typedef {{kernel: Kernel, groups: GPUBindGroup[], x: number, y: number, argument: number}} Dispatch `argument` -1: x, y workgroups */
 
 export class Renderer {
   /**
-   * Compiles while the weights are still on their way; `load` takes them.
+   * Start compiling the shaders while the weights are still loading; pass those to `load`.
    *
    * @param {Scene} scene
    * @param {GPUDevice} device
@@ -43,7 +43,7 @@ export class Renderer {
     this.tail = /** @type {Layer} */ (this.layers.pop());
     this.join = this.layers.at(-1)?.name === "join" ? /** @type {Layer} */ (this.layers.pop()) : null;
     this.composited = student.encoding.kind === "composited" ? student.encoding : null;
-    // Hidden numbers are kept in half precision where the GPU has it: half the memory traffic. Sums are in fp32 in any case.
+    // Half precision halves the memory traffic. Sums are always in fp32.
     this.number = device.features.has("shader-f16") ? "f16" : "f32";
     /** @type {Map<string, Kernel>} */
     const made = new Map();
@@ -92,7 +92,7 @@ export class Renderer {
     this.picture = null;
   }
 
-  /** @param {string} label @param {number} size in bytes @param {number} [usage] besides being written to */
+  /** @param {string} label @param {number} size in bytes @param {number} [usage] in addition to being written to */
   #buffer(label, size, usage = GPUBufferUsage.STORAGE) {
     const most = GPUBufferUsage.COPY_DST | GPUBufferUsage.COPY_SRC | usage;
     return this.device.createBuffer({ label, size: Math.max(16, 4 * Math.ceil(size / 4)), usage: most });
@@ -109,13 +109,13 @@ export class Renderer {
   }
 
   /**
-   * Take the weights, and wait for what is still being compiled.
+   * Load the weights, and wait for the shaders.
    *
    * @param {Uint8Array<ArrayBuffer>} file
    */
   async load(file) {
     const tensors = readTensors(file);
-    // Parts of a buffer that are bound by themselves begin at multiples of 256.
+    // Offsets of bindings must be multiples of 256.
     const room = (/** @type {Float32Array} */ { byteLength }) => 256 * Math.ceil(byteLength / 256);
     const matrices = [...this.layers, ...(this.join ? [this.join] : []), this.tail].map((layer) => {
       const own = this.composited ? this.composited.channels + 1 : 0;
@@ -145,7 +145,7 @@ export class Renderer {
     this.presenter = await this.presenting;
   }
 
-  /** Bytes of the largest buffer that a picture needs. @param {number} width @param {number} height */
+  /** Bytes of the largest buffer that a frame needs. @param {number} width @param {number} height */
   largestBuffer(width, height) {
     const { rows, chunk } = this.#rows(width, height);
     const bytes = this.number === "f16" ? 2 : 4;
@@ -168,7 +168,7 @@ export class Renderer {
     return { rows, chunk: this.isImage ? rows : Math.min(rows, CHUNK) };
   }
 
-  /** Make room for pictures of this size; smaller ones use the same buffers. @param {number} width @param {number} height */
+  /** Allocate buffers for frames of this size; smaller ones use the same buffers. @param {number} width @param {number} height */
   #reserve(width, height) {
     if (this.picture && width <= this.width && height <= this.height) return;
     for (const buffer of this.sized) buffer.destroy();
@@ -257,12 +257,12 @@ export class Renderer {
   }
 
   /**
-   * Draw a picture, onto a canvas if there is one.
+   * Render a frame, onto a canvas if one is given.
    *
    * @param {Camera} view
    * @param {GPUCanvasContext | null} context
    * @param {boolean} [transparent] leave the background out
-   * @returns {Promise<void>} done on the GPU
+   * @returns {Promise<void>} resolves when the GPU is done
    */
   async draw(view, context, transparent = false) {
     const { width, height, focal, pose } = view;
@@ -316,7 +316,7 @@ export class Renderer {
     pass.end();
   }
 
-  /** The last picture: for comparisons, never for the screen. @param {number} width @param {number} height @returns {Promise<Uint8Array<ArrayBuffer>>} red, green, blue, opacity */
+  /** The last frame, read back for comparisons. @param {number} width @param {number} height @returns {Promise<Uint8Array<ArrayBuffer>>} red, green, blue, opacity */
   async read(width, height) {
     const stride = 256 * Math.ceil((4 * width) / 256);
     const buffer = this.device.createBuffer({ size: stride * height, usage: GPUBufferUsage.COPY_DST | GPUBufferUsage.MAP_READ });
@@ -331,7 +331,7 @@ export class Renderer {
     return found;
   }
 
-  /** Distance along the ray of a pixel of the last picture; 0 where it shows the background. @param {number} pixel its number in raster order */
+  /** Depth along the ray of a pixel of the last frame; 0 for the background. @param {number} pixel index in raster order */
   async depthAt(pixel) {
     const buffer = this.device.createBuffer({ size: 4, usage: GPUBufferUsage.COPY_DST | GPUBufferUsage.MAP_READ });
     const encoder = this.device.createCommandEncoder();

@@ -1,4 +1,5 @@
-// Where the camera is, and how hands and keys move it. Beyond what the student knows it goes softly, and comes back.
+// Camera rigs: how input moves the camera. Beyond the region that the student was trained on, the camera slows down and
+// returns.
 
 /** @import {OrbitLimits, Pose, Range, Vector, WalkLimits} from "./types.d.ts" */
 
@@ -16,7 +17,7 @@ const scaled = (a, by) => [a[0] * by, a[1] * by, a[2] * by];
 const clamp = (value, range) => Math.min(range[1], Math.max(range[0], value));
 
 /**
- * A step as it is felt: in full inside a range, less and less beyond it, never farther out than `give`.
+ * Apply a step: fully inside a range, with growing resistance beyond it, and never farther out than `give`.
  *
  * @param {number} value
  * @param {number} step
@@ -29,10 +30,10 @@ export function softStep(value, step, range, give) {
   const beyond = next - inside;
   const outwards = Math.abs(beyond) > Math.abs(value - clamp(value, range));
   if (!beyond || !outwards) return next;
-  // From where it is: repeated steps outwards come ever less far.
+  // Relative to the present position, so that repeated steps outwards become ever smaller.
   const before = Math.min(Math.abs(value - clamp(value, range)), give);
-  const travelled = Math.abs(beyond) - before;
-  return inside + Math.sign(beyond) * (before + (give - before) * (1 - Math.exp(-travelled / give)));
+  const traveled = Math.abs(beyond) - before;
+  return inside + Math.sign(beyond) * (before + (give - before) * (1 - Math.exp(-traveled / give)));
 }
 
 /** @type {(value: number, range: Range, milliseconds: number) => number} */
@@ -43,7 +44,7 @@ function comeBack(value, range, milliseconds) {
 }
 
 /**
- * Axes of a camera on a sphere around something, looking at its centre.
+ * Axes of a camera on a sphere, looking at its center.
  *
  * @param {[Vector, Vector, Vector]} frame
  * @param {number} azimuth
@@ -61,13 +62,13 @@ function axesTowards(frame, azimuth, elevation) {
   };
 }
 
-/** Around a center that the training cameras looked at, or a point near it. */
+/** Orbits the point that the training cameras looked at, or a point near it. */
 export class OrbitRig {
   /** @param {OrbitLimits} limits */
   constructor(limits) {
     this.limits = limits;
     this.azimuth = this.elevation = this.distance = 0;
-    /** Of the point that is looked at, from the center. @type {Vector} */
+    /** Offset of the orbited point from the center. @type {Vector} */
     this.target = [0, 0, 0];
     this.reset();
   }
@@ -90,7 +91,7 @@ export class OrbitRig {
     if (target) this.target = scaled(target, Math.min(1, shift / Math.max(lengthOf(target), 1e-9)));
   }
 
-  /** The view as an address asks for it. */
+  /** The view in the form that an address takes. */
   address() {
     const [azimuth, elevation] = [degrees(this.azimuth), degrees(this.elevation)];
     const target = lengthOf(this.target) > 1e-4 ? `&target=${written(this.target)}` : "";
@@ -132,7 +133,7 @@ export class OrbitRig {
   }
 
   /**
-   * Look at a point, from nearer by.
+   * Move towards a view of a point, from closer.
    *
    * @param {Vector} point
    * @param {number} share of the way
@@ -146,7 +147,7 @@ export class OrbitRig {
   }
 
   /**
-   * Go back towards what the student knows.
+   * Return towards the region that the student was trained on.
    *
    * @param {number} milliseconds since the last call
    * @returns {boolean} whether anything moved
@@ -170,7 +171,7 @@ export class OrbitRig {
   }
 }
 
-/** Among the places where the training cameras stood. */
+/** Moves freely near the positions of the training cameras. */
 export class WalkRig {
   /** @param {WalkLimits} limits */
   constructor(limits) {
@@ -196,7 +197,7 @@ export class WalkRig {
     if (position && nearest(this.limits.positions, position)[1] <= this.limits.reach) this.position = position;
   }
 
-  /** The view as an address asks for it. */
+  /** The view in the form that an address takes. */
   address() {
     return `azimuth=${degrees(this.azimuth)}&elevation=${degrees(this.elevation)}&position=${written(this.position)}`;
   }
@@ -207,7 +208,7 @@ export class WalkRig {
    */
   turn(right, down) {
     const { azimuth, elevation } = this.limits;
-    // The scene follows the hand, as it does around a centre.
+    // The scene follows the pointer, as with OrbitRig.
     this.azimuth = azimuth ? softStep(this.azimuth, 1.2 * right, azimuth, 0.08) : this.azimuth + 1.2 * right;
     this.elevation = softStep(this.elevation, -1.2 * down, elevation, 0.08);
   }
@@ -227,10 +228,10 @@ export class WalkRig {
   }
 
   /**
-   * Go towards a point.
+   * Move towards a point.
    *
    * @param {Vector} point
-   * @param {number} share of what there is to go
+   * @param {number} share of the remaining way
    */
   focus(point, share) {
     this.#go(scaled(addScaled(point, this.position, -1), 0.1 * share));
@@ -255,10 +256,10 @@ export class WalkRig {
     const before = [this.azimuth, this.elevation, ...this.position].join();
     if (azimuth) this.azimuth = comeBack(this.azimuth, azimuth, milliseconds);
     this.elevation = comeBack(this.elevation, elevation, milliseconds);
-    const [place, far] = nearest(positions, this.position);
+    const [closest, far] = nearest(positions, this.position);
     if (far > reach) {
       const share = comeBack(far, [0, reach], milliseconds) / far;
-      this.position = addScaled(addScaled([0, 0, 0], place, 1 - share), this.position, share);
+      this.position = addScaled(addScaled([0, 0, 0], closest, 1 - share), this.position, share);
     }
     return before !== [this.azimuth, this.elevation, ...this.position].join();
   }
@@ -269,19 +270,19 @@ export class WalkRig {
   }
 }
 
-/** @type {(places: Vector[], place: Vector) => [Vector, number]} */
-function nearest(places, place) {
-  let found = places[0];
+/** @type {(positions: Vector[], position: Vector) => [Vector, number]} */
+function nearest(positions, position) {
+  let found = positions[0];
   let least = Infinity;
-  for (const candidate of places) {
-    const far = distanceBetween(candidate, place);
+  for (const candidate of positions) {
+    const far = distanceBetween(candidate, position);
     if (far < least) [found, least] = [candidate, far];
   }
   return [found, least];
 }
 
 /**
- * An angle, or it and whole turns, or what is nearest to it in a range.
+ * Return an angle plus whole turns so that it is in a range, or nearest to it.
  *
  * @param {number} angle
  * @param {Range | null} range
@@ -301,11 +302,11 @@ function number(query, name) {
   return text === null || text.trim() === "" || !Number.isFinite(Number(text)) ? null : Number(text);
 }
 
-/** @type {(query: URLSearchParams, name: string) => Vector | null} three numbers with commas between */
+/** @type {(query: URLSearchParams, name: string) => Vector | null} three numbers separated by commas */
 function vector(query, name) {
   const found = (query.get(name) ?? "").split(",").map((text) => (text.trim() === "" ? NaN : Number(text)));
   return found.length === 3 && found.every(Number.isFinite) ? /** @type {Vector} */ (found) : null;
 }
 
-/** @type {(place: Vector) => string} */
-const written = (place) => place.map((value) => value.toFixed(4)).join(",");
+/** @type {(position: Vector) => string} */
+const written = (position) => position.map((value) => value.toFixed(4)).join(",");

@@ -1,9 +1,9 @@
-// Whether scene.json is what an export writes: checked once, so that nothing after it needs to ask. Its numbers become
-// constants of shaders, and its names addresses: neither may be anything else.
+// Validates scene.json once, so that no other module has to. Its numbers become constants of shaders, and its names
+// become addresses.
 
 export const SCENE_VERSION = 2;
 
-/** A file of this folder or of a folder in it: no other server, no data: address, no way up. */
+/** A file in this folder or below it: no other server, no data: address, no parent folder. */
 const OWN_FILE = /^(?![.])[\w.-]+(?:\/(?![.])[\w.-]+)*$/;
 
 /** @param {unknown} value */
@@ -29,7 +29,7 @@ const isFile = (file) =>
 const isName = (name) => typeof name === "string" && OWN_FILE.test(name);
 
 /**
- * The first field that is missing or is not what it should be; null for none.
+ * Return the first field that is missing or invalid; null for none.
  *
  * @param {any} scene as parsed
  * @returns {string | null}

@@ -1,4 +1,4 @@
-// Looks and parts of the element. In a module: a style sheet of its own would arrive later, and show the parts bare until then.
+// Style and markup of the element, in a module so that the markup never shows without its style.
 
 export const STYLE = /* css */ `
 :host {
@@ -311,8 +311,8 @@ export const MARKUP = /* html */ `
   <progress id="progress" max="1" value="0" aria-label="Loading"></progress>
 </div>
 <p id="hint" hidden>
-  <span class="mouse">Drag to turn · scroll to come closer · double click to look at a point</span>
-  <span class="touch">Drag to turn · pinch to come closer · tap twice to look at a point</span>
+  <span class="mouse">Drag to rotate · scroll to zoom · double-click to focus</span>
+  <span class="touch">Drag to rotate · pinch to zoom · double-tap to focus</span>
 </p>
 <p id="figures" hidden><span id="speed"></span><span id="details"></span></p>
 <p id="toast" role="status" hidden></p>
@@ -320,10 +320,10 @@ export const MARKUP = /* html */ `
   <button id="share" type="button" title="Link to this view (L)" aria-label="Link to this view">
     <svg viewBox="0 0 24 24"><path d="M10 14a4 4 0 0 0 6 0l3-3a4 4 0 0 0-6-6l-1 1M14 10a4 4 0 0 0-6 0l-3 3a4 4 0 0 0 6 6l1-1" /></svg>
   </button>
-  <button id="reset" type="button" title="Back to the start (R)" aria-label="Back to the start">
+  <button id="reset" type="button" title="Reset view (R)" aria-label="Reset view">
     <svg viewBox="0 0 24 24"><path d="M5 12a7 7 0 1 0 2.2-5.1M7 3v4.2h4.2" /></svg>
   </button>
-  <button id="help" type="button" title="Keys (H)" aria-label="Keys">
+  <button id="help" type="button" title="Controls (H)" aria-label="Controls">
     <svg viewBox="0 0 24 24"><path d="M9 9.2a3 3 0 1 1 4.4 2.6c-.9.5-1.4 1-1.4 2M12 17.4v.2" /></svg>
   </button>
   <button id="fullscreen" type="button" title="Full screen (F)" aria-label="Full screen">
@@ -331,17 +331,17 @@ export const MARKUP = /* html */ `
   </button>
 </nav>
 <dialog id="keys">
-  <h1>Moving around</h1>
+  <h1>Controls</h1>
   <dl>
-    <dt>Turn</dt>
+    <dt>Rotate</dt>
     <dd>drag · arrow keys</dd>
-    <dt>Closer, farther</dt>
+    <dt>Zoom</dt>
     <dd>scroll · pinch · <kbd>+</kbd> <kbd>−</kbd></dd>
-    <dt>Shift</dt>
+    <dt>Pan</dt>
     <dd>right button · two fingers · <kbd>W</kbd> <kbd>A</kbd> <kbd>S</kbd> <kbd>D</kbd></dd>
-    <dt>Look at a point</dt>
-    <dd>double click · tap twice</dd>
-    <dt>Start again</dt>
+    <dt>Focus on a point</dt>
+    <dd>double-click · double-tap</dd>
+    <dt>Reset view</dt>
     <dd><kbd>R</kbd></dd>
     <dt>Full screen</dt>
     <dd><kbd>F</kbd></dd>

@@ -1,4 +1,4 @@
-// The shapes that the page's modules share; for the type checker alone.
+// Types that the page's modules share, only for the type checker.
 
 export type Vector = [number, number, number];
 export type Range = [number, number];
@@ -9,7 +9,7 @@ export interface ListedFile {
   sha256: string;
 }
 
-/** A small picture and the pixels it is known to have: red, green, blue, in base64. */
+/** A camera and the pixels that the student renders for it: red, green, blue, in base64. */
 export interface Probe {
   position: Vector;
   axes: [Vector, Vector, Vector];
@@ -30,7 +30,7 @@ export interface OrbitLimits {
   start: { azimuth: number; elevation: number; distance: number };
 }
 
-/** For captures that look around rather than at something. */
+/** For captures that look around instead of at one center. */
 export interface WalkLimits {
   kind: "walk";
   frame: [Vector, Vector, Vector];
@@ -41,21 +41,21 @@ export interface WalkLimits {
   start: { azimuth: number; elevation: number; position: Vector };
 }
 
-/** What a bounded scene lies in. */
+/** Bounds of a bounded scene. */
 export interface Sphere {
   center: Vector;
   radius: number;
 }
 
-/** How the student's ray encoding reads rays. */
+/** Conventions of the student's ray encoding. */
 export interface RayConventions {
   /** Directions have a component of 1 along the viewing axis, instead of length 1. */
   planar: boolean;
-  /** Where in a cell its ray passes: 0.5 is the center, 0 the upper left corner. */
+  /** Where a cell's ray passes through it: 0.5 is the center, 0 the upper left corner. */
   offset: number;
 }
 
-/** What the encodings share. */
+/** Fields that all encodings share. */
 interface Placed {
   spacing: "sphere" | "near-far" | "disparity";
   center: Vector;
@@ -82,7 +82,7 @@ export interface Composited extends Placed {
   directionOctaves: number;
 }
 
-/** Numbers of the ray itself, and of a dense volume where there is one. */
+/** Encodings of the ray itself, optionally with a dense feature volume. */
 export interface Direct extends Placed {
   kind: "points" | "plucker" | "two-plane";
   contracted: boolean;
@@ -134,23 +134,23 @@ export interface Scene {
   fallback: Fallback | null;
 }
 
-/** A layer of the network, as its shader is written. */
+/** A layer of the network, as its shader needs it. */
 export interface Layer {
   name: string;
   inputs: number;
   outputs: number;
   /** `outputs`, in whole vectors of four. */
   padded: number;
-  /** Vectors of four that one thread makes. */
+  /** Vectors of four that one thread computes. */
   groups: number;
   activation: "none" | "relu" | "gelu";
   /** Hidden pixels per row, before the layer. */
   scale: number;
-  /** Pixels along each side that a pixel becomes. */
+  /** Upsampling factor of the layer. */
   step: number;
-  /** Pixels that each of those is made of. */
+  /** Input pixels per output pixel. */
   taps: number;
-  /** Whether the output's former numbers are added. */
+  /** Whether the previous contents of the output are added. */
   residual: boolean;
   /** How many times the head's output is added. */
   skip: number;
@@ -159,7 +159,7 @@ export interface Layer {
   output: string;
 }
 
-/** Of a safetensors file. */
+/** A tensor of a safetensors file. */
 export interface Tensor {
   dtype: "F32" | "F16" | "I8" | "U8";
   shape: number[];
@@ -175,7 +175,7 @@ export interface Pose {
   position: Vector;
 }
 
-/** What is drawn: a pose, and a size and focal length in pixels. */
+/** Pose, and size and focal length in pixels. */
 export interface Camera {
   pose: Pose;
   width: number;
@@ -196,18 +196,18 @@ export interface Rig {
   pose(): Pose;
 }
 
-/** What draws. */
+/** Renders the student into a canvas. */
 export interface Backend {
   name: string;
   canvas: HTMLCanvasElement;
-  /** Whether it draws pictures of any size on a canvas of any other. */
+  /** Whether the canvas may have another size than the rendered image. */
   resizes: boolean;
   fits(width: number, height: number): boolean;
-  /** Milliseconds that it took. */
+  /** Returns the milliseconds that it took. */
   draw(camera: Camera): Promise<number>;
-  /** Along the ray through a point of the last picture, given as shares of its sides; 0 where it is unknown. */
+  /** Depth along the ray through a point of the last frame, in shares of its sides; 0 if unknown. */
   depthAt(x: number, y: number): Promise<number>;
-  /** The last picture: red, green, blue, opacity. */
+  /** The last frame: red, green, blue, opacity. */
   read(): Promise<Uint8Array>;
   close(): void;
   device: GPUDevice | null;
@@ -231,7 +231,7 @@ export type Answer =
   | { kind: "frame"; id: number; width: number; height: number; pixels: Int32Array; milliseconds: number }
   | { kind: "failed"; sentence: string };
 
-/** What the page uses of ONNX Runtime Web. */
+/** The part of ONNX Runtime Web that the page uses. */
 export interface Runtime {
   env: { wasm: { wasmPaths: object; wasmBinary: ArrayBuffer; numThreads: number }; logLevel: string };
   Tensor: new (type: "float32", data: Float32Array, dims: number[]) => RuntimeTensor;

@@ -1,4 +1,4 @@
-// The student's file: safetensors (eight bytes of length, JSON, numbers), read without a library.
+// Reads the student's weights: safetensors (eight bytes of length, JSON, numbers).
 
 import { matrixShape } from "./layers.js";
 
@@ -34,7 +34,7 @@ export function readTensors(bytes) {
     const count = shape.reduce((/** @type {number} */ product, /** @type {number} */ side) => product * side, 1);
     const [from, to] = range;
     if (to - from !== count * size || 8 + length + to > bytes.length) throw new WrongWeights(`${name} is cut short`);
-    // A copy: numbers of a file need not lie where their type may.
+    // A copy, since the file's offsets need not be aligned for typed arrays.
     tensors.set(name, { dtype, shape, count, bytes: bytes.slice(8 + length + from, 8 + length + to) });
   }
   return tensors;
@@ -43,20 +43,20 @@ export function readTensors(bytes) {
 const bits = new Uint32Array(1);
 const float = new Float32Array(bits.buffer);
 
-/** A half's value: its bits, moved, are those of a float 2^112 times as small. @param {number} half */
+/** Value of a half: its bits, shifted, are those of a float 2^112 times as small. @param {number} half */
 function fromHalf(half) {
   bits[0] = ((half & 0x8000) << 16) | ((half & 0x7fff) << 13);
   return float[0] * 2 ** 112;
 }
 
-/** Inverse of `fromHalf`, rounded; the largest half for what is larger. @param {number} value */
+/** Inverse of `fromHalf`, rounded, and clamped to the largest half. @param {number} value */
 export function toHalf(value) {
   float[0] = Math.min(65504, Math.abs(value)) * 2 ** -112;
   return ((value < 0 ? 0x8000 : 0) | ((bits[0] + 0x1000) >>> 13)) & 0xffff;
 }
 
 /**
- * A tensor's numbers, dequantised.
+ * Return a tensor's numbers, dequantized.
  *
  * @param {Map<string, Tensor>} tensors
  * @param {string} name
@@ -84,11 +84,11 @@ export function numbers(tensors, name, shape) {
 }
 
 /**
- * A layer's matrix, padded with zeros to vectors of four, and its bias as one more row.
+ * Return a layer's matrix, padded with zeros to vectors of four, with its bias as the last row.
  *
  * @param {Map<string, Tensor>} tensors
  * @param {Layer} layer
- * @param {number} [split] inputs before those that come from elsewhere, each part padded by itself
+ * @param {number} [split] number of inputs of the first part, if the inputs come from two buffers; each part is padded separately
  */
 export function layerNumbers(tensors, layer, split = layer.inputs) {
   const { name, inputs, outputs, padded, taps, step } = layer;
@@ -109,7 +109,7 @@ export function layerNumbers(tensors, layer, split = layer.inputs) {
 }
 
 /**
- * Occupancy, grid points and features of a composited encoding, as the shaders read them.
+ * Return occupancy, grid points and features of a composited encoding, in the layout of the shaders.
  *
  * @param {Map<string, Tensor>} tensors
  * @param {Scene} scene
@@ -134,7 +134,7 @@ export function spaceNumbers(tensors, scene) {
 }
 
 /**
- * Numbers the grid points that touch an occupied cell: they are not in the file, they follow from the occupancy.
+ * Number the grid points that touch an occupied cell. The file does not store them, since they follow from the occupancy.
  *
  * @param {Uint32Array} occupancy bits
  * @param {readonly number[]} grid cells of the occupancy along x, y, z
@@ -142,7 +142,8 @@ export function spaceNumbers(tensors, scene) {
  */
 export function gridPoints(occupancy, grid, cells) {
   const [nx, ny, nz] = cells;
-  // As rays/occupancy.py: the occupancy is repeated to at least the volume's size, whose cells take in what they touch.
+  // As in rays/occupancy.py: the occupancy is repeated to at least the volume's size; a cell is occupied if it overlaps an
+  // occupied one.
   const spans = cells.map((count, axis) => {
     const size = Math.ceil(count / grid[axis]) * grid[axis];
     return Array.from({ length: count }, (_, cell) => [

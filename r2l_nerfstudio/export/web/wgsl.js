@@ -1,21 +1,21 @@
-// The shaders, written out for one student: everything that is known of a scene is a constant in them.
+// Generates the shaders for one student; everything known about its scene is a constant in them.
 
 /** @import {Encoding, Layer, Scene} from "./types.d.ts" */
 
-/** Rows that a workgroup of a layer takes: 64 threads, 4 rows each. Buffers of rows are padded to it: no bounds to check. */
+/** Rows per workgroup of a layer: 64 threads, 4 rows each. Buffers are padded to it, so that no bounds are checked. */
 export const TILE = 256;
 
-/** Pixels along each side of the blocks for which a MobileR2L's sample points are placed together; as models/composited_encoding.py. */
+/** Pixels along each side of the blocks that share the placement of a MobileR2L's sample points, as in models/composited_encoding.py. */
 export const BLOCK = 2;
 
-/** @param {number} value a WGSL literal that is an f32 whatever it looks like */
+/** @param {number} value @returns {string} a WGSL literal of type f32 */
 const f32 = (value) => `f32(${value})`;
 /** @param {readonly number[]} values */
 const vec3 = (values) => `vec3f(${values.map(f32).join(", ")})`;
-/** @param {readonly (readonly number[])[]} rows @returns {string} a matrix that is multiplied from the left */
+/** @param {readonly (readonly number[])[]} rows @returns {string} a matrix for multiplication from the left */
 const mat3 = (rows) => `mat3x3f(${[0, 1, 2].map((column) => vec3(rows.map((row) => row[column]))).join(", ")})`;
 
-/** Rays of the camera, and where they cross a bounded scene. @param {Scene} scene @returns {string} */
+/** WGSL: rays of the camera, and where they cross a bounded scene. @param {Scene} scene @returns {string} */
 function rays(scene) {
   const { encoding, rays: conventions } = scene.student;
   return /* wgsl */ `
@@ -32,7 +32,7 @@ const NEAR = ${f32(encoding.near)};
 const FAR = ${f32(encoding.far)};
 const BACKGROUND = ${vec3(scene.background)};
 
-/** Through a point of the picture, in pixels. */
+/** Direction through an image point, in pixels. */
 fn direction(camera: Camera, place: vec2f) -> vec3f {
   let x = (place.x - 0.5 * camera.width) / camera.focal;
   let y = (0.5 * camera.height - place.y) / camera.focal;
@@ -42,13 +42,13 @@ fn direction(camera: Camera, place: vec2f) -> vec3f {
 
 struct Crossing { enter: f32, leave: f32, missed: bool }
 
-/** Of a unit ray with the scene's sphere. */
+/** Where a unit ray crosses the scene's sphere. */
 fn crossing(origin: vec3f, along: vec3f) -> Crossing {
   let offset = origin - CENTER;
   let middle = -dot(offset, along);
   let nearest = offset + middle * along;
   let closest = dot(nearest, nearest);
-  // A ray that misses keeps a short interval, as in training.
+  // A ray that misses the sphere gets a short interval, as in training.
   let half = sqrt(max(RADIUS * RADIUS - closest, 0.01 * RADIUS * RADIUS));
   let outside = dot(offset, offset) > RADIUS * RADIUS;
   return Crossing(middle - half, middle + half, closest > RADIUS * RADIUS || (middle < 0.0 && outside));
@@ -58,18 +58,18 @@ fn misses(origin: vec3f, along: vec3f) -> bool {
   return ${encoding.spacing === "sphere" ? "crossing(origin, along).missed" : "false"};
 }
 
-/** Steps of a ray at a position in [0, 1] of the scene's spacing. */
+/** Distance along a ray at a position in [0, 1] of the scene's spacing. */
 fn spaced(fraction: f32) -> f32 {
   return ${encoding.spacing === "disparity" ? "1.0 / (1.0 / NEAR + (1.0 / FAR - 1.0 / NEAR) * fraction)" : "NEAR + (FAR - NEAR) * fraction"};
 }
 
-/** All of space in a ball of radius 2 (mip-NeRF 360, eq. 10). */
+/** Contract space into a ball of radius 2 (mip-NeRF 360, eq. 10). */
 fn contract(point: vec3f) -> vec3f {
   let far = max(length(point), 1.0);
   return point * ((2.0 - 1.0 / far) / far);
 }
 
-/** Sine or cosine of an angle: GPUs are at liberty to compute those of large ones badly, and some do. */
+/** Sine or cosine with range reduction: some GPUs are inaccurate for large angles, as WGSL allows. */
 fn wave(angle: f32, cosine: bool) -> f32 {
   let turns = floor(angle / 6.283185307 + 0.5);
   // 2 pi in two parts, the first of so few bits that its multiples are exact (Cody and Waite).
@@ -78,7 +78,7 @@ fn wave(angle: f32, cosine: bool) -> f32 {
   return sin(small);
 }
 
-/** One number of a frequency encoding of \`value\`, the axis that number \`at\` belongs to of \`size\` ones. */
+/** Number \`at\` of a frequency encoding with \`size\` axes; \`value\` is the coordinate on its axis. */
 fn encoded(value: f32, at: u32, size: u32, octaves: u32) -> f32 {
   if (at < size) { return value; }
   let octave = (at - size) / size;
@@ -87,7 +87,7 @@ fn encoded(value: f32, at: u32, size: u32, octaves: u32) -> f32 {
 `;
 }
 
-/** What rays meet: placement, reads, compositing. @param {Encoding & {kind: "composited"}} e @returns {string} */
+/** WGSL of the composited encoding: placement of sample points, reads of the volume, compositing. @param {Encoding & {kind: "composited"}} e @returns {string} */
 function marching(e) {
   const bounded = e.warp === "ball";
   const values = e.channels + 1;
@@ -111,7 +111,7 @@ const MASKS = ${Math.ceil(e.probes / 32)}u;
 /** Values of a grid point: features, then density, in vectors of four. */
 const VALUES = ${Math.ceil(values / 4)}u;
 const DENSITY = ${e.channels}u;
-/** A grid point's row holds halves: eight to a vector. */
+/** A grid point's row holds half-precision numbers, eight per vector. */
 const ROW = ${Math.ceil(values / 8)}u;
 
 struct Found {
@@ -133,7 +133,7 @@ fn occupied(place: vec3f) -> bool {
   return ((occupancy[number >> 5u] >> (number & 31u)) & 1u) != 0u;
 }
 
-/** Trilinear. */
+/** Trilinear interpolation. */
 fn gathered(place: vec3f) -> array<vec4f, VALUES> {
   var sum: array<vec4f, VALUES>;
   let scaled = place * vec3f(CELLS);
@@ -155,7 +155,7 @@ fn gathered(place: vec3f) -> array<vec4f, VALUES> {
   return sum;
 }
 
-/** Where sample points lie: on the part of a ray that is looked at, in its occupied bins. */
+/** Placement of sample points: the searched part of a ray and its occupied bins. */
 struct Placement {
   mask: array<u32, MASKS>,
   total: u32,
@@ -165,7 +165,7 @@ struct Placement {
   length: f32,
 }
 
-/** Of a ray, or for several neighboring ones, of one between them. As students/cpu_kernels.py. */
+/** Place sample points for a ray, or for the mean ray of a block, as in students/cpu_kernels.py. */
 fn place_samples(origin: vec3f, lead: vec3f) -> Placement {
   var placed: Placement;
   let center = (origin - CENTER) / RADIUS;
@@ -198,12 +198,12 @@ fn place_samples(origin: vec3f, lead: vec3f) -> Placement {
   return placed;
 }
 
-/** Middle of a bin. */
+/** Unit coordinates of the middle of a bin. */
 fn probe(start: vec3f, step: vec3f, bin: u32) -> vec3f {
   return unit(start + stepped((f32(bin) + 0.5) / f32(PROBES)) * step);
 }
 
-/** Composite along a ray: the points divide the occupied bins into equal shares. */
+/** Composite along a ray; the sample points divide the occupied bins into equal shares. */
 fn march(origin: vec3f, along: vec3f, placed: ptr<function, Placement>, samples: u32) -> Found {
   var found: Found;
   let start = (origin - CENTER) / RADIUS;
@@ -237,7 +237,7 @@ fn march(origin: vec3f, along: vec3f, placed: ptr<function, Placement>, samples:
       let left = exp(-thickness);
       let weight = light * (1.0 - left);
       light *= left;
-      // In the density's place accumulation adds up.
+      // The component of the density holds the accumulation.
       values[DENSITY / 4u][DENSITY % 4u] = 1.0;
       for (var v = 0u; v < VALUES; v++) { found.values[v] += weight * values[v]; }
       found.fraction += weight * fraction;
@@ -253,7 +253,7 @@ fn march(origin: vec3f, along: vec3f, placed: ptr<function, Placement>, samples:
 `;
 }
 
-/** What old encodings read: numbers of a ray before their frequency encoding. @param {Encoding & {kind: "points" | "plucker" | "two-plane"}} e */
+/** WGSL of the other encodings: numbers of a ray before frequency encoding. @param {Encoding & {kind: "points" | "plucker" | "two-plane"}} e */
 function values(e) {
   if (e.kind === "plucker") {
     return /* wgsl */ `
@@ -276,7 +276,7 @@ fn value(origin: vec3f, along: vec3f, at: u32) -> f32 {
   return "";
 }
 
-/** Points of a ray, in the coordinates that are encoded. @param {Encoding & {kind: "points" | "plucker" | "two-plane"}} e */
+/** WGSL: points of a ray, in the coordinates that are encoded. @param {Encoding & {kind: "points" | "plucker" | "two-plane"}} e */
 function points(e) {
   const ndc = e.ndc ?? [1, 1];
   let line = /* wgsl */ `
@@ -326,7 +326,7 @@ export function codeLength(e) {
   return valueCount(e) * (2 * e.octaves + 1) + (e.volume ? e.volume.channels * e.volume.points : 0);
 }
 
-/** f32 numbers that are kept per row between marching and encoding. @param {Encoding} e */
+/** f32 numbers per row that marching leaves for encoding. @param {Encoding} e */
 export const foundLength = (e) => (e.kind === "composited" ? e.channels + 7 : 0);
 
 const FRAME = /* wgsl */ `
@@ -343,7 +343,7 @@ const SPACE = /* wgsl */ `
 
 /** @param {Encoding & {kind: "composited"}} e */
 const KEEP = (e) => /* wgsl */ `
-/** What the encoding of a row is made of. */
+/** Store the result of marching for a row. */
 fn keep(row: u32, what: Found, along: vec3f) {
   let at = row * ${foundLength(e)}u;
   for (var v = 0u; v <= DENSITY; v++) { found[at + v] = what.values[v / 4u][v % 4u]; }
@@ -355,9 +355,9 @@ fn keep(row: u32, what: Found, along: vec3f) {
 `;
 
 /**
- * Of every pixel: what its ray meets, or the background.
+ * Shader over all pixels: march the ray, or write the background.
  *
- * R2L: pixels that meet something are listed; MobileR2L: their cells are marked.
+ * R2L: pixels that hit something are listed. MobileR2L: their cells are marked.
  *
  * @param {Scene} scene
  */
@@ -423,7 +423,7 @@ fn main(@builtin(global_invocation_id) id: vec3u) {`
 `;
 }
 
-/** Of every cell: whether a pixel of it, or of a neighbor, needs it; those are listed. @param {Scene} scene */
+/** Shader over all cells: list those that have a marked pixel, or a neighbor with one. @param {Scene} scene */
 export function cellShader(scene) {
   return /* wgsl */ `
 ${rays(scene)}
@@ -453,7 +453,7 @@ fn main(@builtin(global_invocation_id) id: vec3u) {
 `;
 }
 
-/** What the listed cells' own rays meet. @param {Scene} scene */
+/** Shader over the listed cells: march their rays. @param {Scene} scene */
 export function cellMarchShader(scene) {
   const { encoding, factor, margin } = scene.student;
   if (encoding.kind !== "composited") throw new Error("only composited cells are marched");
@@ -479,7 +479,7 @@ fn main(@builtin(global_invocation_id) id: vec3u) {
 `;
 }
 
-/** Codes of a chunk's rows, four numbers at a time. @param {Scene} scene @param {string} T type of a stored number */
+/** Shader: encode the rays of a chunk, four numbers at a time. @param {Scene} scene @param {string} T type of a stored number */
 export function encodeShader(scene, T) {
   const { encoding: e, factor, margin, rays: conventions } = scene.student;
   const length = codeLength(e);
@@ -554,7 +554,7 @@ fn main(@builtin(global_invocation_id) id: vec3u, @builtin(local_invocation_inde
 `;
 }
 
-/** How many workgroups each later pass needs. @param {{scale: number, y: number, z: number, start: number}[]} passes @param {number} chunk rows at once */
+/** Shader: compute the number of workgroups of each later pass. @param {{scale: number, y: number, z: number, start: number}[]} passes @param {number} chunk rows at once */
 export function argumentShader(passes, chunk) {
   return /* wgsl */ `
 @group(0) @binding(0) var<storage, read_write> counter: array<atomic<u32>>;
@@ -576,7 +576,7 @@ fn main() {
 /** @param {Layer["activation"]} kind @param {string} x */
 const activated = (kind, x) => ({ none: x, relu: `max(${x}, vec4f(0.0))`, gelu: `gelu(${x})` })[kind];
 
-/** torch's GELU is the exact one; WGSL has no erf (Abramowitz and Stegun 7.1.26, off by 1.5e-7). */
+/** The exact GELU, as torch's default. WGSL has no erf (approximation: Abramowitz and Stegun 7.1.26, off by 1.5e-7). */
 const GELU = /* wgsl */ `
 fn gelu(x: vec4f) -> vec4f {
   let z = abs(x) * 0.70710678;
@@ -587,10 +587,10 @@ fn gelu(x: vec4f) -> vec4f {
 `;
 
 /**
- * One layer: rows times matrix, plus bias, activation and residual.
+ * Shader of one layer: rows times matrix, plus bias, activation and residual.
  *
- * Rows lie in tiles of 256, four numbers of all of a tile's rows after another: neighboring threads read neighboring memory.
- * Each thread keeps 4 rows by 4 \`groups\` columns in registers. Sums are in f32 in any case.
+ * Rows are stored in tiles of 256, with four numbers of each of a tile's rows adjacent, for coalesced reads.
+ * Each thread keeps 4 rows by 4 \`groups\` columns in registers. Sums are always in f32.
  *
  * @param {Layer} layer
  * @param {string} T
@@ -618,7 +618,7 @@ ${
 @group(0) @binding(5) var<storage, read> map: array<i32>;
 @group(0) @binding(6) var<uniform> grid: vec4u;
 
-/** Row of the hidden pixel \`by\` rows and columns away, or -1 where there is none. */
+/** Row of the hidden pixel at offset \`by\`, or -1 if there is none. */
 fn neighbor(row: u32, by: vec2i) -> i32 {
   let cell = list[row / ${scale}u];
   let sub = row % ${scale}u;
@@ -682,7 +682,7 @@ fn main(@builtin(workgroup_id) group: vec3u, @builtin(local_invocation_index) la
 `;
 }
 
-/** Colors of the network's outputs, accumulation and depth. @param {Scene} scene @param {boolean} hasOwn whether the network gives accumulation and depth itself */
+/** WGSL: color, accumulation and depth of a pixel from the network's outputs. @param {Scene} scene @param {boolean} hasOwn whether the network predicts accumulation and depth */
 function painting(scene, hasOwn) {
   const { encoding } = scene.student;
   const bounded = encoding.kind === "composited" && encoding.warp === "ball";
@@ -701,7 +701,7 @@ fn paint(place: vec2u, first: vec4f, second: vec4f, composited: f32) {
 }
 
 /**
- * R2L's last layer: from hidden rows to pixels.
+ * Shader of R2L's last layer: from hidden rows to pixels.
  *
  * @param {Scene} scene
  * @param {Layer} tail
@@ -740,7 +740,7 @@ fn main(@builtin(global_invocation_id) id: vec3u, @builtin(local_invocation_inde
 }
 
 /**
- * MobileR2L's last layers: each pixel's own features join, and become a color.
+ * Shader of MobileR2L's last layers, which join each pixel's composited features.
  *
  * @param {Scene} scene
  * @param {{join: Layer | null, tail: Layer}} layers
@@ -811,7 +811,7 @@ fn main(@builtin(global_invocation_id) id: vec3u) {
 `;
 }
 
-/** The picture on the canvas, whatever the size of either: bilinear, or the mean of what a pixel of the canvas covers. */
+/** Resample the frame to the canvas: bilinear, or the mean over the area of a canvas pixel. */
 export const PRESENT = /* wgsl */ `
 struct Present { drawn: vec2f, canvas: vec2f, background: vec3f, transparent: f32 }
 @group(0) @binding(0) var<uniform> present: Present;
@@ -832,7 +832,7 @@ fn shade(@builtin(position) at: vec4f) -> @location(0) vec4f {
   for (var y = 0.5; y < taps.y; y += 1.0) {
     for (var x = 0.5; x < taps.x; x += 1.0) {
       let place = (at.xy - 0.5 + vec2f(x, y) / taps) * ratio;
-      // The texture is larger than the picture: never read beyond it.
+      // The texture may be larger than the frame.
       sum += textureSampleLevel(picture, smooth_, clamp(place, vec2f(0.5), present.drawn - 0.5) / size, 0.0);
     }
   }

@@ -1,4 +1,4 @@
-// Loads ONNX Runtime and the student, and draws on the processor; apart from the page, which stays responsive meanwhile.
+// Loads ONNX Runtime and the student and renders on the CPU, in a worker, so that the page stays responsive.
 
 import { fetchWhole, MissingFile, unpack } from "./fetching.js";
 import { cellRays, missTest, plane, seenCells } from "./rays.js";
@@ -6,10 +6,10 @@ import { cellRays, missTest, plane, seenCells } from "./rays.js";
 /** @import {Answer, Camera, Fallback, FrameRequest, Runtime, Scene, Session, StartRequest} from "./types.d.ts" */
 /** @typedef {Camera & {id: number}} View */
 
-/** Rays of one evaluation of a student that answers rays one by one: their codes take some 30 MB. */
+/** Rays per evaluation of an R2L student: their encodings take some 30 MB. */
 const RAYS_AT_ONCE = 12288;
 const COLUMNS = 64;
-/** Mean error, in steps of 8-bit colour, beyond which a backend does not draw what the student draws. */
+/** Mean error, in steps of 8-bit color, above which a backend is not used. */
 const WRONG = 4;
 
 /** @type {Scene} */
@@ -26,7 +26,7 @@ self.addEventListener("message", (/** @type {MessageEvent<StartRequest | FrameRe
   if (data.kind === "start") void start(data);
   else {
     newest = data.id;
-    drawing = drawing.then(() => draw(data)).catch((error) => fail("This browser stopped drawing", error));
+    drawing = drawing.then(() => draw(data)).catch((error) => fail("This browser stopped rendering", error));
   }
 });
 
@@ -37,7 +37,7 @@ function say(answer, moved = []) {
 
 /** @param {string} what @param {unknown} error */
 function fail(what, error) {
-  say({ kind: "failed", sentence: `${what} (${reason(error)}): load the page again, or try another browser.` });
+  say({ kind: "failed", sentence: `${what} (${reason(error)}). Reload the page, or use another browser.` });
 }
 
 /** @param {unknown} error */
@@ -67,17 +67,17 @@ async function start(request) {
         graphOptimizationLevel: "all",
       });
     } catch (error) {
-      throw new Error(`the student cannot be opened: ${reason(error)}`);
+      throw new Error(`the student could not be loaded: ${reason(error)}`);
     }
-    if (!((await probe()) < WRONG)) throw new Error("it draws something else than the student");
+    if (!((await probe()) < WRONG)) throw new Error("its pixels differ from the student's");
     say({ kind: "ready" });
   } catch (error) {
     if (error instanceof MissingFile) say({ kind: "failed", sentence: error.message });
-    else fail("This browser cannot draw the scene", error);
+    else fail("This browser cannot render the scene", error);
   }
 }
 
-/** Mean difference from pixels that are known, in steps of 8-bit color. */
+/** Mean difference from the student's own pixels, in steps of 8-bit color. */
 async function probe() {
   const { position, axes, side, focal, pixels } = scene.probe;
   const [right, up, backward] = axes;
@@ -114,7 +114,7 @@ async function draw(request) {
   say({ kind: "frame", id, width, height, pixels, milliseconds: performance.now() - started }, [pixels.buffer]);
 }
 
-/** @param {View} view @param {Int32Array} pixels of the background @returns {Promise<boolean>} whether the picture is whole */
+/** @param {View} view @param {Int32Array} pixels of the background @returns {Promise<boolean>} whether the image is complete */
 async function drawOn(view, pixels) {
   const { pose, width, height } = view;
   const where = plane(width, height, view.focal);
@@ -131,7 +131,7 @@ function background() {
 }
 
 /**
- * One evaluation for all cells.
+ * Render all cells in one evaluation.
  *
  * @param {View} request
  * @param {Float32Array} origin
@@ -139,7 +139,7 @@ function background() {
  * @param {import("./rays.js").Cells} cells
  * @param {(x: number, y: number) => boolean} misses
  * @param {Int32Array} pixels to draw on
- * @returns {Promise<boolean>} whether the picture is whole
+ * @returns {Promise<boolean>} whether the image is complete
  */
 async function drawImage(request, origin, where, cells, misses, pixels) {
   const { factor, margin } = scene.student;
@@ -163,7 +163,7 @@ async function drawImage(request, origin, where, cells, misses, pixels) {
 }
 
 /**
- * Only the rays that see the scene, some at a time. As `drawImage`; given up when a newer picture is asked for.
+ * Render only the rays that see the scene, in parts. Arguments as of `drawImage`; stops when a newer image is requested.
  *
  * @type {typeof drawImage}
  */
@@ -184,13 +184,13 @@ async function drawRays(request, origin, where, cells, misses, pixels) {
   }
   for (let first = 0; first < count; first += RAYS_AT_ONCE) {
     const number = Math.min(RAYS_AT_ONCE, count - first);
-    // A grid of no picture: the student's graph takes rows and columns, and answers each ray by itself.
+    // The rows and columns have no meaning here: the graph's input has two axes, and each ray is evaluated independently.
     const rows = Math.max(3, Math.ceil(number / COLUMNS));
     const part = new Float32Array(3 * rows * COLUMNS).fill(directions[3 * first]);
     part.set(directions.subarray(3 * first, 3 * (first + number)));
     const found = await evaluate(origin, part, rows, COLUMNS);
     for (let ray = 0; ray < number; ray++) pixels[places[first + ray]] = found[ray];
-    // Let a newer request come in.
+    // Lets the worker receive a newer request.
     await new Promise((resolve) => setTimeout(resolve));
     if (request.id !== newest) return false;
   }

@@ -15,15 +15,15 @@ from r2l_nerfstudio.rays.encoding import encoded_dim, frequency_encode, frequenc
 from r2l_nerfstudio.rays.pinhole import image_rays, pinhole_rays
 from r2l_nerfstudio.rays.spacing import SceneBounds, SpacingKind, SphereCrossing, cross_sphere, stratified
 
-RayCodeKind = Literal["points", "plucker", "two-plane", "composited"]
+RayEncodingKind = Literal["points", "plucker", "two-plane", "composited"]
 
 
-class RayCode(nn.Module):
+class RayEncoding(nn.Module):
     """Encode rays into the numbers that a student reads, always in fp32.
 
-    - `points`: K points along the ray (R2L, sec. 3.2), relative to the scene's centre, in units of its radius, contracted
+    - `points`: K points along the ray (R2L, sec. 3.2), relative to the scene's center, in units of its radius, contracted
       unless the scene is a sphere.
-    - `plucker`: unit direction and moment around the scene's centre (Light Field Networks, eq. 2).
+    - `plucker`: unit direction and moment around the scene's center (Light Field Networks, eq. 2).
     - `two-plane`: where the ray meets two planes across the capture's viewing axis.
 
     `directions` follow the encoding's conventions: unit length, or planar.
@@ -47,12 +47,12 @@ class RayCode(nn.Module):
     frame_rotation: Tensor
     ndc: Tensor
 
-    def __init__(self, kind: RayCodeKind = "points", num_points: int = 16, num_frequencies: int = 10) -> None:
+    def __init__(self, kind: RayEncodingKind = "points", num_points: int = 16, num_frequencies: int = 10) -> None:
         super().__init__()
-        if kind not in get_args(RayCodeKind):
+        if kind not in get_args(RayEncodingKind):
             raise InputError(
                 f"Unknown ray encoding {kind!r}: choose --pipeline.model.ray-encoding from"
-                f" {', '.join(get_args(RayCodeKind))}."
+                f" {', '.join(get_args(RayEncodingKind))}."
             )
         self.kind = kind
         self.num_points = num_points
@@ -170,7 +170,7 @@ class RayCode(nn.Module):
         num_points: int,
         jitter: bool = False,
     ) -> Float[Tensor, "*batch points 3"]:
-        """Points along rays in the coordinates that are encoded: relative to the scene's centre, in units of its radius,
+        """Points along rays in the coordinates that are encoded: relative to the scene's center, in units of its radius,
         contracted unless it is a sphere; or as the conventions have it."""
         # Without jitter all rays have the same ones.
         fractions = stratified(num_points, tuple(origins.shape[:-1]) if jitter else (), jitter, origins.device)

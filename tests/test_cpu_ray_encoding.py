@@ -1,4 +1,4 @@
-"""What pictures on a CPU are drawn from is what a student learned from, to 100 dB and more."""
+"""The ray encoding for rendering on a CPU equals the one of training, to at least 100 dB."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from r2l_nerfstudio.models import drawing_code as drawing_code_module
-from r2l_nerfstudio.models.drawing_code import DrawingCode
+from r2l_nerfstudio.models import cpu_ray_encoding
+from r2l_nerfstudio.models.cpu_ray_encoding import CpuRayEncoding
 from r2l_nerfstudio.psnr import psnr
 from r2l_nerfstudio.rays.pinhole import image_rays
-from r2l_nerfstudio.rays.ray_code import RayCode
+from r2l_nerfstudio.rays.ray_encoding import RayEncoding
 from r2l_nerfstudio.rays.spacing import SceneBounds
 from r2l_nerfstudio.students.ray_features import FeatureVolume
 
@@ -21,8 +21,8 @@ def no_gradients():
         yield
 
 
-def ray_code(kind: str = "points", spacing: str = "sphere", points: int = 8, octaves: int = 6) -> RayCode:
-    made = RayCode(kind, points, octaves)
+def ray_encoding(kind: str = "points", spacing: str = "sphere", points: int = 8, octaves: int = 6) -> RayEncoding:
+    made = RayEncoding(kind, points, octaves)
     axes, _ = torch.linalg.qr(torch.randn(3, 3, generator=torch.Generator().manual_seed(3)))
     made.set_bounds(SceneBounds(spacing, (0.1, -0.2, 0.3), 1.3, 0.4, 7.0), axes)
     return made
@@ -41,8 +41,10 @@ def rays(height: int = 50, width: int = 61) -> tuple[Tensor, Tensor]:
     return image_rays(pose, torch.tensor([30.0, 31.0, width / 2, height / 2]), height, width)
 
 
-def expected(code: RayCode, features: FeatureVolume | None, points: int, origins: Tensor, directions: Tensor) -> Tensor:
-    """The code as training reads it."""
+def expected(
+    code: RayEncoding, features: FeatureVolume | None, points: int, origins: Tensor, directions: Tensor
+) -> Tensor:
+    """The encoding of training."""
     parts = [code(origins, directions)]
     if features is not None:
         read = features(code.points(origins, directions, points).flatten(0, -3))
@@ -53,9 +55,9 @@ def expected(code: RayCode, features: FeatureVolume | None, points: int, origins
 @pytest.mark.parametrize("spacing", ["sphere", "near-far", "disparity"])
 @pytest.mark.parametrize("kind", ["points", "plucker", "two-plane"])
 @pytest.mark.parametrize("points", [8, 5])
-def test_it_is_the_code_that_training_reads(kind: str, spacing: str, points: int):
-    code, features = ray_code(kind, spacing), volume()
-    draw = DrawingCode(code, features, points)
+def test_it_equals_the_encoding_of_training(kind: str, spacing: str, points: int):
+    code, features = ray_encoding(kind, spacing), volume()
+    draw = CpuRayEncoding(code, features, points)
     origins, directions = rays()
     truth = expected(code, features, points, origins, directions)
     got = draw(origins, directions)
@@ -69,25 +71,25 @@ def test_it_is_the_code_that_training_reads(kind: str, spacing: str, points: int
     assert draw(origins[:0], directions[:0]).shape == (0, *truth.shape[1:])
 
 
-def test_the_published_codes():
+def test_the_published_encodings():
     for points, octaves in ((16, 10), (8, 6)):
-        code = ray_code(points=points, octaves=octaves)
+        code = ray_encoding(points=points, octaves=octaves)
         origins, directions = rays()
-        assert psnr(DrawingCode(code, None, 16)(origins, directions), code(origins, directions)) > 110
+        assert psnr(CpuRayEncoding(code, None, 16)(origins, directions), code(origins, directions)) > 110
 
 
 @pytest.mark.parametrize("resolution", [1, 2, 40])
 @pytest.mark.parametrize("channels", [1, 4, 7])
 def test_volumes_of_any_size(resolution: int, channels: int):
-    code, features = ray_code(), volume(resolution, channels, extent=0.5)
+    code, features = ray_encoding(), volume(resolution, channels, extent=0.5)
     origins, directions = rays(20, 21)
     truth = expected(code, features, 8, origins, directions)
-    assert psnr(DrawingCode(code, features, 8)(origins, directions), truth) > 110
+    assert psnr(CpuRayEncoding(code, features, 8)(origins, directions), truth) > 110
 
 
-def test_a_volume_in_training_is_read_as_it_is():
-    code, features = ray_code(), volume()
-    draw = DrawingCode(code, features, 8)
+def test_a_volume_in_training_is_not_cached():
+    code, features = ray_encoding(), volume()
+    draw = CpuRayEncoding(code, features, 8)
     origins, directions = rays(5, 6)
     before = draw(origins, directions)
     features.grid.add_(1.0)
@@ -96,9 +98,9 @@ def test_a_volume_in_training_is_read_as_it_is():
     assert torch.equal(draw(origins, directions), before)
 
 
-def test_a_volume_at_rest_is_laid_out_once(monkeypatch: pytest.MonkeyPatch):
-    code, features = ray_code(), volume()
-    draw = DrawingCode(code, features, 8)
+def test_a_volume_at_rest_is_rearranged_once(monkeypatch: pytest.MonkeyPatch):
+    code, features = ray_encoding(), volume()
+    draw = CpuRayEncoding(code, features, 8)
     draw(*rays(5, 6))
     rows = draw._rows(features)
     draw(*rays(5, 6))
@@ -106,27 +108,27 @@ def test_a_volume_at_rest_is_laid_out_once(monkeypatch: pytest.MonkeyPatch):
 
 
 def test_under_autocast_it_stays_in_fp32():
-    code, features = ray_code(), volume()
-    draw = DrawingCode(code, features, 8)
+    code, features = ray_encoding(), volume()
+    draw = CpuRayEncoding(code, features, 8)
     truth = draw(*rays(5, 6))
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert torch.equal(draw(*rays(5, 6)), truth)
 
 
-def test_many_rays_go_in_parts(monkeypatch: pytest.MonkeyPatch):
-    draw = DrawingCode(ray_code(), volume(), 8)
+def test_many_rays_are_encoded_in_parts(monkeypatch: pytest.MonkeyPatch):
+    draw = CpuRayEncoding(ray_encoding(), volume(), 8)
     whole = draw(*rays(7, 9))
-    monkeypatch.setattr(drawing_code_module, "chunk_rows", lambda device: 10)
+    monkeypatch.setattr(cpu_ray_encoding, "chunk_rows", lambda device: 10)
     torch.testing.assert_close(draw(*rays(7, 9)), whole, atol=1e-5, rtol=0)
 
 
-def test_rays_that_are_not_numbers_read_no_index_of_them():
-    code, features = ray_code(), volume()
+def test_non_finite_rays_index_nothing():
+    code, features = ray_encoding(), volume()
     origins, directions = rays(4, 5)
-    clean = DrawingCode(code, features, 8)(origins, directions)
+    clean = CpuRayEncoding(code, features, 8)(origins, directions)
     origins, directions = origins.clone(), directions.clone()
     origins[1, 2], directions[3, 4] = float("nan"), float("inf")
-    found = DrawingCode(code, features, 8)(origins, directions)
+    found = CpuRayEncoding(code, features, 8)(origins, directions)
     others = torch.ones(4, 5, dtype=torch.bool)
     others[1, 2] = others[3, 4] = False
     torch.testing.assert_close(found[others], clean[others])

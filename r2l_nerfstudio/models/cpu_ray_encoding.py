@@ -13,7 +13,7 @@ from torch.nn.functional import embedding_bag
 from r2l_nerfstudio.engines.sizes import chunk_rows
 from r2l_nerfstudio.engines.weights import weights_state
 from r2l_nerfstudio.rays.encoding import frequency_encode_into
-from r2l_nerfstudio.rays.ray_code import RayCode
+from r2l_nerfstudio.rays.ray_encoding import RayEncoding
 from r2l_nerfstudio.students.ray_features import FeatureVolume
 
 
@@ -25,30 +25,30 @@ class _Table:
     rows: Float[Tensor, "points channels"]
 
 
-class DrawingCode:
+class CpuRayEncoding:
     """Ray encoding on a CPU. Coordinates are stored one after the other, points before rays, so that each step is one
     pass over contiguous numbers; sines are doubled from octave to octave; a feature volume is read with weighted sums
     of rows.
 
-    Equal to `RayCode.forward` and `FeatureVolume.forward` to 120 dB.
+    Equal to `RayEncoding.forward` and `FeatureVolume.forward` to 120 dB.
 
     Args:
-        ray_code: the student's encoding.
+        ray_encoding: the student's encoding.
         volume: the student's volume, if it has one.
         volume_points: points per ray at which it is read.
     """
 
-    def __init__(self, ray_code: RayCode, volume: FeatureVolume | None, volume_points: int) -> None:
-        self._ray_code = ray_code
+    def __init__(self, ray_encoding: RayEncoding, volume: FeatureVolume | None, volume_points: int) -> None:
+        self._ray_encoding = ray_encoding
         self._volume = volume
         self._volume_points = volume_points
-        self._dim = ray_code.dim + (0 if volume is None else volume.grid.shape[1] * volume_points)
+        self._dim = ray_encoding.dim + (0 if volume is None else volume.grid.shape[1] * volume_points)
         self._table: _Table | None = None
 
     def __call__(
         self, origins: Float[Tensor, "*batch 3"], directions: Float[Tensor, "*batch 3"]
     ) -> Float[Tensor, "*batch code"]:
-        """Return the code of rays: fp32, contiguous, and without gradients.
+        """Return the encoding of rays: fp32, contiguous, and without gradients.
 
         Args:
             origins: in the teacher's frame, fp32, on a CPU.
@@ -63,30 +63,30 @@ class DrawingCode:
         return code
 
     def _write(self, origins: Float[Tensor, "n 3"], directions: Float[Tensor, "n 3"], code: Tensor) -> None:
-        ray_code = self._ray_code
+        ray_encoding = self._ray_encoding
         # One coordinate after the other in memory, whatever the input's layout.
         origins, directions = torch.stack([origins.T, directions.T]).mT
         points: Tensor | None = None
-        if ray_code.kind == "points":
-            points = self._points(origins, directions, ray_code.num_points)
+        if ray_encoding.kind == "points":
+            points = self._points(origins, directions, ray_encoding.num_points)
             values = points.flatten(0, 1).T.contiguous()
         else:
-            values = ray_code.values(origins, directions)
-        frequency_encode_into(values, ray_code.num_frequencies, code[:, : ray_code.dim])
+            values = ray_encoding.values(origins, directions)
+        frequency_encode_into(values, ray_encoding.num_frequencies, code[:, : ray_encoding.dim])
         if self._volume is not None:
-            if points is None or ray_code.num_points != self._volume_points:
+            if points is None or ray_encoding.num_points != self._volume_points:
                 points = self._points(origins, directions, self._volume_points)
-            self._read(points, self._volume, code[:, ray_code.dim :])
+            self._read(points, self._volume, code[:, ray_encoding.dim :])
 
     def _points(
         self, origins: Float[Tensor, "n 3"], directions: Float[Tensor, "n 3"], count: int
     ) -> Float[Tensor, "count 3 n"]:
-        """Return `RayCode.points` without jitter."""
-        start, step = self._ray_code.line(origins, directions)
-        positions = self._ray_code.positions(torch.linspace(0.0, 1.0, count, device=start.device))
+        """Return `RayEncoding.points` without jitter."""
+        start, step = self._ray_encoding.line(origins, directions)
+        positions = self._ray_encoding.positions(torch.linspace(0.0, 1.0, count, device=start.device))
         points = start.new_empty(count, 3, len(start))
         torch.addcmul(start.T, positions[:, None, None], step.T, out=points)
-        if not self._ray_code.is_contracted:
+        if not self._ray_encoding.is_contracted:
             return points
         # Like `contract`, whose norm is slow along any axis but the last.
         norm = points.square().sum(1, keepdim=True).sqrt_().clamp_min_(1.0)

@@ -1,4 +1,4 @@
-// Mouse, touch and keys, as turns, moves and zooms of a rig.
+// Mouse, touch and keys, translated to rotations, moves and zooms of a rig.
 
 /** @import {Rig} from "./types.d.ts" */
 
@@ -8,18 +8,18 @@ const DOUBLE_TAP_MS = 350;
 const TAP_PIXELS = 10;
 
 /**
- * Let a visitor move the camera.
+ * Connect the stage's input to the camera.
  *
  * @param {HTMLElement} stage
  * @param {Rig} rig
  * @param {object} events
  * @param {() => void} events.moved after every step
- * @param {(right: number, down: number) => void} events.thrown when a hand lets go in motion: shares of the height per ms
+ * @param {(right: number, down: number) => void} events.thrown on release in motion: shares of the height per ms
  * @param {(x: number, y: number) => void} events.doubleTapped shares of the stage
  * @param {Record<string, () => void>} commands by key
- * @returns {() => boolean} whether a hand is on the stage
+ * @returns {() => boolean} whether a pointer is pressed on the stage
  */
-export function listen(stage, rig, { moved, thrown, doubleTapped }, commands) {
+export function connectInput(stage, rig, { moved, thrown, doubleTapped }, commands) {
   /** @type {Map<number, {x: number, y: number}>} */
   const fingers = new Map();
   const height = () => Math.max(1, stage.clientHeight);
@@ -41,7 +41,7 @@ export function listen(stage, rig, { moved, thrown, doubleTapped }, commands) {
     if (isTurning) {
       rig.turn(right, down);
       const passed = Math.max(1, event.timeStamp - lastMove);
-      // A mean of the last few moves: single ones jitter.
+      // The mean of the last few moves, since single ones jitter.
       speedRight += (right / passed - speedRight) * 0.4;
       speedDown += (down / passed - speedDown) * 0.4;
     } else if (fingers.size === 1) rig.move(right, down);
@@ -52,7 +52,7 @@ export function listen(stage, rig, { moved, thrown, doubleTapped }, commands) {
         const next = Math.hypot(event.clientX - other.x, event.clientY - other.y);
         rig.zoom(6 * Math.log(Math.max(next, 1) / Math.max(spread, 1)));
       }
-      // Each of two fingers moves the point between them half as far.
+      // Each of two fingers moves their midpoint half as far.
       rig.move(right / 2, down / 2);
     }
     lastMove = event.timeStamp;
@@ -82,7 +82,7 @@ export function listen(stage, rig, { moved, thrown, doubleTapped }, commands) {
     (event) => {
       event.preventDefault();
       const pixels = event.deltaMode === WheelEvent.DOM_DELTA_PIXEL ? event.deltaY : 33 * event.deltaY;
-      // Touchpads send a pinch as a wheel with the control key, in small steps.
+      // Touchpads report a pinch as small wheel steps with the control key.
       rig.zoom(-Math.max(-3, Math.min(3, (event.ctrlKey ? 6 : 1) * (pixels / 100))));
       moved();
     },
@@ -103,7 +103,7 @@ export function listen(stage, rig, { moved, thrown, doubleTapped }, commands) {
     s: () => rig.move(0, -KEY_STEP),
     d: () => rig.move(-KEY_STEP, 0),
   };
-  // Only with the focus: a page may hold more than a scene.
+  // Only while the stage has the focus: the page may hold more than a scene.
   stage.addEventListener("keydown", (event) => {
     if (event.ctrlKey || event.metaKey || event.altKey) return;
     const key = event.key.length === 1 ? event.key.toLowerCase() : event.key;
