@@ -11,8 +11,8 @@ from unittest import mock
 
 import torch
 from distil import own_writers, student_config
-from rehearsal import Rehearsal, on_host, rehearsed
 from nerfstudio.engine.callbacks import TrainingCallbackAttributes
+from rehearsal import Rehearsal, on_host, rehearsed
 
 from r2l_nerfstudio.distillation import photograph_views, photographs, pipeline, scene_occupancy
 from r2l_nerfstudio.distillation.datamanager import DistillationDataManager

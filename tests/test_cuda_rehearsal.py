@@ -14,11 +14,11 @@ from unittest import mock
 
 import pytest
 import torch
-from rehearsal import Rehearsal, rehearsed
 from fake_training import fake_training
 from nerfstudio.cameras.cameras import Cameras, CameraType
 from nerfstudio.cameras.rays import RayBundle
 from nerfstudio.data.scene_box import OrientedBox
+from rehearsal import Rehearsal, rehearsed
 from student_runs import (
     fill,
     fill_occupancy,

@@ -141,7 +141,7 @@ class CompositedEncoding(nn.Module):
             dtype: in which features are kept, int8 included; they are weighted and summed in fp32.
         """
         made = copy.deepcopy(self).requires_grad_(False)
-        made.add_module("graph_ray_code", made.ray_code)  # Moves with the copy: here no model does it.
+        made.add_module("graph_ray_encoding", made.ray_encoding)  # Moves with the copy: here no model does it.
         if dtype == torch.int8:
             made.volume.rows.data, made._widths = int8_rows(made.volume.rows.data)
         else:
