@@ -6,11 +6,14 @@ import copy
 import dataclasses
 import re
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
+from rehearsal import Rehearsal
 from torch import nn
 
+from r2l_nerfstudio.distillation.trial_step import TrialStep, training_bytes
 from r2l_nerfstudio.errors import InputError
 from r2l_nerfstudio.planning.cost import Cost, StudentCost, student_cost
 from r2l_nerfstudio.planning.device_use import DeviceUse
@@ -97,13 +100,42 @@ def test_a_small_method_as_it_is_trained(method: str) -> None:
     assert small.frame == large.frame
 
 
+@pytest.mark.parametrize("method", ["r2l-lite", "mobile-r2l-lite"])
+def test_training_leaves_the_room_that_the_plan_counts(method: str) -> None:
+    """The room is measured by PyTorch's allocator during training, and here by the plan's count."""
+    made = config(method)
+    planned = student_cost(made, 96, 96)
+    made.pipeline.model.fit_to(96, 96)
+    with fake_cuda(), Rehearsal(), DeviceUse() as use:
+        counted = {
+            "max_memory_allocated": lambda _: use.peak_bytes,
+            "memory_allocated": lambda _: use.bytes,
+            "reset_peak_memory_stats": lambda _: use.restart(),
+        }
+        with mock.patch.multiple("torch.cuda", **counted):
+            room = training_bytes(made.pipeline, 96, 96, torch.device("cuda:0"))
+        assert use.bytes == 0
+    needed = planned.held_bytes + max(planned.step.peak_bytes, planned.frame.peak_bytes)
+    assert needed <= room < 2 * needed
+
+
+def test_a_training_step_that_does_not_fit_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    def out_of_memory(self: object) -> None:
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(TrialStep, "loss", out_of_memory)
+    with fake_cuda(), Rehearsal(), pytest.raises(InputError, match="train-num-rays-per-batch"):
+        training_bytes(config("r2l-lite").pipeline, 96, 96, torch.device("cuda:0"))
+
+
 def test_a_plan_fills_the_ring_with_what_is_left() -> None:
     capture, gpu = Capture(800, 800, 100), GPUS[0]
     full = make_plan(config("r2l"), capture, gpu, 20, GIB, cost(2.0))
     assert full.teacher_views == 300 and full.total_bytes < gpu.usable_bytes
     more = make_plan(config("r2l", num_views=5000), capture, gpu, 20, GIB, cost(2.0))
     assert 300 < more.teacher_views < 5000
-    assert 0 <= gpu.usable_bytes - more.total_bytes < 800 * 800 * 7 + 1
+    spare = gpu.usable_bytes - more.total_bytes  # A fifth of what is left for the ring.
+    assert 0 <= 4 * spare - more.ring_bytes < 5 * 800 * 800 * 7
     assert make_plan(config("r2l", num_views=5000), capture, GPUS[-1], 20, GIB, cost(2.0)).teacher_views == 5000
     half = make_plan(config("r2l", view_downscale=2.0), capture, gpu, 20, GIB, cost(2.0))
     assert half.ring_bytes == full.ring_bytes / 4 and half.view_size == (400, 400)

@@ -113,6 +113,14 @@ def test_the_ring_shrinks_if_memory_is_short_with_a_message(monkeypatch, capsys)
         ViewRing(renderer(), 100, "cpu")
 
 
+def test_the_ring_leaves_room_for_training(monkeypatch) -> None:
+    view = 24 * 24 * view_ring.BYTES_PER_PIXEL
+    monkeypatch.setattr(view_ring, "free_memory", lambda device: view * 15)
+    assert ViewRing(renderer(), 100, "cpu", room_bytes=view * 10).capacity == 4
+    with pytest.raises(InputError, match="beside training"):
+        ViewRing(renderer(), 100, "cpu", room_bytes=view * 14)
+
+
 def test_free_memory_of_a_cpu_is_the_systems() -> None:
     assert 0 < view_ring.free_memory(torch.device("cpu")) <= psutil.virtual_memory().total
 

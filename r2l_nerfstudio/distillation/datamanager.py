@@ -164,6 +164,7 @@ class DistillationDataManager(VanillaDataManager[InputDataset]):
         survey: Survey,
         background: Float[Tensor, "3"],
         rays: StudentRays,
+        room_bytes: int = 0,
     ) -> None:
         """Fill the ring of teacher views and read the photos.
 
@@ -172,6 +173,7 @@ class DistillationDataManager(VanillaDataManager[InputDataset]):
             survey: what the teacher shows from its training cameras.
             background: color behind photos with an alpha channel.
             rays: which rays the student reads.
+            room_bytes: bytes of the device's free memory that training needs for itself.
 
         Raises:
             InputError: if no plausible view is found, no view fits the device, or no training view is left.
@@ -209,7 +211,8 @@ class DistillationDataManager(VanillaDataManager[InputDataset]):
         self._held_ring = ViewRing(renderer(seed + HELD_OUT_SEED_OFFSET, None), HELD_OUT_VIEWS, self.device)
         self._held_ring.fill()
         self.held_views = self.hold_out(self._held_ring, None)
-        self.ring = ViewRing(renderer(seed, self._cache_dir(teacher, sampler)), config.num_views, self.device)
+        renders = renderer(seed, self._cache_dir(teacher, sampler))
+        self.ring = ViewRing(renders, config.num_views, self.device, room_bytes)
         self.ring.fill(None if config.fill_minutes is None else 60 * config.fill_minutes)
         self._training_seconds = 0.0
         self._last_call: float | None = None

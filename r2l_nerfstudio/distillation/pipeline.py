@@ -41,6 +41,7 @@ from r2l_nerfstudio.distillation.progress import TrainingProgress
 from r2l_nerfstudio.distillation.published_scene import scene_of_capture
 from r2l_nerfstudio.distillation.scene_occupancy import SceneOccupancy
 from r2l_nerfstudio.distillation.survey import Survey
+from r2l_nerfstudio.distillation.trial_step import training_bytes
 from r2l_nerfstudio.engines.torch_engine import is_bf16_fast
 from r2l_nerfstudio.errors import InputError, exit_on_input_error, one_line
 from r2l_nerfstudio.models.light_field import LightFieldModel, LightFieldModelConfig
@@ -158,7 +159,11 @@ class DistillationPipeline(VanillaPipeline):
         self._set_scene(survey, background)
         CONSOLE.print(f"Scene: {self.model.describe_scene()}.")
         model = self.model
-        self.datamanager.attach_teacher(teacher, survey, background, model.rays)
+        room = 0
+        if model.device.type == "cuda":
+            views = self.datamanager.view_cameras()
+            room = training_bytes(self.config, views.width, views.height, model.device)
+        self.datamanager.attach_teacher(teacher, survey, background, model.rays, room)
         model.crop_margin = self.datamanager.rays.margin
         self._survey = survey
         self._start_occupancy()

@@ -249,14 +249,16 @@ class ViewRing:
         renderer: renderer of the numbered views.
         num_views: views to hold; fewer if memory is short.
         device: device of the views.
+        room_bytes: bytes of the device's free memory that training needs for itself.
     """
 
     has_geometry = True
     """Whether accumulation and depth are known, if the teacher has them."""
 
-    def __init__(self, renderer: ViewRenderer, num_views: int, device: torch.device | str) -> None:
+    def __init__(self, renderer: ViewRenderer, num_views: int, device: torch.device | str, room_bytes: int = 0) -> None:
         self.renderer = renderer
         self.device = torch.device(device)
+        self._room_bytes = room_bytes
         self.height, self.width = renderer.height, renderer.width
         self._allocate(num_views)
         self._filled = 0
@@ -277,8 +279,8 @@ class ViewRing:
 
     def _allocate(self, num_views: int) -> None:
         wanted = num_views
-        affordable = int(0.8 * free_memory(self.device)) // (self.height * self.width * BYTES_PER_PIXEL)
-        num_views = min(num_views, affordable)
+        free = free_memory(self.device)
+        num_views = min(num_views, affordable_views(free, self._room_bytes, self.width, self.height))
         while num_views > 0:
             try:
                 size = (num_views, self.height, self.width)
@@ -289,7 +291,11 @@ class ViewRing:
                 num_views //= 2
         if num_views == 0:
             raise InputError(
-                f"No memory on {self.device} for a single {self.width}x{self.height} teacher view: free memory, or"
+                f"No memory on {self.device} for a single {self.width}x{self.height} teacher view beside training, which"
+                f" takes {self._room_bytes / 2**30:.1f} of {free / 2**30:.1f} GiB: free memory, or lower the resolution"
+                " with --pipeline.datamanager.view-downscale."
+                if self._room_bytes
+                else f"No memory on {self.device} for a single {self.width}x{self.height} teacher view: free memory, or"
                 " lower the resolution with --pipeline.datamanager.view-downscale."
             )
         if num_views < wanted:
@@ -380,6 +386,18 @@ class ViewRing:
             weight=pixels[:, 4:5].float(),
             geometry_weight=pixels[:, 4:5].float(),
         )
+
+
+def affordable_views(free_bytes: int, room_bytes: int, width: int, height: int) -> int:
+    """Return how many views a device holds, with a fifth to spare.
+
+    Args:
+        free_bytes: bytes that can be allocated.
+        room_bytes: bytes of them that training needs for itself.
+        width: width of a view in pixels.
+        height: height of a view in pixels.
+    """
+    return max(0, int(0.8 * (free_bytes - room_bytes))) // (height * width * BYTES_PER_PIXEL)
 
 
 def free_memory(device: torch.device) -> int:

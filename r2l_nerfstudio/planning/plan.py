@@ -14,7 +14,7 @@ from nerfstudio.models.base_model import ModelConfig
 
 from r2l_nerfstudio.distillation.crop_datamanager import CropDataManagerConfig
 from r2l_nerfstudio.distillation.trainer import VIEWS_SHARE, DistillationTrainerConfig
-from r2l_nerfstudio.distillation.view_ring import BYTES_PER_PIXEL
+from r2l_nerfstudio.distillation.view_ring import BYTES_PER_PIXEL, affordable_views
 from r2l_nerfstudio.errors import InputError
 from r2l_nerfstudio.lpips import without_lpips
 from r2l_nerfstudio.planning.cost import Cost, StudentCost, student_cost
@@ -135,7 +135,8 @@ def make_plan(
         photo_bytes = capture.photos * (4 * width * height if is_crops else 3 * capture.width * capture.height)
     view_bytes = width * height * BYTES_PER_PIXEL
     fixed = CONTEXT_BYTES + teacher_bytes + student.held_bytes + photo_bytes + working_bytes(student)
-    views = min(data.num_views, (gpu.usable_bytes - fixed) // view_bytes)
+    # As the ring itself decides during training.
+    views = min(data.num_views, affordable_views(gpu.usable_bytes, fixed, width, height))
     if views < min(LEAST_VIEWS, data.num_views):
         raise InputError(_refusal(config, student, gpu, (width, height), fixed, view_bytes))
     seconds = step_seconds(student.step, gpu)
@@ -163,7 +164,7 @@ def _refusal(
     view_bytes: int,
 ) -> str:
     data = config.pipeline.datamanager
-    needed = fixed + min(LEAST_VIEWS, data.num_views) * view_bytes
+    needed = fixed + int(1.25 * min(LEAST_VIEWS, data.num_views) * view_bytes)  # The ring leaves a fifth free.
     what = (
         f"{config.method_name} takes {needed / 2**30:.1f} GiB at {size[0]}x{size[1]} pixels, and of a GPU of"
         f" {gpu.gigabytes:g} GiB {gpu.usable_bytes / 2**30:.1f} can be used"
