@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import re
 from pathlib import Path
 from unittest import mock
@@ -91,9 +92,14 @@ def test_activations_are_what_a_step_holds() -> None:
     assert peak(8192) == pytest.approx(2 * peak(4096), rel=0.05)
 
 
+@functools.cache
+def lite_cost(method: str, rays: int) -> StudentCost:
+    return student_cost(config(method, train_num_rays_per_batch=rays), 96, 96)
+
+
 @pytest.mark.parametrize("method", ["r2l-lite", "mobile-r2l-lite"])
 def test_a_small_method_as_it_is_trained(method: str) -> None:
-    small, large = (student_cost(config(method, train_num_rays_per_batch=rays), 96, 96) for rays in (4096, 16384))
+    small, large = (lite_cost(method, rays) for rays in (4096, 16384))
     assert 0 < small.step.peak_bytes < large.step.peak_bytes < 5 * small.step.peak_bytes
     assert large.step.flops > 3 * small.step.flops
     assert small.held_bytes == pytest.approx(large.held_bytes, rel=0.3)
@@ -103,8 +109,8 @@ def test_a_small_method_as_it_is_trained(method: str) -> None:
 @pytest.mark.parametrize("method", ["r2l-lite", "mobile-r2l-lite"])
 def test_training_leaves_the_room_that_the_plan_counts(method: str) -> None:
     """The room is measured by PyTorch's allocator during training, and here by the plan's count."""
-    made = config(method)
-    planned = student_cost(made, 96, 96)
+    made = config(method, train_num_rays_per_batch=4096)
+    planned = lite_cost(method, 4096)
     made.pipeline.model.fit_to(96, 96)
     with fake_cuda(), Rehearsal(), DeviceUse() as use:
         counted = {

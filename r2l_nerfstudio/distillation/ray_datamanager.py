@@ -49,9 +49,14 @@ class RayDataManager(DistillationDataManager):
     config: RayDataManagerConfig
 
     def attach_teacher(
-        self, teacher: Teacher, survey: Survey, background: Float[Tensor, "3"], rays: StudentRays
+        self,
+        teacher: Teacher,
+        survey: Survey,
+        background: Float[Tensor, "3"],
+        rays: StudentRays,
+        room_bytes: int = 0,
     ) -> None:
-        super().attach_teacher(teacher, survey, background, rays)
+        super().attach_teacher(teacher, survey, background, rays, room_bytes)
         self._begin()
 
     def restart(self, config: DistillationDataManagerConfig, rays: StudentRays) -> None:
