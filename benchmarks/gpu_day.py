@@ -1,6 +1,6 @@
-"""Everything that only a GPU can show, in stages of a few minutes, the most valuable first. NOT VERIFIED on a GPU.
+"""Measurements that need a GPU, in resumable stages, the most valuable first. NOT VERIFIED on a GPU.
 
-Each stage writes its figures when it ends; run the command again to go on with the first stage that has none.
+Each stage writes its figures when it ends; the next call continues with the first stage without figures.
 """
 
 from __future__ import annotations
@@ -42,18 +42,19 @@ PARITY_DB = 60.0
 
 @dataclass
 class GpuDay:
-    """Run what only a GPU can show: smoke and parity, quality after 20 minutes, CUDA teachers, engines, viewer, ranks."""
+    """Run the measurements that need a GPU: parity and training steps, quality after 20 minutes, CUDA teachers, engines,
+    viewer, ranks."""
 
     data_dir: Path
     """Folder that holds lego_400."""
     stages: tuple[StageName, ...] = get_args(StageName)
-    """Which stages, in this order."""
+    """Stages to run, in this order."""
     methods: tuple[str, ...] = METHODS
-    """Which students."""
+    """Methods to measure."""
     minutes: float = 20.0
-    """Of training in all, in the stage `quality`; its methods share them."""
+    """Training time of all methods together in the stage `quality`."""
     teacher: Path | None = None
-    """A trained run to learn from; without it, a nerfacto of default size is trained on lego."""
+    """The teacher's run; by default, a nerfacto of default size is trained on lego."""
     view_size: int = 800
     """Side of the teacher views of the stage `smoke`, in pixels."""
     sides: tuple[int, ...] = SIDES
@@ -61,21 +62,21 @@ class GpuDay:
     engines: tuple[EngineName, ...] = ENGINES
     """Engines to measure."""
     seconds: float = 10.0
-    """Of measuring each set of engines."""
+    """Seconds to measure each set of engines."""
     tests: tuple[str, ...] = ("tests/end_to_end/test_viewer.py",)
-    """What pytest runs in the stage `viewer`."""
+    """Arguments of pytest in the stage `viewer`."""
     output_dir: Path = Path("outputs/gpu_day")
-    """Where runs go."""
+    """Folder of the runs."""
     results_dir: Path = Path("benchmarks/results")
-    """Where figures go."""
+    """Folder of the figures."""
     again: tuple[StageName, ...] = field(default=())
-    """Stages to run again although they have figures."""
+    """Stages to repeat although they have figures."""
 
     def main(self) -> None:
-        """Run the stages that have no figures yet; write `gpu_DEVICE.json` after each, and print one table.
+        """Run the stages without figures; write `gpu_DEVICE.json` after each, and print one table.
 
         Raises:
-            InputError: a method or stage has no name that is known.
+            InputError: a method is unknown.
         """
         unknown = set(self.methods) - set(METHODS)
         if unknown:
@@ -94,7 +95,7 @@ class GpuDay:
             start = time.monotonic()
             try:
                 found = STAGES[stage](self, device)
-            except (Exception, SystemExit) as error:  # the next stages have to have their turn
+            except (Exception, SystemExit) as error:  # A failed stage must not stop the next ones.
                 found = {"error": f"{type(error).__name__}: {error}", "traceback": traceback.format_exc()[-2000:]}
             figures["stages"][stage] = {**found, "minutes": round((time.monotonic() - start) / 60, 2)}
             file.write_text(json.dumps(figures, indent=2) + "\n")
@@ -103,8 +104,7 @@ class GpuDay:
 
 
 def smoke(day: GpuDay, device: str) -> dict[str, Any]:
-    """Of every method: frames equal to a CPU's, waits of a training step for the GPU, its time, and its memory beside the
-    plan's."""
+    """For every method, compare frames with a CPU's, and measure a training step's waits, time and memory."""
     return {method: {**_parity(method, device), **_step(method, day, device)} for method in day.methods}
 
 
@@ -156,7 +156,7 @@ def _step(method: str, day: GpuDay, device: str) -> dict[str, Any]:
 
 
 def quality(day: GpuDay, device: str) -> dict[str, Any]:
-    """Learning curves and test PSNR of every method on lego at 400x400; what is finished is not trained again."""
+    """Measure learning curves and test PSNR of every method on lego at 400x400; finished methods are not trained again."""
     found: dict[str, Any] = {}
     folder = day.results_dir / "gpu_curves"
     for method in day.methods:
@@ -180,7 +180,7 @@ def quality(day: GpuDay, device: str) -> dict[str, Any]:
 
 
 def teachers(day: GpuDay, device: str) -> dict[str, Any]:
-    """An instant-ngp and a splatfacto, where their extensions load, each as the teacher of an `r2l-lite`."""
+    """Distil an instant-ngp and a splatfacto into an `r2l-lite` each, where their extensions are installed."""
     found: dict[str, Any] = {}
     for method, package in CUDA_TEACHERS.items():
         if device != "cuda" or importlib.util.find_spec(package) is None:
@@ -216,7 +216,7 @@ def _train_teacher(day: GpuDay, method: str) -> Path:
 
 
 def engines(day: GpuDay, device: str) -> dict[str, Any]:
-    """Milliseconds, share of bare matrix products and parity of every engine, by method and size of the frame."""
+    """Measure milliseconds, share of bare matrix products and parity of every engine, by method and size of the frame."""
     found: dict[str, Any] = {}
     for side in day.sides:
         render = Render(
@@ -232,14 +232,14 @@ def engines(day: GpuDay, device: str) -> dict[str, Any]:
 
 
 def viewer(day: GpuDay, device: str) -> dict[str, Any]:
-    """Nerfstudio's viewer on tiny students through a browser, by the repository's own tests."""
+    """Run the repository's tests of Nerfstudio's viewer in a browser."""
     command = [sys.executable, "-m", "pytest", "-q", "-x", *day.tests]
     done = subprocess.run(command, capture_output=True, text=True, timeout=460)
     return {"passed": done.returncode == 0, "summary": "".join(done.stdout.strip().splitlines()[-1:])}
 
 
 def ranks(day: GpuDay, device: str) -> dict[str, Any]:
-    """Two processes on one GPU train one student over gloo, and have equal weights."""
+    """Train one student in two processes on one GPU over gloo, and compare their weights."""
     day.output_dir.mkdir(parents=True, exist_ok=True)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -253,9 +253,9 @@ def _rank(rank: int, port: int, device: str, folder: Path) -> None:
     from nerfstudio.configs.method_configs import all_methods
 
     torch.distributed.init_process_group("gloo", f"tcp://127.0.0.1:{port}", world_size=2, rank=rank)
-    torch.manual_seed(rank)  # equal weights have to come from the first rank
+    torch.manual_seed(rank)  # Equal weights can only come from the first rank.
     work = StudentWork(all_methods["r2l-lite"], 64, 64, device)
-    work.model.device_indicator_param.requires_grad_(False)  # in no loss
+    work.model.device_indicator_param.requires_grad_(False)  # In no loss, so ranks would wait for its gradient.
     inner = work.model
     work.model = torch.nn.parallel.DistributedDataParallel(inner, device_ids=[0] if device == "cuda" else None)  # pyright: ignore
     work.model.get_loss_dict = inner.get_loss_dict  # pyright: ignore
@@ -276,7 +276,7 @@ STAGES: dict[str, Callable[[GpuDay, str], dict[str, Any]]] = {
 
 
 def as_table(figures: dict[str, Any]) -> str:
-    """All stages in one table, one line for each figure that somebody would ask for first."""
+    """Return the main figures of all stages as one Markdown table."""
     lines = [f"# {figures['device']}, torch {figures['torch']}", "", "| stage | what | figure |", "|---|---|---|"]
     for stage, found in figures["stages"].items():
         if "error" in found:

@@ -1,4 +1,4 @@
-"""Every stage of the GPU's day in miniature on a CPU, so that on the day nothing fails for a typing error."""
+"""Every stage of `benchmarks gpu-day` in miniature on a CPU."""
 
 from __future__ import annotations
 
