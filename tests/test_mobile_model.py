@@ -11,7 +11,7 @@ from nerfstudio.data.scene_box import SceneBox
 from torch import Tensor
 
 from r2l_nerfstudio.distillation.crops import joined, sample_crops
-from r2l_nerfstudio.distillation.photograph_views import PhotographViews
+from r2l_nerfstudio.distillation.photograph_views import PhotoViews
 from r2l_nerfstudio.errors import InputError
 from r2l_nerfstudio.models.any_camera import render_by_faces
 from r2l_nerfstudio.models.camera_rays import CameraRays
@@ -193,7 +193,7 @@ def test_the_upsampling_factor_fits_the_capture_unless_it_is_set(size: tuple[int
 # Crops.
 
 
-def views(count: int = 3, height: int = 20, width: int = 28) -> PhotographViews:
+def views(count: int = 3, height: int = 20, width: int = 28) -> PhotoViews:
     """Views whose colors are their rays' directions, in 8 bits."""
     torch.manual_seed(0)
     poses = torch.cat([torch.linalg.qr(torch.randn(count, 3, 3)).Q, torch.randn(count, 3, 1)], dim=-1)
@@ -202,7 +202,7 @@ def views(count: int = 3, height: int = 20, width: int = 28) -> PhotographViews:
     color = ((0.5 + 0.5 * torch.stack(pictures)) * 255).round().to(torch.uint8)
     extra = torch.full_like(color[..., :2], 255)
     extra[..., 1] = 1
-    return PhotographViews(torch.cat([color, extra], dim=-1), torch.ones(color.shape[:3]).half(), poses, intrinsics)
+    return PhotoViews(torch.cat([color, extra], dim=-1), torch.ones(color.shape[:3]).half(), poses, intrinsics)
 
 
 @pytest.mark.parametrize("factor", [4, 6])

@@ -160,7 +160,7 @@ def _check_size(dataset: InputDataset, index: int, photo: Photo) -> None:
     )
 
 
-class Photographs:
+class Photos:
     """Pixels of some training photos in 8 bits on the device, 3 bytes each, 4 with masks, and their rays.
 
     Lens distortion is undone per ray, and the teacher's learned pose corrections are applied, so that student and
