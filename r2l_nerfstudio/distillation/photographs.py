@@ -221,7 +221,7 @@ class Photos:
         self._views = torch.tensor(views, device=self.device).reshape(-1, 3)
         self._tries = 1
         if len(self.pixels) and kept < len(self.pixels):
-            # So many tries that one draw in a hundred finds no pixel that counts.
+            # With this many tries, one draw in a hundred finds no valid pixel.
             self._tries = min(MOST_TRIES, math.ceil(math.log(0.01) / math.log1p(-kept / len(self.pixels))))
 
     def __len__(self) -> int:
