@@ -89,7 +89,7 @@ class WebWeights:
         """What the file holds.
 
         Matrices are [inputs, outputs]; those of a transposed convolution [phases, inputs of all taps, outputs], one for each
-        pixel that a pixel becomes. int8 tensors have a `.scale`, 8-bit features also a `.offset`.
+        pixel that a pixel becomes. int8 tensors have a `.scale`, 8-bit features a `.offset` besides.
         """
         found: dict[str, Tensor] = {}
         for name, layer in _layers(self.network):
