@@ -31,10 +31,8 @@ RAYS_AT_ONCE = 1 << 17
 """On a GPU: the points of more rays would take gigabytes, for drawing as for training."""
 LEAST = 1e-4
 """Accumulation below which a ray's expected point moves to the middle of its span."""
-
-
-BLOCK = 2
-"""Pixels along each side of the blocks for which a MobileR2L's sample points are placed together; divides every factor."""
+BLOCKS = (4, 2, 1)
+"""Sides in pixels of the blocks for which a MobileR2L's sample points are placed together."""
 
 FrequencyEncode = Callable[[Tensor, int], Tensor]
 
@@ -372,6 +370,11 @@ def encode_single_rays(
     return EncodedRays(code.view(*shape, encoding.dim), geometry.view(*shape, 2))
 
 
+def block_side(factor: int) -> int:
+    """Side in pixels of the blocks that share sample points: the largest that divides a cell."""
+    return next(side for side in BLOCKS if factor % side == 0)
+
+
 def encode_ray_image(
     encoding: CompositedEncoding,
     factor: int,
@@ -385,7 +388,7 @@ def encode_ray_image(
 
     A cell's own ray passes half way between those of its pixels in opposite corners. Features and accumulation of a cell's
     pixels follow the cell's own code, channel by channel, as `pixel_shuffle` takes them; sample points are placed once for
-    each block of 2x2 pixels. Pixels of the margin have none: they are not drawn.
+    each block of `block_side` squared pixels. Pixels of the margin have none: they are not drawn.
 
     Args:
         encoding: the scene's encoding.
@@ -407,10 +410,11 @@ def encode_ray_image(
     found, _ = encoding.composited(encoding.span(*rays), jitter)
     code = encoding.code(found, rays[1][:, 0], encode).view(*shape, encoding.dim)
 
-    edge, blocks = MARGIN * factor, CellPixels(BLOCK)
+    side = block_side(factor)
+    edge, blocks = MARGIN * factor, CellPixels(side)
     inner = blocks.by_cell(directions[..., edge:-edge, edge:-edge, :])
     shape = inner.shape[:-1]
-    rays = (origins[..., edge:-edge:BLOCK, edge:-edge:BLOCK, :].reshape(-1, 1, 3), inner.reshape(-1, BLOCK**2, 3))
+    rays = (origins[..., edge:-edge:side, edge:-edge:side, :].reshape(-1, 1, 3), inner.reshape(-1, side**2, 3))
     span = encoding.span(*rays)
     found, _ = encoding.composited(span, jitter, pixel_samples)
     geometry = encoding.geometry(found, span, *rays).view(*shape, 2)
