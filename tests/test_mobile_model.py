@@ -190,6 +190,19 @@ def test_the_upsampling_factor_fits_the_capture_unless_it_is_set(size: tuple[int
         MobileR2LModelConfig(upsampling_factor=5).fit_to(*size)
 
 
+@pytest.mark.parametrize(
+    ("size", "factor", "block"), [((100, 100), 0, 2), ((400, 400), 0, 4), ((800, 800), 6, 2), ((40, 30), 0, 1)]
+)
+def test_blocks_of_pixels_divide_a_cell_and_are_at_most_two_cells_of_the_occupancy_wide(
+    size: tuple[int, int], factor: int, block: int
+) -> None:
+    config = MobileR2LModelConfig(upsampling_factor=factor)
+    config.fit_to(*size)
+    assert config.placement_block == block
+    with pytest.raises(InputError, match="--pipeline.model.placement-block 5 "):
+        MobileR2LModelConfig(placement_block=5).fit_to(*size)
+
+
 # Crops.
 
 

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from r2l_nerfstudio.errors import InputError
-from r2l_nerfstudio.models.composited_encoding import block_side
 from r2l_nerfstudio.models.light_field import LightFieldModel
 from r2l_nerfstudio.rays.occupancy import packed
 from r2l_nerfstudio.students.mobile import ConvBlock, MobileR2L
@@ -278,7 +277,7 @@ def encoding_description(model: LightFieldModel) -> dict[str, Any]:
             "cells": list(encoding.volume.cells),
             "channels": settings.channels,
             "samples": settings.samples,
-            "block": block_side(model.factor),
+            "block": getattr(model, "block", 1),
             "pixelSamples": getattr(model.config, "pixel_samples", settings.samples),
             "probes": settings.probes,
             "pointOctaves": settings.point_octaves,
