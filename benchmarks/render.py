@@ -277,7 +277,7 @@ def bare_products(network: nn.Module, code: torch.Tensor, dtype: torch.dtype) ->
 
 
 def fastest(calls: dict[str, Callable[[], Any]], seconds: float, device: torch.device) -> dict[str, float]:
-    """Return the minimum milliseconds of each call, all of them in turns, for so many seconds or at least three
+    """Return the minimum milliseconds of each call, all of them in turns, for this many seconds or at least three
     rounds."""
 
     def finish() -> float:

@@ -295,7 +295,7 @@ def as_markdown(figures: dict[str, Any]) -> str:
             f"## Bytes of the folder: {row['method']}, {row['frame']}",
             "",
             f"A visitor loads {loaded_bytes(files, 'webgpu') / 1e6:.2f} MB where there is WebGPU, and"
-            f" {loaded_bytes(files, 'wasm') / 1e6:.1f} MB where WebAssembly draws; the whole folder has"
+            f" {loaded_bytes(files, 'wasm') / 1e6:.1f} MB with WebAssembly; the whole folder has"
             f" {sum(files.values()) / 1e6:.1f} MB.",
             "",
             "| file | bytes |",

@@ -27,7 +27,15 @@ mobile_r2l_lite = MethodSpecification(
     config=student_config(
         "mobile-r2l-lite",
         CropDataManagerConfig(train_num_rays_per_batch=8192, crop_cells=6),
-        MobileR2LModelConfig(ray_encoding="composited", width=128, blocks=2, up_width=32),
+        MobileR2LModelConfig(
+            ray_encoding="composited",
+            width=64,
+            blocks=2,
+            up_width=16,
+            join_width=16,
+            feature_channels=3,
+            max_grid_points=120_000,
+        ),
         max_num_iterations=20000,
         optimizers=small_optimizers(),
         ema_decay=0.99,

@@ -64,7 +64,7 @@ def write_capture(folder: Path, views: int = 8, size: int = 24, distance: float 
     frames = []
     for index, pose in enumerate(_ring(views, distance)):
         name = f"images/{index:03d}.png"
-        _photograph(pose, size)[0].save(folder / name)
+        _render(pose, size)[0].save(folder / name)
         frames.append({"file_path": name, "transform_matrix": pose.tolist()})
     camera = {"w": size, "h": size, "fl_x": float(size), "fl_y": float(size), "cx": size / 2, "cy": size / 2}
     (folder / "transforms.json").write_text(json.dumps({**camera, "frames": frames}))
@@ -85,7 +85,7 @@ def write_blender_capture(folder: Path, views: int = 6, size: int = 24) -> Path:
     frames = []
     (folder / "train").mkdir(parents=True)
     for index, pose in enumerate(_ring(views, 4.0)):
-        color, opacity = _photograph(pose, size)
+        color, opacity = _render(pose, size)
         color.putalpha(opacity)
         color.save(folder / f"train/r_{index}.png")
         frames.append({"file_path": f"./train/r_{index}", "transform_matrix": pose.tolist()})
@@ -188,7 +188,7 @@ def _ring(views: int, distance: float) -> list[np.ndarray]:
     return poses
 
 
-def _photograph(pose: np.ndarray, size: int) -> tuple[Image.Image, Image.Image]:
+def _render(pose: np.ndarray, size: int) -> tuple[Image.Image, Image.Image]:
     """A ball of radius 0.7 at the origin, colored by position, before a room colored by direction; focal = size."""
     x, y = np.meshgrid((np.arange(size) + 0.5) / size - 0.5, 0.5 - (np.arange(size) + 0.5) / size)
     rays = np.stack([x, y, -np.ones_like(x)], axis=-1) @ pose[:3, :3].T

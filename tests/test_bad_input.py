@@ -184,7 +184,7 @@ def test_damaged_transforms(refused, tiny_teacher: Path, capture: Path) -> None:
     assert str(capture) in message and "--data" in message
 
 
-class PhotographicTeacher:
+class PhotoTeacher:
     """Shows each training camera the photo of the one `shift` further."""
 
     config_path = Path("teacher/config.yml")
@@ -204,7 +204,7 @@ class PhotographicTeacher:
 def test_photos_of_another_place(shift: int, tiny_capture: Path) -> None:
     outputs = NerfstudioDataParserConfig(data=tiny_capture).setup().get_dataparser_outputs("train")
     dataset = InputDataset(outputs)
-    teacher = PhotographicTeacher(dataset, shift)
+    teacher = PhotoTeacher(dataset, shift)
     if shift == 0:
         check_frame(teacher, dataset, torch.ones(3))
         return

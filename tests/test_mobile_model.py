@@ -11,7 +11,7 @@ from nerfstudio.data.scene_box import SceneBox
 from torch import Tensor
 
 from r2l_nerfstudio.distillation.crops import joined, sample_crops
-from r2l_nerfstudio.distillation.photograph_views import PhotographViews
+from r2l_nerfstudio.distillation.photograph_views import PhotoViews
 from r2l_nerfstudio.errors import InputError
 from r2l_nerfstudio.models.any_camera import render_by_faces
 from r2l_nerfstudio.models.camera_rays import CameraRays
@@ -190,10 +190,23 @@ def test_the_upsampling_factor_fits_the_capture_unless_it_is_set(size: tuple[int
         MobileR2LModelConfig(upsampling_factor=5).fit_to(*size)
 
 
+@pytest.mark.parametrize(
+    ("size", "factor", "block"), [((100, 100), 0, 2), ((400, 400), 0, 4), ((800, 800), 6, 2), ((40, 30), 0, 1)]
+)
+def test_blocks_of_pixels_divide_a_cell_and_are_at_most_two_cells_of_the_occupancy_wide(
+    size: tuple[int, int], factor: int, block: int
+) -> None:
+    config = MobileR2LModelConfig(upsampling_factor=factor)
+    config.fit_to(*size)
+    assert config.placement_block == block
+    with pytest.raises(InputError, match="--pipeline.model.placement-block 5 "):
+        MobileR2LModelConfig(placement_block=5).fit_to(*size)
+
+
 # Crops.
 
 
-def views(count: int = 3, height: int = 20, width: int = 28) -> PhotographViews:
+def views(count: int = 3, height: int = 20, width: int = 28) -> PhotoViews:
     """Views whose colors are their rays' directions, in 8 bits."""
     torch.manual_seed(0)
     poses = torch.cat([torch.linalg.qr(torch.randn(count, 3, 3)).Q, torch.randn(count, 3, 1)], dim=-1)
@@ -202,7 +215,7 @@ def views(count: int = 3, height: int = 20, width: int = 28) -> PhotographViews:
     color = ((0.5 + 0.5 * torch.stack(pictures)) * 255).round().to(torch.uint8)
     extra = torch.full_like(color[..., :2], 255)
     extra[..., 1] = 1
-    return PhotographViews(torch.cat([color, extra], dim=-1), torch.ones(color.shape[:3]).half(), poses, intrinsics)
+    return PhotoViews(torch.cat([color, extra], dim=-1), torch.ones(color.shape[:3]).half(), poses, intrinsics)
 
 
 @pytest.mark.parametrize("factor", [4, 6])

@@ -24,7 +24,7 @@ from teachers import _ring
 
 from r2l_nerfstudio.capture import CaptureError, parse_capture
 from r2l_nerfstudio.dataparsers import without_points
-from r2l_nerfstudio.distillation.photographs import Photographs
+from r2l_nerfstudio.distillation.photographs import Photos
 from r2l_nerfstudio.distillation.pose_sampling import PoseSampler, capture_cameras
 from r2l_nerfstudio.distillation.survey import Survey
 from r2l_nerfstudio.distillation.view_ring import ViewRenderer
@@ -303,11 +303,11 @@ BAD: dict[str, tuple[Make, str]] = {
 }
 
 
-def read(config: DataParserConfig) -> tuple[InputDataset, Photographs]:
+def read(config: DataParserConfig) -> tuple[InputDataset, Photos]:
     """The photos of a capture as a student learns from them."""
     outputs = parse_capture(without_points(config))
     dataset = InputDataset(outputs)
-    return dataset, Photographs(dataset, list(range(len(dataset))), None, WHITE, "cpu")
+    return dataset, Photos(dataset, list(range(len(dataset))), None, WHITE, "cpu")
 
 
 @pytest.mark.parametrize("kind", GOOD)

@@ -25,7 +25,7 @@ from r2l_nerfstudio.distillation import photograph_views as photograph_views_mod
 from r2l_nerfstudio.distillation import photographs as photographs_module
 from r2l_nerfstudio.distillation.background import background_of
 from r2l_nerfstudio.distillation.photograph_views import photograph_views
-from r2l_nerfstudio.distillation.photographs import Photographs, read_photo, split_held_out
+from r2l_nerfstudio.distillation.photographs import Photos, read_photo, split_held_out
 from r2l_nerfstudio.errors import InputError
 from r2l_nerfstudio.teacher import Teacher
 
@@ -61,10 +61,10 @@ CAMERAS = {
 def test_every_pixel_has_nerfstudios_ray_and_its_color(kind: str, scale: float, capture: Path) -> None:
     edit(capture, **CAMERAS[kind])
     dataset = dataset_of(capture, scale)
-    photographs = Photographs(dataset, [1, 4], None, WHITE, "cpu")
+    photos = Photos(dataset, [1, 4], None, WHITE, "cpu")
     side = round(24 * scale)
-    assert len(photographs.pixels) == 2 * side * side
-    sample = photographs.rays(torch.arange(len(photographs.pixels)))
+    assert len(photos.pixels) == 2 * side * side
+    sample = photos.rays(torch.arange(len(photos.pixels)))
     generator = RayGenerator(dataset.cameras)
     rows, columns = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
     for part, view in enumerate([1, 4]):
@@ -89,9 +89,9 @@ def test_pose_corrections_match_the_teachers_training(mode: str, tiny_capture: P
     optimizer = CameraOptimizerConfig(mode=mode).setup(num_cameras=6, device="cpu")
     torch.nn.init.normal_(optimizer.pose_adjustment, std=0.2)
     corrections = optimizer(torch.arange(6)).detach()
-    photographs = Photographs(dataset, [0, 3, 5], corrections, WHITE, "cpu")
+    photos = Photos(dataset, [0, 3, 5], corrections, WHITE, "cpu")
     chosen = torch.randint(3 * 24 * 24, (50,), generator=torch.Generator().manual_seed(2))
-    sample = photographs.rays(chosen)
+    sample = photos.rays(chosen)
     views = torch.tensor([0, 3, 5])[chosen // 576]
     indices = torch.stack([views, chosen % 576 // 24, chosen % 24], dim=-1)
     bundle = RayGenerator(dataset.cameras)(indices)
@@ -105,7 +105,7 @@ def test_pose_corrections_match_the_teachers_training(mode: str, tiny_capture: P
 def test_a_trained_teachers_corrections_reach_the_photos(tiny_teacher: Path, tiny_capture: Path) -> None:
     teacher = Teacher.load(tiny_teacher)
     dataset = dataset_of(tiny_capture)
-    sample = Photographs(dataset, [2], teacher.pose_corrections(), WHITE, "cpu").rays(torch.tensor([30, 500]))
+    sample = Photos(dataset, [2], teacher.pose_corrections(), WHITE, "cpu").rays(torch.tensor([30, 500]))
     bundle = RayGenerator(dataset.cameras)(torch.tensor([[2, 30 // 24, 30 % 24], [2, 500 // 24, 500 % 24]]))
     before = bundle.origins.clone()
     teacher.model.camera_optimizer.apply_to_raybundle(bundle)
@@ -120,16 +120,16 @@ def test_masked_pixels_are_never_drawn(capture: Path) -> None:
         mask[index : index + 9, 5:19] = 255
     write_masks(capture, masks)
     dataset = dataset_of(capture)
-    photographs = Photographs(dataset, [0, 1, 2, 3, 4, 5], None, WHITE, "cpu")
-    assert photographs.pixels.shape == (6 * 24 * 24, 4)
-    counts = photographs.pixels[:, 3].view(6, 24, 24)
+    photos = Photos(dataset, [0, 1, 2, 3, 4, 5], None, WHITE, "cpu")
+    assert photos.pixels.shape == (6 * 24 * 24, 4)
+    counts = photos.pixels[:, 3].view(6, 24, 24)
     assert int(counts.sum()) == 6 * 9 * 14
     for view in range(6):
         assert torch.equal(counts[view].bool(), dataset.get_data(view)["mask"][..., 0])
-    drawn = photographs.sample(20000, torch.Generator().manual_seed(0))
+    drawn = photos.sample(20000, torch.Generator().manual_seed(0))
     assert 0.98 < drawn.weight.mean() <= 1.0
     # Every pixel that counts is drawn about as often as any other.
-    rays = photographs.rays(counts.flatten().nonzero()[:, 0])
+    rays = photos.rays(counts.flatten().nonzero()[:, 0])
     nearest = torch.cdist(drawn.directions[drawn.weight[:, 0] > 0][:2000], rays.directions).amin(-1)
     assert nearest.max() < 1e-3  # neighbors are forty times as far apart
 
@@ -138,11 +138,11 @@ def test_completely_masked_photos_are_left_out(capture: Path, capsys: pytest.Cap
     masks = {index: 0 if index in (1, 2) else 255 for index in range(8)}
     write_masks(capture, {index: np.full((24, 24), value, np.uint8) for index, value in masks.items()})
     dataset = dataset_of(capture)  # of the files 1, 2, 3, 5, 6, 7
-    photographs = Photographs(dataset, [0, 1, 2], None, WHITE, "cpu")
-    assert len(photographs) == 1 and len(photographs.pixels) == 24 * 24
-    assert torch.equal(photographs.rays(torch.tensor([0])).origins, dataset.cameras.camera_to_worlds[2:3, :, 3])
+    photos = Photos(dataset, [0, 1, 2], None, WHITE, "cpu")
+    assert len(photos) == 1 and len(photos.pixels) == 24 * 24
+    assert torch.equal(photos.rays(torch.tensor([0])).origins, dataset.cameras.camera_to_worlds[2:3, :, 3])
     assert "Skipping 2 photos" in capsys.readouterr().out
-    assert len(Photographs(dataset, [0, 1], None, WHITE, "cpu")) == 0
+    assert len(Photos(dataset, [0, 1], None, WHITE, "cpu")) == 0
     views = photograph_views(dataset, [0, 1, 2], INTRINSICS.expand(6, 4), (24, 24), None, WHITE, "cpu")
     assert len(views) == 1 and torch.equal(views.camera_to_worlds[0], dataset.cameras.camera_to_worlds[2])
 
@@ -164,7 +164,7 @@ def test_photos_take_three_bytes_a_pixel_and_one_more_photo_while_they_load(tmp_
     dataset = InputDataset(
         NerfstudioDataParserConfig(data=capture, eval_mode="all").setup().get_dataparser_outputs("train")
     )
-    Photographs(dataset, [0], None, WHITE, "cpu")  # what is loaded once
+    Photos(dataset, [0], None, WHITE, "cpu")  # what is loaded once
     gc.collect()
     process = psutil.Process()
     before = process.memory_info().rss
@@ -177,18 +177,18 @@ def test_photos_take_three_bytes_a_pixel_and_one_more_photo_while_they_load(tmp_
 
     watcher = threading.Thread(target=watch)
     watcher.start()
-    photographs = Photographs(dataset, list(range(count)), None, WHITE, "cpu")
+    photos = Photos(dataset, list(range(count)), None, WHITE, "cpu")
     done.set()
     watcher.join()
-    assert photographs.pixels.shape == (count * size * size, 3) and photographs.pixels.dtype == torch.uint8
+    assert photos.pixels.shape == (count * size * size, 3) and photos.pixels.dtype == torch.uint8
     assert (peak[0] - before) / (count * size * size) < 4.0 + 9.0 / count
 
 
 def test_photos_shrink_if_memory_is_short(capture: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     dataset = dataset_of(capture)
-    whole = Photographs(dataset, [1, 4], None, WHITE, "cpu")
+    whole = Photos(dataset, [1, 4], None, WHITE, "cpu")
     monkeypatch.setattr(photographs_module, "free_memory", lambda device: 24 * 24 * 3 * 2 / 0.4 / 3.9)
-    small = Photographs(dataset, [1, 4], None, WHITE, "cpu")
+    small = Photos(dataset, [1, 4], None, WHITE, "cpu")
     assert len(small.pixels) == 2 * 12 * 12
     assert "1/2 of their width and height" in capsys.readouterr().out
     # A pixel of the small photo has the mean color of four, and the ray through their middle.
@@ -264,9 +264,9 @@ def test_transparent_photos_are_blended_with_the_background(tmp_path: Path) -> N
         config = BlenderDataParserConfig(data=capture, alpha_color=alpha_color)
         dataset = InputDataset(config.setup().get_dataparser_outputs("train"))
         background = torch.tensor([0.1, 0.7, 0.3])
-        photographs = Photographs(dataset, [0, 1], None, background, "cpu")
-        assert photographs.pixels.shape[-1] == 3
-        sample = photographs.rays(torch.arange(576))
+        photos = Photos(dataset, [0, 1], None, background, "cpu")
+        assert photos.pixels.shape[-1] == 3
+        sample = photos.rays(torch.arange(576))
         with Image.open(dataset.image_filenames[0]) as image:
             pixels = torch.from_numpy(np.array(image)).reshape(-1, 4).float() / 255
         behind = background if alpha_color is None else WHITE  # already blended by the dataparser's wish
@@ -319,16 +319,16 @@ def test_pixels_of_held_out_views_are_never_drawn(tiny_capture: Path) -> None:
     dataset = dataset_of(tiny_capture)
     kept, held = split_held_out(6, 0.4)
     assert len(held) == 2
-    photographs = Photographs(dataset, kept, None, WHITE, "cpu")
-    sample = photographs.sample(20000)
+    photos = Photos(dataset, kept, None, WHITE, "cpu")
+    sample = photos.sample(20000)
     positions = dataset.cameras.camera_to_worlds[:, :, 3]
     nearest = torch.cdist(sample.origins, positions).argmin(-1)
     assert set(nearest.tolist()) == set(kept)
-    watched = Photographs(dataset, held, None, WHITE, "cpu").sample(2000)
+    watched = Photos(dataset, held, None, WHITE, "cpu").sample(2000)
     assert set(torch.cdist(watched.origins, positions).argmin(-1).tolist()) == set(held)
 
 
 def test_a_draw_can_be_repeated(tiny_capture: Path) -> None:
-    photographs = Photographs(dataset_of(tiny_capture), [0, 1], None, WHITE, "cpu")
-    draws = [photographs.sample(30, torch.Generator().manual_seed(seed)) for seed in (1, 1, 2)]
+    photos = Photos(dataset_of(tiny_capture), [0, 1], None, WHITE, "cpu")
+    draws = [photos.sample(30, torch.Generator().manual_seed(seed)) for seed in (1, 1, 2)]
     assert torch.equal(draws[0].rgb, draws[1].rgb) and not torch.equal(draws[0].rgb, draws[2].rgb)

@@ -24,7 +24,7 @@ from teachers import teacher_config, train, write_blender_capture
 from r2l_nerfstudio.capture import CaptureError, _Downscaled, parse_capture
 from r2l_nerfstudio.distillation.background import background_of
 from r2l_nerfstudio.distillation.frame_check import check_frame
-from r2l_nerfstudio.distillation.photographs import Photographs, read_photo
+from r2l_nerfstudio.distillation.photographs import Photos, read_photo
 from r2l_nerfstudio.distillation.pose_sampling import PoseSampler, capture_cameras
 from r2l_nerfstudio.distillation.survey import Survey
 from r2l_nerfstudio.distillation.view_ring import ViewRenderer
@@ -84,7 +84,7 @@ def test_one_background_for_teacher_photos_and_student(
     dataset = InputDataset(teacher.dataparser_outputs)
     fake = Compositing(teacher, dataset, torch.full((3,), behind))
     check_frame(fake, dataset, found)
-    photos = Photographs(dataset, [1], None, found, "cpu")
+    photos = Photos(dataset, [1], None, found, "cpu")
     seen = fake.view(dataset.cameras[1:2]).rgb.reshape(-1, 3)
     error = (photos.rays(torch.arange(576)).rgb - seen).square().mean()
     assert error < 1e-4  # 40 dB between the photo stage's photos and the teacher

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from r2l_nerfstudio.distillation.crops import Views, joined, sample_crops
 from r2l_nerfstudio.distillation.datamanager import Batch, DistillationDataManager, DistillationDataManagerConfig
-from r2l_nerfstudio.distillation.photograph_views import PhotographViews, photograph_views
+from r2l_nerfstudio.distillation.photograph_views import PhotoViews, photograph_views
 from r2l_nerfstudio.distillation.pose_sampling import CaptureCameras, PoseSamplerConfig
 from r2l_nerfstudio.errors import InputError
 from r2l_nerfstudio.ranges import IntRange
@@ -76,9 +76,7 @@ class CropDataManager(DistillationDataManager):
             )
         return rows, columns
 
-    def read_photographs(
-        self, indices: list[int], corrections: Float[Tensor, "num_train 3 4"] | None
-    ) -> PhotographViews:
+    def read_photos(self, indices: list[int], corrections: Float[Tensor, "num_train 3 4"] | None) -> PhotoViews:
         cameras = self.view_cameras()
         size = (cameras.height, cameras.width)
         return photograph_views(
@@ -88,11 +86,11 @@ class CropDataManager(DistillationDataManager):
     def hold_out(self, source: Views, generator: torch.Generator | None) -> Batch:
         return self._crops(source, HELD_OUT_PIXELS, generator)
 
-    def draw(self, num_real: int) -> Batch:
+    def draw(self, num_photo_pixels: int) -> Batch:
         """Draw crops of teacher views, then crops of photos."""
-        num_fresh = self.get_train_rays_per_batch() - num_real
+        num_fresh = self.get_train_rays_per_batch() - num_photo_pixels
         fresh = self._crops(self.ring, num_fresh, foreground_fraction=self.config.foreground_fraction)
-        return joined(fresh, self._crops(self.photographs, num_real)) if num_real else fresh
+        return joined(fresh, self._crops(self.photos, num_photo_pixels)) if num_photo_pixels else fresh
 
     def _crops(
         self,

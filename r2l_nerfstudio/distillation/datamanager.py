@@ -192,20 +192,20 @@ class DistillationDataManager(VanillaDataManager[InputDataset]):
 
         seed = config.seed + self.local_rank
         # Photos first: a capture that cannot be used must fail before the teacher has rendered for minutes.
-        self.photographs: Any = None
-        self.held_photographs: Batch | None = None
+        self.photos: Any = None
+        self.held_out_photos: Batch | None = None
         if config.photo_iterations > 0:
             kept, held = split_held_out(len(self.train_dataset), config.held_out_fraction)
             corrections = teacher.pose_corrections()
-            self.photographs = self.read_photographs(kept, corrections)
-            if len(self.photographs) == 0:
+            self.photos = self.read_photos(kept, corrections)
+            if len(self.photos) == 0:
                 CONSOLE.print("[yellow]No photo has a pixel outside its mask: learning from the teacher only.")
-                self.photographs = None
-            if held and self.photographs is not None:
+                self.photos = None
+            if held and self.photos is not None:
                 generator = torch.Generator().manual_seed(config.seed)
-                watched = self.read_photographs(held, corrections)
-                if len(watched):
-                    self.held_photographs = self.hold_out(watched, generator)
+                held_out = self.read_photos(held, corrections)
+                if len(held_out):
+                    self.held_out_photos = self.hold_out(held_out, generator)
                 else:
                     CONSOLE.print("[yellow]No held-out photo has a pixel outside its mask: no PSNR against photos.")
         self._held_ring = ViewRing(renderer(seed + HELD_OUT_SEED_OFFSET, None), HELD_OUT_VIEWS, self.device)
@@ -223,7 +223,7 @@ class DistillationDataManager(VanillaDataManager[InputDataset]):
         self._failures = 0
 
     @abstractmethod
-    def read_photographs(self, indices: list[int], corrections: Float[Tensor, "num_train 3 4"] | None) -> Any:
+    def read_photos(self, indices: list[int], corrections: Float[Tensor, "num_train 3 4"] | None) -> Any:
         """Return some training photos in the form in which this data manager draws from them.
 
         Args:
@@ -239,13 +239,13 @@ class DistillationDataManager(VanillaDataManager[InputDataset]):
         """Return a batch to measure on and never train on.
 
         Args:
-            source: a ring, or what `read_photographs` gave.
+            source: a ring, or what `read_photos` gave.
             generator: for a repeatable draw.
         """
 
     @abstractmethod
-    def draw(self, num_real: int) -> Batch:
-        """Return a batch to learn from, `num_real` of its `train_num_rays_per_batch` pixels from photos."""
+    def draw(self, num_photo_pixels: int) -> Batch:
+        """Return a batch to learn from, `num_photo_pixels` of its `train_num_rays_per_batch` pixels from photos."""
 
     def read_by(self, rays: StudentRays) -> StudentRays:
         """Return the rays that batches hold for a student that reads these."""
@@ -285,8 +285,8 @@ class DistillationDataManager(VanillaDataManager[InputDataset]):
         """
         self.train_count += 1
         self._refresh()
-        real = self.photographs is not None and self.photographs_now
-        return self.draw(int(self.config.photo_fraction * self.get_train_rays_per_batch()) if real else 0)
+        with_photos = self.photos is not None and self.photographs_now
+        return self.draw(int(self.config.photo_fraction * self.get_train_rays_per_batch()) if with_photos else 0)
 
     def next_train(self, step: int) -> tuple[RayBundle, dict[str, Tensor]]:
         """Return `next_batch` in Nerfstudio's form."""

@@ -19,7 +19,7 @@ from r2l_nerfstudio.errors import InputError
 
 
 @dataclass
-class PhotographViews:
+class PhotoViews:
     """Photos as `crops.Views`."""
 
     pixels: UInt8[Tensor, "views height width 4"]
@@ -41,7 +41,7 @@ def photograph_views(
     corrections: Float[Tensor, "num_train 3 4"] | None,
     background: Float[Tensor, "3"],
     device: torch.device | str,
-) -> PhotographViews:
+) -> PhotoViews:
     """Resample photos to pinhole views like the teacher's.
 
     Args:
@@ -76,7 +76,7 @@ def photograph_views(
         # Like CameraOptimizer.apply_to_raybundle: shift the origin, rotate the directions, both in the world frame.
         moved = corrections[shown].cpu()
         poses = torch.cat([moved[:, :, :3] @ poses[:, :, :3], poses[:, :, 3:] + moved[:, :, 3:]], dim=-1)
-    return PhotographViews(
+    return PhotoViews(
         pixels=pixels[: len(shown)],
         # Unknown: one number stands for all pixels.
         depth=torch.zeros(1, 1, 1, dtype=torch.float16, device=device).expand(len(shown), *size),

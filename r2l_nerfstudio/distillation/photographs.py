@@ -160,7 +160,7 @@ def _check_size(dataset: InputDataset, index: int, photo: Photo) -> None:
     )
 
 
-class Photographs:
+class Photos:
     """Pixels of some training photos in 8 bits on the device, 3 bytes each, 4 with masks, and their rays.
 
     Lens distortion is undone per ray, and the teacher's learned pose corrections are applied, so that student and
@@ -221,7 +221,7 @@ class Photographs:
         self._views = torch.tensor(views, device=self.device).reshape(-1, 3)
         self._tries = 1
         if len(self.pixels) and kept < len(self.pixels):
-            # So many tries that one draw in a hundred finds no pixel that counts.
+            # With this many tries, one draw in a hundred finds no valid pixel.
             self._tries = min(MOST_TRIES, math.ceil(math.log(0.01) / math.log1p(-kept / len(self.pixels))))
 
     def __len__(self) -> int:

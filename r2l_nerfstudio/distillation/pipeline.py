@@ -436,17 +436,17 @@ class DistillationPipeline(VanillaPipeline):
             writer.put_scalar(name="Held-out PSNR (teacher views)", scalar=against_teacher, step=step)
             writer.put_scalar(name="Training done", scalar=float(self.done), step=step)
             line = f"Step {step}: {against_teacher:.2f} dB against the teacher on held-out views"
-            if self.datamanager.held_photographs is not None:
-                real = self.held_out_psnr(self.datamanager.held_photographs)
-                if not math.isnan(real):
-                    writer.put_scalar(name="Held-out PSNR (photos)", scalar=real, step=step)
-                    line += f", {real:.2f} dB against held-out photos"
+            if self.datamanager.held_out_photos is not None:
+                against_photos = self.held_out_psnr(self.datamanager.held_out_photos)
+                if not math.isnan(against_photos):
+                    writer.put_scalar(name="Held-out PSNR (photos)", scalar=against_photos, step=step)
+                    line += f", {against_photos:.2f} dB against held-out photos"
                 if (
-                    not math.isnan(real)
+                    not math.isnan(against_photos)
                     and self.datamanager.photographs_now
-                    and (self._best is None or real > self._best[0])
+                    and (self._best is None or against_photos > self._best[0])
                 ):
-                    self._best = (real, self._weights())
+                    self._best = (against_photos, self._weights())
         if self.datamanager.local_rank == 0:
             CONSOLE.print(f"{line}{self._time_left(step)}.")
 
@@ -472,9 +472,9 @@ class DistillationPipeline(VanillaPipeline):
             self._move_state(volume.rows, volume.trim())
 
     def _restore_best(self) -> None:
-        if self._best is None or self.datamanager.held_photographs is None:
+        if self._best is None or self.datamanager.held_out_photos is None:
             return
-        now = self.held_out_psnr(self.datamanager.held_photographs)
+        now = self.held_out_psnr(self.datamanager.held_out_photos)
         best, state = self._best
         if best > now + 0.02:
             CONSOLE.print(

@@ -16,7 +16,7 @@ from r2l_nerfstudio.distillation.datamanager import (
     to_ray_bundle,
 )
 from r2l_nerfstudio.distillation.hard_rays import HardRayPool
-from r2l_nerfstudio.distillation.photographs import Photographs
+from r2l_nerfstudio.distillation.photographs import Photos
 from r2l_nerfstudio.distillation.ray_sample import RECORD_WIDTH, RaySample
 from r2l_nerfstudio.distillation.survey import Survey
 from r2l_nerfstudio.distillation.view_ring import ViewRing
@@ -61,50 +61,48 @@ class RayDataManager(DistillationDataManager):
 
     def restart(self, config: DistillationDataManagerConfig, rays: StudentRays) -> None:
         super().restart(config, rays)
-        if self.photographs is not None:
-            self.photographs.conventions = rays.conventions
+        if self.photos is not None:
+            self.photos.conventions = rays.conventions
         self._begin()
 
     def _begin(self) -> None:
         num_hard = int(self.config.hard_fraction * self.config.train_num_rays_per_batch)
         waits = self.config.published_hard_rays
         self.hard_rays = HardRayPool(num_hard, self.config.hard_pool_batches, RECORD_WIDTH, self.device, waits)
-        self._of_photographs = torch.empty(0, RECORD_WIDTH, device=self.device)
+        self._photo_records = torch.empty(0, RECORD_WIDTH, device=self.device)
 
-    def read_photographs(self, indices: list[int], corrections: Float[Tensor, "num_train 3 4"] | None) -> Photographs:
-        return Photographs(
-            self.train_dataset, indices, corrections, self.background, self.device, self.rays.conventions
-        )
+    def read_photos(self, indices: list[int], corrections: Float[Tensor, "num_train 3 4"] | None) -> Photos:
+        return Photos(self.train_dataset, indices, corrections, self.background, self.device, self.rays.conventions)
 
-    def hold_out(self, source: Photographs | ViewRing, generator: torch.Generator | None) -> Batch:
+    def hold_out(self, source: Photos | ViewRing, generator: torch.Generator | None) -> Batch:
         if isinstance(source, ViewRing):
             sample = source.sample(HELD_OUT_RAYS, generator, conventions=self.rays.conventions)
         else:
             sample = source.sample(HELD_OUT_RAYS, generator)
         return Batch(to_ray_bundle(sample), sample)
 
-    def draw(self, num_real: int) -> Batch:
+    def draw(self, num_photo_pixels: int) -> Batch:
         """Draw new rays of teacher views first, then hard rays, then rays of photos."""
         total = self.config.train_num_rays_per_batch
         num_hard = self.hard_rays.available
-        if num_real:
+        if num_photo_pixels:
             num_hard = int(num_hard * (1 - self.config.photo_fraction))
-        fresh = total - num_hard - num_real
+        fresh = total - num_hard - num_photo_pixels
         if self.config.published_hard_rays:  # Until the pool is full its share of the batch is left out.
             fresh = min(fresh, total - self.hard_rays.per_step)
         parts = [
             self.ring.sample(fresh, None, self.config.foreground_fraction, self.rays.conventions).records(),
             self.hard_rays.draw(num_hard),
         ]
-        if num_real:
-            parts.append(self._draw_photographs(num_real))
+        if num_photo_pixels:
+            parts.append(self._draw_photos(num_photo_pixels))
         sample = RaySample.from_records(torch.cat(parts))
         return Batch(to_ray_bundle(sample), sample, fresh)
 
-    def _draw_photographs(self, num_rays: int) -> Float[Tensor, "rays 13"]:
-        if len(self._of_photographs) < num_rays:
-            self._of_photographs = self.photographs.sample(DRAWS_AT_ONCE * num_rays).records()
-        drawn, self._of_photographs = self._of_photographs[:num_rays], self._of_photographs[num_rays:]
+    def _draw_photos(self, num_rays: int) -> Float[Tensor, "rays 13"]:
+        if len(self._photo_records) < num_rays:
+            self._photo_records = self.photos.sample(DRAWS_AT_ONCE * num_rays).records()
+        drawn, self._photo_records = self._photo_records[:num_rays], self._photo_records[num_rays:]
         return drawn
 
     def learn_from(self, batch: Batch, errors: Float[Tensor, "rays"]) -> None:

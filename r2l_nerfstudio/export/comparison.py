@@ -18,7 +18,7 @@ from r2l_nerfstudio.student import Student
 
 PLAIN_DB = 60.0
 COMPOSITED_DB = 60.0
-"""Minimum in fp32, that of 8-bit colours: at the edge of an occupied cell the last digit of a coordinate decides where
+"""Minimum in fp32, that of 8-bit colors: at the edge of an occupied cell the last digit of a coordinate decides where
 sample points lie, and more so at sizes far from those of training."""
 
 Arrays = dict[str, Float[np.ndarray, "..."]]

@@ -62,6 +62,7 @@ class Encoding(nn.Module):
         self.composited = None if model.composited is None else model.composited.for_graph(kept)
         self.factor = model.factor
         self.pixel_samples = getattr(model.config, "pixel_samples", 0)
+        self.block = getattr(model, "block", 1)
         self.ray_encoding = copy.deepcopy(model.ray_encoding)
         self.volume = None if model.volume is None else GatheredVolume(model.volume, DTYPES[precision])
         self.volume_points = model.config.volume_points
@@ -88,7 +89,7 @@ class Encoding(nn.Module):
             if not self.reads_ray_image:
                 return encode_single_rays(self.composited, origins, directions, encode=self.encode)
             found = encode_ray_image(
-                self.composited, self.factor, self.pixel_samples, origins, directions, encode=self.encode
+                self.composited, self.factor, self.pixel_samples, self.block, origins, directions, encode=self.encode
             )
             return EncodedRays(found.code.permute(2, 0, 1)[None], found.geometry)
         code = self.encode(self.ray_encoding.values(origins, directions), self.ray_encoding.num_frequencies)

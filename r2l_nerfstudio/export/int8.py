@@ -107,12 +107,12 @@ def export_int8(
         quantized = file.with_suffix(".int8.onnx")
         write_onnx(student, replace(spec, part="network", is_static=False, precision="fp32"), network)
         codes = calibration_codes(student, cameras)
-        photographs = held_out(student, dataset, held_share)
+        photos = held_out(student, dataset, held_share)
         said = []
         accepted = None
         for scheme, kept in schemes(network):
             quantize(network, quantized, codes, kept)
-            report = judge(student, quantized, scheme, photographs, cameras)
+            report = judge(student, quantized, scheme, photos, cameras)
             if _is_good(report):
                 accepted = report
                 break
@@ -120,7 +120,7 @@ def export_int8(
         if accepted is None:
             raise InputError(
                 f"--precision int8: {' '.join(said)} At most {MOST_LOSS} dB may be lost"
-                + ("" if photographs else f" ({NEEDED_DB:.0f} dB against its own images)")
+                + ("" if photos else f" ({NEEDED_DB:.0f} dB against its own images)")
                 + ", so it was not kept; choose --precision fp16."
             )
         assemble(student, spec, quantized, file)
@@ -247,7 +247,7 @@ def judge(
     student: Student,
     network: Path,
     scheme: str,
-    photographs: list[tuple[Cameras, Float[Tensor, "h w 3"]]],
+    photos: list[tuple[Cameras, Float[Tensor, "h w 3"]]],
     cameras: CaptureCameras,
 ) -> Int8Report:
     """Measure a quantized network on photos or, without any, against the student."""
@@ -262,10 +262,10 @@ def judge(
     features = nullcontext() if model.composited is None else model.composited.in_int8()
     own: list[float] = []
     other: list[float] = []
-    if photographs:
-        own += [psnr(model.render_camera(camera)["rgb"], truth) for camera, truth in photographs]
+    if photos:
+        own += [psnr(model.render_camera(camera)["rgb"], truth) for camera, truth in photos]
         with model.drawn_by(run), features:
-            other += [psnr(model.render_camera(camera)["rgb"], truth) for camera, truth in photographs]
+            other += [psnr(model.render_camera(camera)["rgb"], truth) for camera, truth in photos]
     else:
         seen = list(sampled_views(student, cameras, JUDGED_VIEWS, seed=1))
         views = [(pose.numpy(), intrinsics.numpy(), size.width, size.height) for pose, intrinsics, size in seen]

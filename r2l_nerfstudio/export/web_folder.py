@@ -265,7 +265,7 @@ def drawn_rgb(
 
 
 def _picture(student: Student, cameras: CaptureCameras) -> dict[str, Any]:
-    """Width, height and focal length in pixels of what the student draws by itself."""
+    """Return width, height and focal length in pixels of the student's native image."""
     focal = float(cameras.intrinsics[:, :2].mean())
     if student.model.reads_ray_image:
         scale = student.model.native_focal(focal) / focal
@@ -314,7 +314,7 @@ def _check_model(student: Student, file: Path, pose: Float[Tensor, "3 4"], pictu
     found = psnr(torch.where(missed, student.model.background, rgb), truth)
     if not found >= NEEDED_DB:
         raise InputError(
-            f"The page's fallback does not draw what torch draws ({found:.0f} dB, and {NEEDED_DB:.0f} dB are needed):"
+            f"The page's fallback differs from PyTorch ({found:.0f} dB, and {NEEDED_DB:.0f} dB are needed):"
             " nothing was written. A network trained with very large weights may not fit half precision; export it with"
             " r2l-export onnx --precision fp32."
         )

@@ -46,7 +46,7 @@ class WebGraph(nn.Module):
         self.rays_per_cell = model.rays_per_cell
         """Rays along each side of a cell."""
         self.reads_ray_image = model.reads_ray_image
-        """Whether it draws whole ray images."""
+        """Whether the student reads ray images."""
         self.margin = model.margin
         """Cells around the image."""
 

@@ -277,6 +277,7 @@ def encoding_description(model: LightFieldModel) -> dict[str, Any]:
             "cells": list(encoding.volume.cells),
             "channels": settings.channels,
             "samples": settings.samples,
+            "block": getattr(model, "block", 1),
             "pixelSamples": getattr(model.config, "pixel_samples", settings.samples),
             "probes": settings.probes,
             "pointOctaves": settings.point_octaves,

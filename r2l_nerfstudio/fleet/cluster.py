@@ -46,11 +46,11 @@ class Cluster(Protocol):
         """Queue a job until a machine has room for it, and return its handle."""
 
     def wait(self, handles: Sequence[Any], seconds: float) -> list[tuple[Any, Outcome]]:
-        """Return the jobs that have ended, after at most so many seconds; returns early when the first one ends."""
+        """Return the jobs that have ended, after at most this many seconds; returns early when the first one ends."""
         ...
 
     def stop(self, handles: Sequence[Any], seconds: float = STOP_SECONDS) -> None:
-        """End jobs; running commands get so many seconds to save."""
+        """End jobs; running commands get this many seconds to save."""
 
 
 class RayCluster:

@@ -32,10 +32,6 @@ RAYS_AT_ONCE = 1 << 17
 LEAST = 1e-4
 """Accumulation below which a ray's expected point moves to the middle of its span."""
 
-
-BLOCK = 2
-"""Pixels along each side of the blocks for which a MobileR2L's sample points are placed together; divides every factor."""
-
 FrequencyEncode = Callable[[Tensor, int], Tensor]
 
 
@@ -377,6 +373,7 @@ def encode_ray_image(
     encoding: CompositedEncoding,
     factor: int,
     pixel_samples: int,
+    block: int,
     origins: Float[Tensor, "*batch height width 3"],
     directions: Float[Tensor, "*batch height width 3"],
     jitter: bool = False,
@@ -386,12 +383,13 @@ def encode_ray_image(
 
     A cell's own ray passes half way between those of its pixels in opposite corners. Features and accumulation of a cell's
     pixels follow the cell's own code, channel by channel, as `pixel_shuffle` takes them; sample points are placed once for
-    each block of 2x2 pixels. Pixels of the margin have none: they are not drawn.
+    each block of pixels. Pixels of the margin have none: they are not drawn.
 
     Args:
         encoding: the scene's encoding.
         factor: upsampling factor, pixels along each side of a cell.
         pixel_samples: sample points per pixel; cells have the settings'.
+        block: pixels along each side of a block; it divides `factor`.
         origins: in the teacher's frame; one for all pixels of a cell, as of a pinhole camera.
         directions: unit length.
         jitter: draw the sample points at random inside their shares (training).
@@ -408,10 +406,10 @@ def encode_ray_image(
     found, _ = encoding.composited(encoding.span(*rays), jitter)
     code = encoding.code(found, rays[1][:, 0], encode).view(*shape, encoding.dim)
 
-    edge, blocks = MARGIN * factor, CellPixels(BLOCK)
+    edge, blocks = MARGIN * factor, CellPixels(block)
     inner = blocks.by_cell(directions[..., edge:-edge, edge:-edge, :])
     shape = inner.shape[:-1]
-    rays = (origins[..., edge:-edge:BLOCK, edge:-edge:BLOCK, :].reshape(-1, 1, 3), inner.reshape(-1, BLOCK**2, 3))
+    rays = (origins[..., edge:-edge:block, edge:-edge:block, :].reshape(-1, 1, 3), inner.reshape(-1, block**2, 3))
     span = encoding.span(*rays)
     found, _ = encoding.composited(span, jitter, pixel_samples)
     geometry = encoding.geometry(found, span, *rays).view(*shape, 2)

@@ -26,6 +26,9 @@ from r2l_nerfstudio.rays.sphere_window import Window, sphere_window
 from r2l_nerfstudio.students.mobile import MobileR2L, up_steps
 
 FACTORS = (4, 8, 12)
+BLOCKS = (4, 2, 1)
+_CELLS_PER_SIDE = 1.4
+"""Cells along the longest side of a scene's box, of which few are cubes, by the cube root of all its cells."""
 CELLS_ACROSS = 100
 """Approximate cells along the ray image's longer side: the published networks have 100 for 800 pixels and 84 for
 1008."""
@@ -65,6 +68,9 @@ class MobileR2LModelConfig(LightFieldModelConfig):
     none, and zeros beyond the border."""
     pixel_samples: int = 12
     """composited: sample points per pixel; cells have `num_samples`."""
+    placement_block: Annotated[int, IntRange(0, 64)] = 0
+    """composited: pixels along each side of the blocks that share the placement of their sample points; 0: 4, 2 or 1,
+    whichever divides the upsampling factor and is at most two cells of the occupancy wide."""
     join_width: int = 32
     """composited: channels of the layer that joins the pixels' own features."""
 
@@ -77,6 +83,14 @@ class MobileR2LModelConfig(LightFieldModelConfig):
         if self.upsampling_factor == 0:
             self.upsampling_factor = next((f for f in FACTORS if max(width, height) <= CELLS_ACROSS * f), FACTORS[-1])
         up_steps(self.upsampling_factor)
+        if self.placement_block == 0:
+            most = 2 * max(width, height) / (_CELLS_PER_SIDE * self.occupancy_cells)
+            self.placement_block = next(b for b in BLOCKS if self.upsampling_factor % b == 0 and b <= max(1, most))
+        if self.upsampling_factor % self.placement_block:
+            raise InputError(
+                f"--pipeline.model.placement-block {self.placement_block} does not divide the upsampling factor"
+                f" {self.upsampling_factor}: choose one that does, or 0."
+            )
         if self.margin not in (0, 1):
             raise InputError(
                 f"--pipeline.model.margin must be 0 or 1 (got {self.margin}): a pixel depends on its own cell and the"
@@ -100,6 +114,8 @@ class MobileR2LModel(LightFieldModel):
         config = self.config
         self.factor = config.upsampling_factor or FACTORS[0]
         self.margin = self.crop_margin = config.margin
+        # Runs from before this setting placed points once per 2x2 pixels.
+        self.block = config.placement_block or next(b for b in BLOCKS[1:] if self.factor % b == 0)
         # Features and accumulation of each pixel of a cell join the last step.
         joined = 0 if self.composited is None else config.feature_channels + 1
         return MobileR2L(
@@ -146,7 +162,8 @@ class MobileR2LModel(LightFieldModel):
         directions: Float[Tensor, "*batch height width 3"],
         jitter: bool,
     ) -> EncodedRays:
-        return encode_ray_image(encoding, self.factor, self.config.pixel_samples, origins, directions, jitter)
+        samples = self.config.pixel_samples
+        return encode_ray_image(encoding, self.factor, samples, self.block, origins, directions, jitter)
 
     @torch.no_grad()
     def _answer_rays(self, origins: Float[Tensor, "rays 3"], directions: Float[Tensor, "rays 3"]) -> dict[str, Tensor]:

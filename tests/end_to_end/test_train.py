@@ -138,10 +138,10 @@ def test_a_killed_run_resumes(
         datamanager = trainer.pipeline.datamanager
         draw = datamanager.draw
 
-        def counted(num_real: int):
-            if num_real:
+        def counted(num_photo_pixels: int):
+            if num_photo_pixels:
                 real.append(trainer.step)
-            return draw(num_real)
+            return draw(num_photo_pixels)
 
         datamanager.draw = counted
         train(trainer)
@@ -256,7 +256,7 @@ def test_the_student_inherits_the_teachers_resolution(tiny_teacher: Path, tmp_pa
     with set_up(student_config(teacher, tmp_path / "students")) as trainer:
         data = trainer.pipeline.datamanager
         assert (data.ring.height, data.ring.width) == (12, 12)
-        assert len(data.photographs.pixels) == 5 * 12 * 12  # one of six is held out
+        assert len(data.photos.pixels) == 5 * 12 * 12  # one of six is held out
         assert data.eval_dataset[0]["image"].shape == (12, 12, 3)
 
 
@@ -299,7 +299,7 @@ def test_every_ray_encoding_learns_and_is_restored(
         group["scheduler"].warmup_steps = 0
     with set_up(config) as trainer:
         pipeline = trainer.pipeline
-        assert pipeline.datamanager.photographs is None
+        assert pipeline.datamanager.photos is None
         # So short a training teaches little but the mean color: begin far from it.
         pipeline.model.network.tail.bias.data[:3] = 2.0
         before = pipeline.held_out_psnr(pipeline.datamanager.held_views)
@@ -391,25 +391,25 @@ def test_the_best_weights_on_held_out_photos_are_restored(
         group["scheduler"].final_share = 1.0
     with set_up(config) as trainer:
         pipeline = trainer.pipeline
-        photographs = pipeline.datamanager.held_photographs
+        photos = pipeline.datamanager.held_out_photos
         # What is learned from the others does not carry over to the held-out ones.
-        pipeline.datamanager.photographs.pixels = 255 - pipeline.datamanager.photographs.pixels
+        pipeline.datamanager.photos.pixels = 255 - pipeline.datamanager.photos.pixels
         seen: dict[int, float] = {}
         watch = pipeline.held_out_psnr
 
         def recorded(sample) -> float:
             psnr = watch(sample)
-            if sample is photographs:
+            if sample is photos:
                 seen[trainer.step] = psnr
             return psnr
 
         pipeline.held_out_psnr = recorded
         trainer.train()
-        last = watch(photographs)
+        last = watch(photos)
     assert list(seen) == [*range(2, 30, 2), 29]  # and once more at the end
-    with_photographs = [psnr for step, psnr in seen.items() if step >= 10]
-    assert with_photographs[-1] < max(with_photographs) - 0.1  # it had got worse
-    assert last == pytest.approx(max(with_photographs), abs=1e-4)
+    with_photos = [psnr for step, psnr in seen.items() if step >= 10]
+    assert with_photos[-1] < max(with_photos) - 0.1  # it had got worse
+    assert last == pytest.approx(max(with_photos), abs=1e-4)
     _, restored, _, _ = eval_setup(config.get_base_dir() / "config.yml")
     for (name, ours), (_, theirs) in zip(
         restored.model.named_parameters(), pipeline.model.named_parameters(), strict=True
@@ -442,8 +442,8 @@ def test_final_weights_that_are_best_are_kept(
 def test_without_held_out_photos_none_are_measured(tiny_teacher: Path, tmp_path: Path) -> None:
     overrides = {"pipeline.datamanager.held_out_fraction": 0.0, "pipeline.steps_per_eval_held_out": 2}
     with set_up(student_config(tiny_teacher, tmp_path, **overrides)) as trainer:
-        assert trainer.pipeline.datamanager.held_photographs is None
-        assert len(trainer.pipeline.datamanager.photographs.pixels) == 6 * 24 * 24
+        assert trainer.pipeline.datamanager.held_out_photos is None
+        assert len(trainer.pipeline.datamanager.photos.pixels) == 6 * 24 * 24
         trainer.train()
     assert trainer.pipeline._best is None
 
@@ -512,10 +512,10 @@ def test_max_minutes_is_respected(method: str, tiny_teacher: Path, tmp_path: Pat
         real: list[float] = []
         draw = trainer.pipeline.datamanager.draw
 
-        def watched(num_real: int):
-            if num_real:
+        def watched(num_photo_pixels: int):
+            if num_photo_pixels:
                 real.append(trainer.progress.fraction)
-            return draw(num_real)
+            return draw(num_photo_pixels)
 
         trainer.pipeline.datamanager.draw = watched
         start = time.monotonic()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import gzip
 import json
 import math
 import re
@@ -10,7 +11,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import pytest
@@ -24,6 +25,7 @@ from student_runs import (
     write_run,
 )
 
+from benchmarks.render import student as random_student
 from benchmarks.web_page import ELEMENT, served, state
 from r2l_nerfstudio import load_student
 from r2l_nerfstudio.distillation.pose_sampling import CaptureCameras, look_along
@@ -36,6 +38,7 @@ if TYPE_CHECKING:
     from playwright.sync_api import BrowserContext, Page
 
 SCREENSHOTS = Path(__file__).parents[2] / "artifacts" / "web"
+TEXT = (".html", ".css", ".js", ".json")
 FOCAL = 50.0
 SIZES = ((48, 40), (37, 29), (33, 50))
 STUDENTS = {
@@ -178,6 +181,32 @@ def test_loads_only_the_student(folder: Path, context: BrowserContext) -> None:
     assert all(re.match(r"http://127\.0\.0\.1:\d+/", name) for name in names)
     assert not [name for name in names if "ort" in name or "worker" in name or "onnx" in name]
     assert float(loaded["firstFrame"]) > 0
+
+
+@pytest.mark.parametrize(
+    ("method", "precision", "most"),
+    [
+        ("mobile-r2l-lite", "fp16", 1.2),
+        ("mobile-r2l-lite", "int8", 0.7),
+        ("mobile-r2l", "fp16", 8.8),
+        ("mobile-r2l", "int8", 4.6),
+    ],
+)
+def test_a_page_of_full_size_is_small(
+    method: str, precision: Literal["fp16", "int8"], most: float, context: BrowserContext, tmp_path: Path
+) -> None:
+    """Megabytes that the browser requests, with as many features as allowed; text as file hosts send it, gzipped."""
+    model, _ = random_student(method, 64, torch.device("cpu"))
+    with model.drawn_by(lambda code: model.network(code)):
+        export_web(Student(model, method), ring(), None, tmp_path / "page", PageOptions("A ball", precision))
+    with opened(context, tmp_path / "page") as page:
+        wait_for(page, "performance.getEntriesByType('resource').some(({name}) => name.endsWith('.safetensors'))")
+        names = page.evaluate("performance.getEntriesByType('resource').map(({name}) => new URL(name).pathname)")
+    files = [tmp_path / "page" / name.strip("/") for name in {"/index.html", "/poster.jpg", *names}]
+    assert any(file.suffix == ".safetensors" for file in files)
+    contents = [(file.suffix, file.read_bytes()) for file in files if file.exists()]
+    found = sum(len(gzip.compress(content)) if suffix in TEXT else len(content) for suffix, content in contents)
+    assert 0.5 * most < found / 1e6 <= most
 
 
 def test_a_double_click_focuses_and_the_view_can_be_shared(folder: Path, context: BrowserContext) -> None:

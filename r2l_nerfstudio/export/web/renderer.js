@@ -5,7 +5,6 @@ import { layersOf, rowLength } from "./layers.js";
 import { layerNumbers, numbers, readTensors, spaceNumbers, toHalf } from "./weights.js";
 import {
   argumentShader,
-  BLOCK,
   cellMarchShader,
   cellShader,
   codeLength,
@@ -284,7 +283,8 @@ export class Renderer {
       groups?.forEach((group, index) => pass.setBindGroup(index, group));
     };
     use(kernels.pixels, this.early?.pixels);
-    const side = 8 * (this.isImage && this.composited ? BLOCK : 1);
+    const { encoding } = this.scene.student;
+    const side = 8 * (this.isImage && encoding.kind === "composited" ? encoding.block : 1);
     pass.dispatchWorkgroups(Math.ceil(width / side), Math.ceil(height / side));
     if (kernels.cells) {
       use(kernels.cells, this.early?.cells);

@@ -77,14 +77,14 @@ function isEncoding(encoding) {
     isMatrix(encoding.axes, 3, 3);
   if (!isPlaced) return false;
   if (encoding.kind === "composited") {
-    const { low, extent, origin, occupancy, cells, channels, samples, pixelSamples, probes } = encoding;
+    const { low, extent, origin, occupancy, cells, channels, samples, pixelSamples, block, probes } = encoding;
     return (
       ["ball", "contracted", "frustum"].includes(encoding.warp) &&
       [low, extent, origin].every((numbers) => isNumbers(numbers, 3)) &&
       extent.every(isPositive) &&
       [occupancy, cells].every((sizes) => isNumbers(sizes, 3) && sizes.every((/** @type {unknown} */ size) => isWhole(size, 1, 2048))) &&
       isWhole(channels, 1, 63) &&
-      [samples, pixelSamples, probes].every((count) => isWhole(count, 1, 4096)) &&
+      [samples, pixelSamples, block, probes].every((count) => isWhole(count, 1, 4096)) &&
       [encoding.pointOctaves, encoding.directionOctaves].every((count) => isWhole(count, 0, 24))
     );
   }

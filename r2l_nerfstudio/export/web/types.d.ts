@@ -77,6 +77,8 @@ export interface Composited extends Placed {
   channels: number;
   samples: number;
   pixelSamples: number;
+  /** Pixels along each side of the blocks that share a MobileR2L's sample points. */
+  block: number;
   probes: number;
   pointOctaves: number;
   directionOctaves: number;

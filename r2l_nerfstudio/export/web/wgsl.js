@@ -5,9 +5,6 @@
 /** Rows per workgroup of a layer: 64 threads, 4 rows each. Buffers are padded to it, so that no bounds are checked. */
 export const TILE = 256;
 
-/** Pixels along each side of the blocks that share the placement of a MobileR2L's sample points, as in models/composited_encoding.py. */
-export const BLOCK = 2;
-
 /** @param {number} value @returns {string} a WGSL literal of type f32 */
 const f32 = (value) => `f32(${value})`;
 /** @param {readonly number[]} values */
@@ -390,7 +387,7 @@ ${FRAME}
 ${image ? "@group(0) @binding(5) var<storage, read_write> marks: array<u32>;" : ""}
 ${composited ? (image ? "@group(0) @binding(6) var<storage, read_write> met: array<vec4f>;" : "@group(0) @binding(6) var<storage, read_write> found: array<f32>;") : ""}
 ${composited ? SPACE + marching(encoding) + (image ? "" : KEEP(encoding)) : ""}
-const BLOCK = ${BLOCK}u;
+${inBlocks ? `const BLOCK = ${encoding.block}u;` : ""}
 
 ${
     inBlocks
