@@ -10,6 +10,7 @@ from benchmarks.distil import Distil
 from benchmarks.prepare_captures import PrepareCaptures
 from benchmarks.recipes import Recipes
 from benchmarks.render import Render
+from benchmarks.size_chart import SizeChart
 from benchmarks.soak import Soak
 from benchmarks.tables import Tables
 from benchmarks.train import Train
@@ -27,6 +28,7 @@ COMMANDS = {
     "train": Train,
     "web": Web,
     "web-renderer": WebRenderer,
+    "size-chart": SizeChart,
     "soak": Soak,
 }
 
