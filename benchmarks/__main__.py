@@ -11,6 +11,7 @@ from benchmarks.gpu_day import GpuDay
 from benchmarks.prepare_captures import PrepareCaptures
 from benchmarks.recipes import Recipes
 from benchmarks.render import Render
+from benchmarks.size_chart import SizeChart
 from benchmarks.soak import Soak
 from benchmarks.tables import Tables
 from benchmarks.train import Train
@@ -29,6 +30,7 @@ COMMANDS = {
     "web": Web,
     "gpu-day": GpuDay,
     "web-renderer": WebRenderer,
+    "size-chart": SizeChart,
     "soak": Soak,
 }
 

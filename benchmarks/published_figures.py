@@ -54,6 +54,30 @@ TRADE_OFF = (
 """Method, source, MFLOP per ray, PSNR in dB on NeRF-Synthetic at 400x400, megabytes. R2L has 1/26 of NeRF's FLOP and
 +1.40 dB."""
 
+
+@dataclass(frozen=True)
+class PageSize:
+    """What a scene of another representation weighs, without its viewer, and its quality."""
+
+    method: str
+    source: str
+    scenes: str
+    megabytes: float
+    psnr: float
+    """In dB; mean over the scenes."""
+
+
+SURVEY = "3dgs-compression-survey"
+PAGE_SIZES = (
+    PageSize("HAC++, low rate", SURVEY, "NeRF-Synthetic 800x800", 0.79, 32.77),
+    PageSize("Self-organizing Gaussians", SURVEY, "NeRF-Synthetic 800x800", 4.1, 33.23),
+    PageSize("gsplat PNG, 1.0 M splats", SURVEY, "mip-NeRF 360", 16.0, 27.3),
+    PageSize("gsplat PNG, 0.36 M splats", SURVEY, "mip-NeRF 360", 6.9, 26.6),
+    PageSize("MobileNeRF", MOBILE_R2L, "NeRF-Synthetic 800x800", 125.8, 30.90),
+    PageSize("SNeRG", MOBILE_R2L, "NeRF-Synthetic 800x800", 86.8, 30.38),
+    PageSize("MobileR2L", MOBILE_R2L, "NeRF-Synthetic 800x800", 8.3, 31.34),
+)
+
 FOOTNOTES = (
     "SSIM and LPIPS of R2L and MobileR2L are not quoted: their code reads height as channels, which gives an SSIM of about"
     " .99 for anything, and rescales images before LPIPS. NeRF-PyTorch's and the teacher's come from that code too.",
