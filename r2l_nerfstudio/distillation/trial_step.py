@@ -128,8 +128,9 @@ def set_blank_scene(model: LightFieldModel, width: int) -> None:
     if encoding is None:
         return
     encoding.occupancy.scene.warp = "contracted"
-    encoding.occupancy.clear((config.occupancy_cells,) * 3)
-    side = 4 * config.occupancy_cells
+    cells = config.occupancy_cells
+    encoding.occupancy.clear((cells, cells, cells))
+    side = 4 * cells
     volume = encoding.volume
     volume.index = torch.zeros(side, side, side, dtype=torch.int32, device=model.device)
     rows = torch.zeros(config.max_grid_points + 1, 1 + volume.channels, device=model.device)
