@@ -59,8 +59,9 @@ def draw(points: list[tuple[str, float, float]], file: Path) -> None:
     published = [(f"{one.method}, {one.scenes}", one.megabytes, one.psnr) for one in PAGE_SIZES]
     for group, color, name in ((points, "tab:blue", "ours, measured"), (published, "tab:gray", "published")):
         axes.scatter([x for _, x, _ in group], [y for *_, y in group], color=color, label=name)
-        for label, x, y in group:
-            axes.annotate(label, (x, y), xytext=(4, 3), textcoords="offset points", fontsize=6.5)
+        for number, (label, x, y) in enumerate(sorted(group, key=lambda point: point[2])):
+            # In turns above and below: neighbors would cover each other.
+            axes.annotate(label, (x, y), xytext=(4, 3 if number % 2 else -9), textcoords="offset points", fontsize=6.5)
     axes.set(xscale="log", xlabel="megabytes that a visitor loads", ylabel="PSNR on test views, dB", xlim=(0.5, 600))
     axes.xaxis.set_major_formatter("{x:g}")
     axes.grid(alpha=0.3)
