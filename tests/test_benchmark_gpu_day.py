@@ -30,11 +30,12 @@ def day(tiny_teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> GpuDay:
     )
 
 
-def test_all_stages_but_training(day: GpuDay, capsys: pytest.CaptureFixture[str]) -> None:
+def test_all_stages_but_training(day: GpuDay) -> None:
     day.stages = ("smoke", "teachers", "engines", "viewer", "ranks")
     day.main()
     (file,) = day.results_dir.glob("gpu_*.json")
-    found = json.loads(file.read_text())["stages"]
+    written = json.loads(file.read_text())
+    found = written["stages"]
     assert {stage: figures.get("error") for stage, figures in found.items()} == dict.fromkeys(day.stages)
     smoke = found["smoke"]["r2l-lite"]
     assert smoke["agrees"] and smoke["step_ms"] > 0 and smoke["planned_step_gib"] > 0
@@ -43,7 +44,7 @@ def test_all_stages_but_training(day: GpuDay, capsys: pytest.CaptureFixture[str]
     assert {row["engine"] for row in engines["engines"]} == {"torch"}
     assert found["viewer"]["passed"]
     assert found["ranks"]["equal"] and found["ranks"]["tensors"] > 5
-    assert "| engines | r2l-lite 16x16 torch" in capsys.readouterr().out
+    assert "| engines | r2l-lite 16x16 torch fp32 |" in as_table(written)
 
 
 def test_learning_curves(day: GpuDay, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,6 +19,8 @@ ExportFormat = Literal["web", "onnx", "openvino", "coreml", "tensorrt", "tensorr
 
 INSTALL = "install it with pip install 'r2l-nerfstudio[fleet]'."
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+MOST = 1_000_000
+"""Largest number of GPUs, CPUs, gigabytes, minutes or retries: Ray counts them in 64 bits, in smaller units."""
 _RESERVED_OPTIONS = {
     "--output-dir",
     "--experiment-name",
@@ -208,11 +210,11 @@ def check_fleet(config: FleetConfig) -> None:
         if not NAME.fullmatch(name) or (name != setting and name in ("teacher", "report")):
             raise InputError(f"`{setting}`: {name!r} cannot name a stage; use letters, digits, '.', '_' and '-'.")
         for key in ("gpus", "memory_gb", "disk_gb", "retries"):
-            if not getattr(stage, key) >= 0:
-                raise InputError(f"`{setting}.{key}` must be 0 or more (got {getattr(stage, key)}).")
+            if not 0 <= getattr(stage, key) <= MOST:
+                raise InputError(f"`{setting}.{key}` must be 0 or more, at most {MOST:,} (got {getattr(stage, key)}).")
         for key in ("minutes", "cpus"):
-            if not getattr(stage, key) > 0:
-                raise InputError(f"`{setting}.{key}` must be above 0 (got {getattr(stage, key)}).")
+            if not 0 < getattr(stage, key) <= MOST:
+                raise InputError(f"`{setting}.{key}` must be above 0, at most {MOST:,} (got {getattr(stage, key)}).")
         if stage.gpus > 1 and stage.gpus != int(stage.gpus):
             raise InputError(f"`{setting}.gpus` must be a share of one GPU or a whole number (got {stage.gpus}).")
         check_options(setting, stage.options)

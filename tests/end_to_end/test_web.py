@@ -287,7 +287,7 @@ def test_resizes_reloads_and_shares_the_machine(addresses: dict[str, str], visit
         ("ort/ort.wasm.min.mjs", None, "cannot render the scene"),
         ("scene.json", "cut", "scene.json is missing or damaged"),
         ("worker.js", None, "A part of this page did not load"),
-        ("scene.json", "older", "scene.json is of version 1 and this page of version 2"),
+        ("scene.json", "older", "scene.json is of version 1 and this page is of version 2"),
     ],
 )
 def test_a_bad_file_is_named(
