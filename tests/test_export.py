@@ -373,7 +373,7 @@ def test_core_ml_errors(student: Callable[..., Student], tmp_path: Path, monkeyp
     coremltools = pytest.importorskip("coremltools", reason="pip install coremltools (Linux and macOS)")
     spec = replace(CAMERA, precision="fp16", part="network", is_static=True)
     output = tmp_path / "student.mlpackage"
-    with pytest.raises(InputError, match="ends in .mlpackage"):
+    with pytest.raises(InputError, match="must end in .mlpackage"):
         export_coreml(student("mobile-r2l"), spec, tmp_path / "student.mlmodel")
     (tmp_path / "mine.mlpackage").mkdir()
     (tmp_path / "mine.mlpackage" / "letter.txt").write_text("dear")
