@@ -15,7 +15,7 @@ import psutil
 import torch
 from torch import Tensor, nn
 
-from r2l_nerfstudio.errors import InputError, one_line
+from r2l_nerfstudio.errors import ZIP_ERRORS, InputError, one_line
 from r2l_nerfstudio.renamed_fields import current_name
 from r2l_nerfstudio.torch_compat import load_tensors
 
@@ -165,8 +165,7 @@ def _check_file(path: Path, whose: str) -> None:
             broken = archive.testzip()  # PyTorch does not check the checksums that it writes.
     except OSError as error:
         raise _damaged(path, whose, one_line(error)) from error
-    # zipfile raises NotImplementedError for an unknown compression or version.
-    except (zipfile.BadZipFile, ValueError, EOFError, NotImplementedError, RuntimeError) as error:
+    except ZIP_ERRORS as error:
         raise _damaged(path, whose, one_line(error)) from error
     if broken is not None:
         raise _damaged(path, whose, f"the checksum of its part {broken} is wrong")

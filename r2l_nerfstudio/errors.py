@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+
+ZIP_ERRORS = (zipfile.BadZipFile, ValueError, EOFError, NotImplementedError, RuntimeError)
+"""What `zipfile` raises for a file that is no whole archive: NotImplementedError for an unknown compression or version,
+RuntimeError for an encrypted part."""
 
 
 class InputError(Exception):

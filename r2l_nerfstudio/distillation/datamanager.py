@@ -221,6 +221,10 @@ class DistillationDataManager(VanillaDataManager[InputDataset]):
         self._side_stream = torch.cuda.Stream(self.device) if torch.device(self.device).type == "cuda" else None
         self._next_view: Future[TeacherView] | None = None
         self._failures = 0
+        self._begin()
+
+    def _begin(self) -> None:  # noqa: B027
+        """Prepare what one student's training keeps; called when a training starts."""
 
     @abstractmethod
     def read_photos(self, indices: list[int], corrections: Float[Tensor, "num_train 3 4"] | None) -> Any:
@@ -263,6 +267,7 @@ class DistillationDataManager(VanillaDataManager[InputDataset]):
         self.rays = self.read_by(rays)
         self.__dict__.pop("cells", None)
         self.held_views = self.hold_out(self._held_ring, None)
+        self._begin()
 
     def learn_from(self, batch: Batch, errors: Float[Tensor, "*batch"]) -> None:  # noqa: B027
         """Receive the student's error per pixel after each iteration."""

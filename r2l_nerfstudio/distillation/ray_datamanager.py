@@ -18,11 +18,9 @@ from r2l_nerfstudio.distillation.datamanager import (
 from r2l_nerfstudio.distillation.hard_rays import HardRayPool
 from r2l_nerfstudio.distillation.photographs import Photos
 from r2l_nerfstudio.distillation.ray_sample import RECORD_WIDTH, RaySample
-from r2l_nerfstudio.distillation.survey import Survey
 from r2l_nerfstudio.distillation.view_ring import ViewRing
 from r2l_nerfstudio.ranges import FloatRange, IntRange
 from r2l_nerfstudio.rays.ray_image import StudentRays
-from r2l_nerfstudio.teacher import Teacher
 
 HELD_OUT_RAYS = 8192
 DRAWS_AT_ONCE = 32
@@ -48,22 +46,10 @@ class RayDataManager(DistillationDataManager):
 
     config: RayDataManagerConfig
 
-    def attach_teacher(
-        self,
-        teacher: Teacher,
-        survey: Survey,
-        background: Float[Tensor, "3"],
-        rays: StudentRays,
-        room_bytes: int = 0,
-    ) -> None:
-        super().attach_teacher(teacher, survey, background, rays, room_bytes)
-        self._begin()
-
     def restart(self, config: DistillationDataManagerConfig, rays: StudentRays) -> None:
         super().restart(config, rays)
         if self.photos is not None:
             self.photos.conventions = rays.conventions
-        self._begin()
 
     def _begin(self) -> None:
         num_hard = int(self.config.hard_fraction * self.config.train_num_rays_per_batch)

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from r2l_nerfstudio.errors import InputError, one_line
+from r2l_nerfstudio.errors import ZIP_ERRORS, InputError, one_line
 
 MOST_PICKLE_BYTES = 64 << 20
 """Maximum bytes of the pickle beside the tensors; published ones have about a megabyte."""
@@ -105,8 +105,7 @@ class Checkpoint:
             raise InputError(f"The checkpoint {self.path} cannot be read: {error}") from error
         except FileNotFoundError as error:
             raise InputError(f"There is no checkpoint at {self.path}: give a published .tar or .onnx file.") from error
-        # zipfile raises NotImplementedError for an unknown compression or version.
-        except (OSError, zipfile.BadZipFile, NotImplementedError, RuntimeError, ValueError) as error:
+        except (OSError, *ZIP_ERRORS) as error:
             raise InputError(
                 f"The checkpoint {self.path} is truncated, or not an archive of torch 1.6 or newer"
                 f" ({type(error).__name__}: {one_line(error)}): download it again, or save it again with a current"
@@ -165,7 +164,7 @@ class Checkpoint:
                 raise UnreadableError(f"{name} should have {size} bytes, but its entry holds {len(content)}.")
         except UnreadableError as error:
             raise InputError(f"The checkpoint {self.path} cannot be read: {error}") from error
-        except (KeyError, OSError, zipfile.BadZipFile, RuntimeError, NotImplementedError, ValueError) as error:
+        except (KeyError, OSError, *ZIP_ERRORS) as error:
             raise InputError(
                 f"The checkpoint {self.path} is truncated: the numbers of {name} cannot be read"
                 f" ({type(error).__name__}: {one_line(error)}). Download it again."
