@@ -89,7 +89,12 @@ class Curve:
             main(config)
         finally:
             end.cancel()
-        newest = max((folder / "nerfstudio_models").glob("*.ckpt"))
+        newest = max((folder / "nerfstudio_models").glob("*.ckpt"), default=None)
+        if newest is None:
+            raise InputError(
+                f"The training stopped before its first checkpoint in {folder}: --slice-minutes counts the time to load the"
+                f" teacher and render its views too, so give more than {self.slice_minutes}."
+            )
         done = float(read_checkpoint(newest, "student").pipeline["done"])
         figures: dict[str, Any] = {
             "capture": self.capture,

@@ -3,14 +3,45 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from distil import own_writers
 from torch.utils.tensorboard import SummaryWriter
 
 from benchmarks.curve import Curve, read_curve
+from r2l_nerfstudio.distillation.pipeline import DistillationPipeline
 from r2l_nerfstudio.errors import InputError
+
+
+def end_after_iterations(count: int, patch: pytest.MonkeyPatch) -> None:
+    """End slices after some iterations instead of minutes, which on a busy machine pass before the first one."""
+    timers: list[tuple[Callable[..., None], tuple]] = []
+
+    class Timer:
+        def __init__(self, seconds: float, function: Callable[..., None], args: tuple) -> None:
+            assert seconds == 600.0
+            self.ending = (function, args)
+
+        def start(self) -> None:
+            timers.append(self.ending)
+
+        def cancel(self) -> None:
+            timers.clear()
+
+    train = DistillationPipeline.get_train_loss_dict
+
+    def train_and_count(self: DistillationPipeline, step: int) -> Any:
+        if step == count:
+            (function, args), *_ = timers
+            function(*args)
+        return train(self, step)
+
+    patch.setattr("benchmarks.curve.threading", SimpleNamespace(Timer=Timer))
+    patch.setattr(DistillationPipeline, "get_train_loss_dict", train_and_count)
 
 
 def test_curve_continues_where_a_slice_ended(
@@ -27,14 +58,20 @@ def test_curve_continues_where_a_slice_ended(
         data_dir=tmp_path,
         teacher=tiny_teacher,
         method="mobile-r2l-lite",
-        minutes=0.9,
-        slice_minutes=0.3,
+        minutes=0.5,
+        slice_minutes=10.0,
         test_views=1,
         output_dir=tmp_path,
         results_dir=tmp_path / "results",
     )
     file = tmp_path / "results" / "curve_lego_mobile-r2l-lite.json"
-    with own_writers():
+    with monkeypatch.context() as patch:
+        # No checkpoint yet.
+        patch.setattr("nerfstudio.scripts.train.main", lambda config: None)
+        with pytest.raises(InputError, match="--slice-minutes"):
+            curve.main()
+    with own_writers(), monkeypatch.context() as patch:
+        end_after_iterations(25, patch)
         curve.main()
     first = json.loads(file.read_text())
     assert "student_psnr" not in first  # test views are for the end
@@ -45,7 +82,7 @@ def test_curve_continues_where_a_slice_ended(
     assert whole["student_psnr"] > 0 and file.with_suffix(".png").exists()
     assert whole["curve"][: len(first["curve"])] == first["curve"]
     minutes = [point["minutes"] for point in whole["curve"]]
-    assert len(minutes) > len(first["curve"]) and minutes == sorted(minutes) and minutes[-1] <= 0.9
+    assert len(minutes) > len(first["curve"]) and minutes == sorted(minutes) and minutes[-1] <= 0.5
     assert all(point["teacher_views"] > 0 for point in whole["curve"])
     with pytest.raises(InputError, match="finished curve"):
         curve.main()
