@@ -62,16 +62,14 @@ class Sizes:
     teacher_iterations: int = 2800
     teacher_rays: int = 256
     """Rays per iteration: on two cores many small steps learn more per second than few large ones."""
-    width: int = 128
-    """Width of both students' networks."""
-    grid_points: int = 200_000
-    """Grid points with features, at most."""
+    width: int | None = None
+    """Width of both students' networks; None: as the methods have it."""
+    grid_points: int | None = None
+    """Grid points with features, at most; None: as the methods have it."""
     r2l_iterations: int = 3000
     r2l_rays: int = 2048
-    r2l_depth: int = 6
     mobile_iterations: int = 1200
     mobile_pixels: int = 8192
-    mobile_blocks: int = 2
     ring_views: int = 70
     """Teacher views to learn from."""
     photo_iterations: int = 150
@@ -92,10 +90,8 @@ FAST = Sizes(
     grid_points=3000,
     r2l_iterations=40,
     r2l_rays=512,
-    r2l_depth=6,
     mobile_iterations=40,
     mobile_pixels=512,
-    mobile_blocks=1,
     ring_views=6,
     photo_iterations=10,
     unseen_views=3,
@@ -257,16 +253,14 @@ def student_config(method: str, teacher: Path, root: Path, sizes: Sizes, device:
     config.teacher = teacher
     config.output_dir = root / "outputs"
     datamanager, model = config.pipeline.datamanager, config.pipeline.model
-    model.width = sizes.width
-    model.max_grid_points = sizes.grid_points
+    model.width = sizes.width or model.width
+    model.max_grid_points = sizes.grid_points or model.max_grid_points
     if method == "r2l-lite":
         config.max_num_iterations = sizes.r2l_iterations
         datamanager.train_num_rays_per_batch = sizes.r2l_rays
-        model.depth = sizes.r2l_depth
     else:
         config.max_num_iterations = sizes.mobile_iterations
         datamanager.train_num_rays_per_batch = sizes.mobile_pixels
-        model.blocks = sizes.mobile_blocks
     quieten(config, device, seed)
     datamanager.num_views = sizes.ring_views
     datamanager.photo_iterations = sizes.photo_iterations
@@ -426,7 +420,7 @@ def report(root: Path, seconds: dict[str, float]) -> None:
         )
     size = figures["image_size"]
     caption = f"{figures['unseen_poses']} cameras that no training used, {size} x {size} pixels"
-    times = ", ".join(f"{name.lower()} {value:.0f} s" for name, value in seconds.items())
+    times = ", ".join(f"{name} {value:.0f} s" for name, value in seconds.items())
     times += f"; {sum(seconds.values()) / 60:.1f} minutes in all"
     table = Table(*titles, title=caption)
     for line in lines:
