@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -40,8 +40,10 @@ class Capture:
     optimize_cameras: bool = False
 
 
+LEGO = Capture("lego_400", lambda data: BlenderDataParserConfig(data=data), 0.25, object_range=(2.0, 6.0))
 CAPTURES = {
-    "lego": Capture("lego_400", lambda data: BlenderDataParserConfig(data=data), 0.25, object_range=(2.0, 6.0)),
+    "lego": LEGO,
+    "lego-200": replace(LEGO, scale=0.5),
     "fern": Capture("fern_504", lambda data: NerfstudioDataParserConfig(data=data, downscale_factor=1), 0.25),
     "fox": Capture(
         "fox_540", lambda data: NerfstudioDataParserConfig(data=data, downscale_factor=4), optimize_cameras=True
@@ -55,7 +57,7 @@ class Distil:
     teacher at unseen cameras, seconds per frame of both, and sizes. Test views are used for the final figures only."""
 
     capture: str
-    """lego, fern or fox of --data-dir, or a name for the capture at --data."""
+    """lego (at 100x100), lego-200 (at 200x200), fern or fox of --data-dir, or a name for the capture at --data."""
     data_dir: Path | None = None
     """Folder that holds lego_400, fern_504, fox_540."""
     data: Path | None = None
@@ -70,6 +72,8 @@ class Distil:
     """Iterations of the small nerfacto."""
     iterations: int = 3000
     """Iterations of the student."""
+    max_minutes: float | None = None
+    """Minutes of the student's training, teacher views included; the schedule is planned for them."""
     rays: int = 4096
     """Pixels per iteration of the student."""
     num_views: int = 150
@@ -139,6 +143,7 @@ class Distil:
         config.output_dir = self.output_dir
         config.experiment_name = self.capture
         config.max_num_iterations = self.iterations
+        config.max_minutes = self.max_minutes
         config.steps_per_save = 500
         config.vis = "tensorboard"
         config.viewer.quit_on_train_completion = True

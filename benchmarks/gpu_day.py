@@ -118,7 +118,7 @@ def _parity(method: str, device: str) -> dict[str, Any]:
     precisions = ("fp32", "fp16") if device == "cuda" else ("fp32",)
     for precision in precisions:
         engine = TorchEngine(model.network, precision)
-        with model.drawn_by(engine):
+        with model.network_run_by(engine):
             for _ in range(5):  # a CUDA graph is captured beside the first ones
                 outputs = model.get_outputs_for_camera(camera)
                 time.sleep(0.2 if device == "cuda" else 0.0)

@@ -153,6 +153,7 @@ def rows_of(method: Literal["r2l", "mobile-r2l"]) -> dict[str, tuple[str, Change
         "ours, 8 features": {"pipeline.model.feature_channels": 8},
         "ours, 50000 grid points": {"pipeline.model.max_grid_points": 50_000},
         "ours, 8 octaves": {"pipeline.model.point_octaves": 8},
+        "ours, 10 octaves": {"pipeline.model.point_octaves": 10},
         "ours - foreground": {"pipeline.datamanager.foreground_fraction": 0.0},
         "ours - cosine": {"optimizers.*.scheduler": WarmupCosineSchedulerConfig(warmup_steps=50, final_share=1.0)},
         "ours - bf16": {"pipeline.bf16": False},

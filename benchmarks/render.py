@@ -26,7 +26,7 @@ from r2l_nerfstudio.engines.weights import weights_hash
 from r2l_nerfstudio.errors import InputError
 from r2l_nerfstudio.lpips import without_lpips
 from r2l_nerfstudio.models.light_field import LightFieldModel
-from r2l_nerfstudio.models.probe_cameras import probe_code
+from r2l_nerfstudio.models.probe_cameras import probe_encoding
 from r2l_nerfstudio.rays.occupancy import grid_point_index
 from r2l_nerfstudio.rays.ray_image import ray_image_size
 from r2l_nerfstudio.rays.spacing import SceneBounds
@@ -89,32 +89,32 @@ class Render:
         CONSOLE.print(f"{method} …")
         side = self.side or SIZES[method]
         model, camera = student(method, side, device)
-        code = frame_code(model, camera)
+        encoded = frame_encoding(model, camera)
         truth = build_engine("torch", model.network, "fp32", device)
         engines, absent = self._built(model.network, device)
         calls: dict[str, Callable[[], Any]] = {
-            f"network {label}": lambda engine=engine: engine(code) for label, engine in engines.items()
+            f"network {label}": lambda engine=engine: engine(encoded) for label, engine in engines.items()
         }
         low = torch.float16 if device.type == "cuda" else torch.bfloat16
         bare = {"bare": low, "bare fp32": torch.float32}
         for label, dtype in bare.items():
-            for number, call in enumerate(bare_products(model.network, code, dtype)):
+            for number, call in enumerate(bare_products(model.network, encoded, dtype)):
                 calls[f"{label} {number}"] = call
         taken = fastest(calls, self.seconds, device)
-        values = truth(code)
+        values = truth(encoded)
         runs = {"rays and encoding": lambda read: values[: len(read)]}
         for label in sorted(engines, key=lambda label: taken[f"network {label}"])[:_FRAMES]:
             runs[f"frame {label}"] = engines[label]
 
         def draw(run: Callable[[torch.Tensor], torch.Tensor]) -> None:
-            with model.drawn_by(run):
+            with model.network_run_by(run):
                 model.render_camera(camera)
 
         frames = {label: lambda run=run: draw(run) for label, run in runs.items()}
         taken |= fastest(frames, self.seconds, device)
         limit = {label: min(ms for call, ms in taken.items() if re.fullmatch(rf"{label} \d", call)) for label in bare}
         rows = []
-        probe = probe_code(model)
+        probe = probe_encoding(model)
         for label, engine in engines.items():
             network, frame_ms = taken[f"network {label}"], taken.get(f"frame {label}")
             rows.append(
@@ -135,8 +135,8 @@ class Render:
             "frame": f"{side}x{side}",
             "factor": model.factor,
             "parameters": sum(p.numel() for p in model.network.parameters()),
-            "evaluated": evaluated(model, code, side),
-            "gflop": round(flops(model.network, code) / 1e9, 2),
+            "evaluated": evaluated(model, encoded, side),
+            "gflop": round(flops(model.network, encoded) / 1e9, 2),
             "bare_low_precision": str(low).removeprefix("torch."),
             "bare_low_precision_ms": round(limit["bare"], 2),
             "bare_fp32_ms": round(limit["bare fp32"], 2),
@@ -211,24 +211,24 @@ def fill_ball(model: LightFieldModel) -> None:
     encoding.volume.rows[1:, 0] = 3.0
 
 
-def frame_code(model: LightFieldModel, camera: Cameras) -> torch.Tensor:
+def frame_encoding(model: LightFieldModel, camera: Cameras) -> torch.Tensor:
     """Return everything that the network reads for one frame."""
-    codes: list[torch.Tensor] = []
+    encoded_rays: list[torch.Tensor] = []
 
-    def record(code: torch.Tensor) -> torch.Tensor:
-        codes.append(code)
-        return model.engines(code)
+    def record(encoded: torch.Tensor) -> torch.Tensor:
+        encoded_rays.append(encoded)
+        return model.engines(encoded)
 
-    with model.drawn_by(record):
+    with model.network_run_by(record):
         model.render_camera(camera)
     # A single one is kept as it lies in memory.
-    return torch.cat(codes) if len(codes) > 1 else codes[0]
+    return torch.cat(encoded_rays) if len(encoded_rays) > 1 else encoded_rays[0]
 
 
-def products(network: nn.Module, code: torch.Tensor) -> list[tuple[int, int, int]]:
-    """Rows, inner and outer width of the matrix product that each layer comes down to, for this code."""
+def products(network: nn.Module, encoded: torch.Tensor) -> list[tuple[int, int, int]]:
+    """Rows, inner and outer width of the matrix product that each layer comes down to, for this input."""
     found, scale = [], 1
-    rows = code.numel() // code.shape[1]
+    rows = encoded.numel() // encoded.shape[1]
     for layer in network.modules():
         if isinstance(layer, nn.ConvTranspose2d):
             inner, outer, *kernel = layer.weight.shape
@@ -240,27 +240,27 @@ def products(network: nn.Module, code: torch.Tensor) -> list[tuple[int, int, int
     return found
 
 
-def evaluated(model: LightFieldModel, code: torch.Tensor, side: int) -> float:
+def evaluated(model: LightFieldModel, encoded: torch.Tensor, side: int) -> float:
     """Share of a frame's rays, or cells with their margin, that the network evaluates: those that see the scene."""
-    if code.ndim == 2:
-        return round(len(code) / side**2, 3)
+    if encoded.ndim == 2:
+        return round(len(encoded) / side**2, 3)
     rows, columns = ray_image_size(side, side, model.factor, model.margin)
-    return round(code[:, 0].numel() / (rows * columns), 3)
+    return round(encoded[:, 0].numel() / (rows * columns), 3)
 
 
-def flops(network: nn.Module, code: torch.Tensor) -> int:
+def flops(network: nn.Module, encoded: torch.Tensor) -> int:
     """Return the floating-point operations of one frame, a multiply-add counted as two."""
-    return sum(2 * rows * inner * outer for rows, inner, outer in products(network, code))
+    return sum(2 * rows * inner * outer for rows, inner, outer in products(network, encoded))
 
 
-def bare_products(network: nn.Module, code: torch.Tensor, dtype: torch.dtype) -> list[Callable[[], None]]:
+def bare_products(network: nn.Module, encoded: torch.Tensor, dtype: torch.dtype) -> list[Callable[[], None]]:
     """`torch.matmul` at the shapes of all layers, one after the other: on all rows at once, and in chunks of rows."""
-    shapes = products(network, code)
+    shapes = products(network, encoded)
     matrices = {
         shape: (
-            torch.rand(shape[0], shape[1], device=code.device, dtype=dtype),
-            torch.rand(shape[1], shape[2], device=code.device, dtype=dtype),
-            torch.empty(shape[0], shape[2], device=code.device, dtype=dtype),
+            torch.rand(shape[0], shape[1], device=encoded.device, dtype=dtype),
+            torch.rand(shape[1], shape[2], device=encoded.device, dtype=dtype),
+            torch.empty(shape[0], shape[2], device=encoded.device, dtype=dtype),
         )
         for shape in set(shapes)
     }

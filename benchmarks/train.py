@@ -72,8 +72,8 @@ class Train:
         step = Step(self._pipeline(method, changes))
         pipeline = step.pipeline
         bundle = pipeline.datamanager.next_batch(0).ray_bundle
-        code = pipeline.model.encode(bundle.origins, bundle.directions)
-        shapes = products(pipeline.model.network, code.flatten(0, -2).detach())
+        encoded = pipeline.model.encode(bundle.origins, bundle.directions)
+        shapes = products(pipeline.model.network, encoded.flatten(0, -2).detach())
         bare = BareStep(shapes, torch.bfloat16, pipeline.model.volume is not None, device)
         calls: dict[str, Callable[[], Any]] = {
             "whole": step,

@@ -111,7 +111,7 @@ class Web:
         focal = side / _FIELD_OF_VIEW
         model.set_scene(bounds, torch.eye(3), torch.ones(3), has_accumulation=True, has_depth=True, focal=focal)
         fill_ball(model)
-        with model.drawn_by(lambda code: model.network(code)):  # builds no engine during the measurement
+        with model.network_run_by(lambda encoded: model.network(encoded)):  # builds no engine during the measurement
             made = export_web(
                 Student(model, method), ring_of_cameras(side, focal), runtime, folder, PageOptions(method)
             )

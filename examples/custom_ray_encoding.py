@@ -39,17 +39,17 @@ class HarmonicsModel(R2LModel):
 
     config: HarmonicsModelConfig
 
-    def build_network(self, code_dim: int) -> ResMLP:
+    def build_network(self, in_dim: int) -> ResMLP:
         """Make room for the additional numbers in the first layer."""
         self.harmonics = SHEncoding(levels=self.config.harmonic_levels, implementation="torch")
-        return super().build_network(code_dim + self.harmonics.get_out_dim())
+        return super().build_network(in_dim + self.harmonics.get_out_dim())
 
     def encode_rays(
         self, origins: Float[Tensor, "*batch 3"], directions: Float[Tensor, "*batch 3"], jitter: bool = False
     ) -> EncodedRays:
         """Return what the network reads: the encoded points, then the harmonics."""
-        code, geometry = super().encode_rays(origins, directions, jitter)
-        return EncodedRays(torch.cat([code, self.harmonics(directions)], dim=-1), geometry)
+        encoded, geometry = super().encode_rays(origins, directions, jitter)
+        return EncodedRays(torch.cat([encoded, self.harmonics(directions)], dim=-1), geometry)
 
 
 config = copy.deepcopy(r2l.config)

@@ -14,7 +14,7 @@ from distil import own_writers, student_config
 from nerfstudio.engine.callbacks import TrainingCallbackAttributes
 from rehearsal import Rehearsal, on_host, rehearsed
 
-from r2l_nerfstudio.distillation import photograph_views, photographs, pipeline, scene_occupancy
+from r2l_nerfstudio.distillation import photo_views, photos, pipeline, scene_occupancy
 from r2l_nerfstudio.distillation.datamanager import DistillationDataManager
 from r2l_nerfstudio.distillation.pose_sampling import PoseSampler
 from r2l_nerfstudio.distillation.progress import TrainingProgress
@@ -57,8 +57,8 @@ def fake_training(
             (PoseSampler, "__init__"),
             (pipeline, "scene_of_capture"),
             (scene_occupancy, "choose_sampler"),
-            (photographs, "read_photo"),
-            (photographs, "_stored_size"),
+            (photos, "read_photo"),
+            (photos, "_stored_size"),
         ):
             put(target, name, on_host(getattr(target, name)))
         put(pipeline, "STATISTICS_BATCHES", 2)
@@ -66,7 +66,7 @@ def fake_training(
         put(pipeline, "background_of", lambda _: torch.ones(3))
         put(pipeline, "view_size", lambda *_: (SIZE, SIZE))
         put(pipeline.Survey, "take", lambda *_: survey)
-        put(photograph_views, "undistorted_photo", lambda *_: torch.full((SIZE, SIZE, 4), 200, dtype=torch.uint8))
+        put(photo_views, "undistorted_photo", lambda *_: torch.full((SIZE, SIZE, 4), 200, dtype=torch.uint8))
         put(ViewRenderer, "render", on_host(_view))
         watch = stack.enter_context(rehearsed())
         put(pipeline, "load_teacher", lambda *_: _teacher(len(datamanager.train_dataset) if has_corrections else 0))

@@ -36,7 +36,7 @@ def network(kind: str, seed: int = 0) -> nn.Module:
     return made.eval()
 
 
-def code(kind: str, *sizes: int, seed: int = 1) -> Tensor:
-    """A code for it: of `sizes[0]` rays, or of a ray image of sizes[0] rows and sizes[1] columns."""
+def encoded(kind: str, *sizes: int, seed: int = 1) -> Tensor:
+    """Encoded rays for it: of `sizes[0]` rays, or of a ray image of sizes[0] rows and sizes[1] columns."""
     shape = (sizes[0], 40) if kind == "r2l" else (1, 24, *sizes)
     return torch.rand(shape, generator=torch.Generator().manual_seed(seed)) * 2 - 1

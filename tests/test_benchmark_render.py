@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from networks import code, network
+from networks import encoded, network
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import render as benchmark_render
-from benchmarks.render import Render, fastest, flops, frame_code, student
+from benchmarks.render import Render, fastest, flops, frame_encoding, student
 from r2l_nerfstudio.errors import InputError
 from r2l_nerfstudio.models.camera_rays import camera_rays
 from r2l_nerfstudio.rays.ray_image import MARGIN
@@ -23,7 +23,7 @@ SIDE = 16
 @pytest.mark.parametrize("kind", ["r2l", "mobile-r2l"])
 def test_bare_products_cover_all_multiplications_of_the_network(kind: str):
     net = network(kind)
-    read = code(kind, 9, 7)
+    read = encoded(kind, 9, 7)
     with FlopCounterMode(display=False) as counter:
         net(read)
     assert flops(net, read) == counter.get_total_flops()
@@ -32,7 +32,7 @@ def test_bare_products_cover_all_multiplications_of_the_network(kind: str):
 @pytest.mark.parametrize("method", ["r2l-lite", "mobile-r2l-lite"])
 def test_a_student_renders_the_benchmark_frame_without_resampling(method: str):
     model, camera = student(method, SIDE, torch.device("cpu"))
-    read = frame_code(model, camera)
+    read = frame_encoding(model, camera)
     if method == "r2l-lite":
         # Those that meet the scene's ball.
         origins, directions = (rays.reshape(-1, 3) for rays in camera_rays(camera, torch.device("cpu")))

@@ -32,9 +32,9 @@ KINDS = [("sphere", "ball"), ("disparity", "contracted"), ("disparity", "frustum
 def encoding(spacing: str, warp: str) -> CompositedEncoding:
     """A shell around the center, or a wall before a forward-facing camera, with random features."""
     torch.manual_seed(0)
-    code = RayEncoding("points", 8, 4)
-    code.set_bounds(SceneBounds(spacing, (0.1, 0.2, 0.3), 1.3, 0.3, 6.0), torch.eye(3))
-    made = CompositedEncoding(code, CompositedSettings())
+    encoding = RayEncoding("points", 8, 4)
+    encoding.set_bounds(SceneBounds(spacing, (0.1, 0.2, 0.3), 1.3, 0.3, 6.0), torch.eye(3))
+    made = CompositedEncoding(encoding, CompositedSettings())
     points = 0.7 * torch.nn.functional.normalize(torch.randn(4000, 3), dim=-1)
     if warp == "frustum":
         points[:, 2] = -0.8
@@ -180,9 +180,9 @@ def ring_of(sees: list[Tensor], has_depth: bool = True, views: int = 16, side: i
 
 
 def occupied_by(ring: Ring, cameras: CaptureCameras, has_depth: bool = True) -> CompositedEncoding:
-    code = RayEncoding("points", 8, 4)
-    code.set_bounds(SceneBounds("sphere", (0.0, 0.0, 0.0), 1.0, 2.5, 5.5), torch.eye(3))
-    made = CompositedEncoding(code, CompositedSettings())
+    encoding = RayEncoding("points", 8, 4)
+    encoding.set_bounds(SceneBounds("sphere", (0.0, 0.0, 0.0), 1.0, 2.5, 5.5), torch.eye(3))
+    made = CompositedEncoding(encoding, CompositedSettings())
     SceneOccupancy(made, 32, 50_000, has_depth).start(ring, cameras)
     return made
 
@@ -232,9 +232,9 @@ def test_wrong_depth_does_not_lose_anything_visible() -> None:
 
 def test_new_views_add_cells_and_rows_keep_their_features() -> None:
     few, cameras = ring_of([(BALL, 1.0)])
-    code = RayEncoding("points", 8, 4)
-    code.set_bounds(SceneBounds("sphere", (0.0, 0.0, 0.0), 1.0, 2.5, 5.5), torch.eye(3))
-    made = CompositedEncoding(code, CompositedSettings())
+    encoding = RayEncoding("points", 8, 4)
+    encoding.set_bounds(SceneBounds("sphere", (0.0, 0.0, 0.0), 1.0, 2.5, 5.5), torch.eye(3))
+    made = CompositedEncoding(encoding, CompositedSettings())
     scene = SceneOccupancy(made, 32, 50_000, True)
     scene.start(few, cameras)
     made.occupancy.cells[:, :, : made.occupancy.cells.shape[2] // 2] = 0  # as if half had been out of sight
@@ -294,7 +294,7 @@ def test_empty_rays_are_background_and_not_evaluated(tmp_path: Path, monkeypatch
     student = load_student(write_run(tmp_path / "run", tiny_composited_r2l()), device="cpu", engine="torch")
     evaluated = []
     run = student.model.run_network
-    monkeypatch.setattr(student.model, "run_network", lambda code: evaluated.append(len(code)) or run(code))
+    monkeypatch.setattr(student.model, "run_network", lambda encoded: evaluated.append(len(encoded)) or run(encoded))
     pose = torch.cat([torch.eye(3), torch.tensor([[0.1], [-0.1], [3.0]])], dim=-1)
     found = student.render_all(pose, torch.tensor([50.0, 50.0, 32.0, 32.0]), 64, 64)
     empty = found["accumulation"][..., 0] == 0

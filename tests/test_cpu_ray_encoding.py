@@ -42,12 +42,12 @@ def rays(height: int = 50, width: int = 61) -> tuple[Tensor, Tensor]:
 
 
 def expected(
-    code: RayEncoding, features: FeatureVolume | None, points: int, origins: Tensor, directions: Tensor
+    encoding: RayEncoding, features: FeatureVolume | None, points: int, origins: Tensor, directions: Tensor
 ) -> Tensor:
     """The encoding of training."""
-    parts = [code(origins, directions)]
+    parts = [encoding(origins, directions)]
     if features is not None:
-        read = features(code.points(origins, directions, points).flatten(0, -3))
+        read = features(encoding.points(origins, directions, points).flatten(0, -3))
         parts.append(read.view(*origins.shape[:-1], -1))
     return torch.cat(parts, dim=-1)
 
@@ -56,13 +56,13 @@ def expected(
 @pytest.mark.parametrize("kind", ["points", "plucker", "two-plane"])
 @pytest.mark.parametrize("points", [8, 5])
 def test_it_equals_the_encoding_of_training(kind: str, spacing: str, points: int):
-    code, features = ray_encoding(kind, spacing), volume()
-    draw = CpuRayEncoding(code, features, points)
+    encoding, features = ray_encoding(kind, spacing), volume()
+    draw = CpuRayEncoding(encoding, features, points)
     origins, directions = rays()
-    truth = expected(code, features, points, origins, directions)
+    truth = expected(encoding, features, points, origins, directions)
     got = draw(origins, directions)
     assert got.shape == truth.shape and got.is_contiguous()
-    first = code.dim
+    first = encoding.dim
     assert psnr(got[..., :first], truth[..., :first]) > 110
     assert psnr(got[..., first:], truth[..., first:]) > 110
     # However the rays lie in memory, and however many there are.
@@ -73,34 +73,34 @@ def test_it_equals_the_encoding_of_training(kind: str, spacing: str, points: int
 
 def test_the_published_encodings():
     for points, octaves in ((16, 10), (8, 6)):
-        code = ray_encoding(points=points, octaves=octaves)
+        encoding = ray_encoding(points=points, octaves=octaves)
         origins, directions = rays()
-        assert psnr(CpuRayEncoding(code, None, 16)(origins, directions), code(origins, directions)) > 110
+        assert psnr(CpuRayEncoding(encoding, None, 16)(origins, directions), encoding(origins, directions)) > 110
 
 
 @pytest.mark.parametrize("resolution", [1, 2, 40])
 @pytest.mark.parametrize("channels", [1, 4, 7])
 def test_volumes_of_any_size(resolution: int, channels: int):
-    code, features = ray_encoding(), volume(resolution, channels, extent=0.5)
+    encoding, features = ray_encoding(), volume(resolution, channels, extent=0.5)
     origins, directions = rays(20, 21)
-    truth = expected(code, features, 8, origins, directions)
-    assert psnr(CpuRayEncoding(code, features, 8)(origins, directions), truth) > 110
+    truth = expected(encoding, features, 8, origins, directions)
+    assert psnr(CpuRayEncoding(encoding, features, 8)(origins, directions), truth) > 110
 
 
 def test_a_volume_in_training_is_not_cached():
-    code, features = ray_encoding(), volume()
-    draw = CpuRayEncoding(code, features, 8)
+    encoding, features = ray_encoding(), volume()
+    draw = CpuRayEncoding(encoding, features, 8)
     origins, directions = rays(5, 6)
     before = draw(origins, directions)
     features.grid.add_(1.0)
-    torch.testing.assert_close(draw(origins, directions), expected(code, features, 8, origins, directions))
+    torch.testing.assert_close(draw(origins, directions), expected(encoding, features, 8, origins, directions))
     features.load_state_dict(volume().state_dict())
     assert torch.equal(draw(origins, directions), before)
 
 
 def test_a_volume_at_rest_is_rearranged_once(monkeypatch: pytest.MonkeyPatch):
-    code, features = ray_encoding(), volume()
-    draw = CpuRayEncoding(code, features, 8)
+    encoding, features = ray_encoding(), volume()
+    draw = CpuRayEncoding(encoding, features, 8)
     draw(*rays(5, 6))
     rows = draw._rows(features)
     draw(*rays(5, 6))
@@ -108,8 +108,8 @@ def test_a_volume_at_rest_is_rearranged_once(monkeypatch: pytest.MonkeyPatch):
 
 
 def test_under_autocast_it_stays_in_fp32():
-    code, features = ray_encoding(), volume()
-    draw = CpuRayEncoding(code, features, 8)
+    encoding, features = ray_encoding(), volume()
+    draw = CpuRayEncoding(encoding, features, 8)
     truth = draw(*rays(5, 6))
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert torch.equal(draw(*rays(5, 6)), truth)
@@ -123,12 +123,12 @@ def test_many_rays_are_encoded_in_parts(monkeypatch: pytest.MonkeyPatch):
 
 
 def test_non_finite_rays_index_nothing():
-    code, features = ray_encoding(), volume()
+    encoding, features = ray_encoding(), volume()
     origins, directions = rays(4, 5)
-    clean = CpuRayEncoding(code, features, 8)(origins, directions)
+    clean = CpuRayEncoding(encoding, features, 8)(origins, directions)
     origins, directions = origins.clone(), directions.clone()
     origins[1, 2], directions[3, 4] = float("nan"), float("inf")
-    found = CpuRayEncoding(code, features, 8)(origins, directions)
+    found = CpuRayEncoding(encoding, features, 8)(origins, directions)
     others = torch.ones(4, 5, dtype=torch.bool)
     others[1, 2] = others[3, 4] = False
     torch.testing.assert_close(found[others], clean[others])

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from networks import KINDS, code, network
+from networks import KINDS, encoded, network
 from torch import Tensor
 from versions import needs_half_on_cpu
 
@@ -191,14 +191,14 @@ def test_the_torch_engine_replays_any_size_and_follows_its_weights(gpu, kind: st
         engine._graphs = CudaGraphs(cuda.run, CPU)
         shape = (32, 40) if kind == "r2l" else (1, 24, 8, 16)
         sizes = [(20,), (32,), (84,)] if kind == "r2l" else [(5, 9), (8, 16), (3, 12)]
-        engine(code(kind, *sizes[0]))
+        engine(encoded(kind, *sizes[0]))
         settle(engine._graphs, shape)
         for seed in (0, 7):
             net.load_state_dict(network(kind, seed=seed).state_dict())
             engine.refresh()
             for rows in sizes:
                 replays = cuda.replays
-                read = code(kind, *rows)
+                read = encoded(kind, *rows)
                 values, truth = engine(read), net(read)
                 if kind == "mobile-r2l":  # the outermost cells' pixels are dropped by the model, and may be others
                     inner = slice(net.factor, -net.factor)

@@ -49,10 +49,10 @@ TRAINING_WAITS = {
         "view_ring.py:put",
         "copy from the host",
     ): "a teacher view comes from a thread of its own, once in many iterations",
-    ("photographs.py:rays", "_unique2"): "Nerfstudio's cameras, for the rays of 32 iterations at once",
-    ("photographs.py:rays", "copy from the host"): "likewise",
-    ("photographs.py:rays", "item"): "likewise",
-    ("photographs.py:rays", "nonzero"): "likewise",
+    ("photos.py:rays", "_unique2"): "Nerfstudio's cameras, for the rays of 32 iterations at once",
+    ("photos.py:rays", "copy from the host"): "likewise",
+    ("photos.py:rays", "item"): "likewise",
+    ("photos.py:rays", "nonzero"): "likewise",
 }
 """Where a training iteration may wait for the GPU, and why."""
 FRAME_WAITS = {
@@ -88,11 +88,11 @@ def test_a_training_from_the_first_view_to_the_checkpoint(method: str, tiny_capt
             _, losses, _ = trainer.train_iteration(step)
             pipeline.update_average(step)
             assert all(loss.device.type == "cuda" for loss in losses.values())
-        assert pipeline.datamanager.photographs_now
+        assert pipeline.datamanager.in_photo_stage
         assert unexpected(watch, TRAINING_WAITS) == []
         for name, parameter in pipeline.model.network.named_parameters():
             assert parameter.grad is not None and parameter.grad.device.type == "cuda", name
-        pipeline._watch_holdout(500)
+        pipeline._evaluate_held_out(500)
         pipeline._grow_occupancy(600)
         check_checkpoint(trainer)
         pipeline.finish(12)
@@ -214,7 +214,7 @@ def test_frames(student: str, kind: str, spacing: str) -> None:
         with (
             mock.patch("r2l_nerfstudio.models.camera_rays.is_pinhole", lambda _: is_pinhole),
             mock.patch("r2l_nerfstudio.models.any_camera.WIDEST", -1.0 if kind == "panorama" else 1.0),
-            made.drawn_by(engine),
+            made.network_run_by(engine),
         ):
             watch.waits.clear()
             outputs = made.get_outputs_for_camera(camera)
@@ -231,7 +231,7 @@ def test_a_crop_box_on_the_gpu() -> None:
     box = OrientedBox.from_params((0.1, 0.0, 0.1), (0.3, 0.2, 0.1), (0.7, 0.6, 0.8))
     with rehearsed(number=20.0, integer=18), mock.patch.object(Cameras, "generate_rays", generate_rays):
         made.to("cuda")
-        with made.drawn_by(lambda code: made.network(code)):
+        with made.network_run_by(lambda encoded: made.network(encoded)):
             outputs = made.get_outputs_for_camera(camera, box)
     assert all(value.device.type == "cuda" for value in outputs.values())
 

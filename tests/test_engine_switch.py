@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from networks import code, network
+from networks import encoded, network
 from torch import Tensor, nn
 
 from r2l_nerfstudio.disk import write_atomically
@@ -97,7 +97,7 @@ def engines(monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict[str, Fake]]:
 
 
 def job(folder: Path | None = None, net: nn.Module | None = None) -> SelectionJob:
-    return SelectionJob(net or network("r2l"), CPU, code("r2l", 50), (50, 40), folder)
+    return SelectionJob(net or network("r2l"), CPU, encoded("r2l", 50), (50, 40), folder)
 
 
 def wanted(fakes: dict[str, Fake]) -> list[Candidate]:
@@ -248,7 +248,7 @@ def test_auto_renders_at_once_and_switches_when_ready(engines: Callable[..., dic
     said: list[str] = []
     net = network("r2l")
     switch = EngineSwitch(lambda: net, say=said.append)
-    read = code("r2l", 30)
+    read = encoded("r2l", 30)
     torch.testing.assert_close(switch(read, is_exact=False), net(read))
     wait_for(lambda: fakes["fast"].builds == 1)
     for _ in range(3):  # while it is being built
@@ -267,7 +267,7 @@ def test_exact_calls_use_torch_until_rendering_has_taken_long(
     fakes = engines(Fake("fast"))
     net = network("r2l")
     switch = EngineSwitch(lambda: net)
-    read = code("r2l", 30)
+    read = encoded("r2l", 30)
     for _ in range(5):
         assert torch.equal(switch(read), net(read)), "torch fp32 is to give the very same numbers"
     assert not fakes["fast"].builds
@@ -282,7 +282,7 @@ def test_weights_in_training_are_never_stale(engines: Callable[..., dict[str, Fa
     fakes = engines(Fake("fast"))
     net = network("r2l")
     switch = EngineSwitch(lambda: net)
-    read = code("r2l", 30)
+    read = encoded("r2l", 30)
     switch(read, is_exact=False)
     wait_for(lambda: viewing(switch).ready is not None)
     builds = fakes["fast"].builds
@@ -310,7 +310,7 @@ def test_an_engine_that_fails_while_rendering_is_dropped(engines: Callable[..., 
     said: list[str] = []
     net = network("r2l")
     switch = EngineSwitch(lambda: net, say=said.append)
-    read = code("r2l", 30)
+    read = encoded("r2l", 30)
     switch(read, is_exact=False)
     wait_for(lambda: viewing(switch).ready is not None)
     fakes["fast"].run_error = RuntimeError("device lost")
@@ -331,9 +331,9 @@ def test_an_engine_by_name_that_cannot_run_is_an_error_with_the_reason(engines: 
     with pytest.raises(InputError, match="needs an NVIDIA GPU"):
         configured.check()
     with pytest.raises(InputError, match="needs an NVIDIA GPU"):
-        configured(code("r2l", 30))
+        configured(encoded("r2l", 30))
     # A viewer shows a message and renders.
-    torch.testing.assert_close(configured(code("r2l", 30), is_exact=False), net(code("r2l", 30)))
+    torch.testing.assert_close(configured(encoded("r2l", 30), is_exact=False), net(encoded("r2l", 30)))
     wait_for(lambda: "needs an NVIDIA GPU" in configured.describe())
 
 
@@ -341,7 +341,7 @@ def test_an_engine_by_name_computes_exact_calls(engines: Callable[..., dict[str,
     fakes = engines(Fake("fast"), Fake("named", seconds=0.05))
     net = network("r2l")
     switch = EngineSwitch(lambda: net, "named")
-    switch(code("r2l", 30))
+    switch(encoded("r2l", 30))
     assert switch.newest is fakes["named"] and fakes["named"].precision == "fp32"
     assert not fakes["fast"].builds
 
@@ -350,7 +350,7 @@ def test_the_engine_is_changed_between_frames(engines: Callable[..., dict[str, F
     fakes = engines(Fake("fast"), Fake("named"))
     net = network("r2l")
     switch = EngineSwitch(lambda: net)
-    read = code("r2l", 30)
+    read = encoded("r2l", 30)
     for choice, expected in (("named", "named"), ("auto", None), ("fast", "fast")):
         switch.choose(choice)
         wait_for(lambda: switch(read, is_exact=False) is not None and viewing(switch).ready is not None)
@@ -392,7 +392,7 @@ def test_an_interrupt_at_any_line_leaves_no_broken_engine(kind: str, engine: str
     net = network(kind)
     said: list[str] = []
     switch = EngineSwitch(lambda: net, engine, interrupts=(Interrupt,), say=said.append)
-    read = code(kind, 13, 14)
+    read = encoded(kind, 13, 14)
     truth = net(read).detach()
 
     def draw(line: int | None) -> int:

@@ -10,7 +10,7 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
-from networks import KINDS, code, network
+from networks import KINDS, encoded, network
 from student_runs import fill, tiny_mobile_r2l, tiny_r2l
 
 from r2l_nerfstudio.engines import tensorrt, torch_tensorrt
@@ -274,7 +274,7 @@ def test_torch_tensorrt_converts_the_whole_network(kind: str, capfd: pytest.Capt
     except Exception as error:  # four kinds, depending on what is missing
         pytest.skip(f"torch_tensorrt does not import here ({type(error).__name__}): it needs TensorRT's own libraries")
     net = network(kind)
-    example = code(kind, 8, 8)
+    example = encoded(kind, 8, 8)
     with torch.no_grad():
         program = torch.export.export(net, (example,))
         torch_trt.dynamo.compile(program, [example], dryrun=True, min_block_size=1)

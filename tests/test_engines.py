@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from networks import KINDS, code, network
+from networks import KINDS, encoded, network
 from torch import Tensor, nn
 from versions import needs_ahead_of_time_compiler
 
@@ -44,14 +44,14 @@ def built(kind: str, name: str, precision: str, cache: Path | None = None) -> tu
 
 def check_sizes(kind: str, engine: Engine, net: nn.Module) -> None:
     for sizes in SIZES[kind]:
-        read = code(kind, *sizes)
+        read = encoded(kind, *sizes)
         values, truth = engine(read), net(read)
         assert values.dtype == torch.float32 and values.shape == truth.shape
         assert psnr(values, truth) >= PARITY_DB[engine.precision]
-        assert torch.equal(read, code(kind, *sizes)), "the caller's code was written to"
-        assert torch.equal(values, engine(read).clone()), "the same code gives other values"
+        assert torch.equal(read, encoded(kind, *sizes)), "the caller's input was written to"
+        assert torch.equal(values, engine(read).clone()), "the same input gives other values"
     if kind == "mobile-r2l":
-        several = torch.cat([code(kind, 5, 7, seed=seed) for seed in range(3)])
+        several = torch.cat([encoded(kind, 5, 7, seed=seed) for seed in range(3)])
         assert psnr(engine(several), net(several)) >= PARITY_DB[engine.precision]
 
 
@@ -76,20 +76,20 @@ def test_inductor_agrees_at_any_size_and_is_compiled_once(tmp_path: Path, monkey
 
     monkeypatch.setattr(inductor, "_compiled", fail)
     again, _ = built(kind, "inductor", "fp32", tmp_path / "cache")
-    assert torch.equal(again(code(kind, 9, 9)), engine(code(kind, 9, 9)))
+    assert torch.equal(again(encoded(kind, 9, 9)), engine(encoded(kind, 9, 9)))
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", ["torch", "openvino", "onnxruntime"])
 def test_several_threads_share_an_engine(kind: str, name: str):
     engine, _ = built(kind, name, "fp32")
-    codes = [code(kind, 20 + 3 * i, 21, seed=i) for i in range(4)]
-    alone = [engine(c).clone() for c in codes]
+    several = [encoded(kind, 20 + 3 * i, 21, seed=i) for i in range(4)]
+    alone = [engine(c).clone() for c in several]
     wrong: list[int] = []
 
     def run(index: int) -> None:
         for _ in range(20):
-            if not torch.allclose(engine(codes[index]), alone[index], atol=1e-6):
+            if not torch.allclose(engine(several[index]), alone[index], atol=1e-6):
                 wrong.append(index)
 
     threads = [threading.Thread(target=run, args=(i,)) for i in range(4)]
@@ -104,7 +104,7 @@ def test_several_threads_share_an_engine(kind: str, name: str):
 def test_openvino_computes_in_the_requested_precision(kind: str):
     exact, net = built(kind, "openvino", "fp32")
     rough, _ = built(kind, "openvino", "bf16")
-    read = code(kind, 50, 50)
+    read = encoded(kind, 50, 50)
     assert psnr(exact(read), net(read)) > 110
     assert psnr(rough(read), net(read)) < 90
 
@@ -112,7 +112,7 @@ def test_openvino_computes_in_the_requested_precision(kind: str):
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_frozen_copy_equals_the_network_and_is_independent_of_it(kind: str):
     net = network(kind)
-    read = code(kind, 11, 13)
+    read = encoded(kind, 11, 13)
     before = net(read)
     fixed = FixedNetwork(net, "fp32")
     assert not [module for module in fixed.modules() if isinstance(module, nn.BatchNorm2d)]
@@ -131,7 +131,7 @@ def test_torch_follows_weights_in_training(kind: str):
     net = network(kind)
     engine = TorchEngine(net, "fp32")
     engine.refresh()
-    read = code(kind, 11, 13)
+    read = encoded(kind, 11, 13)
     optimizer = torch.optim.Adam(net.parameters(), lr=0.01)
     for _ in range(3):
         with torch.enable_grad():
@@ -161,7 +161,7 @@ def _swap(net: nn.Module) -> None:
 
 
 def _statistics(net: nn.Module) -> None:
-    net.train()(code("mobile-r2l", 5, 5))
+    net.train()(encoded("mobile-r2l", 5, 5))
     net.eval()
 
 
@@ -212,7 +212,7 @@ def test_chunks_are_of_one_size_and_padding_is_dropped(count: int):
 @pytest.mark.parametrize(("rows", "columns"), [(3, 3), (8, 9), (17, 1), (16, 16)])
 def test_padding_to_buckets_changes_no_pixel(rows: int, columns: int):
     net = network("mobile-r2l")
-    read = code("mobile-r2l", rows + 2, columns + 2)
+    read = encoded("mobile-r2l", rows + 2, columns + 2)
     padded = to_bucket(read, 8)
     assert all(side % 8 == 0 for side in padded.shape[-2:])
     values = from_bucket(net(padded), rows + 2, columns + 2, net.factor)

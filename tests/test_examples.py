@@ -74,9 +74,9 @@ def test_custom_ray_encoding(tiny_teacher: Path, tmp_path: Path, monkeypatch: py
     model = student.model
     assert model.network.in_dim == model.ray_encoding.dim + 16
     origins, directions = torch.zeros(1, 3), torch.tensor([[0.6, 0.0, 0.8]])
-    code = model.encode(origins, directions)
+    encoded = model.encode(origins, directions)
     # The first harmonics: a constant, then multiples of the direction's y, z and x.
-    torch.testing.assert_close(code[0, -16:-12], torch.tensor([0.28209, 0.0, 0.48860 * 0.8, 0.48860 * 0.6]))
+    torch.testing.assert_close(encoded[0, -16:-12], torch.tensor([0.28209, 0.0, 0.48860 * 0.8, 0.48860 * 0.6]))
     assert np.isfinite(student.render(np.eye(4)[:3], [20, 20, 8, 6], 16, 12)).all()
 
 

@@ -155,11 +155,11 @@ def test_onnx_renders_what_torch_renders(
     assert not {"GridSample", "GatherND", "ScatterND", "Loop", "If"} & {node.op_type for node in model.graph.node}
     assert str(Path(torch.__file__).parents[1]).encode() not in file.read_bytes()
     props = {prop.key: prop.value for prop in model.metadata_props}
-    code = exported.model.ray_encoding
-    assert json.loads(props["near"]) == pytest.approx(float(code.near))
-    assert np.allclose(json.loads(props["axes"]), code.axes.numpy())
+    encoding = exported.model.ray_encoding
+    assert json.loads(props["near"]) == pytest.approx(float(encoding.near))
+    assert np.allclose(json.loads(props["axes"]), encoding.axes.numpy())
     assert json.loads(props["background"]) == pytest.approx([1.0, 0.9, 0.8])
-    assert props["spacing"] == "sphere" and json.loads(props["samples"]) == code.num_points
+    assert props["spacing"] == "sphere" and json.loads(props["samples"]) == encoding.num_points
     if name == "mobile-r2l":
         assert json.loads(props["factor"]) == 4 and json.loads(props["focal"]) == 50.0
 
@@ -294,7 +294,7 @@ def test_features_of_composited_students_are_stored_in_int8(student: Callable[..
     assert kinds == {"fp16": {onnx.TensorProto.FLOAT16}, "int8": {onnx.TensorProto.INT8}}
     given, truth = probe_inputs(exported, spec, 0)
     found = run_onnx(files["int8"], given)
-    apart = np.abs(found["code"] - truth["code"])
+    apart = np.abs(found["encoded"] - truth["encoded"])
     assert 0 < apart.mean() < 0.02, "int8 is near fp32, and not the same"
 
 
@@ -357,7 +357,7 @@ def test_core_ml_packages_match_the_request(
     found = coremltools.utils.load_spec(str(output))
     assert found.description.metadata.userDefined["factor"] == ("4" if "mobile" in name else "1")
     names = [feature.name for feature in found.description.input]
-    assert names == {"network": ["code"], "rays": ["origins", "directions"]}.get(
+    assert names == {"network": ["encoded"], "rays": ["origins", "directions"]}.get(
         arguments[1] if arguments else "", ["camera_to_world", "intrinsics"]
     )
     (block,) = found.mlProgram.functions["main"].block_specializations.values()

@@ -498,8 +498,8 @@ def test_an_onnx_network_is_that_of_the_tar(activation: str, tmp_path: Path) -> 
     from_tar = read_tar(write_tar(tmp_path / "mobile.tar", weights))
     from_onnx = read_onnx(write_onnx(tmp_path / "mobile.onnx", weights, activation))
     assert from_onnx.sizes == from_tar.sizes and from_onnx.cells == (5, 6)
-    code = torch.randn(1, 84, 5, 6)
-    assert torch.allclose(from_onnx.run(code), from_tar.run(code), atol=1e-5)
+    encoded = torch.randn(1, 84, 5, 6)
+    assert torch.allclose(from_onnx.run(encoded), from_tar.run(encoded), atol=1e-5)
 
 
 def test_an_onnx_becomes_a_run(capture: Path, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from nerfstudio.data.scene_box import SceneBox
 from torch import Tensor
 
 from r2l_nerfstudio.distillation.crops import joined, sample_crops
-from r2l_nerfstudio.distillation.photograph_views import PhotoViews
+from r2l_nerfstudio.distillation.photo_views import PhotoViews
 from r2l_nerfstudio.errors import InputError
 from r2l_nerfstudio.models.any_camera import render_by_faces
 from r2l_nerfstudio.models.camera_rays import CameraRays
@@ -107,8 +107,8 @@ class _Directions(torch.nn.Module):
         super().__init__()
         self.factor = factor
 
-    def forward(self, code: Tensor) -> Tensor:
-        up = torch.nn.functional.interpolate(code, scale_factor=self.factor, mode="bilinear")
+    def forward(self, encoded: Tensor) -> Tensor:
+        up = torch.nn.functional.interpolate(encoded, scale_factor=self.factor, mode="bilinear")
         color = 0.5 + 0.4 * up / up.norm(dim=1, keepdim=True)
         return torch.cat([color, color[:, :2]], dim=1)
 

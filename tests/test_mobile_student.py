@@ -42,12 +42,12 @@ def test_impossible_upsampling_factor_is_an_error_that_names_the_flag(factor: in
 
 def test_forward_is_head_blocks_long_skip_up_tail() -> None:
     network = MobileR2L(7, 3, width=8, blocks=2, factor=4, up_width=6, last_width=4, zero_init=False).eval()
-    code = torch.randn(1, 7, 3, 3)
-    hidden = first = torch.nn.functional.gelu(network.head(code))
+    encoded = torch.randn(1, 7, 3, 3)
+    hidden = first = torch.nn.functional.gelu(network.head(encoded))
     for block in network.blocks:
         inner = torch.nn.functional.gelu(block.first_norm(block.first(hidden)))
         hidden = hidden + block.second_norm(block.second(inner))
-    torch.testing.assert_close(network(code), network.tail(network.up(first + hidden)).sigmoid())
+    torch.testing.assert_close(network(encoded), network.tail(network.up(first + hidden)).sigmoid())
 
 
 def test_zero_init_starts_as_the_identity() -> None:
@@ -60,12 +60,12 @@ def test_zero_init_starts_as_the_identity() -> None:
 def test_a_pixel_depends_only_on_its_cell_and_the_cells_around_it(factor: int) -> None:
     torch.manual_seed(0)
     network = MobileR2L(5, 3, width=8, blocks=1, factor=factor, up_width=6, last_width=4, zero_init=False).eval()
-    code = torch.randn(1, 5, 5, 5)
-    far = code.clone()
+    encoded = torch.randn(1, 5, 5, 5)
+    far = encoded.clone()
     far[..., :, 0] += 1
     far[..., 4, :] += 1
     own = slice(2 * factor, 3 * factor)
-    assert torch.equal(network(code)[..., own, own], network(far)[..., own, own])
-    near = code.clone()
+    assert torch.equal(network(encoded)[..., own, own], network(far)[..., own, own])
+    near = encoded.clone()
     near[..., 1, 1] += 1
-    assert not torch.equal(network(code)[..., own, own], network(near)[..., own, own])
+    assert not torch.equal(network(encoded)[..., own, own], network(near)[..., own, own])

@@ -137,7 +137,7 @@ def test_half_precision_is_safe(dtype: torch.dtype, bound: float, student: Mobil
     camera = camera_of(unseen, 2)
     exact = student.get_outputs_for_camera(camera)
     half = copy.deepcopy(student.network).to(dtype)
-    with student.drawn_by(lambda code: half(code.to(dtype)).float()):
+    with student.network_run_by(lambda encoded: half(encoded.to(dtype)).float()):
         rough = student.get_outputs_for_camera(camera)
     assert not torch.equal(rough["rgb"], exact["rgb"])
     assert psnr(rough["rgb"], exact["rgb"]) > bound

@@ -24,7 +24,7 @@ from teachers import _ring
 
 from r2l_nerfstudio.capture import CaptureError, parse_capture
 from r2l_nerfstudio.dataparsers import without_points
-from r2l_nerfstudio.distillation.photographs import Photos
+from r2l_nerfstudio.distillation.photos import Photos
 from r2l_nerfstudio.distillation.pose_sampling import PoseSampler, capture_cameras
 from r2l_nerfstudio.distillation.survey import Survey
 from r2l_nerfstudio.distillation.view_ring import ViewRenderer

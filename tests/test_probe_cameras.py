@@ -8,7 +8,7 @@ from nerfstudio.data.scene_box import SceneBox
 
 from r2l_nerfstudio.models.light_field import LightFieldModel
 from r2l_nerfstudio.models.mobile_r2l import MobileR2LModel, MobileR2LModelConfig
-from r2l_nerfstudio.models.probe_cameras import TURNS, probe_code, probe_intrinsics, probe_poses
+from r2l_nerfstudio.models.probe_cameras import TURNS, probe_encoding, probe_intrinsics, probe_poses
 from r2l_nerfstudio.models.r2l import R2LModelConfig
 from r2l_nerfstudio.rays.spacing import SceneBounds, SpacingKind
 
@@ -51,8 +51,8 @@ def test_probe_images_need_no_resampling(kind: str) -> None:
 
 def test_probe_encodings_are_the_networks_input(kind: str) -> None:
     model = student(kind)
-    code = probe_code(model)
-    assert code.isfinite().all()
-    assert code.shape[0] == len(TURNS) * (1 if model.reads_ray_image else 19 * 19)
+    encoded = probe_encoding(model)
+    assert encoded.isfinite().all()
+    assert encoded.shape[0] == len(TURNS) * (1 if model.reads_ray_image else 19 * 19)
     with torch.no_grad():
-        assert model.network(code).shape[1] == 5
+        assert model.network(encoded).shape[1] == 5

@@ -96,11 +96,11 @@ def test_imported_students_render_the_published_images(name: str, imported) -> N
 @pytest.mark.parametrize("name", PICTURES)
 def test_sample_points_equal_the_published_ones(name: str, imported) -> None:
     student, picture, pose = imported(name)
-    code = student.model.ray_encoding
+    encoding = student.model.ray_encoding
     rows, columns, count = picture["points"].shape[:3]
     factor = int(picture.get("factor", 1))
-    rays = code.image_rays(pose, torch.from_numpy(picture["intrinsics"]) / factor, rows, columns)
-    assert (code.points(*rays, count) - torch.from_numpy(picture["points"])).abs().max() < 5e-6
+    rays = encoding.image_rays(pose, torch.from_numpy(picture["intrinsics"]) / factor, rows, columns)
+    assert (encoding.points(*rays, count) - torch.from_numpy(picture["points"])).abs().max() < 5e-6
 
 
 @pytest.mark.parametrize("name", PICTURES)
@@ -112,11 +112,11 @@ def test_training_uses_the_same_rays(name: str, imported) -> None:
     rows, columns = picture["points"].shape[:2]
     rays = model.ray_encoding.image_rays(pose, torch.from_numpy(picture["intrinsics"]) / factor, rows, columns)
     with torch.enable_grad():
-        code = model.encode(*rays)
+        encoded = model.encode(*rays)
         if factor > 1:
-            values = model.network(code.permute(2, 0, 1)[None])[0].permute(1, 2, 0)
+            values = model.network(encoded.permute(2, 0, 1)[None])[0].permute(1, 2, 0)
         else:
-            values = model.network(code)
+            values = model.network(encoded)
     assert np.abs(values.detach().numpy() - picture["rgb"]).max() < 1e-4
 
 
@@ -246,19 +246,19 @@ def test_conventions_are_in_the_checkpoint() -> None:
 
 
 def test_a_checkpoint_without_conventions_uses_ours() -> None:
-    code = RayEncoding("points", 4, 3)
-    state = code.state_dict()
+    encoding = RayEncoding("points", 4, 3)
+    state = encoding.state_dict()
     state["_extra_state"] = {"spacing": "disparity"}
     assert set(state) == {"center", "radius", "near", "far", "axes", "_extra_state"}
-    code.load_state_dict(state, strict=True)
-    assert code.conventions == OURS and code.is_contracted and code.spacing == "disparity"
+    encoding.load_state_dict(state, strict=True)
+    assert encoding.conventions == OURS and encoding.is_contracted and encoding.spacing == "disparity"
 
 
 def test_conventions_that_do_not_fit_the_encoding() -> None:
-    for code, spacing in ((RayEncoding("plucker"), "near-far"), (RayEncoding("points"), "sphere")):
-        code.spacing = spacing
+    for encoding, spacing in ((RayEncoding("plucker"), "near-far"), (RayEncoding("points"), "sphere")):
+        encoding.spacing = spacing
         with pytest.raises(InputError, match="published-rays"):
-            code.set_conventions(RayConventions(is_planar=True))
+            encoding.set_conventions(RayConventions(is_planar=True))
 
 
 # Frames.

@@ -55,30 +55,30 @@ def test_encoding_is_the_published_one() -> None:
 @pytest.mark.parametrize("octaves", [0, 1, 6, 10, 13])
 def test_encoding_without_gradients_is_the_same(octaves: int) -> None:
     values = torch.rand(200, 24, generator=torch.Generator().manual_seed(1)) * 4 - 2
-    code = torch.full((200, 24 * (2 * octaves + 1) + 5), 7.0)
-    frequency_encode_into(values, octaves, code[:, :-5])
-    error = code[:, :-5].double() - frequency_encode(values.double().float(), octaves).double()
+    encoding = torch.full((200, 24 * (2 * octaves + 1) + 5), 7.0)
+    frequency_encode_into(values, octaves, encoding[:, :-5])
+    error = encoding[:, :-5].double() - frequency_encode(values.double().float(), octaves).double()
     assert float(error.abs().max()) < 2e-4 and float(error.square().mean()) < 1e-11  # 110 dB
-    assert (code[:, -5:] == 7).all(), "written beyond its own columns"
+    assert (encoding[:, -5:] == 7).all(), "written beyond its own columns"
     exact = torch.cat([(2.0**k * values.double()).sin() for k in range(octaves)] or [values.double()[:, :0]], dim=-1)
-    error = code[:, 24 : 24 * (octaves + 1)].double() - exact
+    error = encoding[:, 24 : 24 * (octaves + 1)].double() - exact
     assert octaves == 0 or float(error.square().mean()) < 1e-11
 
 
 def test_gradients_go_through_an_encoding() -> None:
-    code = RayEncoding("points", 4, 3)
+    encoding = RayEncoding("points", 4, 3)
     origins, directions = some_rays()
     origins.requires_grad_()
-    code(origins, directions).square().sum().backward()
+    encoding(origins, directions).square().sum().backward()
     assert origins.grad.abs().max() > 0
 
 
 def test_encoding_stays_in_fp32_under_autocast() -> None:
-    code = RayEncoding("points", 4, 10)
+    encoding = RayEncoding("points", 4, 10)
     origins, directions = some_rays()
-    expected = code(origins, directions)
+    expected = encoding(origins, directions)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert torch.equal(code(origins, directions), expected)
+        assert torch.equal(encoding(origins, directions), expected)
 
 
 def test_contraction_equals_nerfstudios() -> None:
@@ -109,50 +109,50 @@ def test_stratified_points() -> None:
 
 @pytest.mark.parametrize("kind", ["sphere", "near-far", "disparity"])
 def test_distance_and_fraction_are_inverse(kind) -> None:
-    code = RayEncoding()
-    code.set_bounds(SceneBounds(kind, (0.1, 0.2, -0.3), 1.5, 0.2, 6.0), torch.eye(3))
+    encoding = RayEncoding()
+    encoding.set_bounds(SceneBounds(kind, (0.1, 0.2, -0.3), 1.5, 0.2, 6.0), torch.eye(3))
     origins, directions = some_rays()
     fractions = torch.linspace(0.02, 0.98, 7).expand(64, 7)
-    distances = code.to_distance(origins, directions, fractions)
+    distances = encoding.to_distance(origins, directions, fractions)
     assert (distances.diff(dim=-1) > 0).all()
-    torch.testing.assert_close(code.to_fraction(origins, directions, distances), fractions, atol=1e-4, rtol=1e-3)
+    torch.testing.assert_close(encoding.to_fraction(origins, directions, distances), fractions, atol=1e-4, rtol=1e-3)
 
 
 @pytest.mark.parametrize("kind", ["points", "plucker"])
 def test_sliding_a_camera_along_its_ray_changes_nothing_in_a_bounded_scene(kind) -> None:
-    code = RayEncoding(kind, 8, 4)
-    code.set_bounds(SceneBounds("sphere", (0.0, 0.1, 0.0), 1.2, 0.5, 5.0), torch.eye(3))
+    encoding = RayEncoding(kind, 8, 4)
+    encoding.set_bounds(SceneBounds("sphere", (0.0, 0.1, 0.0), 1.2, 0.5, 5.0), torch.eye(3))
     origins, directions = some_rays()
-    moved = code.values(origins + 1.7 * directions, directions)
-    torch.testing.assert_close(code.values(origins, directions), moved, atol=2e-5, rtol=1e-4)
+    moved = encoding.values(origins + 1.7 * directions, directions)
+    torch.testing.assert_close(encoding.values(origins, directions), moved, atol=2e-5, rtol=1e-4)
 
 
 def test_two_plane_encoding_lies_on_its_planes() -> None:
-    code = RayEncoding("two-plane", num_frequencies=0)
-    code.set_bounds(SceneBounds("near-far", (0.0, 0.0, 0.0), 2.0, 0.5, 5.0), torch.eye(3))
-    values = code(torch.tensor([[0.0, 0.0, 6.0]]), torch.tensor([[0.6, 0.0, -0.8]]))
+    encoding = RayEncoding("two-plane", num_frequencies=0)
+    encoding.set_bounds(SceneBounds("near-far", (0.0, 0.0, 0.0), 2.0, 0.5, 5.0), torch.eye(3))
+    values = encoding(torch.tensor([[0.0, 0.0, 6.0]]), torch.tensor([[0.6, 0.0, -0.8]]))
     # In units of the radius the ray starts at z = 3 with slope x/z = -0.75: x = 3 at z = -1, 1.5 at z = 1.
     torch.testing.assert_close(values, torch.tensor([[3.0, 0.0, 1.5, 0.0]]))
-    along = code(torch.tensor([[0.0, 0.0, 0.0]]), torch.tensor([[1.0, 0.0, 0.0]]))
+    along = encoding(torch.tensor([[0.0, 0.0, 0.0]]), torch.tensor([[1.0, 0.0, 0.0]]))
     assert along.isfinite().all()
 
 
 @pytest.mark.parametrize("kind", ["near-far", "disparity"])
 def test_unbounded_encodings_stay_in_the_contracted_ball(kind) -> None:
-    code = RayEncoding("points", 8, 0)
-    code.set_bounds(SceneBounds(kind, (0.0, 0.0, 0.0), 0.5, 0.05, 1e4), torch.eye(3))
-    points = code(*some_rays()).view(64, 8, 3)
+    encoding = RayEncoding("points", 8, 0)
+    encoding.set_bounds(SceneBounds(kind, (0.0, 0.0, 0.0), 0.5, 0.05, 1e4), torch.eye(3))
+    points = encoding(*some_rays()).view(64, 8, 3)
     assert points.norm(dim=-1).max() <= 2.0
 
 
 def test_bounds_are_in_the_checkpoint(tmp_path) -> None:
-    code = RayEncoding("points", 4, 2)
-    code.set_bounds(SceneBounds("disparity", (1.0, 2.0, 3.0), 4.0, 0.5, 60.0), torch.eye(3))
-    torch.save(code.state_dict(), tmp_path / "code.ckpt")
+    encoding = RayEncoding("points", 4, 2)
+    encoding.set_bounds(SceneBounds("disparity", (1.0, 2.0, 3.0), 4.0, 0.5, 60.0), torch.eye(3))
+    torch.save(encoding.state_dict(), tmp_path / "encoding.ckpt")
     other = RayEncoding("points", 4, 2)
-    other.load_state_dict(torch.load(tmp_path / "code.ckpt", weights_only=True), strict=True)
+    other.load_state_dict(torch.load(tmp_path / "encoding.ckpt", weights_only=True), strict=True)
     assert other.spacing == "disparity"
-    assert torch.equal(other(*some_rays()), code(*some_rays()))
+    assert torch.equal(other(*some_rays()), encoding(*some_rays()))
 
 
 def test_unknown_ray_encoding_is_an_error_that_lists_the_known() -> None:
@@ -161,11 +161,11 @@ def test_unknown_ray_encoding_is_an_error_that_lists_the_known() -> None:
 
 
 def test_rays_that_miss_a_bounded_scene() -> None:
-    code = RayEncoding()
-    code.set_bounds(SceneBounds("sphere", (1.0, 0.0, 0.0), 0.5, 1.0, 4.0), torch.eye(3))
+    encoding = RayEncoding()
+    encoding.set_bounds(SceneBounds("sphere", (1.0, 0.0, 0.0), 0.5, 1.0, 4.0), torch.eye(3))
     forward = torch.tensor([0.0, 0.0, -1.0])
     origins = torch.tensor([[1.0, 0, 3], [1.49, 0, 3], [1.51, 0, 3], [1.0, 0, -3], [1.0, 0, 0.2], [1.0, 0, -0.2]])
-    missed = code.misses_scene(origins, forward.expand(6, 3))
+    missed = encoding.misses_scene(origins, forward.expand(6, 3))
     assert missed[:, 0].tolist() == [False, False, True, True, False, False]
-    code.set_bounds(SceneBounds("disparity", (1.0, 0.0, 0.0), 0.5, 1.0, 4.0), torch.eye(3))
-    assert not code.misses_scene(origins, forward.expand(6, 3)).any()
+    encoding.set_bounds(SceneBounds("disparity", (1.0, 0.0, 0.0), 0.5, 1.0, 4.0), torch.eye(3))
+    assert not encoding.misses_scene(origins, forward.expand(6, 3)).any()

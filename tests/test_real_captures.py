@@ -24,7 +24,7 @@ from teachers import teacher_config, train, write_blender_capture
 from r2l_nerfstudio.capture import CaptureError, _Downscaled, parse_capture
 from r2l_nerfstudio.distillation.background import background_of
 from r2l_nerfstudio.distillation.frame_check import check_frame
-from r2l_nerfstudio.distillation.photographs import Photos, read_photo
+from r2l_nerfstudio.distillation.photos import Photos, read_photo
 from r2l_nerfstudio.distillation.pose_sampling import PoseSampler, capture_cameras
 from r2l_nerfstudio.distillation.survey import Survey
 from r2l_nerfstudio.distillation.view_ring import ViewRenderer

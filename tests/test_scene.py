@@ -224,8 +224,8 @@ def test_capture_through_nerfstudios_dataparser(capture, options):
     # The photo is the truth at the pose that the dataparser gives.
     for outputs in (train, test):
         truth = Scene().render(camera_in_world_frame(outputs.cameras, outputs)[1]).rgb
-        photograph = torch.from_numpy(np.array(Image.open(outputs.image_filenames[1]))) / 255
-        assert ((photograph - truth) ** 2).mean() < 1e-4
+        photo = torch.from_numpy(np.array(Image.open(outputs.image_filenames[1]))) / 255
+        assert ((photo - truth) ** 2).mean() < 1e-4
 
 
 def test_depth_scales_with_the_frame(capture):

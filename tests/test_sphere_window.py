@@ -91,15 +91,15 @@ def test_the_window_changes_no_image(kind: str, monkeypatch: pytest.MonkeyPatch)
     model = student(kind)
     rays = [0]
 
-    def count(code: Tensor) -> Tensor:
-        rays[-1] += code[:, 0].numel()
-        return model.network(code)
+    def count(encoded: Tensor) -> Tensor:
+        rays[-1] += encoded[:, 0].numel()
+        return model.network(encoded)
 
     views = [
         Cameras(pose[None], *intrinsics.tolist(), width=width, height=height)
         for pose, intrinsics, height, width in cameras(60)
     ]
-    with model.drawn_by(count):
+    with model.network_run_by(count):
         drawn = [model.get_outputs_for_camera(view) for view in views]
     rays.append(0)
     if kind == "r2l":
@@ -107,7 +107,7 @@ def test_the_window_changes_no_image(kind: str, monkeypatch: pytest.MonkeyPatch)
         monkeypatch.setattr(model.ray_encoding, "misses_scene", nothing)
     else:
         monkeypatch.setattr(mobile_r2l, "sphere_window", lambda _, __, height, width, *___: Window(0, 0, width, height))
-    with model.drawn_by(count):
+    with model.network_run_by(count):
         whole = [model.get_outputs_for_camera(view) for view in views]
     for wanted_outputs, found in zip(whole, drawn, strict=True):
         for key, wanted in wanted_outputs.items():

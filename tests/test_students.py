@@ -19,11 +19,11 @@ def test_r2l_has_the_published_size() -> None:
 
 def test_forward_is_head_blocks_long_skip_tail() -> None:
     network = ResMLP(7, 5, width=8, depth=6, zero_init=False)
-    code = torch.randn(3, 7)
-    hidden = first = network.head(code).relu()
+    encoded = torch.randn(3, 7)
+    hidden = first = network.head(encoded).relu()
     for block in network.blocks:
         hidden = hidden + block.second(block.first(hidden).relu())
-    torch.testing.assert_close(network(code), network.tail(first + hidden).sigmoid())
+    torch.testing.assert_close(network(encoded), network.tail(first + hidden).sigmoid())
 
 
 def test_zero_init_starts_as_the_identity() -> None:
@@ -39,8 +39,8 @@ def test_impossible_depth_is_an_error_that_names_the_flag(depth) -> None:
 
 
 def test_students_and_rays_do_without_nerfstudio() -> None:
-    code = (
+    encoded = (
         "import sys; import r2l_nerfstudio.students.resmlp, r2l_nerfstudio.rays.ray_encoding;"
         "sys.exit(any(name.split('.')[0] == 'nerfstudio' for name in sys.modules))"
     )
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+    assert subprocess.run([sys.executable, "-c", encoded], check=False).returncode == 0

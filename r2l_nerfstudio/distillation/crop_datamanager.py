@@ -13,7 +13,7 @@ from torch import Tensor
 
 from r2l_nerfstudio.distillation.crops import Views, joined, sample_crops
 from r2l_nerfstudio.distillation.datamanager import Batch, DistillationDataManager, DistillationDataManagerConfig
-from r2l_nerfstudio.distillation.photograph_views import PhotoViews, photograph_views
+from r2l_nerfstudio.distillation.photo_views import PhotoViews, photo_views
 from r2l_nerfstudio.distillation.pose_sampling import CaptureCameras, PoseSamplerConfig
 from r2l_nerfstudio.errors import InputError
 from r2l_nerfstudio.ranges import IntRange
@@ -79,7 +79,7 @@ class CropDataManager(DistillationDataManager):
     def read_photos(self, indices: list[int], corrections: Float[Tensor, "num_train 3 4"] | None) -> PhotoViews:
         cameras = self.view_cameras()
         size = (cameras.height, cameras.width)
-        return photograph_views(
+        return photo_views(
             self.train_dataset, indices, cameras.intrinsics, size, corrections, self.background, self.device
         )
 

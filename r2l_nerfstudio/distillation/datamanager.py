@@ -25,7 +25,7 @@ from nerfstudio.data.utils.nerfstudio_collate import nerfstudio_collate
 from nerfstudio.utils.rich_utils import CONSOLE
 from torch import Tensor
 
-from r2l_nerfstudio.distillation.photographs import split_held_out
+from r2l_nerfstudio.distillation.photos import split_held_out
 from r2l_nerfstudio.distillation.pose_sampling import CaptureCameras, PoseSampler, PoseSamplerConfig, capture_cameras
 from r2l_nerfstudio.distillation.ray_sample import RaySample
 from r2l_nerfstudio.distillation.survey import Survey
@@ -141,7 +141,7 @@ class DistillationDataManager(VanillaDataManager[InputDataset]):
 
     def setup_train(self) -> None:
         """Load nothing yet: the pipeline attaches the teacher."""
-        self.photographs_now = False
+        self.in_photo_stage = False
         """Whether batches include photos."""
         self.background = torch.ones(3)
 
@@ -263,7 +263,7 @@ class DistillationDataManager(VanillaDataManager[InputDataset]):
             rays: which rays it reads; held-out photos keep the conventions that they were drawn for.
         """
         self.config = config
-        self.photographs_now = False
+        self.in_photo_stage = False
         self.rays = self.read_by(rays)
         self.__dict__.pop("cells", None)
         self.held_views = self.hold_out(self._held_ring, None)
@@ -290,7 +290,7 @@ class DistillationDataManager(VanillaDataManager[InputDataset]):
         """
         self.train_count += 1
         self._refresh()
-        with_photos = self.photos is not None and self.photographs_now
+        with_photos = self.photos is not None and self.in_photo_stage
         return self.draw(int(self.config.photo_fraction * self.get_train_rays_per_batch()) if with_photos else 0)
 
     def next_train(self, step: int) -> tuple[RayBundle, dict[str, Tensor]]:

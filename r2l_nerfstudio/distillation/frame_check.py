@@ -13,8 +13,8 @@ from nerfstudio.utils.rich_utils import CONSOLE
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from r2l_nerfstudio.distillation.photograph_views import undistorted_photo
-from r2l_nerfstudio.distillation.photographs import read_photo
+from r2l_nerfstudio.distillation.photo_views import undistorted_photo
+from r2l_nerfstudio.distillation.photos import read_photo
 from r2l_nerfstudio.distillation.survey import thumbnail
 from r2l_nerfstudio.errors import InputError
 from r2l_nerfstudio.models.camera_rays import is_pinhole

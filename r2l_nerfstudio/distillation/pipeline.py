@@ -353,7 +353,7 @@ class DistillationPipeline(VanillaPipeline):
             *super().get_training_callbacks(attributes),
             self._after_iterations(self.update_average, 1),
             self._after_iterations(self._grow_occupancy, STEPS_PER_GROWTH),
-            self._after_iterations(self._watch_holdout, self.config.steps_per_eval_held_out),
+            self._after_iterations(self._evaluate_held_out, self.config.steps_per_eval_held_out),
         ]
 
     def follow(self, progress: TrainingProgress) -> None:
@@ -366,7 +366,7 @@ class DistillationPipeline(VanillaPipeline):
         assert self.progress is not None
         self.done.fill_(self.progress.fraction)
         share = self.datamanager.config.photo_iterations / max(1, self.progress.steps)
-        self.datamanager.photographs_now = share > 0 and self.progress.fraction >= 1 - share - 1e-9
+        self.datamanager.in_photo_stage = share > 0 and self.progress.fraction >= 1 - share - 1e-9
 
     def _after_iterations(self, function: Callable[[int], None], every: int) -> TrainingCallback:
         where = [TrainingCallbackLocation.AFTER_TRAIN_ITERATION]
@@ -376,7 +376,7 @@ class DistillationPipeline(VanillaPipeline):
         """Add what new teacher views show to the occupancy, with its features and everything that depends on them."""
         ring, encoding = self.datamanager.ring, self.model.composited
         # Ranks would have to agree, and weights that may be restored must still fit.
-        if self.scene_occupancy is None or encoding is None or self.world_size > 1 or self.datamanager.photographs_now:
+        if self.scene_occupancy is None or encoding is None or self.world_size > 1 or self.datamanager.in_photo_stage:
             return
         former = self.scene_occupancy.grow(ring)
         if former is None:
@@ -428,7 +428,7 @@ class DistillationPipeline(VanillaPipeline):
                     torch.distributed.all_reduce(statistic)
                     statistic /= self.world_size
 
-    def _watch_holdout(self, step: int) -> None:
+    def _evaluate_held_out(self, step: int) -> None:
         if step == 0:
             return
         with self.averaged():
@@ -443,7 +443,7 @@ class DistillationPipeline(VanillaPipeline):
                     line += f", {against_photos:.2f} dB against held-out photos"
                 if (
                     not math.isnan(against_photos)
-                    and self.datamanager.photographs_now
+                    and self.datamanager.in_photo_stage
                     and (self._best is None or against_photos > self._best[0])
                 ):
                     self._best = (against_photos, self._weights())

@@ -16,7 +16,7 @@ from r2l_nerfstudio.distillation.datamanager import (
     to_ray_bundle,
 )
 from r2l_nerfstudio.distillation.hard_rays import HardRayPool
-from r2l_nerfstudio.distillation.photographs import Photos
+from r2l_nerfstudio.distillation.photos import Photos
 from r2l_nerfstudio.distillation.ray_sample import RECORD_WIDTH, RaySample
 from r2l_nerfstudio.distillation.view_ring import ViewRing
 from r2l_nerfstudio.ranges import FloatRange, IntRange

@@ -149,22 +149,22 @@ class SceneOccupancy:
 
     def _apex(self, cameras: CaptureCameras) -> tuple[Float[Tensor, "3"], Float[Tensor, "3 3"]]:
         """Return origin (scene coordinates) and axes of a camera behind all cameras, with their mean direction."""
-        code, axes = self.encoding.ray_encoding, cameras.mean_axes
+        encoding, axes = self.encoding.ray_encoding, cameras.mean_axes
         backward = axes[:, 2]
         along = cameras.positions @ backward
         middle = cameras.positions.mean(0)
-        position = middle + (along.max() - middle @ backward + 0.05 * float(code.radius)) * backward
-        return (position.to(code.center) - code.center) / code.radius, axes
+        position = middle + (along.max() - middle @ backward + 0.05 * float(encoding.radius)) * backward
+        return (position.to(encoding.center) - encoding.center) / encoding.radius, axes
 
     def _surface(self, ring: ViewRing, index: int) -> tuple[Float[Tensor, "points 3"], Float[Tensor, "points"]]:
         """Return points in scene coordinates at which a view's pixels end, and sides of the pixels there."""
-        code = self.encoding.ray_encoding
+        encoding = self.encoding.ray_encoding
         origins, directions, accumulation, depth, valid = _pixels(ring, index)
         ends = valid & (accumulation >= SURE) & (depth > 0)
         depth = depth[ends, None]
-        points = (origins[ends] + depth * directions[ends] - code.center) / code.radius
+        points = (origins[ends] + depth * directions[ends] - encoding.center) / encoding.radius
         focal = ring.intrinsics[index, :2].mean()
-        return points, depth[:, 0] / (focal * code.radius)
+        return points, depth[:, 0] / (focal * encoding.radius)
 
     def _mark_afresh(self, ring: ViewRing, points: Float[Tensor, "points 3"]) -> None:
         scene, occupancy = self.encoding.occupancy.scene, self.encoding.occupancy
@@ -229,8 +229,8 @@ class SceneOccupancy:
         x, y, _ = occupancy.resolution
         cell = torch.stack([numbers % x, numbers // x % y, numbers // (x * y)], dim=-1)
         size = cell.new_tensor(occupancy.resolution)
-        code, scene = self.encoding.ray_encoding, occupancy.scene
-        points = (((cell + 0.5) / size) * scene.extent + scene.low) * code.radius + code.center
+        encoding, scene = self.encoding.ray_encoding, occupancy.scene
+        points = (((cell + 0.5) / size) * scene.extent + scene.low) * encoding.radius + encoding.center
         for index in torch.linspace(0, len(ring) - 1, min(CARVING_VIEWS, len(ring))).round().long().unique().tolist():
             pose, (fx, fy, cx, cy) = ring.camera_to_worlds[index], ring.intrinsics[index]
             local = (points - pose[:, 3]) @ pose[:, :3]

@@ -24,12 +24,12 @@ _WARM_UP = 3
 class _Graph:
     """The graph of one shape, with the memory that it reads and writes. One thread may call it at a time."""
 
-    code: Tensor
+    encoded: Tensor
     values: Tensor
     graph: torch.cuda.CUDAGraph
 
-    def __call__(self, code: Tensor) -> Tensor:
-        self.code.copy_(code)
+    def __call__(self, encoded: Tensor) -> Tensor:
+        self.encoded.copy_(encoded)
         self.graph.replay()
         return self.values.clone()
 
@@ -57,8 +57,8 @@ class CudaGraphs:
         self._capturing = threading.Lock()
         self.has_failed = False
 
-    def __call__(self, code: Float[Tensor, "*code"]) -> Float[Tensor, "*values"]:
-        free = self._free.get(tuple(code.shape), [])
+    def __call__(self, encoded: Float[Tensor, "*encoded"]) -> Float[Tensor, "*values"]:
+        free = self._free.get(tuple(encoded.shape), [])
         try:
             graph = free.pop()
         except IndexError:  # There is none yet, or another thread has it.
@@ -66,9 +66,9 @@ class CudaGraphs:
         if graph is None:
             if not self.has_failed and not self._capturing.locked():
                 # A single call that cannot be interrupted half-way, unlike `threading.Thread.start`.
-                _thread.start_new_thread(self._capture, (tuple(code.shape),))
-            return self._run(code)
-        values = graph(code)
+                _thread.start_new_thread(self._capture, (tuple(encoded.shape),))
+            return self._run(encoded)
+        values = graph(encoded)
         free.append(graph)
         return values
 
@@ -91,15 +91,15 @@ class CudaGraphs:
             self._capturing.release()
 
     def _captured(self, shape: tuple[int, ...]) -> _Graph:
-        code = torch.zeros(shape, device=self._device, dtype=torch.float32)
+        encoded = torch.zeros(shape, device=self._device, dtype=torch.float32)
         stream = torch.cuda.Stream(self._device)
         stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(stream):
             for _ in range(_WARM_UP):
-                self._run(code)
+                self._run(encoded)
         stream.synchronize()
         graph = torch.cuda.CUDAGraph()
         # Other threads keep rendering and allocating meanwhile.
         with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
-            values = self._run(code)
-        return _Graph(code, values, graph)
+            values = self._run(encoded)
+        return _Graph(encoded, values, graph)

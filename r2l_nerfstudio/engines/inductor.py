@@ -98,12 +98,12 @@ class InductorEngine:
         self._rows = chunk_rows(spec.device)
         self._package = torch._inductor.aoti_load_package(str(file))
 
-    def __call__(self, code: Float[Tensor, "*code"]) -> Float[Tensor, "*values"]:
-        code = code.detach()
+    def __call__(self, encoded: Float[Tensor, "*encoded"]) -> Float[Tensor, "*values"]:
+        encoded = encoded.detach()
         if self._reads_image:
-            frames = [self._package(frame.contiguous()) for frame in code.permute(0, 2, 3, 1).split(1)]
+            frames = [self._package(frame.contiguous()) for frame in encoded.permute(0, 2, 3, 1).split(1)]
             return (torch.cat(frames) if len(frames) > 1 else frames[0]).permute(0, 3, 1, 2)
-        return in_chunks(self._run, code, self._out_dim, self._rows)
+        return in_chunks(self._run, encoded, self._out_dim, self._rows)
 
-    def _run(self, code: Tensor, values: Tensor) -> None:
-        values.copy_(self._package(code))
+    def _run(self, encoded: Tensor, values: Tensor) -> None:
+        values.copy_(self._package(encoded))

@@ -14,7 +14,7 @@ from r2l_nerfstudio.engines.protocol import Precision
 from r2l_nerfstudio.engines.sizes import device_of, in_dim, reads_ray_image
 from r2l_nerfstudio.engines.weights import FixedNetwork
 
-INPUT, OUTPUT = "code", "values"
+INPUT, OUTPUT = "encoded", "values"
 
 
 def exporter_settings() -> dict[str, Any]:
@@ -25,7 +25,7 @@ def exporter_settings() -> dict[str, Any]:
 
 
 def network_onnx(network: nn.Module, precision: Precision = "fp32") -> bytes:
-    """Return the network as ONNX with norms folded: fp32 `code` in, fp32 `values` out, any number of rays or any size.
+    """Return the network as ONNX with norms folded: fp32 `encoded` in, fp32 `values` out, any number of rays or any size.
 
     Args:
         network: a `ResMLP` or `MobileR2L` in evaluation mode.

@@ -61,14 +61,14 @@ class OnnxRuntimeEngine:
         options.intra_op_num_threads = torch.get_num_threads()
         self._session = onnxruntime.InferenceSession(network_onnx(network), options, providers=["CPUExecutionProvider"])
 
-    def __call__(self, code: Float[Tensor, "*code"]) -> Float[Tensor, "*values"]:
-        code = code.detach()
+    def __call__(self, encoded: Float[Tensor, "*encoded"]) -> Float[Tensor, "*values"]:
+        encoded = encoded.detach()
         if self._reads_image:
-            return torch.cat([self._values(frame.contiguous()) for frame in code.split(1)])
-        return in_chunks(self._run, code, self._out_dim, chunk_rows(code.device))
+            return torch.cat([self._values(frame.contiguous()) for frame in encoded.split(1)])
+        return in_chunks(self._run, encoded, self._out_dim, chunk_rows(encoded.device))
 
-    def _run(self, code: Tensor, values: Tensor) -> None:
-        values.copy_(self._values(code))
+    def _run(self, encoded: Tensor, values: Tensor) -> None:
+        values.copy_(self._values(encoded))
 
-    def _values(self, code: Tensor) -> Tensor:
-        return torch.from_numpy(self._session.run([OUTPUT], {INPUT: code.numpy()})[0])
+    def _values(self, encoded: Tensor) -> Tensor:
+        return torch.from_numpy(self._session.run([OUTPUT], {INPUT: encoded.numpy()})[0])

@@ -100,26 +100,26 @@ class OpenVinoEngine:
         # One per render thread: a request owns the memory of its inputs and outputs.
         self._local = threading.local()
 
-    def __call__(self, code: Float[Tensor, "*code"]) -> Float[Tensor, "*values"]:
-        code = code.detach()
+    def __call__(self, encoded: Float[Tensor, "*encoded"]) -> Float[Tensor, "*values"]:
+        encoded = encoded.detach()
         if not self._reads_image:
-            return in_chunks(self._run, code, self._out_dim, self._rows)
+            return in_chunks(self._run, encoded, self._out_dim, self._rows)
         frames = []
-        for rays in code.permute(0, 2, 3, 1).split(1):
+        for rays in encoded.permute(0, 2, 3, 1).split(1):
             _, rows, columns, _ = rays.shape
-            frames.append(code.new_empty(1, rows * self._factor, columns * self._factor, self._out_dim))
+            frames.append(encoded.new_empty(1, rows * self._factor, columns * self._factor, self._out_dim))
             self._run(rays.contiguous(), frames[-1])
         values = torch.cat(frames) if len(frames) > 1 else frames[0]
         return values.permute(0, 3, 1, 2)
 
-    def _run(self, code: Tensor, values: Tensor) -> None:
+    def _run(self, encoded: Tensor, values: Tensor) -> None:
         """Run on the tensors' own memory, without copies."""
         import openvino as ov
 
         request = getattr(self._local, "request", None)
         if request is None:
             request = self._local.request = self._compiled.create_infer_request()
-        request.set_input_tensor(ov.Tensor(code.numpy(), shared_memory=True))
+        request.set_input_tensor(ov.Tensor(encoded.numpy(), shared_memory=True))
         request.set_output_tensor(ov.Tensor(values.numpy(), shared_memory=True))
         request.infer()
 

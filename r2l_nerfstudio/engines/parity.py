@@ -25,11 +25,11 @@ def parity(engine: Engine, network: nn.Module, device: torch.device, probe: Tens
         device: device of both.
         probe: ray encodings to compare on, as the engine will read them; evenly distributed numbers of order one by default.
     """
-    code = random_code(network, device) if probe is None else probe
-    return psnr(engine(code), network(code).float())
+    encoded = random_encoding(network, device) if probe is None else probe
+    return psnr(engine(encoded), network(encoded).float())
 
 
-def random_code(network: nn.Module, device: torch.device) -> Float[Tensor, "*code"]:
-    """Return numbers in [-1, 1] in the shape of a code, the same at every call."""
+def random_encoding(network: nn.Module, device: torch.device) -> Float[Tensor, "*encoded"]:
+    """Return numbers in [-1, 1] in the shape of encoded rays, the same at every call."""
     shape = (1, in_dim(network), *PROBE_CELLS) if reads_ray_image(network) else (PROBE_ROWS, in_dim(network))
     return torch.rand(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float32).mul(2).sub(1).to(device)

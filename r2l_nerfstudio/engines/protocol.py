@@ -25,11 +25,12 @@ class Engine(Protocol):
     name: EngineName
     precision: Precision
 
-    def __call__(self, code: Float[Tensor, "*any"]) -> Float[Tensor, "*any"]:
+    def __call__(self, encoded: Float[Tensor, "*any"]) -> Float[Tensor, "*any"]:
         """Return the values of any number of rays, or of a ray image of any size.
 
         Args:
-            code: fp32, on the engine's device: [rays, in_dim] for a ResMLP, [batch, in_dim, rows, columns] for a MobileR2L.
+            encoded: fp32, on the engine's device: [rays, in_dim] for a ResMLP, [batch, in_dim, rows, columns] for a
+                MobileR2L.
 
         Returns:
             fp32, on the same device: [rays, out_dim], or [batch, out_dim, rows * factor, columns * factor].

@@ -104,10 +104,10 @@ class SelectionJob:
     network: nn.Module
     """A copy that is not being trained, in fp32 and evaluation mode."""
     device: torch.device
-    probe: Float[Tensor, "*code"]
+    probe: Float[Tensor, "*encoded"]
     """Code to compare engines on."""
     shape: tuple[int, ...]
-    """Shape of a frame's code, or of the part that the network reads at a time."""
+    """Shape of a frame's encoded rays, or of the part that the network reads at a time."""
     cache_folder: Path | None
     """Folder to remember the result in."""
     is_stopped: Callable[[], bool] = lambda: False
@@ -134,7 +134,7 @@ def select_engine(job: SelectionJob, wanted: Iterable[Candidate]) -> Selection:
             selection.others.append(f"{candidate}: {said}")
         else:
             built.append((candidate, engine, found))
-    taken = milliseconds([engine for _, engine, _ in built], _timing_code(job))
+    taken = milliseconds([engine for _, engine, _ in built], _timing_encoding(job))
     for (candidate, engine, found), time_taken in sorted(zip(built, taken, strict=True), key=lambda pair: pair[1]):
         if selection.engine is None:
             selection.engine, selection.milliseconds, selection.psnr = engine, time_taken, found
@@ -238,23 +238,23 @@ def _key(job: SelectionJob, wanted: list[Candidate]) -> str:
     return f"{asked}_{1 << max(0, size - 1).bit_length()}"
 
 
-def _timing_code(job: SelectionJob) -> Tensor:
+def _timing_encoding(job: SelectionJob) -> Tensor:
     shape = job.shape if reads_ray_image(job.network) else (min(job.shape[0], _MOST_ROWS), *job.shape[1:])
     return torch.rand(shape, device=job.device, dtype=torch.float32)
 
 
-def milliseconds(calls: Sequence[Callable[[Tensor], Any]], code: Tensor) -> list[float]:
+def milliseconds(calls: Sequence[Callable[[Tensor], Any]], encoded: Tensor) -> list[float]:
     """Return the time of one call of each: the minimum over several, taken in turns so that other load affects all
     equally."""
     times: list[list[float]] = [[] for _ in calls]
     for call in calls:  # The first call, which allocates.
-        call(code)
+        call(encoded)
     while calls and (len(times[0]) < 4 or sum(map(sum, times)) < SECONDS_PER_TIMING * len(calls)):
         for call, taken in zip(calls, times, strict=True):
-            _synchronize(code.device)
+            _synchronize(encoded.device)
             start = time.perf_counter()
-            call(code)
-            _synchronize(code.device)
+            call(encoded)
+            _synchronize(encoded.device)
             taken.append(time.perf_counter() - start)
     return [1e3 * min(taken) for taken in times]
 

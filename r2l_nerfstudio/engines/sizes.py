@@ -50,7 +50,7 @@ def chunk_rows(device: torch.device) -> int:
 
 def in_chunks(
     run: Callable[[Float[Tensor, "chunk in_dim"], Float[Tensor, "chunk out_dim"]], None],
-    code: Float[Tensor, "rays in_dim"],
+    encoded: Float[Tensor, "rays in_dim"],
     out_dim: int,
     chunk: int,
 ) -> Float[Tensor, "rays out_dim"]:
@@ -58,34 +58,34 @@ def in_chunks(
 
     Args:
         run: reads its first argument and writes its values into its second, both contiguous.
-        code: code of all rays.
+        encoded: all rays, encoded.
         out_dim: values per ray.
         chunk: rays per call.
     """
-    code = code.contiguous()
-    count = code.shape[0]
-    values = code.new_empty(count, out_dim)
+    encoded = encoded.contiguous()
+    count = encoded.shape[0]
+    values = encoded.new_empty(count, out_dim)
     whole = count - count % chunk
     for start in range(0, whole, chunk):
-        run(code[start : start + chunk], values[start : start + chunk])
+        run(encoded[start : start + chunk], values[start : start + chunk])
     if whole < count:
-        last = code.new_zeros(chunk, code.shape[1])
-        last[: count - whole] = code[whole:]
-        filled = code.new_empty(chunk, out_dim)
+        last = encoded.new_zeros(chunk, encoded.shape[1])
+        last[: count - whole] = encoded[whole:]
+        filled = encoded.new_empty(chunk, out_dim)
         run(last, filled)
         values[whole:] = filled[: count - whole]
     return values
 
 
 def to_bucket(
-    code: Float[Tensor, "batch in_dim rows columns"], step: int
+    encoded: Float[Tensor, "batch in_dim rows columns"], step: int
 ) -> Float[Tensor, "batch in_dim more_rows more_columns"]:
     """Repeat the last row and column of a ray image until both sides are multiples of `step`, so that few shapes occur.
 
     Pixels beyond the image, and those next to them, are invalid: see `MobileR2L`.
     """
-    rows, columns = code.shape[-2:]
-    return pad(code, (0, -columns % step, 0, -rows % step), mode="replicate")
+    rows, columns = encoded.shape[-2:]
+    return pad(encoded, (0, -columns % step, 0, -rows % step), mode="replicate")
 
 
 def from_bucket(

@@ -16,7 +16,7 @@ from typing import Literal
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from r2l_nerfstudio.engines.parity import parity, random_code
+from r2l_nerfstudio.engines.parity import parity, random_encoding
 from r2l_nerfstudio.engines.protocol import PARITY_DB, Engine, EngineName
 from r2l_nerfstudio.engines.registry import engine_module
 from r2l_nerfstudio.engines.selection import (
@@ -64,7 +64,7 @@ class _EngineSlot:
     requested: tuple[int, str] | None = None
     """Weights and engine for which a worker was last started."""
     shape: tuple[int, ...] = ()
-    """Shape of the latest code."""
+    """Shape of the latest input."""
     seconds: float = 0.0
     """Seconds spent in `live` on weights that do not change."""
     stage: str = ""
@@ -151,11 +151,11 @@ class EngineSwitch:
         if all(reason is not None for reason in reasons):
             raise InputError(f"The engine {name} cannot run on this machine: {reasons[-1]}")
 
-    def __call__(self, code: Float[Tensor, "*code"], is_exact: bool = True) -> Float[Tensor, "*values"]:
+    def __call__(self, encoded: Float[Tensor, "*encoded"], is_exact: bool = True) -> Float[Tensor, "*values"]:
         """Return the network's values from the best engine that is ready.
 
         Args:
-            code: fp32, as the network reads it.
+            encoded: fp32, as the network reads it.
             is_exact: for figures and files: fp32 (on GPUs fp16, if it agrees); otherwise the fastest that agrees.
 
         Returns:
@@ -165,7 +165,7 @@ class EngineSwitch:
             InputError: if an engine was chosen by name and fails, and the frame is not for a viewer.
         """
         slot = self._slots[is_exact]
-        slot.shape = tuple(code.shape)
+        slot.shape = tuple(encoded.shape)
         state = self._state()
         if is_exact and self.choice != "auto" and slot.requested is None:
             # An engine chosen by name, and no viewer: wait for it. If training changes the weights later, it is built
@@ -177,7 +177,7 @@ class EngineSwitch:
         ready = slot.ready
         if ready is not None and ready.state == state:
             try:
-                values = ready.engine(code)
+                values = ready.engine(encoded)
                 self.newest = ready.engine
                 return values
             except self._interrupts:
@@ -190,10 +190,10 @@ class EngineSwitch:
         live = slot.live
         start = time.perf_counter()
         if live is None:  # The viewer's worker is still copying the weights.
-            values = self.network(code).float()
+            values = self.network(encoded).float()
         else:
             live.refresh()
-            values = live(code)
+            values = live(encoded)
         slot.seconds += time.perf_counter() - start
         self.newest = live
         return values
@@ -268,7 +268,7 @@ class EngineSwitch:
         live = TorchEngine(snapshot, "fp32")
         if is_bf16_fast(device):
             lower = TorchEngine(snapshot, "bf16")
-            if parity(lower, snapshot, device, self._probe_code()) >= PARITY_DB["bf16"]:
+            if parity(lower, snapshot, device, self._probe_encoding()) >= PARITY_DB["bf16"]:
                 live = lower
         live.follow(self.network)
         slot.live = live
@@ -288,7 +288,7 @@ class EngineSwitch:
         def is_stopped() -> bool:
             return _STOPPING.is_set() or self.choice != choice_wanted or self._state() != state
 
-        job = SelectionJob(snapshot, device, self._probe_code(), slot.shape, self.cache_folder, is_stopped)
+        job = SelectionJob(snapshot, device, self._probe_encoding(), slot.shape, self.cache_folder, is_stopped)
         selection = select_engine(job, wanted)
         if is_stopped():
             return
@@ -309,9 +309,9 @@ class EngineSwitch:
         snapshot = copy.deepcopy(self.network).eval().requires_grad_(False)
         return (snapshot if self._state() == state else None), state
 
-    def _probe_code(self) -> Tensor:
+    def _probe_encoding(self) -> Tensor:
         device = device_of(self.network)
-        return random_code(self.network, device) if self._probe is None else self._probe()
+        return random_encoding(self.network, device) if self._probe is None else self._probe()
 
 
 _STOPPING = threading.Event()

@@ -207,21 +207,21 @@ class TensorRtEngine:
         # A context and a stream per render thread.
         self._local = threading.local()
 
-    def __call__(self, code: Float[Tensor, "*code"]) -> Float[Tensor, "*values"]:
-        code = code.detach()
+    def __call__(self, encoded: Float[Tensor, "*encoded"]) -> Float[Tensor, "*values"]:
+        encoded = encoded.detach()
         if not self._reads_image:
-            return in_chunks(self._run, code, self._out_dim, self._rows)
-        _, _, rows, columns = code.shape
-        padded = to_bucket(code, GRID_STEP).contiguous()
+            return in_chunks(self._run, encoded, self._out_dim, self._rows)
+        _, _, rows, columns = encoded.shape
+        padded = to_bucket(encoded, GRID_STEP).contiguous()
         if max(padded.shape[-2:]) > _MOST_CELLS:
             raise BrokenEngine(f"{columns}x{rows} cells are more than the {_MOST_CELLS}x{_MOST_CELLS} planned for")
         batch, _, more_rows, more_columns = padded.shape
-        values = code.new_empty(batch, self._out_dim, more_rows * self._factor, more_columns * self._factor)
+        values = encoded.new_empty(batch, self._out_dim, more_rows * self._factor, more_columns * self._factor)
         for frame, out in zip(padded.split(1), values.split(1), strict=True):
             self._run(frame, out)
         return from_bucket(values, rows, columns, self._factor)
 
-    def _run(self, code: Tensor, values: Tensor) -> None:
+    def _run(self, encoded: Tensor, values: Tensor) -> None:
         state = getattr(self._local, "state", None)
         if state is None:
             context = self._engine.create_execution_context()
@@ -230,14 +230,14 @@ class TensorRtEngine:
             state = self._local.state = (context, torch.cuda.Stream(self._device))
         context, stream = state
         current = torch.cuda.current_stream(self._device)
-        if not context.set_input_shape(INPUT, tuple(code.shape)):
-            raise BrokenEngine(f"the plan rejects an input of {tuple(code.shape)}")
-        context.set_tensor_address(INPUT, code.data_ptr())
+        if not context.set_input_shape(INPUT, tuple(encoded.shape)):
+            raise BrokenEngine(f"the plan rejects an input of {tuple(encoded.shape)}")
+        context.set_tensor_address(INPUT, encoded.data_ptr())
         context.set_tensor_address(OUTPUT, values.data_ptr())
         stream.wait_stream(current)
         started = context.execute_async_v3(stream.cuda_stream)
         # If this thread is interrupted, their memory must not be reused before the plan has run.
-        code.record_stream(stream)
+        encoded.record_stream(stream)
         values.record_stream(stream)
         current.wait_stream(stream)
         if not started:

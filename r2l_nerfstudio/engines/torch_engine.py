@@ -85,26 +85,26 @@ class TorchEngine:
             self._fixed.refresh()
             self._seen = state
 
-    def __call__(self, code: Float[Tensor, "*code"]) -> Float[Tensor, "*values"]:
+    def __call__(self, encoded: Float[Tensor, "*encoded"]) -> Float[Tensor, "*values"]:
         # No `no_grad` context: the viewer may interrupt inside one, and gradients would stay off.
-        code = code.detach()
+        encoded = encoded.detach()
         if self._graphs is not None:
-            return self._replayed(self._graphs, code)
-        if self._reads_image or code.device.type == "cuda" or code.shape[0] <= CPU_ROWS:
-            return self._network(code)
-        return torch.cat([self._fixed(part) for part in code.split(CPU_ROWS)])
+            return self._replayed(self._graphs, encoded)
+        if self._reads_image or encoded.device.type == "cuda" or encoded.shape[0] <= CPU_ROWS:
+            return self._network(encoded)
+        return torch.cat([self._fixed(part) for part in encoded.split(CPU_ROWS)])
 
-    def _network(self, code: Tensor) -> Tensor:
-        return self._fixed(code.contiguous(memory_format=torch.channels_last) if self._reads_image else code)
+    def _network(self, encoded: Tensor) -> Tensor:
+        return self._fixed(encoded.contiguous(memory_format=torch.channels_last) if self._reads_image else encoded)
 
-    def _replayed(self, graphs: CudaGraphs, code: Tensor) -> Tensor:
+    def _replayed(self, graphs: CudaGraphs, encoded: Tensor) -> Tensor:
         """Run graphs of few shapes: powers of two of rays, or ray images in steps."""
         network = self._fixed.network
         if self._reads_image:
-            frames = torch.cat([graphs(frame) for frame in to_bucket(code, GRID_STEP).split(1)])
-            return from_bucket(frames, code.shape[-2], code.shape[-1], upsampling_factor(network))
+            frames = torch.cat([graphs(frame) for frame in to_bucket(encoded, GRID_STEP).split(1)])
+            return from_bucket(frames, encoded.shape[-2], encoded.shape[-1], upsampling_factor(network))
         values = []
-        for part in code.split(chunk_rows(code.device)):
+        for part in encoded.split(chunk_rows(encoded.device)):
             rows = max(_LEAST_ROWS, 1 << (len(part) - 1).bit_length())
             values.append(graphs(pad(part, (0, 0, 0, rows - len(part))))[: len(part)])
         return torch.cat(values)

@@ -91,13 +91,13 @@ class TorchTensorRtEngine:
         self._out_dim = out_dim(spec.network)
         self._rows = chunk_rows(spec.device)
 
-    def __call__(self, code: Float[Tensor, "*code"]) -> Float[Tensor, "*values"]:
-        code = code.detach()
+    def __call__(self, encoded: Float[Tensor, "*encoded"]) -> Float[Tensor, "*values"]:
+        encoded = encoded.detach()
         if not self._reads_image:
-            return in_chunks(self._run, code, self._out_dim, self._rows)
-        padded = to_bucket(code, GRID_STEP).to(self._dtype).contiguous()
+            return in_chunks(self._run, encoded, self._out_dim, self._rows)
+        padded = to_bucket(encoded, GRID_STEP).to(self._dtype).contiguous()
         values = torch.cat([self._compiled(frame) for frame in padded.split(1)]).float()
-        return from_bucket(values, code.shape[-2], code.shape[-1], self._factor)
+        return from_bucket(values, encoded.shape[-2], encoded.shape[-1], self._factor)
 
-    def _run(self, code: Tensor, values: Tensor) -> None:
-        values.copy_(self._compiled(code.to(self._dtype)))
+    def _run(self, encoded: Tensor, values: Tensor) -> None:
+        values.copy_(self._compiled(encoded.to(self._dtype)))

@@ -84,10 +84,11 @@ class TritonEngine:
         self._tail = nn.functional.pad(weight, (0, spare)), nn.functional.pad(bias, (0, spare))
         self._rows = chunk_rows(torch.device("cuda"))
 
-    def __call__(self, code: Float[Tensor, "rays in_dim"]) -> Float[Tensor, "rays out_dim"]:
-        code = code.detach().contiguous()
+    def __call__(self, encoded: Float[Tensor, "rays in_dim"]) -> Float[Tensor, "rays out_dim"]:
+        encoded = encoded.detach().contiguous()
         # Offsets in the kernel are 32 bits.
         parts = [
-            self._kernel(part, self._head, self._hidden, self._tail, self._out_dim) for part in code.split(self._rows)
+            self._kernel(part, self._head, self._hidden, self._tail, self._out_dim)
+            for part in encoded.split(self._rows)
         ]
         return parts[0] if len(parts) == 1 else torch.cat(parts)

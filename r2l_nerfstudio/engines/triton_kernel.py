@@ -25,7 +25,7 @@ OUTPUTS = 16
 
 @triton.jit
 def _residual_mlp(
-    code,
+    encoded,
     head_weight,
     head_bias,
     hidden_weights,
@@ -52,7 +52,7 @@ def _residual_mlp(
     for start in range(0, in_dim, INNER):
         inner = start + tl.arange(0, INNER)
         part = tl.load(
-            code + rows[:, None] * in_dim + inner[None, :],
+            encoded + rows[:, None] * in_dim + inner[None, :],
             mask=is_ray[:, None] & (inner[None, :] < in_dim),
             other=0.0,
         )
@@ -86,7 +86,7 @@ def _residual_mlp(
 
 
 def residual_mlp(
-    code: Float[Tensor, "rays in_dim"],
+    encoded: Float[Tensor, "rays in_dim"],
     head: tuple[Float[Tensor, "in_dim width"], Float[Tensor, "width"]],
     hidden: tuple[Float[Tensor, "layers width width"], Float[Tensor, "layers width"]],
     tail: tuple[Float[Tensor, "width outputs"], Float[Tensor, "outputs"]],
@@ -95,7 +95,7 @@ def residual_mlp(
     """Evaluate a `ResMLP` in one kernel.
 
     Args:
-        code: encoded rays, fp32, contiguous.
+        encoded: encoded rays, fp32, contiguous.
         head: weight, transposed, and bias of the first layer, in the precision of the arithmetic; products are summed in
             fp32.
         hidden: weights of all layers between the first and the last.
@@ -105,13 +105,13 @@ def residual_mlp(
     Returns:
         fp32.
     """
-    rays, in_dim = code.shape
+    rays, in_dim = encoded.shape
     layers, width, _ = hidden[0].shape
-    values = torch.empty(rays, out_dim, device=code.device, dtype=torch.float32)
+    values = torch.empty(rays, out_dim, device=encoded.device, dtype=torch.float32)
     if rays:
         grid = (triton.cdiv(rays, TILE),)
         _residual_mlp[grid](
-            code, *head, *hidden, *tail, values, rays, in_dim, out_dim, layers // 2,
+            encoded, *head, *hidden, *tail, values, rays, in_dim, out_dim, layers // 2,
             WIDTH=width, TILE=TILE, INNER=INNER, OUTPUTS=OUTPUTS, num_warps=4 if width <= 128 else 8, num_stages=2,  # pyright: ignore[reportCallIssue]
         )  # fmt: skip
     return values

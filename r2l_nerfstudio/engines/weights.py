@@ -61,8 +61,8 @@ class FixedNetwork(nn.Module):
         for mine, its in self._others:
             mine.copy_(its.detach())
 
-    def forward(self, code: Float[Tensor, "*code"]) -> Float[Tensor, "*values"]:
-        return self.network(code.to(self.dtype)).float()
+    def forward(self, encoded: Float[Tensor, "*encoded"]) -> Float[Tensor, "*values"]:
+        return self.network(encoded.to(self.dtype)).float()
 
 
 def _blocks(network: nn.Module) -> list[ConvBlock]:
@@ -76,8 +76,10 @@ class RowsLast(nn.Module):
         super().__init__()
         self.network = network
 
-    def forward(self, code: Float[Tensor, "batch rows columns in_dim"]) -> Float[Tensor, "batch height width out_dim"]:
-        return self.network(code.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+    def forward(
+        self, encoded: Float[Tensor, "batch rows columns in_dim"]
+    ) -> Float[Tensor, "batch height width out_dim"]:
+        return self.network(encoded.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
 
 
 def weights_of(network: nn.Module) -> list[Tensor]:

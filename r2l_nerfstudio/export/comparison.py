@@ -45,12 +45,12 @@ def probe_inputs(student: Student, spec: GraphSpec, probe: int) -> tuple[Arrays,
             truth = {name: value.reshape(-1, value.shape[-1]) for name, value in truth.items()}
         if spec.part == "whole":
             return inputs, truth
-    code, geometry = model.encoding_for_camera(pose, intrinsics, spec.height, spec.width)
+    encoded, geometry = model.encoding_for_camera(pose, intrinsics, spec.height, spec.width)
     known = {} if geometry is None else {"geometry": geometry.numpy()}
     if spec.part == "encoding":
-        return inputs, {"code": code.numpy()} | known
-    values = {"values": model.network(code).numpy()}
-    return (values | known | inputs, truth) if spec.part == "values" else ({"code": code.numpy()}, values)
+        return inputs, {"encoded": encoded.numpy()} | known
+    values = {"values": model.network(encoded).numpy()}
+    return (values | known | inputs, truth) if spec.part == "values" else ({"encoded": encoded.numpy()}, values)
 
 
 def needed_db(spec: GraphSpec) -> float:

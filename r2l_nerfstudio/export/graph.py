@@ -82,8 +82,8 @@ class Encoding(nn.Module):
             directions: unit length.
 
         Returns:
-            code [*rays, in_dim], for a MobileR2L [1, in_dim, rows, columns]; geometry of a composited encoding [*rays, 2],
-            for a MobileR2L [height, width, 2] without the margin, else None.
+            encoded [*rays, in_dim], for a MobileR2L [1, in_dim, rows, columns]; geometry of a composited encoding
+            [*rays, 2], for a MobileR2L [height, width, 2] without the margin, else None.
         """
         if self.composited is not None:
             if not self.reads_ray_image:
@@ -91,12 +91,12 @@ class Encoding(nn.Module):
             found = encode_ray_image(
                 self.composited, self.factor, self.pixel_samples, self.block, origins, directions, encode=self.encode
             )
-            return EncodedRays(found.code.permute(2, 0, 1)[None], found.geometry)
-        code = self.encode(self.ray_encoding.values(origins, directions), self.ray_encoding.num_frequencies)
+            return EncodedRays(found.encoded.permute(2, 0, 1)[None], found.geometry)
+        encoded = self.encode(self.ray_encoding.values(origins, directions), self.ray_encoding.num_frequencies)
         if self.volume is not None:
             features = self.volume(self.ray_encoding.points(origins, directions, self.volume_points))
-            code = torch.cat([code, features], dim=-1)
-        return EncodedRays(code.permute(2, 0, 1)[None] if self.reads_ray_image else code)
+            encoded = torch.cat([encoded, features], dim=-1)
+        return EncodedRays(encoded.permute(2, 0, 1)[None] if self.reads_ray_image else encoded)
 
 
 class EncodedNetwork(nn.Module):
@@ -126,8 +126,8 @@ class EncodedNetwork(nn.Module):
         Returns:
             One value per ray, or those of the ray image's pixels [height, width, 5], without its margin.
         """
-        code, geometry = self.encoding(origins, directions)
-        return self.joining(self.network(code), geometry)
+        encoded, geometry = self.encoding(origins, directions)
+        return self.joining(self.network(encoded), geometry)
 
 
 class Joining(nn.Module):
@@ -327,7 +327,7 @@ class CameraGraph(nn.Module):
         return self.pictures(self.frame.crop(values), *rays)
 
 
-class CodeGraph(nn.Module):
+class EncodingGraph(nn.Module):
     """The first part: the input of `NetworkGraph` from rays or, with a frame, from a camera.
 
     Args:
@@ -350,10 +350,10 @@ class CodeGraph(nn.Module):
         self.encoding = Encoding(model, precision, reduce_angles, int8_features)
         self.frame = frame
         self.inputs = RayGraph.inputs if frame is None else CameraGraph.inputs
-        self.outputs = code_outputs(model)
+        self.outputs = encoding_outputs(model)
 
     def forward(self, first: Float[Tensor, "*first"], second: Float[Tensor, "*second"]) -> tuple[Tensor, ...]:
-        """Return `code`: [rays, in_dim], or for MobileR2L [1, in_dim, rows, columns] with a margin of one cell on every
+        """Return `encoded`: [rays, in_dim], or for MobileR2L [1, in_dim, rows, columns] with a margin of one cell on every
         side; for a composited encoding also `geometry`: [rays, 2], or [height, width, 2] of whole cells without the
         margin.
 
@@ -362,11 +362,11 @@ class CodeGraph(nn.Module):
             second: directions [rays, 3], or intrinsics [4].
         """
         rays = (first, second) if self.frame is None else self.frame.evaluated(first, second)
-        code, geometry = self.encoding(*rays)
+        encoded, geometry = self.encoding(*rays)
         if not self.encoding.reads_ray_image:
-            code = code.flatten(0, -2)
+            encoded = encoded.flatten(0, -2)
             geometry = None if geometry is None else geometry.flatten(0, -2)
-        return (code,) if geometry is None else (code, geometry)
+        return (encoded,) if geometry is None else (encoded, geometry)
 
 
 class NetworkGraph(nn.Module):
@@ -378,7 +378,7 @@ class NetworkGraph(nn.Module):
         is_plain: use operators that phone processors support; see `to_plain_operators`.
     """
 
-    inputs = ("code",)
+    inputs = ("encoded",)
     outputs = ("values",)
 
     def __init__(self, model: LightFieldModel, precision: GraphPrecision, is_plain: bool) -> None:
@@ -387,17 +387,17 @@ class NetworkGraph(nn.Module):
         if is_plain:
             to_plain_operators(self.network)
 
-    def forward(self, code: Float[Tensor, "*code"]) -> tuple[Float[Tensor, "*values"]]:
+    def forward(self, encoded: Float[Tensor, "*encoded"]) -> tuple[Float[Tensor, "*values"]]:
         """Return `values`: rgb, and unless the encoding is composited accumulation and depth as a position along the
         ray.
 
         Args:
-            code: output of `CodeGraph`.
+            encoded: output of `EncodingGraph`.
 
         Returns:
             [rays, 5 or 3]; for a MobileR2L [1, 5 or 3, rows * factor, columns * factor], with `factor` pixels of margin.
         """
-        return (self.network(code),)
+        return (self.network(encoded),)
 
 
 class ValuesGraph(nn.Module):
@@ -414,7 +414,11 @@ class ValuesGraph(nn.Module):
         self.joining = Joining(model)
         self.pictures = Pictures(model)
         self.has_geometry = model.composited is not None
-        self.inputs = ("values", *code_outputs(model)[1:], *(RayGraph.inputs if frame is None else CameraGraph.inputs))
+        self.inputs = (
+            "values",
+            *encoding_outputs(model)[1:],
+            *(RayGraph.inputs if frame is None else CameraGraph.inputs),
+        )
         self.outputs = self.pictures.outputs
 
     def forward(
@@ -424,7 +428,7 @@ class ValuesGraph(nn.Module):
 
         Args:
             values: output of `NetworkGraph`.
-            second: `geometry` of `CodeGraph` if it has one, else the first input of `CodeGraph`.
+            second: `geometry` of `EncodingGraph` if it has one, else the first input of `EncodingGraph`.
             third: the next input.
             fourth: the next input, if there is `geometry`.
         """
@@ -443,12 +447,12 @@ class ValuesGraph(nn.Module):
         return self.pictures(values, *rays)
 
 
-def code_outputs(model: LightFieldModel) -> tuple[str, ...]:
+def encoding_outputs(model: LightFieldModel) -> tuple[str, ...]:
     """Return the names of an encoding's outputs."""
-    return ("code",) if model.composited is None else ("code", "geometry")
+    return ("encoded",) if model.composited is None else ("encoded", "geometry")
 
 
-StudentGraph = CameraGraph | RayGraph | CodeGraph | NetworkGraph | ValuesGraph
+StudentGraph = CameraGraph | RayGraph | EncodingGraph | NetworkGraph | ValuesGraph
 
 
 @dataclass(frozen=True)
@@ -505,7 +509,7 @@ class GraphSpec:
         if self.part == "network":
             return NetworkGraph(student.model, self.precision, self.is_plain).eval()
         if self.part == "encoding":
-            return CodeGraph(
+            return EncodingGraph(
                 student.model, self.precision, self.frame(student), self.reduce_angles, self.int8_features
             ).eval()
         if self.part == "values":

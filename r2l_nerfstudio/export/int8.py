@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from r2l_nerfstudio.atomic_output import atomic_files
-from r2l_nerfstudio.distillation.photographs import read_photo, split_held_out
+from r2l_nerfstudio.distillation.photos import read_photo, split_held_out
 from r2l_nerfstudio.distillation.pose_sampling import CaptureCameras, PoseSampler, capture_cameras
 from r2l_nerfstudio.errors import InputError
 from r2l_nerfstudio.export.comparison import check_export, probe_inputs
@@ -106,12 +106,12 @@ def export_int8(
         network = file.with_suffix(".network.onnx")
         quantized = file.with_suffix(".int8.onnx")
         write_onnx(student, replace(spec, part="network", is_static=False, precision="fp32"), network)
-        codes = calibration_codes(student, cameras)
+        encoded_rays = calibration_encodings(student, cameras)
         photos = held_out(student, dataset, held_share)
         said = []
         accepted = None
         for scheme, kept in schemes(network):
-            quantize(network, quantized, codes, kept)
+            quantize(network, quantized, encoded_rays, kept)
             report = judge(student, quantized, scheme, photos, cameras)
             if _is_good(report):
                 accepted = report
@@ -144,10 +144,10 @@ def schemes(network: Path) -> list[tuple[str, list[str]]]:
     ]
 
 
-def calibration_codes(student: Student, cameras: CaptureCameras) -> list[Float[np.ndarray, "*code"]]:
+def calibration_encodings(student: Student, cameras: CaptureCameras) -> list[Float[np.ndarray, "*encoded"]]:
     """Return the ray encodings of sampled cameras, each as one input of the network."""
     return [
-        student.model.encoding_for_camera(pose, intrinsics, spec.height, spec.width).code.contiguous().numpy()
+        student.model.encoding_for_camera(pose, intrinsics, spec.height, spec.width).encoded.contiguous().numpy()
         for pose, intrinsics, spec in sampled_views(student, cameras, CALIBRATION_VIEWS, seed=0)
     ]
 
@@ -173,20 +173,20 @@ def sampled_views(
         yield pose, own, GraphSpec("camera", "fp32", width, height)
 
 
-def quantize(network: Path, output: Path, codes: list[Float[np.ndarray, "*code"]], kept: list[str]) -> None:
+def quantize(network: Path, output: Path, encoded_rays: list[Float[np.ndarray, "*encoded"]], kept: list[str]) -> None:
     """Write a network with QuantizeLinear and DequantizeLinear where they save work.
 
     Args:
         network: in fp32.
         output: file to write.
-        codes: ray encodings to measure the ranges of all activations on.
+        encoded_rays: ray encodings to measure the ranges of all activations on.
         kept: names of layers that stay in fp32.
     """
     from onnxruntime import quantization
 
     class Codes(quantization.CalibrationDataReader):
         def __init__(self) -> None:
-            self.left = iter([{"code": code} for code in codes])
+            self.left = iter([{"encoded": encoded} for encoded in encoded_rays])
 
         def get_next(self) -> dict:
             return next(self.left, cast(dict, None))  # Annotated as a dictionary; documented to end with None.
@@ -255,8 +255,8 @@ def judge(
 
     session = onnxruntime.InferenceSession(str(network), providers=["CPUExecutionProvider"])
 
-    def run(code: Float[Tensor, "*code"]) -> Float[Tensor, "*values"]:
-        return torch.from_numpy(session.run(None, {"code": code.contiguous().numpy()})[0])
+    def run(encoded: Float[Tensor, "*encoded"]) -> Float[Tensor, "*values"]:
+        return torch.from_numpy(session.run(None, {"encoded": encoded.contiguous().numpy()})[0])
 
     model = student.model
     features = nullcontext() if model.composited is None else model.composited.in_int8()
@@ -264,13 +264,13 @@ def judge(
     other: list[float] = []
     if photos:
         own += [psnr(model.render_camera(camera)["rgb"], truth) for camera, truth in photos]
-        with model.drawn_by(run), features:
+        with model.network_run_by(run), features:
             other += [psnr(model.render_camera(camera)["rgb"], truth) for camera, truth in photos]
     else:
         seen = list(sampled_views(student, cameras, JUDGED_VIEWS, seed=1))
         views = [(pose.numpy(), intrinsics.numpy(), size.width, size.height) for pose, intrinsics, size in seen]
         truths = [torch.from_numpy(student.render(*view)) for view in views]
-        with model.drawn_by(run), features:
+        with model.network_run_by(run), features:
             other += [
                 psnr(torch.from_numpy(student.render(*view)), truth) for view, truth in zip(views, truths, strict=True)
             ]

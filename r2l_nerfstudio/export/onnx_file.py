@@ -113,26 +113,26 @@ def forget_source(model: onnx.ModelProto) -> None:
 
 def metadata(student: Student, spec: GraphSpec) -> dict[str, str]:
     """Return what another program needs: text, and numbers or lists of numbers in JSON; lengths in the run's unit."""
-    model, code = student.model, student.model.ray_encoding
+    model, encoding = student.model, student.model.ray_encoding
     found: dict[str, Any] = {
         "method": student.method_name,
         "precision": spec.precision,
         "part": spec.part,
         "frame": "the run's, to which its dataparser_transforms.json leads; OpenGL camera axes",
         "ray_encoding": model.config.ray_encoding,
-        "spacing": code.spacing,
-        "samples": code.num_points,
-        "frequencies": code.num_frequencies,
-        "near": float(code.near),
-        "far": float(code.far),
-        "center": code.center.tolist(),
-        "scale": float(code.radius),
-        "axes": code.axes.tolist(),
-        "directions": "planar" if code.conventions.is_planar else "unit",
-        "pixel_offset": code.conventions.pixel_offset,
-        "is_contracted": code.is_contracted,
-        "encoding_frame": None if code.conventions.frame is None else code.frame.tolist(),
-        "ndc": None if code.conventions.ndc is None else list(code.conventions.ndc),
+        "spacing": encoding.spacing,
+        "samples": encoding.num_points,
+        "frequencies": encoding.num_frequencies,
+        "near": float(encoding.near),
+        "far": float(encoding.far),
+        "center": encoding.center.tolist(),
+        "scale": float(encoding.radius),
+        "axes": encoding.axes.tolist(),
+        "directions": "planar" if encoding.conventions.is_planar else "unit",
+        "pixel_offset": encoding.conventions.pixel_offset,
+        "is_contracted": encoding.is_contracted,
+        "encoding_frame": None if encoding.conventions.frame is None else encoding.frame.tolist(),
+        "ndc": None if encoding.conventions.ndc is None else list(encoding.conventions.ndc),
         "background": model.background.tolist(),
         "factor": 1,
     }

@@ -150,8 +150,8 @@ def _fill(
         if runtime is not None:
             (folder / RUNTIME).mkdir()
             shutil.copyfile(page / LICENSE, folder / RUNTIME / LICENSE)
-    code = student.model.ray_encoding
-    view = view_limits(cameras, code.spacing == "sphere", float(code.radius))
+    encoding = student.model.ray_encoding
+    view = view_limits(cameras, encoding.spacing == "sphere", float(encoding.radius))
     picture = _picture(student, cameras)
     pose = start_pose(view)
     weights, notes = choose_weights(student, cameras, options.photos, options.precision)
@@ -167,10 +167,12 @@ def _fill(
         "picture": picture,
         "poster": "poster.jpg",
         "view": view,
-        "sphere": {"center": code.center.tolist(), "radius": float(code.radius)} if code.spacing == "sphere" else None,
+        "sphere": {"center": encoding.center.tolist(), "radius": float(encoding.radius)}
+        if encoding.spacing == "sphere"
+        else None,
         "student": {
             "weights": {**_described(file), "precision": weights.precision},
-            "rays": {"planar": code.conventions.is_planar, "offset": code.conventions.pixel_offset},
+            "rays": {"planar": encoding.conventions.is_planar, "offset": encoding.conventions.pixel_offset},
             "factor": model.factor,
             "margin": model.margin,
             "outputs": model.out_dim,
@@ -307,9 +309,9 @@ def _check_model(student: Student, file: Path, pose: Float[Tensor, "3 4"], pictu
     rgb = torch.from_numpy(to_rgb(np.asarray(pixels))[:height, :width]).float() / 255
     intrinsics = torch.tensor([focal, focal, width / 2, height / 2])
     # The page itself paints the background where rays pass by the scene.
-    code = student.model.ray_encoding
-    rays = code.image_rays(pose, intrinsics, height, width)
-    missed = code.misses_scene(*rays)
+    encoding = student.model.ray_encoding
+    rays = encoding.image_rays(pose, intrinsics, height, width)
+    missed = encoding.misses_scene(*rays)
     truth = drawn_rgb(student, pose, focal, width, height)
     found = psnr(torch.where(missed, student.model.background, rgb), truth)
     if not found >= NEEDED_DB:

@@ -70,20 +70,20 @@ class WebWeights:
         model = self._model
         parameter = _feature_parameter(model)
         if parameter is None or self.features is None:
-            with model.drawn_by(self._run):
+            with model.network_run_by(self._run):
                 yield
             return
         former = parameter.data
         parameter.data = _as_stored(self.features, model)
         try:
-            with model.drawn_by(self._run):
+            with model.network_run_by(self._run):
                 yield
         finally:
             parameter.data = former
 
-    def _run(self, code: Tensor) -> Tensor:
+    def _run(self, encoded: Tensor) -> Tensor:
         # A method: a module that is set as an attribute of a module becomes a part of it.
-        return self.network(code)
+        return self.network(encoded)
 
     def tensors(self) -> dict[str, Tensor]:
         """What the file holds.
@@ -255,13 +255,13 @@ def _as_stored(features: Tensor, model: LightFieldModel) -> Tensor:
 
 def encoding_description(model: LightFieldModel) -> dict[str, Any]:
     """How the student encodes rays, as the page reads it."""
-    code = model.ray_encoding
+    encoding = model.ray_encoding
     found: dict[str, Any] = {
-        "spacing": code.spacing,
-        "center": code.center.tolist(),
-        "radius": float(code.radius),
-        "near": float(code.near),
-        "far": float(code.far),
+        "spacing": encoding.spacing,
+        "center": encoding.center.tolist(),
+        "radius": float(encoding.radius),
+        "near": float(encoding.near),
+        "far": float(encoding.far),
     }
     if model.composited is not None:
         encoding = model.composited
@@ -283,7 +283,7 @@ def encoding_description(model: LightFieldModel) -> dict[str, Any]:
             "pointOctaves": settings.point_octaves,
             "directionOctaves": settings.direction_octaves,
         }
-    conventions = code.conventions
+    conventions = encoding.conventions
     volume = None
     if model.volume is not None:
         volume = {
@@ -293,13 +293,13 @@ def encoding_description(model: LightFieldModel) -> dict[str, Any]:
             "extent": float(model.volume.extent),
         }
     return found | {
-        "kind": code.kind,
-        "axes": code.axes.tolist(),
-        "contracted": code.is_contracted,
-        "frame": None if conventions.frame is None else code.frame.tolist(),
-        "rotation": None if conventions.frame is None else code.frame_rotation.tolist(),
+        "kind": encoding.kind,
+        "axes": encoding.axes.tolist(),
+        "contracted": encoding.is_contracted,
+        "frame": None if conventions.frame is None else encoding.frame.tolist(),
+        "rotation": None if conventions.frame is None else encoding.frame_rotation.tolist(),
         "ndc": None if conventions.ndc is None else list(conventions.ndc),
-        "points": code.num_points,
-        "octaves": code.num_frequencies,
+        "points": encoding.num_points,
+        "octaves": encoding.num_frequencies,
         "volume": volume,
     }

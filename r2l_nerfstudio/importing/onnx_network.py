@@ -68,8 +68,8 @@ def read_onnx(path: Path, num_points: int | None = None, num_frequencies: int | 
     points, octaves = encoding_size(path, in_dim, {}, num_points, num_frequencies)
     state["head.weight"] = state["head.weight"][:, our_columns(points, octaves)]
 
-    def run(code: Tensor) -> Tensor:
-        return _run(path, steps, weights, given.name, result, code)
+    def run(encoded: Tensor) -> Tensor:
+        return _run(path, steps, weights, given.name, result, encoded)
 
     shape = [size.dim_value for size in given.type.tensor_type.shape.dim]
     cells = (shape[2], shape[3]) if len(shape) == 4 and min(shape[2:]) > 0 else None
@@ -268,9 +268,9 @@ OPERATORS: dict[str, Callable[..., Tensor]] = {
 
 
 @torch.no_grad()
-def _run(path: Path, steps: list[Step], weights: dict[str, Tensor], given: str, result: str, code: Tensor) -> Tensor:
+def _run(path: Path, steps: list[Step], weights: dict[str, Tensor], given: str, result: str, encoded: Tensor) -> Tensor:
     """Evaluate the graph as the file has it."""
-    values = {given: code}
+    values = {given: encoded}
     uses: dict[str, int] = {}
     for step in steps:
         for name in step.inputs:
@@ -297,9 +297,9 @@ def _check_connections(network: PublishedNetwork, in_dim: int) -> None:
     factor = sizes.pop("upsampling_factor")
     ours = MobileR2L(in_dim, 3, factor=factor, **cast(dict[str, Any], sizes))
     ours.load_state_dict(network.state)
-    code = torch.randn(1, in_dim, 3, 4, generator=torch.Generator().manual_seed(0))
+    encoded = torch.randn(1, in_dim, 3, 4, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        theirs = network.run(code)
-        mine = ours.eval()(code[:, our_columns(network.num_points, network.num_frequencies)])
+        theirs = network.run(encoded)
+        mine = ours.eval()(encoded[:, our_columns(network.num_points, network.num_frequencies)])
     if theirs.shape != mine.shape or not float((theirs - mine).abs().max()) <= AGREEMENT:
         raise _refused(network.path, "its layers are not connected as MobileR2L's are")

@@ -249,8 +249,8 @@ def _r2l(
     points, octaves = encoding_size(path, in_dim, arguments, num_points, num_frequencies)
     state["head.weight"] = head[:, our_columns(points, octaves)]
 
-    def run(code: Float[Tensor, "rays in_dim"]) -> Float[Tensor, "rays 3"]:
-        first = hidden = F.linear(code, weights["head.0.weight"], weights["head.0.bias"]).relu()
+    def run(encoded: Float[Tensor, "rays in_dim"]) -> Float[Tensor, "rays 3"]:
+        first = hidden = F.linear(encoded, weights["head.0.weight"], weights["head.0.bias"]).relu()
         for block in range(blocks):
             of = f"body.{block}.body"
             inner = F.linear(hidden, weights[f"{of}.0.weight"], weights[f"{of}.0.bias"]).relu()
@@ -330,8 +330,8 @@ def _mobile(
                 hidden = F.gelu(hidden)
         return x + hidden
 
-    def run(code: Float[Tensor, "1 in_dim rows columns"]) -> Float[Tensor, "1 3 height width"]:
-        first = hidden = F.gelu(F.conv2d(code, weights["head.0.weight"], weights["head.0.bias"]))
+    def run(encoded: Float[Tensor, "1 in_dim rows columns"]) -> Float[Tensor, "1 3 height width"]:
+        first = hidden = F.gelu(F.conv2d(encoded, weights["head.0.weight"], weights["head.0.bias"]))
         for block in range(blocks):
             hidden = run_block(hidden, f"body.{block}")
         hidden = first + hidden

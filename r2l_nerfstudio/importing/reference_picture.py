@@ -54,7 +54,7 @@ def published_points(
 
 def published_code(
     points: Float[Tensor, "rows columns points 3"], num_frequencies: int
-) -> Float[Tensor, "rows columns code"]:
+) -> Float[Tensor, "rows columns encoded"]:
     """Return the frequency encoding in the published order: per coordinate L sines, L cosines, and the coordinate
     itself."""
     phases = points.flatten(-2)[..., None] * 2.0 ** torch.arange(num_frequencies)
@@ -98,7 +98,7 @@ def published_picture(
         network.num_points,
         is_ndc,
     )
-    code = published_code(points, network.num_frequencies)
+    encoded = published_code(points, network.num_frequencies)
     if reads_ray_image:
-        return network.run(code.permute(2, 0, 1)[None])[0].permute(1, 2, 0)
-    return network.run(code.flatten(0, 1)).view(height, width, 3)
+        return network.run(encoded.permute(2, 0, 1)[None])[0].permute(1, 2, 0)
+    return network.run(encoded.flatten(0, 1)).view(height, width, 3)

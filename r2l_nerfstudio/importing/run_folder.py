@@ -16,7 +16,7 @@ from torch import Tensor
 
 from r2l_nerfstudio.atomic_output import atomic_folder
 from r2l_nerfstudio.distillation.frame_check import view_errors
-from r2l_nerfstudio.distillation.photographs import read_photo
+from r2l_nerfstudio.distillation.photos import read_photo
 from r2l_nerfstudio.distillation.survey import thumbnail
 from r2l_nerfstudio.errors import InputError, one_line
 from r2l_nerfstudio.importing.capture_frame import CaptureFrame

@@ -38,7 +38,7 @@ FrequencyEncode = Callable[[Tensor, int], Tensor]
 class EncodedRays(NamedTuple):
     """What a network reads of rays, and what is known without the network."""
 
-    code: Float[Tensor, "*batch code"]
+    encoded: Float[Tensor, "*batch encoded"]
     geometry: Float[Tensor, "*pixels 2"] | None = None
     """Accumulation, and depth as a position in [0, 1] of the scene's spacing; None if the network predicts both."""
 
@@ -188,8 +188,8 @@ class CompositedEncoding(nn.Module):
             origins: in the teacher's frame.
             directions: unit length; those of a group are less than about a cell of the occupancy apart.
         """
-        code, scene = self.ray_encoding, self.occupancy.scene
-        origin, direction = (origins.float() - code.center) / code.radius, directions.float() / code.radius
+        encoding, scene = self.ray_encoding, self.occupancy.scene
+        origin, direction = (origins.float() - encoding.center) / encoding.radius, directions.float() / encoding.radius
         start, step = origin[:, 0], direction[:, 0]
         if direction.shape[1] > 1:
             step = _between(step, direction[:, -1])
@@ -275,9 +275,9 @@ class CompositedEncoding(nn.Module):
         )
         return composite(values, lengths, fractions, points, empty)
 
-    def code(
+    def encoded(
         self, found: Composited, directions: Float[Tensor, "rays 3"], encode: FrequencyEncode = frequency_encode
-    ) -> Float[Tensor, "rays code"]:
+    ) -> Float[Tensor, "rays encoded"]:
         """Return what a network reads of composited rays.
 
         Args:
@@ -318,14 +318,14 @@ class CompositedEncoding(nn.Module):
 
     def march_space(self) -> MarchSpace:
         """Return bounds, occupancy and grid points in the form of the CPU kernels."""
-        code, scene = self.ray_encoding, self.occupancy.scene
-        inputs = [self.occupancy.cells, self.volume.index, code.near, code.far, *scene.buffers()]
+        encoding, scene = self.ray_encoding, self.occupancy.scene
+        inputs = [self.occupancy.cells, self.volume.index, encoding.near, encoding.far, *scene.buffers()]
         state = weights_state(inputs)
         if self._space is None or self._space[0] != state:
             space = MarchSpace(
-                is_disparity=code.spacing == "disparity" and not self.is_bounded,
-                near=np.float32(0.0 if self.is_bounded else float(code.near)),
-                far=np.float32(1.0 if self.is_bounded else float(code.far)),
+                is_disparity=encoding.spacing == "disparity" and not self.is_bounded,
+                near=np.float32(0.0 if self.is_bounded else float(encoding.near)),
+                far=np.float32(1.0 if self.is_bounded else float(encoding.far)),
                 warp=WARPS.index(scene.warp),
                 origin=scene.origin.numpy(),
                 axes=scene.axes.numpy(),
@@ -358,15 +358,15 @@ def encode_single_rays(
         encode: as `frequency_encode`.
 
     Returns:
-        code (*batch code), geometry (*batch 2).
+        encoded (*batch encoded), geometry (*batch 2).
     """
     shape = origins.shape[:-1]
     origins, directions = origins.reshape(-1, 1, 3).float(), directions.reshape(-1, 1, 3).float()
     span = encoding.span(origins, directions)
     found, _ = encoding.composited(span, jitter)
     geometry = encoding.geometry(found, span, origins, directions)
-    code = encoding.code(found, directions[:, 0], encode)
-    return EncodedRays(code.view(*shape, encoding.dim), geometry.view(*shape, 2))
+    encoded = encoding.encoded(found, directions[:, 0], encode)
+    return EncodedRays(encoded.view(*shape, encoding.dim), geometry.view(*shape, 2))
 
 
 def encode_ray_image(
@@ -382,8 +382,8 @@ def encode_ray_image(
     """Encode ray images with a ray for every pixel, margin included, for a network of cells (MobileR2L).
 
     A cell's own ray passes half way between those of its pixels in opposite corners. Features and accumulation of a cell's
-    pixels follow the cell's own code, channel by channel, as `pixel_shuffle` takes them; sample points are placed once for
-    each block of pixels. Pixels of the margin have none: they are not drawn.
+    pixels follow the cell's own encoding, channel by channel, as `pixel_shuffle` takes them; sample points are placed once
+    for each block of pixels. Pixels of the margin have none: they are not drawn.
 
     Args:
         encoding: the scene's encoding.
@@ -396,7 +396,7 @@ def encode_ray_image(
         encode: as `frequency_encode`.
 
     Returns:
-        code (*batch rows columns code), geometry (*batch, height and width without the margin, 2).
+        encoded (*batch rows columns encoded), geometry (*batch, height and width without the margin, 2).
     """
     origins, directions = origins.float(), directions.float()
     corners = (directions[..., at::factor, at::factor, :] for at in (0, factor - 1))
@@ -404,7 +404,7 @@ def encode_ray_image(
     shape = middles.shape[:-1]
     rays = (origins[..., ::factor, ::factor, :].reshape(-1, 1, 3), middles.reshape(-1, 1, 3))
     found, _ = encoding.composited(encoding.span(*rays), jitter)
-    code = encoding.code(found, rays[1][:, 0], encode).view(*shape, encoding.dim)
+    encoded = encoding.encoded(found, rays[1][:, 0], encode).view(*shape, encoding.dim)
 
     edge, blocks = MARGIN * factor, CellPixels(block)
     inner = blocks.by_cell(directions[..., edge:-edge, edge:-edge, :])
@@ -416,7 +416,7 @@ def encode_ray_image(
     own = blocks.to_image(torch.cat([found.features, found.accumulation], dim=-1).view(*shape, -1))
     own = CellPixels(factor).by_cell(own).transpose(-1, -2).flatten(-2)
     own = pad(own, (0, 0, MARGIN, MARGIN, MARGIN, MARGIN))
-    return EncodedRays(torch.cat([code, own], dim=-1), blocks.to_image(geometry))
+    return EncodedRays(torch.cat([encoded, own], dim=-1), blocks.to_image(geometry))
 
 
 def finished(

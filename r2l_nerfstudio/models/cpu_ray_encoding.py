@@ -47,7 +47,7 @@ class CpuRayEncoding:
 
     def __call__(
         self, origins: Float[Tensor, "*batch 3"], directions: Float[Tensor, "*batch 3"]
-    ) -> Float[Tensor, "*batch code"]:
+    ) -> Float[Tensor, "*batch encoded"]:
         """Return the encoding of rays: fp32, contiguous, and without gradients.
 
         Args:
@@ -55,14 +55,14 @@ class CpuRayEncoding:
             directions: unit length.
         """
         rows = chunk_rows(directions.device)
-        code = directions.new_empty(*directions.shape[:-1], self._dim)
-        parts = [tensor.detach().reshape(-1, tensor.shape[-1]).split(rows) for tensor in (origins, directions, code)]
+        encoded = directions.new_empty(*directions.shape[:-1], self._dim)
+        parts = [tensor.detach().reshape(-1, tensor.shape[-1]).split(rows) for tensor in (origins, directions, encoded)]
         with torch.autocast(device_type=directions.device.type, enabled=False):
             for part in zip(*parts, strict=True):
                 self._write(*part)
-        return code
+        return encoded
 
-    def _write(self, origins: Float[Tensor, "n 3"], directions: Float[Tensor, "n 3"], code: Tensor) -> None:
+    def _write(self, origins: Float[Tensor, "n 3"], directions: Float[Tensor, "n 3"], encoded: Tensor) -> None:
         ray_encoding = self._ray_encoding
         # One coordinate after the other in memory, whatever the input's layout.
         origins, directions = torch.stack([origins.T, directions.T]).mT
@@ -72,11 +72,11 @@ class CpuRayEncoding:
             values = points.flatten(0, 1).T.contiguous()
         else:
             values = ray_encoding.values(origins, directions)
-        frequency_encode_into(values, ray_encoding.num_frequencies, code[:, : ray_encoding.dim])
+        frequency_encode_into(values, ray_encoding.num_frequencies, encoded[:, : ray_encoding.dim])
         if self._volume is not None:
             if points is None or ray_encoding.num_points != self._volume_points:
                 points = self._points(origins, directions, self._volume_points)
-            self._read(points, self._volume, code[:, ray_encoding.dim :])
+            self._read(points, self._volume, encoded[:, ray_encoding.dim :])
 
     def _points(
         self, origins: Float[Tensor, "n 3"], directions: Float[Tensor, "n 3"], count: int

@@ -33,7 +33,7 @@ from r2l_nerfstudio.models.composited_encoding import (
 )
 from r2l_nerfstudio.models.cpu_ray_encoding import CpuRayEncoding
 from r2l_nerfstudio.models.metrics import image_metrics
-from r2l_nerfstudio.models.probe_cameras import probe_code
+from r2l_nerfstudio.models.probe_cameras import probe_encoding
 from r2l_nerfstudio.ranges import FloatRange, IntRange
 from r2l_nerfstudio.rays.conventions import OURS, RayConventions
 from r2l_nerfstudio.rays.ray_encoding import RayEncoding, RayEncodingKind
@@ -148,7 +148,7 @@ class LightFieldModel(Model):
     position along the ray."""
     background: Tensor
     _runner: Callable[[Tensor], Tensor] | None = None
-    """Runs the network in place of `engines`; see `drawn_by`."""
+    """Runs the network in place of `engines`; see `network_run_by`."""
 
     def populate_modules(self) -> None:
         """Build ray encoding and network; no metric network, which would be in every checkpoint."""
@@ -164,14 +164,14 @@ class LightFieldModel(Model):
                 c.feature_channels, c.num_samples, c.num_probes, c.point_octaves, c.direction_octaves
             )
             self.composited = CompositedEncoding(self.ray_encoding, settings)
-            code_dim = self.composited.dim
+            in_dim = self.composited.dim
         else:
-            code_dim = self.ray_encoding.dim
+            in_dim = self.ray_encoding.dim
             if c.volume_resolution > 0:
                 self.volume = FeatureVolume(c.volume_resolution, c.volume_channels)
-                code_dim += c.volume_channels * c.volume_points
+                in_dim += c.volume_channels * c.volume_points
         self.cpu_ray_encoding = CpuRayEncoding(self.ray_encoding, self.volume, self.config.volume_points)
-        self.network = self.build_network(code_dim)
+        self.network = self.build_network(in_dim)
         self.register_buffer("background", torch.ones(3))
         has_focal = self.reads_ray_image or is_composited
         self.register_buffer("focal", torch.ones(()) if has_focal else None)
@@ -182,7 +182,7 @@ class LightFieldModel(Model):
         self.engines = EngineSwitch(
             lambda: self.network,
             self.config.engine,
-            probe=lambda: probe_code(self),
+            probe=lambda: probe_encoding(self),
             interrupts=(IOChangeException,),
             say=lambda line: CONSOLE.print(line, markup=False, highlight=False),
         )
@@ -208,7 +208,7 @@ class LightFieldModel(Model):
         return 5 if self.composited is None and not self.config.color_only else 3
 
     @abstractmethod
-    def build_network(self, code_dim: int) -> torch.nn.Module:
+    def build_network(self, in_dim: int) -> torch.nn.Module:
         """Build the network, for encoded rays of this length."""
 
     @abstractmethod
@@ -249,8 +249,8 @@ class LightFieldModel(Model):
             width: in pixels.
 
         Returns:
-            code (rays, code), or of a ray image (1, code, rows, columns) with its margin; geometry (rays, 2), or (height,
-            width, 2) of whole cells without the margin, None where the network predicts it.
+            encoded (rays, encoded), or of a ray image (1, encoded, rows, columns) with its margin; geometry (rays, 2),
+            or (height, width, 2) of whole cells without the margin, None where the network predicts it.
         """
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
@@ -304,14 +304,14 @@ class LightFieldModel(Model):
 
     def describe_scene(self) -> str:
         """Return one line on the bounds in use."""
-        code = self.ray_encoding
-        if code.conventions.frame is not None:
-            ndc = "normalized device coordinates" if code.conventions.ndc else "world units, planar depth"
-            return f"published ray conventions, {ndc}, near {float(code.near):g}, far {float(code.far):g}"
-        center = ", ".join(f"{value:.2f}" for value in code.center.tolist())
+        encoding = self.ray_encoding
+        if encoding.conventions.frame is not None:
+            ndc = "normalized device coordinates" if encoding.conventions.ndc else "world units, planar depth"
+            return f"published ray conventions, {ndc}, near {float(encoding.near):g}, far {float(encoding.far):g}"
+        center = ", ".join(f"{value:.2f}" for value in encoding.center.tolist())
         return (
-            f"{code.spacing} spacing, radius {float(code.radius):.2f} around ({center}),"
-            f" seen between {float(code.near):.2f} and {float(code.far):.2f}"
+            f"{encoding.spacing} spacing, radius {float(encoding.radius):.2f} around ({center}),"
+            f" seen between {float(encoding.near):.2f} and {float(encoding.far):.2f}"
         )
 
     def get_param_groups(self) -> dict[str, list[Parameter]]:
@@ -328,7 +328,7 @@ class LightFieldModel(Model):
 
     def encode(
         self, origins: Float[Tensor, "*batch 3"], directions: Float[Tensor, "*batch 3"], jitter: bool = False
-    ) -> Float[Tensor, "*batch code"]:
+    ) -> Float[Tensor, "*batch encoded"]:
         """Return what the network reads of rays. Always fp32.
 
         Args:
@@ -336,7 +336,7 @@ class LightFieldModel(Model):
             directions: unit length, or planar if the ray encoding's conventions are.
             jitter: draw the points at random inside their segments, per ray (training).
         """
-        return self.encode_rays(origins, directions, jitter).code
+        return self.encode_rays(origins, directions, jitter).encoded
 
     def encode_rays(
         self, origins: Float[Tensor, "*batch 3"], directions: Float[Tensor, "*batch 3"], jitter: bool = False
@@ -346,12 +346,12 @@ class LightFieldModel(Model):
             return self.encode_composited(self.composited, origins, directions, jitter)
         if origins.device.type == "cpu" and not (jitter or torch.is_grad_enabled()):
             return EncodedRays(self.cpu_ray_encoding(origins.float(), directions.float()))
-        code = self.ray_encoding(origins, directions, jitter)
+        encoded = self.ray_encoding(origins, directions, jitter)
         if self.volume is None:
-            return EncodedRays(code)
+            return EncodedRays(encoded)
         points = self.ray_encoding.points(origins, directions, self.config.volume_points, jitter)
         features = self.volume(points.flatten(0, -3))
-        return EncodedRays(torch.cat([code, features.view(*code.shape[:-1], -1)], dim=-1))
+        return EncodedRays(torch.cat([encoded, features.view(*encoded.shape[:-1], -1)], dim=-1))
 
     @abstractmethod
     def encode_composited(
@@ -395,15 +395,15 @@ class LightFieldModel(Model):
         """Return the depth of a student without depth: infinite, so that nothing appears to hide a camera."""
         return torch.full_like(like, torch.inf)
 
-    def run_network(self, code: Float[Tensor, "*in"]) -> Float[Tensor, "*out"]:
+    def run_network(self, encoded: Float[Tensor, "*in"]) -> Float[Tensor, "*out"]:
         """Run the network on encoded rays, for rendering; fp32 in and out."""
         if self._runner is not None:
-            return self._runner(code)
+            return self._runner(encoded)
         with self.frame_time.network():
-            return self.engines(code, is_exact=not in_render_thread())
+            return self.engines(encoded, is_exact=not in_render_thread())
 
     @contextmanager
-    def drawn_by(self, runner: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    def network_run_by(self, runner: Callable[[Tensor], Tensor]) -> Iterator[None]:
         """Within it, render with another runner of the network than the engines: a quantized one, or one that is
         measured.
 

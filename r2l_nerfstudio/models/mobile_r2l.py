@@ -110,7 +110,7 @@ class MobileR2LModel(LightFieldModel):
     focal: Tensor
     """Focal length in pixels of the views it was trained on; it renders at a pitch of 1 / focal."""
 
-    def build_network(self, code_dim: int) -> MobileR2L:
+    def build_network(self, in_dim: int) -> MobileR2L:
         config = self.config
         self.factor = config.upsampling_factor or FACTORS[0]
         self.margin = self.crop_margin = config.margin
@@ -119,7 +119,7 @@ class MobileR2LModel(LightFieldModel):
         # Features and accumulation of each pixel of a cell join the last step.
         joined = 0 if self.composited is None else config.feature_channels + 1
         return MobileR2L(
-            code_dim + joined * self.factor**2,
+            in_dim + joined * self.factor**2,
             self.out_dim,
             config.width,
             config.blocks,
@@ -146,8 +146,8 @@ class MobileR2LModel(LightFieldModel):
         if ray_bundle.origins.ndim == 2:
             return self._answer_rays(ray_bundle.origins, ray_bundle.directions)
         jitter = self.training and self.config.jitter_points
-        code, geometry = self.encode_rays(*self.bundle_rays(ray_bundle), jitter)
-        values = self.network(code.permute(0, 3, 1, 2)).float().permute(0, 2, 3, 1)
+        encoded, geometry = self.encode_rays(*self.bundle_rays(ray_bundle), jitter)
+        values = self.network(encoded.permute(0, 3, 1, 2)).float().permute(0, 2, 3, 1)
         margin = self.crop_margin * self.factor
         height, width = values.shape[1:3]
         values = self.finish(values[:, margin : height - margin, margin : width - margin], geometry)
@@ -178,9 +178,9 @@ class MobileR2LModel(LightFieldModel):
         side = (1 + 2 * self.margin) * self.rays_per_cell
         grid = pixel_centers(side, side, self.device)
         in_cells = ray_image_intrinsics(intrinsics, self.factor, None, self.rays_per_cell, self.margin)
-        code, geometry = self.encode_rays(*self.ray_encoding.pinhole_rays(axes[:, None, None], in_cells, grid))
+        encoded, geometry = self.encode_rays(*self.ray_encoding.pinhole_rays(axes[:, None, None], in_cells, grid))
         first = self.margin * self.factor
-        values = self.run_network(code.permute(0, 3, 1, 2))[:, :, first, first]
+        values = self.run_network(encoded.permute(0, 3, 1, 2))[:, :, first, first]
         values = self.finish(values, None if geometry is None else geometry[:, 0, 0])
         if values.shape[-1] == 3:
             return {"rgb": values, "depth": self.unknown_depth(values[:, :1])}
@@ -223,14 +223,14 @@ class MobileR2LModel(LightFieldModel):
         window = Window(0, 0, width, height)
         # On GPUs a new size costs more than it saves: engines are planned, and graphs captured, for each.
         if self.ray_encoding.spacing == "sphere" and self.device.type == "cpu":
-            code = self.ray_encoding
-            window = sphere_window(pose, intrinsics, height, width, code.center, float(code.radius), spill)
+            encoding = self.ray_encoding
+            window = sphere_window(pose, intrinsics, height, width, encoding.center, float(encoding.radius), spill)
         left, columns = self._cells(window.left, window.right, width)
         top, rows = self._cells(window.top, window.bottom, height)
         corner = constant(intrinsics, [left, top])
         margin = self.margin * self.factor
-        code, geometry = self._encoding(pose, intrinsics, rows, columns, corner)
-        values = self.run_network(code)
+        encoded, geometry = self._encoding(pose, intrinsics, rows, columns, corner)
+        values = self.run_network(encoded)
         values = values[..., margin : values.shape[-2] - margin, margin : values.shape[-1] - margin]
         if geometry is not None:
             values = self.finish(values[0].permute(1, 2, 0), geometry).permute(2, 0, 1)[None]
@@ -265,5 +265,5 @@ class MobileR2LModel(LightFieldModel):
         """Return `encoding_for_camera` for a window of cells, margin included, that begins at a pixel (x, y)."""
         in_cells = ray_image_intrinsics(intrinsics, self.factor, corner, self.rays_per_cell, self.margin)
         rays = self.ray_encoding.image_rays(pose, in_cells, rows * self.rays_per_cell, columns * self.rays_per_cell)
-        code, geometry = self.encode_rays(*rays)
-        return EncodedRays(code.permute(2, 0, 1)[None], geometry)
+        encoded, geometry = self.encode_rays(*rays)
+        return EncodedRays(encoded.permute(2, 0, 1)[None], geometry)

@@ -23,14 +23,14 @@ def probe_poses(model: LightFieldModel) -> Float[Tensor, "probes 3 4"]:
 
     Around a bounded object they look at it from outside; in any other scene they stand at its center and look around.
     """
-    code = model.ray_encoding
-    axes = code.axes.cpu()
-    distance = float(code.near + code.far) / 2 if code.spacing == "sphere" else 0.0
+    encoding = model.ray_encoding
+    axes = encoding.axes.cpu()
+    distance = float(encoding.near + encoding.far) / 2 if encoding.spacing == "sphere" else 0.0
     poses = []
     for turn in TURNS:
         cos, sin = math.cos(turn), math.sin(turn)
         rotation = axes @ torch.tensor([[cos, 0.0, sin], [0.0, 1.0, 0.0], [-sin, 0.0, cos]])
-        position = code.center.cpu() + distance * rotation[:, 2]
+        position = encoding.center.cpu() + distance * rotation[:, 2]
         poses.append(torch.cat([rotation, position[:, None]], dim=-1))
     return torch.stack(poses)
 
@@ -42,7 +42,7 @@ def probe_intrinsics(model: LightFieldModel, width: int, height: int) -> Float[T
 
 
 @torch.no_grad()
-def probe_code(model: LightFieldModel) -> Float[Tensor, "*code"]:
+def probe_encoding(model: LightFieldModel) -> Float[Tensor, "*encoded"]:
     """Return the encoding of small images of the scene, on the student's device.
 
     Returns:
@@ -51,4 +51,4 @@ def probe_code(model: LightFieldModel) -> Float[Tensor, "*code"]:
     side = SIDE * model.factor
     intrinsics = torch.tensor([side, side, side / 2, side / 2], dtype=torch.float32, device=model.device)
     poses = probe_poses(model).to(model.device)
-    return torch.cat([model.encoding_for_camera(pose, intrinsics, side, side).code for pose in poses])
+    return torch.cat([model.encoding_for_camera(pose, intrinsics, side, side).encoded for pose in poses])

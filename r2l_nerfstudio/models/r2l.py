@@ -45,8 +45,8 @@ class R2LModel(LightFieldModel):
     config: R2LModelConfig
     network: ResMLP
 
-    def build_network(self, code_dim: int) -> ResMLP:
-        return ResMLP(code_dim, self.out_dim, self.config.width, self.config.depth, zero_init=self.config.zero_init)
+    def build_network(self, in_dim: int) -> ResMLP:
+        return ResMLP(in_dim, self.out_dim, self.config.width, self.config.depth, zero_init=self.config.zero_init)
 
     # Rays only, like Nerfstudio's models of rays: cameras go through `get_outputs_for_camera`.
     def get_outputs(self, ray_bundle: RayBundle) -> dict[str, Tensor]:  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -58,8 +58,8 @@ class R2LModel(LightFieldModel):
             and an infinite `depth`.
         """
         origins, directions = self.bundle_rays(ray_bundle)
-        code, geometry = self.encode_rays(origins, directions, jitter=self.training and self.config.jitter_points)
-        values = self.finish(self.network(code).float(), geometry)
+        encoded, geometry = self.encode_rays(origins, directions, jitter=self.training and self.config.jitter_points)
+        values = self.finish(self.network(encoded).float(), geometry)
         if values.shape[-1] == 3:
             return {"rgb": values, "depth": self.unknown_depth(values[..., :1].detach())}
         fraction = values[..., 4:5]
@@ -131,7 +131,7 @@ class R2LModel(LightFieldModel):
         """Return five numbers per ray, with the network evaluated in chunks of at most `eval_num_rays_per_chunk`; zeros
         for rays that miss a bounded scene, or the background for those that meet nothing in it.
 
-        On a CPU the chunks are small multiples of the engines' own: a code of four kilobytes per ray should stay in
+        On a CPU the chunks are small multiples of the engines' own: an encoding of four kilobytes per ray should stay in
         cache, and threads of PyTorch and of an engine slow each other down at every change.
         """
         if self.composited is not None:
@@ -166,7 +166,7 @@ class R2LModel(LightFieldModel):
             found = Composited(*(part[met] for part in found))
             directions = directions[met]
         chunk = min(self.config.eval_num_rays_per_chunk, 4 * chunk_rows(origins.device))
-        values = torch.cat([self.run_network(part) for part in encoding.code(found, directions).split(chunk)])
+        values = torch.cat([self.run_network(part) for part in encoding.encoded(found, directions).split(chunk)])
         if met is not None:
             values = values.new_zeros(len(origins), 3).index_copy_(0, met, values)
         return self.finish(values, geometry)

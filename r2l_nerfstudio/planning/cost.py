@@ -97,7 +97,7 @@ def student_cost(config: DistillationTrainerConfig, width: int, height: int) -> 
         work.model.eval()
         before = use.bytes
         use.restart()
-        with work.model.drawn_by(work.fixed):
+        with work.model.network_run_by(work.fixed):
             work.frame()
         return StudentCost(held - work.ring_bytes, step, _since(use, before))
 

@@ -12,7 +12,7 @@ from torch import Tensor
 NDC_NEAR = 1.0
 """Distance of the plane at which normalized device coordinates begin, in units of the encoding's frame."""
 FLATTEST = 1e-3
-"""Slope to which rays that do not look along -z of a forward-facing frame are bent, so that their code stays finite."""
+"""Slope to which rays that do not look along -z of a forward-facing frame are bent, so that their encoding stays finite."""
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,7 @@ def frequency_encode(values: Float[Tensor, "*batch dim"], num_frequencies: int) 
 
 
 def frequency_encode_into(
-    values: Float[Tensor, "batch dim"], num_frequencies: int, code: Float[Tensor, "batch encoded"]
+    values: Float[Tensor, "batch dim"], num_frequencies: int, encoded: Float[Tensor, "batch encoded"]
 ) -> None:
     """Write what `frequency_encode` returns, without gradients and without temporary memory.
 
@@ -42,14 +42,14 @@ def frequency_encode_into(
     Args:
         values: fp32 numbers of order one.
         num_frequencies: L; may be 0.
-        code: output.
+        encoded: output.
     """
     dim = values.shape[-1]
-    code[:, :dim] = values
+    encoded[:, :dim] = values
     if num_frequencies == 0:
         return
-    sines, cosines = code[:, dim:].unflatten(-1, (2, num_frequencies, dim)).unbind(1)
-    if code.device.type != "cpu":
+    sines, cosines = encoded[:, dim:].unflatten(-1, (2, num_frequencies, dim)).unbind(1)
+    if encoded.device.type != "cpu":
         frequencies = 2.0 ** torch.arange(num_frequencies, device=values.device, dtype=torch.float32)
         phases = values[:, None, :] * frequencies[:, None]
         torch.sin(phases, out=sines)

@@ -138,24 +138,24 @@ class RayEncoding(nn.Module):
             jitter: draw the points at random inside their segments, per ray (training).
 
         Returns:
-            fp32 code of length `dim`.
+            fp32 encoding of length `dim`.
         """
         with torch.autocast(device_type=origins.device.type, enabled=False):
             return self.encoded(self.values(origins.float(), directions.float(), jitter))
 
     def encoded(self, values: Float[Tensor, "*batch values"]) -> Float[Tensor, "*batch dim"]:
-        """The code of `values`; as `frequency_encode`, without its memory where no gradients are wanted."""
+        """The encoding of `values`; as `frequency_encode`, without its memory where no gradients are wanted."""
         if values.requires_grad:
             return frequency_encode(values, self.num_frequencies)
-        code = values.new_empty(*values.shape[:-1], self.dim)
+        encoded = values.new_empty(*values.shape[:-1], self.dim)
         flat = values.reshape(-1, values.shape[-1])
-        frequency_encode_into(flat, self.num_frequencies, code.view(-1, self.dim))
-        return code
+        frequency_encode_into(flat, self.num_frequencies, encoded.view(-1, self.dim))
+        return encoded
 
     def values(
         self, origins: Float[Tensor, "*batch 3"], directions: Float[Tensor, "*batch 3"], jitter: bool = False
     ) -> Float[Tensor, "*batch values"]:
-        """The code before frequency encoding: numbers of order one."""
+        """What is encoded by frequencies: numbers of order one."""
         if self.kind == "plucker":
             moments = torch.linalg.cross((origins - self.center) / self.radius, directions)
             return torch.cat([directions, moments], dim=-1)
@@ -210,7 +210,7 @@ class RayEncoding(nn.Module):
     def _two_plane(self, origins: Tensor, directions: Tensor) -> Tensor:
         local_origins = (origins - self.center) / self.radius @ self.axes
         local_directions = directions @ self.axes
-        # A ray along the planes never meets them: keep its slope finite rather than the code infinite.
+        # A ray along the planes never meets them: keep its slope finite rather than the encoding infinite.
         slope = local_directions[..., 2:].abs().clamp_min(0.1) * local_directions[..., 2:].sign().add(0.5).sign()
         hits = [
             local_origins[..., :2] + (plane - local_origins[..., 2:]) / slope * local_directions[..., :2]

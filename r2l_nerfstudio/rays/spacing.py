@@ -53,7 +53,7 @@ def cross_sphere(
 ) -> SphereCrossing:
     """Return where unit rays cross a sphere.
 
-    A ray that misses gets a short interval around its point of closest approach, so that codes stay continuous across
+    A ray that misses gets a short interval around its point of closest approach, so that encodings stay continuous across
     the sphere's rim and still depend on the ray's direction.
     """
     offset = origins - center

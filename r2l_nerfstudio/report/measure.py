@@ -23,7 +23,7 @@ from r2l_nerfstudio.console import progress_bar
 from r2l_nerfstudio.dataparsers import dataparser_at
 from r2l_nerfstudio.distillation.datamanager import DistillationDataManagerConfig
 from r2l_nerfstudio.distillation.learning_curve import CurvePoint, read_learning_curve
-from r2l_nerfstudio.distillation.photographs import read_photo
+from r2l_nerfstudio.distillation.photos import read_photo
 from r2l_nerfstudio.distillation.pose_sampling import PoseSampler, PoseSamplerConfig, capture_cameras
 from r2l_nerfstudio.distillation.survey import Survey
 from r2l_nerfstudio.distillation.view_ring import TeacherView, ViewRenderer
@@ -390,7 +390,7 @@ def _time_engine(model: LightFieldModel, camera: Cameras, name: EngineName) -> E
             reason = str(error)
             continue
         milliseconds = []
-        with model.drawn_by(lambda code, engine=engine: engine(code)):
+        with model.network_run_by(lambda encoded, engine=engine: engine(encoded)):
             for _ in range(FRAMES + 1):
                 start = time.perf_counter()
                 model.render_camera(camera)["rgb"].cpu()

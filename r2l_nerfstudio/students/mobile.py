@@ -91,12 +91,14 @@ class MobileR2L(nn.Module):
             width = join_width
         self.tail = nn.Conv2d(width, out_dim, 1)
 
-    def forward(self, code: Float[Tensor, "batch in_dim rows columns"]) -> Float[Tensor, "batch out_dim height width"]:
+    def forward(
+        self, encoded: Float[Tensor, "batch in_dim rows columns"]
+    ) -> Float[Tensor, "batch out_dim height width"]:
         """Return `factor` times as many rows and columns of pixels as the ray image has cells."""
         pixels = None
         if self.joined:
-            code, pixels = code.split((self.head.in_channels, self.joined * self.factor**2), dim=1)
-        hidden = self.activation(self.head(code))
+            encoded, pixels = encoded.split((self.head.in_channels, self.joined * self.factor**2), dim=1)
+        hidden = self.activation(self.head(encoded))
         hidden = self.up(hidden + self.blocks(hidden))
         if pixels is not None:
             hidden = torch.cat([hidden, pixel_shuffle(pixels, self.factor).to(hidden.dtype)], dim=1)

@@ -60,8 +60,8 @@ class ResMLP(nn.Module):
         self.blocks = nn.Sequential(*[ResidualBlock(width, zero_init) for _ in range((depth - 2) // 2)])
         self.tail = nn.Linear(width, out_dim)
 
-    def forward(self, code: Float[Tensor, "*batch in_dim"]) -> Float[Tensor, "*batch out_dim"]:
-        hidden = self.activation(self.head(code))
+    def forward(self, encoded: Float[Tensor, "*batch in_dim"]) -> Float[Tensor, "*batch out_dim"]:
+        hidden = self.activation(self.head(encoded))
         hidden = hidden + self.blocks(hidden)
         return self.tail(hidden).sigmoid()
 

@@ -125,12 +125,12 @@ PAPER = {
 def test_the_paper_methods_distil(method: str, teacher: Path, tmp_path: Path) -> None:
     folder = distil(student_config(teacher, tmp_path, method, **PAPER[method]))
     student = load_student(folder, device="cpu", engine="torch")
-    code = student.model.ray_encoding
+    encoding = student.model.ray_encoding
     assert student.outputs == ("rgb",) and student.model.network.tail.bias.shape == (3,)
-    assert code.conventions.is_planar and not code.is_contracted and code.conventions.ndc is None
-    assert code.conventions.pixel_offset == (0.5 if "mobile" in method else 0.0)
-    assert (float(code.near), float(code.far)) == (2.0, 6.0)
+    assert encoding.conventions.is_planar and not encoding.is_contracted and encoding.conventions.ndc is None
+    assert encoding.conventions.pixel_offset == (0.5 if "mobile" in method else 0.0)
+    assert (float(encoding.near), float(encoding.far)) == (2.0, 6.0)
     # The capture's own coordinates are Blender's.
-    assert torch.allclose(code.frame, torch.eye(3, 4), atol=1e-5)
+    assert torch.allclose(encoding.frame, torch.eye(3, 4), atol=1e-5)
     rgb = student.render(np.eye(4)[:3], [24.0, 24.0, 12.0, 12.0], 24, 24)
     assert rgb.shape == (24, 24, 3) and np.isfinite(rgb).all()

@@ -268,11 +268,11 @@ def test_a_capture_that_has_moved(tiny_teacher: Path, tiny_capture: Path, tmp_pa
     assert saved.pipeline.datamanager.data == moved
 
 
-# Codes and spacings.
+# Kinds of ray encoding and spacings.
 
 
 @pytest.mark.parametrize(
-    ("method", "code", "spacing", "sampler"),
+    ("method", "kind", "spacing", "sampler"),
     [
         ("r2l-lite", "plucker", "auto", "box"),
         ("r2l-lite", "two-plane", "near-far", "neighbour"),
@@ -280,7 +280,7 @@ def test_a_capture_that_has_moved(tiny_teacher: Path, tiny_capture: Path, tmp_pa
     ],
 )
 def test_every_ray_encoding_learns_and_is_restored(
-    method: str, code: str, spacing: str, sampler: str, tiny_teacher: Path, tmp_path: Path
+    method: str, kind: str, spacing: str, sampler: str, tiny_teacher: Path, tmp_path: Path
 ) -> None:
     config = student_config(
         tiny_teacher,
@@ -288,7 +288,7 @@ def test_every_ray_encoding_learns_and_is_restored(
         method,
         **{
             "max_num_iterations": 60,
-            "pipeline.model.ray_encoding": code,
+            "pipeline.model.ray_encoding": kind,
             "pipeline.model.spacing": spacing,
             "pipeline.datamanager.pose_sampler.kind": sampler,
             "pipeline.datamanager.photo_iterations": 0,
@@ -307,7 +307,7 @@ def test_every_ray_encoding_learns_and_is_restored(
         assert pipeline.held_out_psnr(pipeline.datamanager.held_views) > before + 2
     _, restored, _, _ = eval_setup(config.get_base_dir() / "config.yml")
     theirs, ours = pipeline.model.ray_encoding, restored.model.ray_encoding
-    assert ours.kind == code and ours.spacing == theirs.spacing
+    assert ours.kind == kind and ours.spacing == theirs.spacing
     assert spacing == "auto" or ours.spacing == spacing
     for name in ("center", "radius", "near", "far", "axes"):
         assert torch.equal(getattr(ours, name), getattr(theirs, name))
@@ -422,17 +422,17 @@ def test_final_weights_that_are_best_are_kept(
 ) -> None:
     with set_up(student_config(tiny_teacher, tmp_path)) as trainer:
         pipeline = trainer.pipeline
-        pipeline._watch_holdout(5)  # before the photos: not a choice
+        pipeline._evaluate_held_out(5)  # before the photos: not a choice
         assert pipeline._best is None
         pipeline.finish(5)
-        pipeline.datamanager.photographs_now = True
-        pipeline._watch_holdout(10)
+        pipeline.datamanager.in_photo_stage = True
+        pipeline._evaluate_held_out(10)
         weights = {key: value.clone() for key, value in pipeline.model.named_parameters()}
         pipeline.finish(11)
         assert "restored the best weights" not in capsys.readouterr().out
         with torch.no_grad():
             pipeline.model.network.tail.bias[:3] += 5.0
-        pipeline._watch_holdout(12)
+        pipeline._evaluate_held_out(12)
         pipeline.finish(12)
         assert "restored the best weights" in capsys.readouterr().out
         for key, value in pipeline.model.named_parameters():

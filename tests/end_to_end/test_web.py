@@ -139,8 +139,8 @@ def change(one: np.ndarray, other: np.ndarray) -> float:
 def rendered(student: Student, run: Path, angles: tuple[float, float, float]) -> np.ndarray:
     """The picture that torch makes of a view of the page."""
     cameras = training_cameras(run)
-    code = student.model.ray_encoding
-    view = view_limits(cameras, code.spacing == "sphere", float(code.radius))
+    encoding = student.model.ray_encoding
+    view = view_limits(cameras, encoding.spacing == "sphere", float(encoding.radius))
     view["start"] = {
         "azimuth": math.radians(angles[0]),
         "elevation": math.radians(angles[1]),

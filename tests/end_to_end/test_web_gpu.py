@@ -197,7 +197,7 @@ def test_a_page_of_full_size_is_small(
 ) -> None:
     """Megabytes that the browser requests, with as many features as allowed; text as file hosts send it, gzipped."""
     model, _ = random_student(method, 64, torch.device("cpu"))
-    with model.drawn_by(lambda code: model.network(code)):
+    with model.network_run_by(lambda code: model.network(code)):
         export_web(Student(model, method), ring(), None, tmp_path / "page", PageOptions("A ball", precision))
     with opened(context, tmp_path / "page") as page:
         wait_for(page, "performance.getEntriesByType('resource').some(({name}) => name.endsWith('.safetensors'))")

@@ -21,11 +21,11 @@ from nerfstudio.model_components.ray_generators import RayGenerator
 from PIL import Image
 from teachers import write_blender_capture
 
-from r2l_nerfstudio.distillation import photograph_views as photograph_views_module
-from r2l_nerfstudio.distillation import photographs as photographs_module
+from r2l_nerfstudio.distillation import photo_views as photo_views_module
+from r2l_nerfstudio.distillation import photos as photos_module
 from r2l_nerfstudio.distillation.background import background_of
-from r2l_nerfstudio.distillation.photograph_views import photograph_views
-from r2l_nerfstudio.distillation.photographs import Photos, read_photo, split_held_out
+from r2l_nerfstudio.distillation.photo_views import photo_views
+from r2l_nerfstudio.distillation.photos import Photos, read_photo, split_held_out
 from r2l_nerfstudio.errors import InputError
 from r2l_nerfstudio.teacher import Teacher
 
@@ -143,7 +143,7 @@ def test_completely_masked_photos_are_left_out(capture: Path, capsys: pytest.Cap
     assert torch.equal(photos.rays(torch.tensor([0])).origins, dataset.cameras.camera_to_worlds[2:3, :, 3])
     assert "Skipping 2 photos" in capsys.readouterr().out
     assert len(Photos(dataset, [0, 1], None, WHITE, "cpu")) == 0
-    views = photograph_views(dataset, [0, 1, 2], INTRINSICS.expand(6, 4), (24, 24), None, WHITE, "cpu")
+    views = photo_views(dataset, [0, 1, 2], INTRINSICS.expand(6, 4), (24, 24), None, WHITE, "cpu")
     assert len(views) == 1 and torch.equal(views.camera_to_worlds[0], dataset.cameras.camera_to_worlds[2])
 
 
@@ -187,7 +187,7 @@ def test_photos_take_three_bytes_a_pixel_and_one_more_photo_while_they_load(tmp_
 def test_photos_shrink_if_memory_is_short(capture: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     dataset = dataset_of(capture)
     whole = Photos(dataset, [1, 4], None, WHITE, "cpu")
-    monkeypatch.setattr(photographs_module, "free_memory", lambda device: 24 * 24 * 3 * 2 / 0.4 / 3.9)
+    monkeypatch.setattr(photos_module, "free_memory", lambda device: 24 * 24 * 3 * 2 / 0.4 / 3.9)
     small = Photos(dataset, [1, 4], None, WHITE, "cpu")
     assert len(small.pixels) == 2 * 12 * 12
     assert "1/2 of their width and height" in capsys.readouterr().out
@@ -197,8 +197,8 @@ def test_photos_shrink_if_memory_is_short(capture: Path, monkeypatch: pytest.Mon
     rays = whole.rays(torch.arange(576)).directions.view(12, 2, 12, 2, 3).mean(dim=(1, 3)).reshape(-1, 3)
     mean = torch.nn.functional.normalize(rays, dim=-1)
     torch.testing.assert_close(small.rays(torch.arange(144)).directions, mean, atol=1e-3, rtol=0)
-    monkeypatch.setattr(photograph_views_module, "free_memory", lambda device: 24 * 24 * 4 * 3 / 0.4)
-    views = photograph_views(dataset, [0, 1, 2, 3, 4], INTRINSICS.expand(6, 4), (24, 24), None, WHITE, "cpu")
+    monkeypatch.setattr(photo_views_module, "free_memory", lambda device: 24 * 24 * 4 * 3 / 0.4)
+    views = photo_views(dataset, [0, 1, 2, 3, 4], INTRINSICS.expand(6, 4), (24, 24), None, WHITE, "cpu")
     assert len(views) == 3 and "3 of 5 photos" in capsys.readouterr().out
     assert views.pixels.shape[-1] == 4 and views.depth.untyped_storage().nbytes() <= 2
 

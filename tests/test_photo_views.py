@@ -10,7 +10,7 @@ import torch
 from nerfstudio.cameras.camera_optimizers import CameraOptimizerConfig
 from nerfstudio.cameras.cameras import Cameras, CameraType
 
-from r2l_nerfstudio.distillation.photograph_views import photograph_views
+from r2l_nerfstudio.distillation.photo_views import photo_views
 from r2l_nerfstudio.errors import InputError
 from r2l_nerfstudio.rays.pinhole import image_rays
 
@@ -50,7 +50,7 @@ class Painted:
 
 def taken(dataset: Painted, focal: float = 50.0, size: tuple[int, int] = (40, 52), corrections=None, background=WHITE):
     wanted = torch.tensor([focal, focal, size[1] / 2 + 0.4, size[0] / 2]).expand(len(dataset.image_filenames), 4)
-    return photograph_views(dataset, [1], wanted, size, corrections, background, "cpu")
+    return photo_views(dataset, [1], wanted, size, corrections, background, "cpu")
 
 
 @pytest.mark.parametrize("width", [60, 180], ids=["same pitch", "three times finer"])
@@ -83,7 +83,7 @@ def test_a_photo_with_the_views_camera_is_copied() -> None:
     dataset = Painted()
     camera = dataset.cameras[1]
     own = torch.tensor([float(camera.fx), float(camera.fy), float(camera.cx), float(camera.cy)]).expand(2, 4)
-    views = photograph_views(dataset, [1], own, (44, 60), None, WHITE, "cpu")
+    views = photo_views(dataset, [1], own, (44, 60), None, WHITE, "cpu")
     expected = (dataset.get_data(1, "float32")["image"] * 255).round().to(torch.uint8)
     assert torch.equal(views.pixels[0, ..., :3], expected) and (views.pixels[..., 3] == 1).all()
     assert torch.equal(views.camera_to_worlds[0], camera.camera_to_worlds)
@@ -155,7 +155,7 @@ def test_mixed_resolutions_become_one_size() -> None:
         get_data=lambda index, image_type: (small, large)[index].get_data(index, image_type),
     )
     wanted = torch.tensor([50.0, 50.0, 26.0, 20.0]).expand(2, 4)
-    views = photograph_views(mixed, [0, 1], wanted, (40, 52), None, WHITE, "cpu")
+    views = photo_views(mixed, [0, 1], wanted, (40, 52), None, WHITE, "cpu")
     for index in range(2):
         directions = image_rays(views.camera_to_worlds[index], views.intrinsics[index], 40, 52)[1]
         valid = views.pixels[index, ..., 3] == 1

@@ -13,7 +13,7 @@ from nerfstudio.data.datasets.base_dataset import InputDataset
 from nerfstudio.utils.rich_utils import CONSOLE
 from torch import Tensor
 
-from r2l_nerfstudio.distillation.photographs import SHARE_OF_MEMORY, read_photo
+from r2l_nerfstudio.distillation.photos import SHARE_OF_MEMORY, read_photo
 from r2l_nerfstudio.distillation.view_ring import free_memory
 from r2l_nerfstudio.errors import InputError
 
@@ -33,7 +33,7 @@ class PhotoViews:
         return len(self.pixels)
 
 
-def photograph_views(
+def photo_views(
     dataset: InputDataset,
     indices: list[int],
     intrinsics: Float[Tensor, "num_train 4"],
@@ -99,7 +99,7 @@ def undistorted_photo(
     dataset: InputDataset, index: int, wanted: Float[Tensor, "4"], size: tuple[int, int], background: Float[Tensor, "3"]
 ) -> UInt8[Tensor, "height width 4"]:
     """Return one photo as a pinhole view: rgb, and 1 where the color is known. Arguments and errors as
-    `photograph_views`."""
+    `photo_views`."""
     photo = read_photo(dataset, index, background)
     known = np.ones(photo.rgb.shape[:2], np.uint8) if photo.mask is None else photo.mask.astype(np.uint8)
     # One array, so that pixels beyond the photo or under a mask are known when colors are averaged. 16 bits, so that
