@@ -41,6 +41,8 @@ class Curve:
     """Folder that holds lego_400, fern_504, fox_540."""
     teacher: Path | None = None
     """A trained teacher; without it, a nerfacto with Nerfstudio's defaults is trained first."""
+    teacher_iterations: int = 30_000
+    """Iterations of that nerfacto; the default is Nerfstudio's."""
     method: str = "r2l"
     """The student's method, as for ns-train."""
     minutes: float = 25.0
@@ -63,7 +65,7 @@ class Curve:
         from nerfstudio.configs.method_configs import all_methods
         from nerfstudio.scripts.train import main
 
-        teacher = self.teacher or self._teacher()
+        teacher = self.teacher or self.train_teacher()
         config = copy.deepcopy(all_methods[self.method])
         config.teacher = teacher
         config.output_dir = self.output_dir
@@ -113,14 +115,15 @@ class Curve:
             f"{done:.0%} of {self.minutes:g} minutes are trained. Written: {figures_file}, .png", markup=False
         )
 
-    def _teacher(self) -> Path:
-        """Train a nerfacto of default size, or find the one of an earlier call."""
+    def train_teacher(self) -> Path:
+        """Train a nerfacto of default size, or find the one of an earlier call; return its config.yml."""
         from nerfstudio.configs.method_configs import all_methods
         from nerfstudio.scripts.train import main
 
         capture = CAPTURES[self.capture]
         config: TrainerConfig = copy.deepcopy(all_methods["nerfacto"])
         config.output_dir, config.experiment_name, config.timestamp = self.output_dir, self.capture, "curve"
+        config.max_num_iterations = self.teacher_iterations
         config.vis = "tensorboard"
         config.viewer.quit_on_train_completion = True
         config.pipeline.datamanager.dataparser = capture.dataparser(self.data_dir / capture.folder)

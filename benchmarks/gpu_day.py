@@ -1,12 +1,14 @@
 """Measurements that need a GPU, in resumable stages, the most valuable first. NOT VERIFIED on a GPU.
 
-Each stage writes its figures when it ends; the next call continues with the first stage without figures.
+Each part of a stage, a few minutes long, writes its figures when it ends; the next call continues with the first part
+without figures.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import json
+import math
 import socket
 import subprocess
 import sys
@@ -36,6 +38,8 @@ ENGINES: tuple[EngineName, ...] = ("torch", "inductor", "triton", "tensorrt", "t
 SIDES = (400, 800, 1440)
 """The last has as many pixels as 1920x1080."""
 CUDA_TEACHERS = {"instant-ngp": "tinycudann", "splatfacto": "gsplat"}
+TEACHER_ITERATIONS = 15_000
+"""Of nerfacto: half of Nerfstudio's default, to stay below eight minutes."""
 PARITY_DB = 60.0
 """Between fp32 on a CPU and on a GPU."""
 
@@ -71,9 +75,11 @@ class GpuDay:
     """Folder of the figures."""
     again: tuple[StageName, ...] = field(default=())
     """Stages to repeat although they have figures."""
+    stop_after: float = math.inf
+    """Begin no part after this many minutes, where a command may only run for a limited time."""
 
     def main(self) -> None:
-        """Run the stages without figures; write `gpu_DEVICE.json` after each, and print one table.
+        """Run the parts without figures; write `gpu_DEVICE.json` after each, and print one table.
 
         Raises:
             InputError: a method is unknown.
@@ -88,24 +94,29 @@ class GpuDay:
         figures: dict[str, Any] = {"device": name, "torch": torch.__version__, "stages": {}}
         if file.exists():
             figures = json.loads(file.read_text())
-        for stage in self.stages:
-            if stage in figures["stages"] and stage not in self.again and "error" not in figures["stages"][stage]:
+        began = time.monotonic()
+        for stage, part in [(name, part) for name in self.stages for part in STAGES[name][0](self)]:
+            kept = figures["stages"].setdefault(stage, {})
+            if part in kept and stage not in self.again and "error" not in kept[part]:
                 continue
-            CONSOLE.print(f"Stage {stage} …")
             start = time.monotonic()
+            if start - began > 60 * self.stop_after:
+                CONSOLE.print(f"Stopped before {stage}, {part}: run the command again to go on.")
+                break
+            CONSOLE.print(f"{stage}, {part} …")
             try:
-                found = STAGES[stage](self, device)
-            except (Exception, SystemExit) as error:  # A failed stage must not stop the next ones.
+                found = STAGES[stage][1](self, device, part)
+            except (Exception, SystemExit) as error:  # A failed part must not stop the next ones.
                 found = {"error": f"{type(error).__name__}: {error}", "traceback": traceback.format_exc()[-2000:]}
-            figures["stages"][stage] = {**found, "minutes": round((time.monotonic() - start) / 60, 2)}
+            kept[part] = {**found, "minutes": round((time.monotonic() - start) / 60, 2)}
             file.write_text(json.dumps(figures, indent=2) + "\n")
         CONSOLE.print(as_table(figures), markup=False, highlight=False, soft_wrap=True)
         CONSOLE.print(f"Written: {file}", markup=False, soft_wrap=True)
 
 
-def smoke(day: GpuDay, device: str) -> dict[str, Any]:
-    """For every method, compare frames with a CPU's, and measure a training step's waits, time and memory."""
-    return {method: {**_parity(method, device), **_step(method, day, device)} for method in day.methods}
+def smoke(day: GpuDay, device: str, method: str) -> dict[str, Any]:
+    """Compare a method's frames with a CPU's, and measure a training step's waits, time and memory."""
+    return _parity(method, device) | _step(method, day, device)
 
 
 def _parity(method: str, device: str) -> dict[str, Any]:
@@ -155,51 +166,50 @@ def _step(method: str, day: GpuDay, device: str) -> dict[str, Any]:
     return found
 
 
-def quality(day: GpuDay, device: str) -> dict[str, Any]:
-    """Measure learning curves and test PSNR of every method on lego at 400x400; finished methods are not trained again."""
-    found: dict[str, Any] = {}
-    folder = day.results_dir / "gpu_curves"
-    for method in day.methods:
-        file = folder / f"curve_lego_{method}.json"
-        if not (file.exists() and "student_psnr" in json.loads(file.read_text())):
-            Curve(
-                capture="lego",
-                data_dir=day.data_dir,
-                teacher=day.teacher,
-                method=method,
-                minutes=day.minutes / len(day.methods),
-                cache_dir=day.output_dir / "views",
-                output_dir=day.output_dir,
-                results_dir=folder,
-            ).main()
-        figures = json.loads(file.read_text())
-        found[method] = {
-            key: figures.get(key) for key in ("student_psnr", "teacher_psnr", "published_test_psnr", "minutes")
-        }
-    return found
+def quality(day: GpuDay, device: str, part: str) -> dict[str, Any]:
+    """Train the teacher of lego at 400x400, or measure a method's learning curve and test PSNR there."""
+    curve = Curve(
+        capture="lego",
+        data_dir=day.data_dir,
+        teacher=day.teacher,
+        teacher_iterations=TEACHER_ITERATIONS,
+        minutes=day.minutes / len(day.methods),
+        cache_dir=day.output_dir / "views",
+        output_dir=day.output_dir,
+        results_dir=day.results_dir / "gpu_curves",
+    )
+    if part == "teacher":
+        return {"run": str(day.teacher or curve.train_teacher())}
+    curve.method = part
+    curve.main()
+    return _curve_figures(curve)
 
 
-def teachers(day: GpuDay, device: str) -> dict[str, Any]:
-    """Distil an instant-ngp and a splatfacto into an `r2l-lite` each, where their extensions are installed."""
-    found: dict[str, Any] = {}
-    for method, package in CUDA_TEACHERS.items():
-        if device != "cuda" or importlib.util.find_spec(package) is None:
-            found[method] = {"skipped": "needs a GPU" if device != "cuda" else f"{package} is not installed"}
-            continue
-        teacher = _train_teacher(day, method)
-        Curve(
-            capture="lego",
-            data_dir=day.data_dir,
-            teacher=teacher,
-            method="r2l-lite",
-            minutes=2.0,
-            output_dir=day.output_dir / method,
-            results_dir=day.results_dir / "gpu_curves" / method,
-        ).main()
-        file = day.results_dir / "gpu_curves" / method / "curve_lego_r2l-lite.json"
-        figures = json.loads(file.read_text())
-        found[method] = {key: figures.get(key) for key in ("student_psnr", "teacher_psnr")}
-    return found
+def teachers(day: GpuDay, device: str, method: str) -> dict[str, Any]:
+    """Distil an instant-ngp or a splatfacto into an `r2l-lite`, if its extension is installed."""
+    package = CUDA_TEACHERS[method]
+    if device != "cuda" or importlib.util.find_spec(package) is None:
+        return {"skipped": "needs a GPU" if device != "cuda" else f"{package} is not installed"}
+    curve = Curve(
+        capture="lego",
+        data_dir=day.data_dir,
+        teacher=_train_teacher(day, method),
+        method="r2l-lite",
+        minutes=2.0,
+        output_dir=day.output_dir / method,
+        results_dir=day.results_dir / "gpu_curves" / method,
+    )
+    curve.main()
+    return _curve_figures(curve)
+
+
+def _curve_figures(curve: Curve) -> dict[str, Any]:
+    figures = json.loads((curve.results_dir / f"curve_lego_{curve.method}.json").read_text())
+    return {
+        key: figures.get(key)
+        for key in ("student_psnr", "teacher_psnr", "published_test_psnr", "minutes")
+        if figures.get(key) is not None
+    }
 
 
 def _train_teacher(day: GpuDay, method: str) -> Path:
@@ -215,30 +225,27 @@ def _train_teacher(day: GpuDay, method: str) -> Path:
     return run / "config.yml"
 
 
-def engines(day: GpuDay, device: str) -> dict[str, Any]:
-    """Measure milliseconds, share of bare matrix products and parity of every engine, by method and size of the frame."""
-    found: dict[str, Any] = {}
-    for side in day.sides:
-        render = Render(
-            methods=day.methods,
-            engines=day.engines,
-            seconds=day.seconds,
-            side=side,
-            teacher=False,
-            cache_dir=day.output_dir / "engines",
-        )
-        found[str(side)] = [render._student(method, torch.device(device)) for method in day.methods]
-    return found
+def engines(day: GpuDay, device: str, side: str) -> dict[str, Any]:
+    """Measure milliseconds, share of bare matrix products and parity of every engine at one size of the frame."""
+    render = Render(
+        methods=day.methods,
+        engines=day.engines,
+        seconds=day.seconds,
+        side=int(side),
+        teacher=False,
+        cache_dir=day.output_dir / "engines",
+    )
+    return {"rows": [render._student(method, torch.device(device)) for method in day.methods]}
 
 
-def viewer(day: GpuDay, device: str) -> dict[str, Any]:
+def viewer(day: GpuDay, device: str, part: str) -> dict[str, Any]:
     """Run the repository's tests of Nerfstudio's viewer in a browser."""
     command = [sys.executable, "-m", "pytest", "-q", "-x", *day.tests]
     done = subprocess.run(command, capture_output=True, text=True, timeout=460)
     return {"passed": done.returncode == 0, "summary": "".join(done.stdout.strip().splitlines()[-1:])}
 
 
-def ranks(day: GpuDay, device: str) -> dict[str, Any]:
+def ranks(day: GpuDay, device: str, part: str) -> dict[str, Any]:
     """Train one student in two processes on one GPU over gloo, and compare their weights."""
     day.output_dir.mkdir(parents=True, exist_ok=True)
     with socket.socket() as free:
@@ -265,34 +272,33 @@ def _rank(rank: int, port: int, device: str, folder: Path) -> None:
     torch.distributed.destroy_process_group()
 
 
-STAGES: dict[str, Callable[[GpuDay, str], dict[str, Any]]] = {
-    "smoke": smoke,
-    "quality": quality,
-    "teachers": teachers,
-    "engines": engines,
-    "viewer": viewer,
-    "ranks": ranks,
+Parts = Callable[[GpuDay], tuple[str, ...]]
+STAGES: dict[str, tuple[Parts, Callable[[GpuDay, str, str], dict[str, Any]]]] = {
+    "smoke": (lambda day: day.methods, smoke),
+    "quality": (lambda day: ("teacher", *day.methods), quality),
+    "teachers": (lambda day: tuple(CUDA_TEACHERS), teachers),
+    "engines": (lambda day: tuple(str(side) for side in day.sides), engines),
+    "viewer": (lambda day: ("browser",), viewer),
+    "ranks": (lambda day: ("two",), ranks),
 }
+"""Parts of each stage, and what runs one of them."""
 
 
 def as_table(figures: dict[str, Any]) -> str:
     """Return the main figures of all stages as one Markdown table."""
     lines = [f"# {figures['device']}, torch {figures['torch']}", "", "| stage | what | figure |", "|---|---|---|"]
-    for stage, found in figures["stages"].items():
-        if "error" in found:
-            lines.append(f"| {stage} | failed | {found['error'][:200]} |")
-            continue
-        if stage == "engines":
-            for side, rows in found.items():
-                for row in rows if isinstance(rows, list) else []:
-                    for engine in row["engines"]:
-                        lines.append(
-                            f"| engines | {row['method']} {side}x{side} {engine['engine']} {engine['precision']} |"
-                            f" {engine['network_ms']:g} ms, {engine['share_of_bare_low_precision']:.0%} of bare matmul,"
-                            f" {engine['psnr_db']:g} dB |"
-                        )
-            continue
-        for what, value in found.items():
-            shown = ", ".join(f"{k} {v}" for k, v in value.items()) if isinstance(value, dict) else value
-            lines.append(f"| {stage} | {what} | {shown} |")
+    for stage, parts in figures["stages"].items():
+        for part, found in parts.items():
+            if "error" in found:
+                lines.append(f"| {stage} | {part} failed | {found['error'][:200]} |")
+                continue
+            for row in found.get("rows", ()):
+                for engine in row["engines"]:
+                    lines.append(
+                        f"| {stage} | {row['method']} {part}x{part} {engine['engine']} {engine['precision']} |"
+                        f" {engine['network_ms']:g} ms, {engine['share_of_bare_low_precision']:.0%} of bare matmul,"
+                        f" {engine['psnr_db']:g} dB |"
+                    )
+            shown = ", ".join(f"{key} {value}" for key, value in found.items() if key != "rows")
+            lines.append(f"| {stage} | {part} | {shown} |")
     return "\n".join(lines) + "\n"

@@ -10,6 +10,7 @@ import pytest
 from benchmarks import gpu_day
 from benchmarks.gpu_day import STAGES, GpuDay, as_table
 from r2l_nerfstudio.distillation import pipeline
+from r2l_nerfstudio.errors import InputError
 
 
 @pytest.fixture(scope="module")
@@ -36,52 +37,53 @@ def test_all_stages_but_training(day: GpuDay) -> None:
     (file,) = day.results_dir.glob("gpu_*.json")
     written = json.loads(file.read_text())
     found = written["stages"]
-    assert {stage: figures.get("error") for stage, figures in found.items()} == dict.fromkeys(day.stages)
+    assert tuple(found) == day.stages
+    assert not [figures["error"] for parts in found.values() for figures in parts.values() if "error" in figures]
     smoke = found["smoke"]["r2l-lite"]
     assert smoke["agrees"] and smoke["step_ms"] > 0 and smoke["planned_step_gib"] > 0
-    assert found["teachers"]["splatfacto"] == {"skipped": "needs a GPU"}
-    (engines,) = found["engines"]["16"]
+    assert found["teachers"]["splatfacto"]["skipped"] == "needs a GPU"
+    (engines,) = found["engines"]["16"]["rows"]
     assert {row["engine"] for row in engines["engines"]} == {"torch"}
-    assert found["viewer"]["passed"]
-    assert found["ranks"]["equal"] and found["ranks"]["tensors"] > 5
+    assert found["viewer"]["browser"]["passed"]
+    assert found["ranks"]["two"]["equal"] and found["ranks"]["two"]["tensors"] > 5
     assert "| engines | r2l-lite 16x16 torch fp32 |" in as_table(written)
 
 
 def test_learning_curves(day: GpuDay, monkeypatch: pytest.MonkeyPatch) -> None:
     # A teacher of 30 iterations is too blurred to be told from one in another frame.
     monkeypatch.setattr(pipeline, "check_frame", lambda *_: None)
-    found = gpu_day.quality(day, "cpu")["r2l-lite"]
+    assert gpu_day.quality(day, "cpu", "teacher") == {"run": str(day.teacher)}
+    found = gpu_day.quality(day, "cpu", "r2l-lite")
     assert found["student_psnr"] > 5 and found["teacher_psnr"] > 5
-    # Figures that are there are not trained again.
-    before = {file: file.stat().st_mtime_ns for file in day.output_dir.rglob("*.ckpt")}
-    assert before and gpu_day.quality(day, "cpu")["r2l-lite"] == found
-    assert {file: file.stat().st_mtime_ns for file in day.output_dir.rglob("*.ckpt")} == before
+    with pytest.raises(InputError, match="is a finished curve"):
+        gpu_day.quality(day, "cpu", "r2l-lite")
 
 
-def test_goes_on_with_the_first_stage_that_has_no_figures(day: GpuDay, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_goes_on_with_the_first_part_that_has_no_figures(day: GpuDay, monkeypatch: pytest.MonkeyPatch) -> None:
     day.results_dir = day.results_dir.with_name("again")
     calls: list[str] = []
+    failing = {"second"}
 
-    def stage(name: str, fails: bool = False):
-        def run(day: GpuDay, device: str) -> dict:
-            calls.append(name)
-            if fails:
-                raise SystemExit("no room")
-            return {"figure": 1}
+    def run(day: GpuDay, device: str, part: str) -> dict:
+        calls.append(part)
+        if part in failing:
+            raise SystemExit("no room")
+        return {"figure": 1}
 
-        return run
-
-    monkeypatch.setitem(STAGES, "smoke", stage("smoke"))
-    monkeypatch.setitem(STAGES, "quality", stage("quality", fails=True))
-    monkeypatch.setitem(STAGES, "ranks", stage("ranks"))
-    day.stages = ("smoke", "quality", "ranks")
+    monkeypatch.setitem(STAGES, "smoke", (lambda day: ("first", "second"), run))
+    monkeypatch.setitem(STAGES, "ranks", (lambda day: ("third",), run))
+    day.stages = ("smoke", "ranks")
     day.main()
-    assert calls == ["smoke", "quality", "ranks"]  # one that fails stops nothing
-    monkeypatch.setitem(STAGES, "quality", stage("quality"))
+    assert calls == ["first", "second", "third"]  # one that fails stops nothing
+    (file,) = day.results_dir.glob("gpu_*.json")
+    assert "| smoke | second failed | SystemExit: no room |" in as_table(json.loads(file.read_text()))
+    failing.clear()
     day.main()
-    assert calls[3:] == ["quality"]
+    assert calls[3:] == ["second"]
     day.again = ("ranks",)
     day.main()
-    assert calls[4:] == ["ranks"]
-    (file,) = day.results_dir.glob("gpu_*.json")
-    assert "| quality | figure | 1 |" in as_table(json.loads(file.read_text()))
+    assert calls[4:] == ["third"]
+    day.again, day.stop_after = ("smoke",), -1.0
+    day.main()
+    assert len(calls) == 5
+    assert "| smoke | second | figure 1, minutes 0.0 |" in as_table(json.loads(file.read_text()))
