@@ -19,6 +19,8 @@ from benchmarks.recipes import configured
 from benchmarks.render import fastest, products
 from r2l_nerfstudio.distillation.pipeline import DistillationPipeline
 from r2l_nerfstudio.engines.cache import device_name
+from r2l_nerfstudio.engines.protocol import DTYPES, Precision
+from r2l_nerfstudio.engines.torch_engine import is_bf16_fast
 
 ON_CPU = {"r2l": 8192, "r2l-lite": 4096, "mobile-r2l": 1 << 18, "mobile-r2l-lite": 8192}
 """Pixels per iteration on a CPU; a GPU uses the method's own."""
@@ -74,7 +76,9 @@ class Train:
         bundle = pipeline.datamanager.next_batch(0).ray_bundle
         encoded = pipeline.model.encode(bundle.origins, bundle.directions)
         shapes = products(pipeline.model.network, encoded.flatten(0, -2).detach())
-        bare = BareStep(shapes, torch.bfloat16, pipeline.model.volume is not None, device)
+        precision: Precision = "bf16" if pipeline.config.bf16 and is_bf16_fast(device) else "fp32"
+        learns_encoding = pipeline.model.volume is not None or pipeline.model.composited is not None
+        bare = BareStep(shapes, DTYPES[precision], learns_encoding, device)
         calls: dict[str, Callable[[], Any]] = {
             "whole": step,
             "batch": lambda: pipeline.datamanager.next_batch(0),
@@ -90,6 +94,7 @@ class Train:
             taken = fastest(calls, self.seconds, device)
         found = {
             "method": method,
+            "precision": precision,
             "pixels_per_step": pipeline.config.datamanager.train_num_rays_per_batch,
             "gflop_per_step": round(bare.flops / 1e9, 1),
             **{f"{name}_ms": round(ms, 1) for name, ms in taken.items()},
@@ -203,16 +208,19 @@ def as_markdown(figures: dict[str, Any]) -> str:
         "",
         f"`python -m benchmarks train`, torch {figures['torch']}, one run:"
         " the fastest call of many in turns, in milliseconds.",
-        "*Bare* is `torch.matmul` in bf16 for the forward and backward pass of the network's layers at their own shapes;",
+        "*Bare* is `torch.matmul` for the forward and backward pass of the network's layers at their own shapes, in the",
+        "training's precision (fp32 where the machine has no bf16 arithmetic);",
         "*published* a re-creation of the public loop on the same network and batch.",
         "",
-        "| method | pixels a step | whole step | batch | encoding | optimizers | bare | bare / whole | published | ratio |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "| method | precision | pixels a step | whole step | batch | encoding | optimizers | bare | bare / whole"
+        " | published | ratio |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in figures["students"]:
         published = f"{row['published_ms']:g} | {row['published_over_ours']:g}x" if "published_ms" in row else "| "
         lines.append(
-            f"| {row['method']} | {row['pixels_per_step']} | {row['whole_ms']:g} | {row['batch_ms']:g} |"
+            f"| {row['method']} | {row['precision']} | {row['pixels_per_step']} | {row['whole_ms']:g} |"
+            f" {row['batch_ms']:g} |"
             f" {row['encoding_ms']:g} | {row['optimizers_ms']:g} | {row['bare_ms']:g} | {row['share_of_bare']:.0%} |"
             f" {published} |"
         )
