@@ -190,7 +190,7 @@ class WebRenderer:
         fill_ball(model)
         student = Student(model, method)
         cameras = ring_of_cameras(self.side, focal)
-        with model.network_run_by(lambda code: model.network(code)):
+        with model.network_run_by(lambda encoded: model.network(encoded)):
             export_web(student, cameras, None, folder, PageOptions(method))
         write_web_graph(student, "fp32", folder / "student.onnx")
         (folder / RUNTIME).mkdir()
