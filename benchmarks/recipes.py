@@ -477,32 +477,46 @@ def as_table(figures: dict[str, Any]) -> str:
 
 
 def ratios(figures: dict[str, Any]) -> list[str]:
-    """Time for our recipe to reach the PSNR of the published recipe, on the small and on the published network."""
+    """Time until our recipe was first measured at the PSNR that the published recipe ends with, on the small and on the
+    published network."""
     of = {
         name: sorted((row for row in figures["rows"].values() if row["recipe"] == name), key=lambda row: row["seconds"])
         for name in COMPARED
     }
 
-    def at_end(row: dict[str, Any], what: str) -> float:
-        return mean(points[-1][what] for points in row["seeds"].values())
-
     lines = []
     for name in ("paper", PUBLISHED):
         if not (of[name] and of["ours"]):
             continue
-        longest = of[name][-1]
-        goal = at_end(longest, "psnr")
+        goal = mean_curve(of[name][-1])[-1]
+        points = [point for row in of["ours"] for point in mean_curve(row)]
+        reached = min(
+            (point for point in points if point.psnr >= goal.psnr), key=lambda point: point.seconds, default=None
+        )
+        best = reached or mean_curve(of["ours"][-1])[-1]
         what = "The published recipe" + (" on the published network" if name == PUBLISHED else "")
-        reached = [row for row in of["ours"] if at_end(row, "psnr") >= goal]
-        best = reached[0] if reached else of["ours"][-1]
-        line = f"{what} has {goal:.2f} dB after {longest['seconds']:g} s; ours has {at_end(best, 'psnr'):.2f} dB after"
-        line += f" {best['seconds']:g} s"
+        line = f"{what} has {goal.psnr:.2f} dB after {goal.seconds:.0f} s; ours has {best.psnr:.2f} dB after"
+        line += f" {best.seconds:.0f} s"
         if reached:
-            fewer = at_end(longest, "rays") / at_end(best, "rays")
-            line += f": {longest['seconds'] / best['seconds']:.0f} times less time,"
+            fewer = goal.rays / reached.rays
+            line += f": {goal.seconds / reached.seconds:.0f} times less time,"
             line += f" {fewer:.{int(fewer < 10)}f} times fewer pixels"
         lines.append(line + ".")
     return lines
+
+
+def mean_curve(row: dict[str, Any]) -> list[Point]:
+    """Return the learning curve of a recipe, averaged over its seeds."""
+    curves = [[Point(**point) for point in points] for points in row["seeds"].values()]
+    return [
+        Point(
+            mean(point.seconds for point in points),
+            round(mean(point.steps for point in points)),
+            round(mean(point.rays for point in points)),
+            mean(point.psnr for point in points),
+        )
+        for points in zip(*curves, strict=True)
+    ]
 
 
 def draw_curves(figures: dict[str, Any], file: Path) -> None:
