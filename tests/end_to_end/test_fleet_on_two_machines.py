@@ -198,9 +198,14 @@ def test_ctrl_c_stops_the_commands_and_the_same_fleet_continues(tmp_path: Path, 
     end = time.monotonic() + 120
     while ran(tmp_path).total() < 2 and time.monotonic() < end and process.poll() is None:
         time.sleep(0.2)
-    commands = [p for p in psutil.process_iter(["cmdline"]) if "sleep-once" in shlex.join(p.info["cmdline"] or ())]
+    running = ((each, shlex.join(each.info["cmdline"] or ())) for each in psutil.process_iter(["cmdline"]))
+    commands = [each for each, call in running if "sleep-once" in call and str(tmp_path) in call]
     process.send_signal(signal.SIGINT)
-    said, _ = process.communicate(timeout=60)
+    try:
+        said, _ = process.communicate(timeout=180)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        raise
     assert process.returncode == 130, said
     assert "Interrupted. The same command continues." in said and "0 of 4 stages done" in said
     assert len(commands) == 2
