@@ -18,7 +18,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from nerfstudio.utils.rich_utils import CONSOLE
@@ -95,7 +95,7 @@ class GpuDay:
         if file.exists():
             figures = json.loads(file.read_text())
         began = time.monotonic()
-        for stage, part in [(name, part) for name in self.stages for part in STAGES[name][0](self)]:
+        for stage, part in [(name, part) for name in self.stages for part in STAGES[name].parts(self)]:
             kept = figures["stages"].setdefault(stage, {})
             if part in kept and stage not in self.again and "error" not in kept[part]:
                 continue
@@ -105,7 +105,7 @@ class GpuDay:
                 break
             CONSOLE.print(f"{stage}, {part} …")
             try:
-                found = STAGES[stage][1](self, device, part)
+                found = STAGES[stage].run(self, device, part)
             except (Exception, SystemExit) as error:  # A failed part must not stop the next ones.
                 found = {"error": f"{type(error).__name__}: {error}", "traceback": traceback.format_exc()[-2000:]}
             kept[part] = {**found, "minutes": round((time.monotonic() - start) / 60, 2)}
@@ -272,16 +272,23 @@ def _rank(rank: int, port: int, device: str, folder: Path) -> None:
     torch.distributed.destroy_process_group()
 
 
-Parts = Callable[[GpuDay], tuple[str, ...]]
-STAGES: dict[str, tuple[Parts, Callable[[GpuDay, str, str], dict[str, Any]]]] = {
-    "smoke": (lambda day: day.methods, smoke),
-    "quality": (lambda day: ("teacher", *day.methods), quality),
-    "teachers": (lambda day: tuple(CUDA_TEACHERS), teachers),
-    "engines": (lambda day: tuple(str(side) for side in day.sides), engines),
-    "viewer": (lambda day: ("browser",), viewer),
-    "ranks": (lambda day: ("two",), ranks),
+class Stage(NamedTuple):
+    """A stage of the measurements."""
+
+    parts: Callable[[GpuDay], tuple[str, ...]]
+    """Names of its parts, in their order."""
+    run: Callable[[GpuDay, str, str], dict[str, Any]]
+    """Return the figures of one part; arguments: options, device, name of the part."""
+
+
+STAGES: dict[str, Stage] = {
+    "smoke": Stage(lambda day: day.methods, smoke),
+    "quality": Stage(lambda day: ("teacher", *day.methods), quality),
+    "teachers": Stage(lambda day: tuple(CUDA_TEACHERS), teachers),
+    "engines": Stage(lambda day: tuple(str(side) for side in day.sides), engines),
+    "viewer": Stage(lambda day: ("browser",), viewer),
+    "ranks": Stage(lambda day: ("two",), ranks),
 }
-"""Parts of each stage, and what runs one of them."""
 
 
 def as_table(figures: dict[str, Any]) -> str:

@@ -6,9 +6,9 @@ import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-ZIP_ERRORS = (zipfile.BadZipFile, ValueError, EOFError, NotImplementedError, RuntimeError)
-"""What `zipfile` raises for a file that is no whole archive: NotImplementedError for an unknown compression or version,
-RuntimeError for an encrypted part."""
+ZIP_ERRORS = (zipfile.BadZipFile, ValueError, EOFError, RuntimeError)
+"""What `zipfile` raises for a file that is no whole archive: RuntimeError for an encrypted part, an unknown compression or
+version."""
 
 
 class InputError(Exception):

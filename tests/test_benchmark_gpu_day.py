@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import gpu_day
-from benchmarks.gpu_day import STAGES, GpuDay, as_table
+from benchmarks.gpu_day import STAGES, GpuDay, Stage, as_table
 from r2l_nerfstudio.distillation import pipeline
 from r2l_nerfstudio.errors import InputError
 
@@ -70,8 +70,8 @@ def test_goes_on_with_the_first_part_that_has_no_figures(day: GpuDay, monkeypatc
             raise SystemExit("no room")
         return {"figure": 1}
 
-    monkeypatch.setitem(STAGES, "smoke", (lambda day: ("first", "second"), run))
-    monkeypatch.setitem(STAGES, "ranks", (lambda day: ("third",), run))
+    monkeypatch.setitem(STAGES, "smoke", Stage(lambda day: ("first", "second"), run))
+    monkeypatch.setitem(STAGES, "ranks", Stage(lambda day: ("third",), run))
     day.stages = ("smoke", "ranks")
     day.main()
     assert calls == ["first", "second", "third"]  # one that fails stops nothing

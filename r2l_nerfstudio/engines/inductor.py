@@ -67,7 +67,7 @@ def _compiled(spec: BuildSpec, file: Path) -> Path:
     sizes: dict[int, torch.export.Dim] | None = None
     fixed: nn.Module = FixedNetwork(network, spec.precision)
     if reads_ray_image(network):
-        # Codes are in this memory order; transposing them would take as long as a layer.
+        # Encoded rays are in this memory order; transposing them would take as long as a layer.
         fixed = RowsLast(fixed)
         example = torch.zeros(1, 64, 72, in_dim(network), device=device, dtype=torch.float32)
         sizes = {axis: torch.export.Dim(name, min=2, max=_MOST_CELLS) for axis, name in ((1, "rows"), (2, "columns"))}

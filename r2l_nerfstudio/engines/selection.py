@@ -105,7 +105,7 @@ class SelectionJob:
     """A copy that is not being trained, in fp32 and evaluation mode."""
     device: torch.device
     probe: Float[Tensor, "*encoded"]
-    """Code to compare engines on."""
+    """Encoded rays to compare engines on."""
     shape: tuple[int, ...]
     """Shape of a frame's encoded rays, or of the part that the network reads at a time."""
     cache_folder: Path | None

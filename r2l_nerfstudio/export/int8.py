@@ -184,7 +184,7 @@ def quantize(network: Path, output: Path, encoded_rays: list[Float[np.ndarray, "
     """
     from onnxruntime import quantization
 
-    class Codes(quantization.CalibrationDataReader):
+    class EncodedCameras(quantization.CalibrationDataReader):
         def __init__(self) -> None:
             self.left = iter([{"encoded": encoded} for encoded in encoded_rays])
 
@@ -195,7 +195,7 @@ def quantize(network: Path, output: Path, encoded_rays: list[Float[np.ndarray, "
         quantization.quantize_static(
             network,
             output,
-            Codes(),
+            EncodedCameras(),
             quant_format=quantization.QuantFormat.QDQ,
             per_channel=True,
             activation_type=quantization.QuantType.QUInt8,

@@ -32,7 +32,7 @@ MEMORY_FACTOR = 4
 class PublishedNetwork:
     """A published network, checked.
 
-    Codes in the published order hold, for each coordinate of each point, L sines, L cosines and the coordinate itself.
+    Encodings in the published order hold, for each coordinate of each point, L sines, L cosines and the coordinate itself.
     """
 
     path: Path
