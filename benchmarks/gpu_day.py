@@ -6,6 +6,7 @@ without figures.
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import json
 import math
@@ -18,18 +19,20 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, cast, get_args
 
 import torch
 from nerfstudio.utils.rich_utils import CONSOLE
 
-from benchmarks.curve import Curve
+from benchmarks.curve import CaptureName, Curve
+from benchmarks.distil import CAPTURES
 from benchmarks.render import Render, fastest, results_stem, student
 from r2l_nerfstudio.engines.cache import device_name
 from r2l_nerfstudio.engines.parity import psnr
 from r2l_nerfstudio.engines.protocol import EngineName
 from r2l_nerfstudio.engines.torch_engine import TorchEngine
 from r2l_nerfstudio.errors import InputError
+from r2l_nerfstudio.lpips import without_lpips
 from r2l_nerfstudio.planning.cost import StudentWork, student_cost
 
 StageName = Literal["smoke", "quality", "teachers", "engines", "viewer", "ranks"]
@@ -37,9 +40,8 @@ METHODS = ("r2l", "mobile-r2l", "r2l-lite", "mobile-r2l-lite")
 ENGINES: tuple[EngineName, ...] = ("torch", "inductor", "triton", "tensorrt", "torch-tensorrt")
 SIDES = (400, 800, 1440)
 """The last has as many pixels as 1920x1080."""
-CUDA_TEACHERS = {"instant-ngp": "tinycudann", "splatfacto": "gsplat"}
-TEACHER_ITERATIONS = 15_000
-"""Of nerfacto: half of Nerfstudio's default, to stay below eight minutes."""
+CUDA_TEACHERS = {"instant-ngp": "nerfacc", "splatfacto": "gsplat"}
+"""Methods of Nerfstudio that run on a GPU only, and the package of their CUDA code."""
 PARITY_DB = 60.0
 """Between fp32 on a CPU and on a GPU."""
 
@@ -50,15 +52,23 @@ class GpuDay:
     viewer, ranks."""
 
     data_dir: Path
-    """Folder that holds lego_400."""
+    """Folder that holds lego_400, and the other captures to measure."""
     stages: tuple[StageName, ...] = get_args(StageName)
     """Stages to run, in this order."""
     methods: tuple[str, ...] = METHODS
     """Methods to measure."""
-    minutes: float = 20.0
-    """Training time of all methods together in the stage `quality`."""
+    minutes: float = 5.0
+    """Training time of each student in the stages `quality` and `teachers`, teacher views included."""
+    captures: tuple[CaptureName, ...] = ("lego",)
+    """Captures of the stage `quality`."""
     teacher: Path | None = None
-    """The teacher's run; by default, a nerfacto of default size is trained on lego."""
+    """The teacher's run in the stage `quality`; by default, a nerfacto of default size is trained."""
+    teacher_iterations: int = 15_000
+    """Of nerfacto; half of Nerfstudio's default."""
+    cuda_teachers: tuple[str, ...] = tuple(CUDA_TEACHERS)
+    """Teachers of the stage `teachers`."""
+    cuda_teacher_iterations: int = 7_000
+    """Of each teacher in the stage `teachers`."""
     view_size: int = 800
     """Side of the teacher views of the stage `smoke`, in pixels."""
     sides: tuple[int, ...] = SIDES
@@ -167,44 +177,46 @@ def _step(method: str, day: GpuDay, device: str) -> dict[str, Any]:
 
 
 def quality(day: GpuDay, device: str, part: str) -> dict[str, Any]:
-    """Train the teacher of lego at 400x400, or measure a method's learning curve and test PSNR there."""
-    curve = Curve(
-        capture="lego",
-        data_dir=day.data_dir,
-        teacher=day.teacher,
-        teacher_iterations=TEACHER_ITERATIONS,
-        minutes=day.minutes / len(day.methods),
-        cache_dir=day.output_dir / "views",
-        output_dir=day.output_dir,
-        results_dir=day.results_dir / "gpu_curves",
-    )
-    if part == "teacher":
+    """Train the teacher of a capture, or measure a method's learning curve and test PSNR there, at the capture's
+    resolution."""
+    capture, method = part.split(" ")
+    curve = _curve(day, cast(CaptureName, capture), "", day.teacher)
+    if method == "teacher":
         return {"run": str(day.teacher or curve.train_teacher())}
-    curve.method = part
-    curve.main()
+    curve.method = method
     return _curve_figures(curve)
 
 
-def teachers(day: GpuDay, device: str, method: str) -> dict[str, Any]:
-    """Distil an instant-ngp or a splatfacto into an `r2l-lite`, if its extension is installed."""
-    package = CUDA_TEACHERS[method]
+def teachers(day: GpuDay, device: str, part: str) -> dict[str, Any]:
+    """Train an instant-ngp or a splatfacto, or distil it into an `r2l-lite`, if its CUDA code is installed."""
+    teacher, method = part.split(" ")
+    package = CUDA_TEACHERS[teacher]
     if device != "cuda" or importlib.util.find_spec(package) is None:
         return {"skipped": "needs a GPU" if device != "cuda" else f"{package} is not installed"}
-    curve = Curve(
-        capture="lego",
-        data_dir=day.data_dir,
-        teacher=_train_teacher(day, method),
-        method="r2l-lite",
-        minutes=2.0,
-        output_dir=day.output_dir / method,
-        results_dir=day.results_dir / "gpu_curves" / method,
-    )
-    curve.main()
+    run = _train_teacher(day, teacher)
+    if method == "teacher":
+        return {"run": str(run)}
+    curve = _curve(day, "lego", teacher, run)
+    curve.method = method
     return _curve_figures(curve)
+
+
+def _curve(day: GpuDay, capture: CaptureName, folder: str, teacher: Path | None) -> Curve:
+    return Curve(
+        capture=capture,
+        data_dir=day.data_dir,
+        teacher=teacher,
+        teacher_iterations=day.teacher_iterations,
+        minutes=day.minutes,
+        cache_dir=day.output_dir / "views",
+        output_dir=day.output_dir / folder,
+        results_dir=day.results_dir / "gpu_curves" / folder,
+    )
 
 
 def _curve_figures(curve: Curve) -> dict[str, Any]:
-    figures = json.loads((curve.results_dir / f"curve_lego_{curve.method}.json").read_text())
+    curve.main()
+    figures = json.loads((curve.results_dir / f"curve_{curve.capture}_{curve.method}.json").read_text())
     return {
         key: figures.get(key)
         for key in ("student_psnr", "teacher_psnr", "published_test_psnr", "minutes")
@@ -213,16 +225,20 @@ def _curve_figures(curve: Curve) -> dict[str, Any]:
 
 
 def _train_teacher(day: GpuDay, method: str) -> Path:
-    run = day.output_dir / "lego" / method / "gpu_day"
-    if not any((run / "nerfstudio_models").glob("*.ckpt")):
-        command = [
-            *(sys.executable, "-m", "nerfstudio.scripts.train", method, "--output-dir", str(day.output_dir)),
-            *("--experiment-name", "lego", "--timestamp", "gpu_day", "--vis", "tensorboard"),
-            *("--viewer.quit-on-train-completion", "True", "--max-num-iterations", "5000"),
-            *("blender-data", "--data", str(day.data_dir / "lego_400")),
-        ]
-        subprocess.run(command, check=True, timeout=420)
-    return run / "config.yml"
+    from nerfstudio.configs.method_configs import all_methods
+    from nerfstudio.scripts.train import main
+
+    config = copy.deepcopy(all_methods[method])
+    config.output_dir, config.experiment_name, config.timestamp = day.output_dir, "lego", "gpu_day"
+    config.max_num_iterations = day.cuda_teacher_iterations
+    config.vis = "tensorboard"
+    config.viewer.quit_on_train_completion = True
+    lego = CAPTURES["lego"]
+    cast(Any, config.pipeline.datamanager).dataparser = lego.dataparser(day.data_dir / lego.folder)
+    if not any(config.get_checkpoint_dir().glob("*.ckpt")):
+        with without_lpips():
+            main(config)
+    return config.get_base_dir() / "config.yml"
 
 
 def engines(day: GpuDay, device: str, side: str) -> dict[str, Any]:
@@ -283,8 +299,12 @@ class Stage(NamedTuple):
 
 STAGES: dict[str, Stage] = {
     "smoke": Stage(lambda day: day.methods, smoke),
-    "quality": Stage(lambda day: ("teacher", *day.methods), quality),
-    "teachers": Stage(lambda day: tuple(CUDA_TEACHERS), teachers),
+    "quality": Stage(
+        lambda day: tuple(f"{capture} {part}" for capture in day.captures for part in ("teacher", *day.methods)), quality
+    ),
+    "teachers": Stage(
+        lambda day: tuple(f"{teacher} {part}" for teacher in day.cuda_teachers for part in ("teacher", "r2l-lite")), teachers
+    ),
     "engines": Stage(lambda day: tuple(str(side) for side in day.sides), engines),
     "viewer": Stage(lambda day: ("browser",), viewer),
     "ranks": Stage(lambda day: ("two",), ranks),

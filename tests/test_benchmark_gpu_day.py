@@ -41,7 +41,7 @@ def test_all_stages_but_training(day: GpuDay) -> None:
     assert not [figures["error"] for parts in found.values() for figures in parts.values() if "error" in figures]
     smoke = found["smoke"]["r2l-lite"]
     assert smoke["agrees"] and smoke["step_ms"] > 0 and smoke["planned_step_gib"] > 0
-    assert found["teachers"]["splatfacto"]["skipped"] == "needs a GPU"
+    assert found["teachers"]["splatfacto r2l-lite"]["skipped"] == "needs a GPU"
     (engines,) = found["engines"]["16"]["rows"]
     assert {row["engine"] for row in engines["engines"]} == {"torch"}
     assert found["viewer"]["browser"]["passed"]
@@ -52,11 +52,11 @@ def test_all_stages_but_training(day: GpuDay) -> None:
 def test_learning_curves(day: GpuDay, monkeypatch: pytest.MonkeyPatch) -> None:
     # A teacher of 30 iterations is too blurred to be told from one in another frame.
     monkeypatch.setattr(pipeline, "check_frame", lambda *_: None)
-    assert gpu_day.quality(day, "cpu", "teacher") == {"run": str(day.teacher)}
-    found = gpu_day.quality(day, "cpu", "r2l-lite")
+    assert gpu_day.quality(day, "cpu", "lego teacher") == {"run": str(day.teacher)}
+    found = gpu_day.quality(day, "cpu", "lego r2l-lite")
     assert found["student_psnr"] > 5 and found["teacher_psnr"] > 5
     with pytest.raises(InputError, match="is a finished curve"):
-        gpu_day.quality(day, "cpu", "r2l-lite")
+        gpu_day.quality(day, "cpu", "lego r2l-lite")
 
 
 def test_goes_on_with_the_first_part_that_has_no_figures(day: GpuDay, monkeypatch: pytest.MonkeyPatch) -> None:

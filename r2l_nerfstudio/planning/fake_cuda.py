@@ -16,6 +16,7 @@ from unittest import mock
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses import fake_tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 
@@ -51,6 +52,8 @@ def fake_cuda(total_bytes: int = 80 << 30) -> Iterator[FakeTensorMode]:
         "torch.nn.Module._apply": _apply,
         "torch._subclasses.fake_tensor.FakeTensor.__deepcopy__": _copied,
     }
+    if hasattr(fake_tensor, "init_gpu_context"):  # Before PyTorch 2.12, it believes `is_available`.
+        replaced["torch._subclasses.fake_tensor.init_gpu_context"] = lambda _: None
     with ExitStack() as stack:
         for name, value in replaced.items():
             stack.enter_context(mock.patch(name, value))
