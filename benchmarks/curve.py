@@ -23,10 +23,12 @@ from r2l_nerfstudio.distillation.learning_curve import HELD_OUT
 from r2l_nerfstudio.engines.cache import device_name
 from r2l_nerfstudio.errors import InputError
 from r2l_nerfstudio.lpips import without_lpips
+from r2l_nerfstudio.scripts.contact_sheet import contact_sheet
 
 CaptureName = Literal["lego", "fern", "fox"]
 PUBLISHED = {"r2l": {"lego": 32.53, "fern": 26.87}}
-"""PSNR in dB on test views as the papers' code reports it for single captures; R2L's teachers have 31.42 on lego, 26.86 on fern."""
+"""PSNR in dB on test views as the papers' code reports it for single captures; R2L's teachers have 31.42 on lego, and
+26.86 on fern."""
 MARK = HELD_OUT
 STEPS_PER_EVAL = {"cuda": 100, "cpu": 20}
 """Iterations between measurements on the held-out views."""
@@ -51,6 +53,8 @@ class Curve:
     """Total minutes of the student's training, including teacher views."""
     slice_minutes: float | None = None
     """Stop this call after this many minutes, with everything saved."""
+    rays: int | None = None
+    """Pixels per iteration of the student; by default the method's own."""
     scale: float = 1.0
     """Resolution, as a share of the capture's."""
     test_views: int = 25
@@ -63,7 +67,7 @@ class Curve:
     """Folder of the figures."""
 
     def main(self) -> None:
-        """Run a slice; write `curve_CAPTURE_METHOD.{json,png}`."""
+        """Run a slice; write `curve_CAPTURE_METHOD.{json,png}`, and at the end `curve_CAPTURE_METHOD_views.png`."""
         from nerfstudio.configs.method_configs import all_methods
         from nerfstudio.scripts.train import main
 
@@ -80,6 +84,8 @@ class Curve:
         device = config.machine.device_type if torch.cuda.is_available() else "cpu"
         config.pipeline.steps_per_eval_held_out = STEPS_PER_EVAL[device]
         config.pipeline.datamanager.cache_dir = self.cache_dir
+        if self.rays is not None:
+            config.pipeline.datamanager.train_num_rays_per_batch = self.rays
         folder = config.get_base_dir()
         figures_file = self.results_dir / f"curve_{self.capture}_{self.method}.json"
         if figures_file.exists() and "student_psnr" in json.loads(figures_file.read_text()):
@@ -105,12 +111,16 @@ class Curve:
             "method": self.method,
             "device": device_name(torch.device("cuda" if torch.cuda.is_available() else "cpu")),
             "minutes": self.minutes,
+            "rays_per_iteration": config.pipeline.datamanager.train_num_rays_per_batch,
             "published_test_psnr": PUBLISHED.get(self.method, {}).get(self.capture),
             "curve": read_curve(folder, self.minutes),
         }
-        if done >= 1.0:
-            figures |= measure(folder / "config.yml", teacher, self.test_views)[0]
         self.results_dir.mkdir(parents=True, exist_ok=True)
+        if done >= 1.0:
+            measured, rows = measure(folder / "config.yml", teacher, self.test_views)
+            figures |= measured
+            sheet = contact_sheet(rows, ["teacher", "student", "difference x4"])
+            sheet.save(figures_file.with_name(f"{figures_file.stem}_views.png"))
         figures_file.write_text(json.dumps(figures, indent=1) + "\n")
         draw(figures, figures_file.with_suffix(".png"))
         CONSOLE.print(

@@ -1,4 +1,4 @@
-"""Measurements that need a GPU, in resumable stages, the most valuable first. NOT VERIFIED on a GPU.
+"""Measurements that need a GPU, in resumable stages, the most valuable first.
 
 Each part of a stage, a few minutes long, writes its figures when it ends; the next call continues with the first part
 without figures.
@@ -42,6 +42,11 @@ SIDES = (400, 800, 1440)
 """The last has as many pixels as 1920x1080."""
 CUDA_TEACHERS = {"instant-ngp": "nerfacc", "splatfacto": "gsplat"}
 """Methods of Nerfstudio that run on a GPU only, and the package of their CUDA code."""
+CURVE_FIGURES = (
+    "student_psnr", "teacher_psnr", "published_test_psnr", "student_ssim", "teacher_ssim", "student_share_of_teacher_detail",
+    "student_psnr_against_teacher_unseen", "student_lowest_psnr_between_sizes", "student_seconds_per_frame",
+    "teacher_seconds_per_frame", "student_train_rays_per_second", "rays_per_iteration",
+)  # fmt: skip
 PARITY_DB = 60.0
 """Between fp32 on a CPU and on a GPU."""
 
@@ -59,6 +64,8 @@ class GpuDay:
     """Methods to measure."""
     minutes: float = 5.0
     """Training time of each student in the stages `quality` and `teachers`, teacher views included."""
+    rays: int | None = None
+    """Pixels per iteration of the students; by default the method's own."""
     captures: tuple[CaptureName, ...] = ("lego",)
     """Captures of the stage `quality`."""
     teacher: Path | None = None
@@ -208,6 +215,7 @@ def _curve(day: GpuDay, capture: CaptureName, folder: str, teacher: Path | None)
         teacher=teacher,
         teacher_iterations=day.teacher_iterations,
         minutes=day.minutes,
+        rays=day.rays,
         cache_dir=day.output_dir / "views",
         output_dir=day.output_dir / folder,
         results_dir=day.results_dir / "gpu_curves" / folder,
@@ -217,11 +225,7 @@ def _curve(day: GpuDay, capture: CaptureName, folder: str, teacher: Path | None)
 def _curve_figures(curve: Curve) -> dict[str, Any]:
     curve.main()
     figures = json.loads((curve.results_dir / f"curve_{curve.capture}_{curve.method}.json").read_text())
-    return {
-        key: figures.get(key)
-        for key in ("student_psnr", "teacher_psnr", "published_test_psnr", "minutes")
-        if figures.get(key) is not None
-    }
+    return {key: figures[key] for key in CURVE_FIGURES if figures.get(key) is not None}
 
 
 def _train_teacher(day: GpuDay, method: str) -> Path:
@@ -300,10 +304,12 @@ class Stage(NamedTuple):
 STAGES: dict[str, Stage] = {
     "smoke": Stage(lambda day: day.methods, smoke),
     "quality": Stage(
-        lambda day: tuple(f"{capture} {part}" for capture in day.captures for part in ("teacher", *day.methods)), quality
+        lambda day: tuple(f"{capture} {part}" for capture in day.captures for part in ("teacher", *day.methods)),
+        quality,
     ),
     "teachers": Stage(
-        lambda day: tuple(f"{teacher} {part}" for teacher in day.cuda_teachers for part in ("teacher", "r2l-lite")), teachers
+        lambda day: tuple(f"{teacher} {part}" for teacher in day.cuda_teachers for part in ("teacher", "r2l-lite")),
+        teachers,
     ),
     "engines": Stage(lambda day: tuple(str(side) for side in day.sides), engines),
     "viewer": Stage(lambda day: ("browser",), viewer),

@@ -186,7 +186,7 @@ def _load(path: Path, device: torch.device | str | None, step: int | None, engin
         )
 
     check_size(build, config_path, most=checkpoint.stat().st_size)
-    model = build()
+    model = build().to(device)  # before its weights: loading compiles what their device needs
     check_fit(model, weights, checkpoint, "student")
     try:
         model.update_to_step(trained_step)
@@ -198,7 +198,7 @@ def _load(path: Path, device: torch.device | str | None, step: int | None, engin
             f" ({one_line(error)}): a run's config.yml goes with its own checkpoints; restore both from one copy."
         ) from error
     _check_scene(model, checkpoint)
-    model = model.to(device).eval().requires_grad_(False)
+    model.eval().requires_grad_(False)
     split = model.teacher_split
     split.teacher_path, split.device = getattr(config.pipeline, "teacher", None), device
     split.teacher_time = getattr(config.pipeline, "teacher_time", None)

@@ -15,7 +15,7 @@ from torch import Tensor
 from versions import needs_half_on_cpu
 
 from r2l_nerfstudio.engines import torch_engine
-from r2l_nerfstudio.engines.cuda_graph import KEPT, CudaGraphs
+from r2l_nerfstudio.engines.cuda_graph import _CAPTURING, KEPT, CudaGraphs
 from r2l_nerfstudio.engines.torch_engine import TorchEngine
 from r2l_nerfstudio.psnr import psnr
 
@@ -90,7 +90,7 @@ def wait_for(condition) -> None:
 
 
 def settle(graphs: CudaGraphs, shape: tuple[int, ...]) -> None:
-    wait_for(lambda: graphs._free.get(shape) and not graphs._capturing.locked())
+    wait_for(lambda: graphs._free.get(shape) and not _CAPTURING.locked())
 
 
 def test_the_first_call_is_eager_and_later_ones_replay(gpu):
@@ -124,7 +124,7 @@ def test_a_failed_graph_capture_falls_back_to_eager_calls(gpu, trouble: str):
     graphs = CudaGraphs(cuda.run, CPU)
     read = torch.rand(4, 2)
     graphs(read)
-    wait_for(lambda: graphs.has_failed and not graphs._capturing.locked())
+    wait_for(lambda: graphs.has_failed and not _CAPTURING.locked())
     eager, replays = cuda.eager, cuda.replays
     for _ in range(3):
         assert torch.equal(graphs(read), 3 * read)
@@ -153,7 +153,7 @@ def test_threads_do_not_replay_a_graph_at_once(gpu):
     for thread in threads:
         thread.join()
     assert not wrong
-    wait_for(lambda: not graphs._capturing.locked())
+    wait_for(lambda: not _CAPTURING.locked())
     assert not graphs.has_failed
 
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, cast
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 from torch.nn import Parameter
 
@@ -52,31 +53,44 @@ class Muon(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
-            lr, momentum = group["lr"], group["momentum"]
+            by_shape: dict[torch.Size, list[Tensor]] = {}
             for matrix in group["params"]:
-                if matrix.grad is None:
-                    continue
-                state = self.state[matrix]
-                if "momentum_buffer" not in state:
-                    state["momentum_buffer"] = torch.zeros_like(matrix.grad)
-                average = state["momentum_buffer"].lerp_(matrix.grad, 1 - momentum)
-                update = self.orthogonalized(matrix.grad.lerp(average, momentum), group["eps"])
-                rows, columns = matrix.shape
-                if group["adjust_lr_fn"] == "match_rms_adamw":
-                    scale = 0.2 * math.sqrt(max(rows, columns))
-                else:
-                    scale = math.sqrt(max(1.0, rows / columns))
-                matrix.mul_(1 - lr * group["weight_decay"])
-                matrix.add_(update, alpha=-lr * scale)
+                if matrix.grad is not None:
+                    by_shape.setdefault(matrix.shape, []).append(matrix)
+            for matrices in by_shape.values():
+                self._update(group, matrices)
         return loss
 
-    def orthogonalized(self, matrix: Tensor, eps: float) -> Tensor:
-        """Return a matrix with the singular vectors of `matrix` [rows, columns] and singular values near 1."""
+    def _update(self, group: dict[str, Any], matrices: list[Tensor]) -> None:
+        # All of a shape at once: one by one, launching their kernels took 56 ms of an `r2l`'s step of 98 ms on an H100.
+        lr, momentum = group["lr"], group["momentum"]
+        gradients = [cast(Tensor, matrix.grad) for matrix in matrices]
+        averages = []
+        for matrix, gradient in zip(matrices, gradients, strict=True):
+            state = self.state[matrix]
+            if "momentum_buffer" not in state:
+                state["momentum_buffer"] = torch.zeros_like(gradient)
+            averages.append(state["momentum_buffer"])
+        torch._foreach_lerp_(averages, gradients, 1 - momentum)
+        updates = self.orthogonalized(torch.stack(torch._foreach_lerp(gradients, averages, momentum)), group["eps"])
+        rows, columns = matrices[0].shape
+        if group["adjust_lr_fn"] == "match_rms_adamw":
+            scale = 0.2 * math.sqrt(max(rows, columns))
+        else:
+            scale = math.sqrt(max(1.0, rows / columns))
+        torch._foreach_mul_(matrices, 1 - lr * group["weight_decay"])
+        torch._foreach_add_(matrices, [*updates.to(matrices[0].dtype).unbind()], alpha=-lr * scale)
+
+    def orthogonalized(
+        self, matrices: Float[Tensor, "matrices rows columns"], eps: float
+    ) -> Float[Tensor, "matrices rows columns"]:
+        """Return matrices with the same singular vectors and singular values near 1."""
         a, b, c = self.COEFFICIENTS
-        tall = matrix.shape[0] > matrix.shape[1]
-        x = (matrix.T if tall else matrix).to(torch.bfloat16 if is_bf16_fast(matrix.device) else torch.float32)
-        x = x / x.norm().clamp(min=eps)
+        tall = matrices.shape[1] > matrices.shape[2]
+        x = matrices.mT if tall else matrices
+        x = x.to(torch.bfloat16 if is_bf16_fast(matrices.device) else torch.float32)
+        x = x / torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True).clamp(min=eps)
         for _ in range(self.ITERATIONS):
-            gram = x @ x.T
-            x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-        return x.T if tall else x
+            gram = x @ x.mT
+            x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+        return x.mT if tall else x

@@ -1,11 +1,12 @@
 """CUDA graphs: many small kernels of a network launched as one.
 
-NOT VERIFIED on a GPU: written against the documentation; its logic was tested with stand-ins for `torch.cuda`.
+Frames through them agreed with eager ones on an H100; tests use stand-ins for `torch.cuda`.
 """
 
 from __future__ import annotations
 
 import _thread
+import sys
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,6 +17,8 @@ from torch import Tensor
 
 KEPT = 6
 """Graphs kept at a time: each holds the memory of all activations of its shape."""
+_CAPTURING = threading.Lock()
+"""Held by the thread that captures: one may not begin while another is at it."""
 _WARM_UP = 3
 """Calls before a capture, in which libraries choose kernels and allocate workspaces."""
 
@@ -38,10 +41,11 @@ class CudaGraphs:
     """Call a function eagerly until a graph of it has been captured for the shape of its input; replay that graph from
     then on.
 
-    A render thread captures nothing, holds no lock and waits for nothing, since it may be interrupted at any line: it
-        takes a graph out of a list, so that no other thread can, and puts it back. If it is interrupted in between, the
-        graph is lost and another one is captured. Without a free graph, or after a failed capture, the function itself
-        is called.
+    A traced thread, like the viewer's render threads, captures nothing, holds no lock and waits for nothing, since it may be
+        interrupted at any line: it takes a graph out of a list, so that no other thread can, and puts it back. If it is
+        interrupted in between, the graph is lost and another one is captured, in a thread of its own. Any other thread
+        captures by itself: until a capture has ended, `torch.cuda.synchronize` fails in every thread. Without a free
+        graph, or after a failed capture, the function itself is called.
 
     Args:
         run: from inputs to outputs on the GPU: the same kernels at every call, without waiting for the GPU. Weights stay
@@ -54,7 +58,6 @@ class CudaGraphs:
         self._device = device
         # The newest is last. The tuple is replaced, never changed, and only by the capturing thread.
         self._free: dict[tuple[int, ...], list[_Graph]] = {}
-        self._capturing = threading.Lock()
         self.has_failed = False
 
     def __call__(self, encoded: Float[Tensor, "*encoded"]) -> Float[Tensor, "*values"]:
@@ -64,16 +67,19 @@ class CudaGraphs:
         except IndexError:  # There is none yet, or another thread has it.
             graph = None
         if graph is None:
-            if not self.has_failed and not self._capturing.locked():
-                # A single call that cannot be interrupted half-way, unlike `threading.Thread.start`.
-                _thread.start_new_thread(self._capture, (tuple(encoded.shape),))
+            if not self.has_failed and not _CAPTURING.locked():
+                if sys.gettrace() is None:
+                    self._capture(tuple(encoded.shape))
+                else:
+                    # A single call that cannot be interrupted half-way, unlike `threading.Thread.start`.
+                    _thread.start_new_thread(self._capture, (tuple(encoded.shape),))
             return self._run(encoded)
         values = graph(encoded)
         free.append(graph)
         return values
 
     def _capture(self, shape: tuple[int, ...]) -> None:
-        if not self._capturing.acquire(blocking=False):
+        if not _CAPTURING.acquire(blocking=False):
             return
         try:
             graph = self._captured(shape)
@@ -88,7 +94,7 @@ class CudaGraphs:
         except Exception:  # CUDA raises many types; eager calls continue.
             self.has_failed = True
         finally:
-            self._capturing.release()
+            _CAPTURING.release()
 
     def _captured(self, shape: tuple[int, ...]) -> _Graph:
         encoded = torch.zeros(shape, device=self._device, dtype=torch.float32)

@@ -260,5 +260,7 @@ def milliseconds(calls: Sequence[Callable[[Tensor], Any]], encoded: Tensor) -> l
 
 
 def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    if (
+        device.type == "cuda"
+    ):  # The stream's work only: another thread may be capturing a graph, which forbids the rest.
+        torch.cuda.current_stream(device).synchronize()

@@ -24,11 +24,14 @@ from r2l_nerfstudio.rays.placement import Placement, place_samples
 from r2l_nerfstudio.rays.ray_encoding import RayEncoding
 from r2l_nerfstudio.rays.ray_image import MARGIN, CellPixels
 from r2l_nerfstudio.rays.scene_grid import NEAREST, WARPS
+from r2l_nerfstudio.students import gpu_march
 from r2l_nerfstudio.students.cpu_march import MarchSpace, march
 from r2l_nerfstudio.students.sparse_volume import Composited, SparseVolume, composite, int8_rows, read_rows
 
 RAYS_AT_ONCE = 1 << 17
 """On a GPU: the points of more rays would take gigabytes, for drawing as for training."""
+RAYS_PER_LAUNCH = 1 << 20
+"""Where one kernel reads the points, which keeps nothing of them but their coordinates."""
 LEAST = 1e-4
 """Accumulation below which a ray's expected point moves to the middle of its span."""
 
@@ -129,6 +132,12 @@ class CompositedEncoding(nn.Module):
             ray = torch.zeros(1, 1, 3), torch.ones(1, 1, 3).div(3**0.5)
             with torch.no_grad():
                 self.composited(self.span(*ray))
+        else:
+            self._has_kernel()
+
+    def _has_kernel(self) -> bool:
+        rows = self.volume.rows.data  # of another type while a training is planned on fake tensors
+        return rows.device.type == "cuda" and type(rows) is Tensor and gpu_march.works(rows.device)
 
     def for_graph(self, dtype: torch.dtype) -> CompositedEncoding:
         """Return a copy in plain PyTorch operators on any device, for exporters.
@@ -228,15 +237,17 @@ class CompositedEncoding(nn.Module):
             return Composited(*found.split((self.settings.channels, 1, 1, 3), dim=-1)), is_empty
 
     def in_torch(self, span: RaySpan, jitter: bool, samples: int) -> tuple[Composited, Bool[Tensor, "groups"]]:
-        """Compute `composited` in PyTorch operators: on a GPU, and in exported graphs.
+        """Compute `composited` on a GPU, with Triton's kernels where they work, and in exported graphs.
 
-        For many rays, the backward pass recomputes what is read at the sample points instead of keeping it.
+        Without the kernels, the backward pass of many rays recomputes what is read at the sample points instead of
+            keeping it.
         """
-        at_once = max(1, RAYS_AT_ONCE // span.direction.shape[1])
+        is_fused = not self._is_graph and self._has_kernel()
+        at_once = max(1, (RAYS_PER_LAUNCH if is_fused else RAYS_AT_ONCE) // span.direction.shape[1])
         if self._is_graph or len(span.direction) <= at_once:
             return self._in_one_go(span, jitter, samples, is_kept=True)
         fields = (repeat(None) if field is None else field.split(at_once) for field in span)
-        is_kept = not torch.is_grad_enabled()
+        is_kept = is_fused or not torch.is_grad_enabled()
         parts = [self._in_one_go(RaySpan(*part), jitter, samples, is_kept) for part in zip(*fields, strict=False)]
         found = (torch.cat(values) for values in zip(*(found for found, _ in parts), strict=True))
         return Composited(*found), torch.cat([is_empty for _, is_empty in parts])
@@ -246,7 +257,9 @@ class CompositedEncoding(nn.Module):
     ) -> tuple[Composited, Bool[Tensor, "groups"]]:
         probes = self.positions(self.middles(span.origin.device))
         cells = constant(span.origin, self.volume.cells)
-        placed = place_samples(self.occupancy, span.lead_start, span.lead_step, probes, samples, cells, jitter)
+        placed = place_samples(
+            self.occupancy, span.lead_start, span.lead_step, probes, samples, cells, jitter, is_graph=self._is_graph
+        )
         is_empty = placed.is_empty if span.is_missed is None else placed.is_empty | span.is_missed
         placed = placed._replace(is_empty=is_empty)
         rows = self.volume.rows
@@ -265,6 +278,11 @@ class CompositedEncoding(nn.Module):
         distances = self.distances(span, placed.fractions)[:, None, :, None]
         points = self.occupancy.scene(span.origin[:, None] + distances * span.direction[:, :, None]).flatten(0, 1)
         if not self._is_graph:
+            if self._has_kernel():
+                sums = gpu_march.march(
+                    rows, self.volume.index, points, placed.lengths, placed.fractions, placed.is_empty
+                )
+                return Composited(*sums.split((self.settings.channels, 1, 1, 3), dim=-1))
             rows = torch.cat([rows[:1].detach(), rows[1:]])  # empty space gets no gradient
         values = read_rows(rows, self.volume.index, points)
         if self._widths is not None:

@@ -30,6 +30,7 @@ def place_samples(
     num_samples: int,
     volume_cells: Float[Tensor, "3"],
     jitter: bool = False,
+    is_graph: bool = False,
 ) -> Placement:
     """Place sample points at equal steps of the occupied part of each ray.
 
@@ -47,6 +48,7 @@ def place_samples(
         num_samples: points per ray.
         volume_cells: cells of the feature volume along x, y, z.
         jitter: draw each point at random inside its share (training), else take the middle.
+        is_graph: use only what every runtime of exported graphs has.
     """
     bins = len(probes)
     points = occupancy.scene(start[:, None] + probes[:, None] * step[:, None])
@@ -61,8 +63,11 @@ def place_samples(
     share = ends[:, -1:] / num_samples
     draws = torch.rand(len(start), num_samples, device=start.device) if jitter else 0.5
     wanted = share * (torch.arange(num_samples, device=start.device, dtype=torch.float32) + draws)
-    # Counts the bins that end before each sample: every runtime can count, few have a binary search.
-    before = [(ends <= wanted[:, i : i + 1]).float().sum(-1) for i in range(num_samples)]
-    number = torch.stack(before, dim=-1).clamp(max=bins - 1).long()
+    # The bins that end before each sample: every runtime can count them, few have a binary search.
+    if is_graph:
+        before = torch.stack([(ends <= wanted[:, i : i + 1]).float().sum(-1) for i in range(num_samples)], dim=-1)
+    else:
+        before = torch.searchsorted(ends, wanted, right=True)
+    number = before.clamp(max=bins - 1).long()
     fractions = (number + wanted - (ends - weight).gather(-1, number)) / bins
     return Placement(fractions, length.gather(-1, number) * share, is_empty)

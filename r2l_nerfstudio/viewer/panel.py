@@ -164,7 +164,7 @@ class ViewerPanel(ViewerControl):
 
 
 def _now() -> float:
-    """Return the time in seconds at the end of the GPU's work so far: a launched frame is not yet rendered."""
+    """Return the time in seconds at the end of this thread's work on the GPU: a launched frame is not yet rendered."""
     if torch.cuda.is_initialized():
-        torch.cuda.synchronize()
+        torch.cuda.current_stream().synchronize()
     return time.perf_counter()
