@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -141,7 +142,7 @@ class Rehearsal(TorchDispatchMode):
         self.waits.append(Wait(operator, *_caller()))
 
     def synchronize(self, *_: Any) -> None:
-        """In place of `torch.cuda.synchronize`."""
+        """In place of `torch.cuda.synchronize`, and of a stream's."""
         self._wait("synchronize")
 
 
@@ -183,7 +184,9 @@ def rehearsed(number: float = 0.5, integer: int = 1, total_bytes: int = 80 << 30
     with ExitStack() as stack:
         stack.enter_context(fake_cuda(total_bytes))
         made = Rehearsal(number, integer)
+        stream = SimpleNamespace(wait_stream=lambda _: None, synchronize=made.synchronize, cuda_stream=0)
         stack.enter_context(mock.patch("torch.cuda.synchronize", made.synchronize))
+        stack.enter_context(mock.patch("torch.cuda.current_stream", lambda *_: stream))
         yield stack.enter_context(made)
 
 

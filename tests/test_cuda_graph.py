@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -105,6 +106,40 @@ def test_the_first_call_is_eager_and_later_ones_replay(gpu):
     assert torch.equal(first, 2 * read), "overwritten by the next call"
     assert torch.equal(second, 2 * (read + 1))
     assert (cuda.eager, cuda.replays, cuda.captures) == (eager, replays + 2, 1)
+
+
+def test_only_a_traced_thread_leaves_the_capture_to_another(gpu):
+    """`torch.cuda.synchronize` fails in every thread until a capture has ended; the viewer traces its render threads, which
+    it may interrupt at any line."""
+    cuda = gpu(lambda x: x + 1)
+    graphs = CudaGraphs(cuda.run, CPU)
+    graphs(torch.zeros(3, 2))
+    assert cuda.captures == 1 and cuda._thread == threading.get_ident() and not _CAPTURING.locked()
+    traced: list[int] = []
+
+    def draw() -> None:
+        traced.append(threading.get_ident())
+        sys.settrace(lambda *_: None)
+        try:
+            graphs(torch.zeros(4, 2))
+        finally:
+            sys.settrace(None)
+
+    thread = threading.Thread(target=draw)
+    thread.start()
+    thread.join()
+    settle(graphs, (4, 2))
+    assert cuda.captures == 2 and cuda._thread not in (traced[0], threading.get_ident())
+
+
+def test_one_capture_at_a_time(gpu):
+    cuda = gpu(lambda x: x + 1)
+    graphs = CudaGraphs(cuda.run, CPU)
+    with _CAPTURING:  # another engine's
+        assert torch.equal(graphs(torch.ones(3, 2)), torch.full((3, 2), 2.0))
+    assert cuda.captures == 0 and not graphs.has_failed
+    graphs(torch.ones(3, 2))
+    assert cuda.captures == 1
 
 
 def test_only_the_newest_shapes_are_kept(gpu):

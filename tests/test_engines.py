@@ -15,7 +15,7 @@ from versions import needs_ahead_of_time_compiler
 from r2l_nerfstudio.distillation.averaging import WeightAverage
 from r2l_nerfstudio.distillation.optimization import MatrixMuon
 from r2l_nerfstudio.engines import inductor, registry
-from r2l_nerfstudio.engines.protocol import ENGINE_NAMES, PARITY_DB, Engine
+from r2l_nerfstudio.engines.protocol import ENGINE_NAMES, PARITY_DB, Engine, least_psnr
 from r2l_nerfstudio.engines.registry import build_engine, engine_module
 from r2l_nerfstudio.engines.sizes import from_bucket, in_chunks, to_bucket
 from r2l_nerfstudio.engines.torch_engine import TorchEngine
@@ -286,3 +286,9 @@ def test_an_engine_that_cannot_be_built_is_an_error_with_the_reason(monkeypatch:
     monkeypatch.setattr(registry.engine_module("torch"), "build", fail)
     with pytest.raises(InputError, match="RuntimeError: out of something"):
         build_engine("torch", network("r2l"))
+
+
+def test_fp32_on_a_gpu_may_round_to_tf32() -> None:
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    assert least_psnr("fp32", cpu) == 100.0 and least_psnr("fp32", gpu) == 60.0
+    assert all(least_psnr(precision, gpu) == least_psnr(precision, cpu) for precision in ("fp16", "bf16"))

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from r2l_nerfstudio.engines.parity import parity
-from r2l_nerfstudio.engines.protocol import ENGINE_NAMES, PARITY_DB, BuildSpec, Engine, EngineModule, Precision
+from r2l_nerfstudio.engines.protocol import ENGINE_NAMES, BuildSpec, Engine, EngineModule, Precision, least_psnr
 from r2l_nerfstudio.errors import InputError
 
 _MODULES = {
@@ -85,10 +85,11 @@ def build_engine(
             f"The engine {name} could not be built in {precision} ({type(error).__name__}: {error}): choose another"
             " engine, or auto."
         ) from error
-    if not found >= PARITY_DB[precision]:
+    least = least_psnr(precision, device)
+    if not found >= least:
         said = "non-finite values" if found == -math.inf else f"only {found:.0f} dB"
         raise InputError(
-            f"The engine {name} gives {said} against fp32 PyTorch in {precision}, and {PARITY_DB[precision]:.0f} dB"
+            f"The engine {name} gives {said} against fp32 PyTorch in {precision}, and {least:.0f} dB"
             " are needed: choose a higher precision, another engine, or auto."
         )
     return engine

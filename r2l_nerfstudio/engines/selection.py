@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from r2l_nerfstudio.engines.cache import EngineCache
 from r2l_nerfstudio.engines.parity import parity
-from r2l_nerfstudio.engines.protocol import PARITY_DB, BuildSpec, Engine, EngineName, Precision
+from r2l_nerfstudio.engines.protocol import BuildSpec, Engine, EngineName, Precision, least_psnr
 from r2l_nerfstudio.engines.registry import engine_module, make
 from r2l_nerfstudio.engines.sizes import reads_ray_image
 from r2l_nerfstudio.engines.weights import weights_hash
@@ -185,7 +185,7 @@ def _built(job: SelectionJob, candidate: Candidate, cache: EngineCache | None) -
         found = parity(engine, job.network, job.device, job.probe)
     except Exception as error:  # Each library raises its own exceptions.
         return None, f"{type(error).__name__}: {first_line(error)}", 0.0
-    if not found >= PARITY_DB[candidate.precision]:
+    if not found >= least_psnr(candidate.precision, job.device):
         return None, "non-finite values" if found == -math.inf else f"only {found:.0f} dB", found
     return engine, "", found
 
@@ -197,7 +197,7 @@ def _built_from_cache(job: SelectionJob, candidate: Candidate, folder: Path | No
         return make(module, spec)
     try:
         engine = make(module, spec)
-        if parity(engine, job.network, job.device, job.probe) >= PARITY_DB[candidate.precision]:
+        if parity(engine, job.network, job.device, job.probe) >= least_psnr(candidate.precision, job.device):
             return engine
     except Exception:  # The file is truncated, or of another build: compile again.
         pass
