@@ -237,6 +237,8 @@ def _train_teacher(day: GpuDay, method: str) -> Path:
     config.max_num_iterations = day.cuda_teacher_iterations
     config.vis = "tensorboard"
     config.viewer.quit_on_train_completion = True
+    # Photos are blended on white: over random colors, both put white fog into empty space.
+    cast(Any, config.pipeline.model).background_color = "white"
     lego = CAPTURES["lego"]
     cast(Any, config.pipeline.datamanager).dataparser = lego.dataparser(day.data_dir / lego.folder)
     if not any(config.get_checkpoint_dir().glob("*.ckpt")):

@@ -77,6 +77,10 @@ def test_a_gpu_that_the_installed_flavor_does_not_support(monkeypatch: pytest.Mo
     module, reason = find_flavour((9, 0))
     assert module is None
     assert "does not support compute capability 9.0" in reason and "r2l-nerfstudio[tensorrt]" in reason
+    # This one's plans ran on an H100.
+    monkeypatch.setattr(sys.modules[RTX], "__version__", "1.4.0.76")
+    assert find_flavour((9, 0)) == (sys.modules[RTX], None)
+    assert find_flavour((10, 0))[0] is None
 
 
 def test_a_gpu_that_is_too_old(gpu, monkeypatch: pytest.MonkeyPatch):

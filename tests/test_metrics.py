@@ -127,4 +127,7 @@ def test_blur_loses_detail_and_edges() -> None:
     assert metrics.gmsd(sharp, sharp) == pytest.approx(0.0, abs=1e-6)
     assert metrics.gmsd(blurred, sharp) > 0.05
     assert metrics.detail_energy(blurred) < 0.3 * metrics.detail_energy(sharp)
-    assert metrics.detail_energy(torch.full((8, 8, 3), 0.4)) == pytest.approx(0.0, abs=1e-9)
+    flat = torch.full((8, 8, 3), 0.4)
+    assert metrics.detail_energy(flat) == pytest.approx(0.0, abs=1e-9)
+    assert metrics.detail_share(sharp, flat) is None
+    assert metrics.detail_share(blurred, sharp) == metrics.detail_energy(blurred) / metrics.detail_energy(sharp)

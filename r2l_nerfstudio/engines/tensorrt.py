@@ -1,7 +1,7 @@
 """TensorRT and TensorRT-RTX through the native API that both share: ONNX, plan, data pointers of tensors.
 
-Building plans, choosing between the two and every refusal were run on a machine without a GPU. What needs one, loading
-a plan and running it, is written against the documentation and NOT VERIFIED: `TensorRtEngine`.
+Building plans, choosing between the two and every refusal were run on a machine without a GPU; plans of R2L students ran on an
+H100 with TensorRT-RTX. NOT VERIFIED: ray images, and TensorRT itself.
 """
 
 from __future__ import annotations
@@ -104,7 +104,10 @@ def find_flavour(capability: tuple[int, int] | None) -> tuple[ModuleType | None,
 def _serves(module: ModuleType, capability: tuple[int, int]) -> bool:
     # TensorRT-RTX lists them; TensorRT has no list, and supports all from 7.5 on.
     listed = getattr(getattr(module, "ComputeCapability", None), "__members__", None)
-    return module.__name__ != "tensorrt_rtx" or listed is None or f"SM{capability[0]}{capability[1]}" in listed
+    if module.__name__ != "tensorrt_rtx" or listed is None or f"SM{capability[0]}{capability[1]}" in listed:
+        return True
+    # Not listed, but its plans ran on an H100; 1.7 refuses them.
+    return capability == (9, 0) and module.__version__.startswith("1.4.")
 
 
 def build_plan(trt: ModuleType, graph: bytes, shapes: dict[str, Shapes]) -> bytes:
@@ -157,8 +160,6 @@ class _Log:
 def build(spec: BuildSpec) -> TensorRtEngine:
     """Return an engine that runs a plan, from the cache if it holds one for this library and GPU.
 
-    NOT VERIFIED on a GPU.
-
     Raises:
         BrokenEngine: if there is no library for the GPU, or it returns nothing.
     """
@@ -179,7 +180,7 @@ def build(spec: BuildSpec) -> TensorRtEngine:
 
 
 class TensorRtEngine:
-    """A plan on a GPU. NOT VERIFIED: no line of this class has run yet.
+    """A plan on a GPU. NOT VERIFIED for ray images.
 
     Args:
         trt: `tensorrt` or `tensorrt_rtx`.

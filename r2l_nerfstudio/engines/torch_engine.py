@@ -53,7 +53,7 @@ def build(spec: BuildSpec) -> TorchEngine:
 
 class TorchEngine:
     """Eager PyTorch on a copy of the weights: norms folded, channels last for convolutions; in fp16, which is for GPUs,
-    its kernels are launched as CUDA graphs (NOT VERIFIED on a GPU).
+    its kernels are launched as CUDA graphs.
 
     Args:
         network: in fp32 and evaluation mode; its device is the engine's.

@@ -1,4 +1,4 @@
-"""The R2L network as one Triton kernel. NOT VERIFIED on a GPU; see `triton_kernel`."""
+"""The R2L network as one Triton kernel; see `triton_kernel`."""
 
 from __future__ import annotations
 

@@ -26,6 +26,10 @@ SSIM_SIGMA = 1.5
 """Its standard deviation in pixels; with K1 = 0.01, K2 = 0.03 the settings of Wang et al. 2004."""
 
 
+LEAST_DETAIL = 1e-6
+"""Energy below which an image has no detail to compare with: differences of a quarter of a level in 256."""
+
+
 @lru_cache(maxsize=2)
 def _lpips(network: LpipsNetwork = "alex") -> torch.nn.Module | None:
     """Return the LPIPS network, downloaded on first use; None, with one log line, if it cannot be loaded."""
@@ -95,6 +99,12 @@ def detail_energy(image: Float[Tensor, "height width 3"]) -> float:
 
     image = image.permute(2, 0, 1)[None].float().clamp(0, 1)
     return float((image - gaussian_blur(image, [7, 7], [1.0, 1.0])).square().mean())
+
+
+def detail_share(image: Float[Tensor, "height width 3"], truth: Float[Tensor, "height width 3"]) -> float | None:
+    """Return an image's `detail_energy` as a share of another's, or None if that is too smooth to have any."""
+    whole = detail_energy(truth)
+    return None if whole < LEAST_DETAIL else detail_energy(image) / whole
 
 
 def image_metrics(

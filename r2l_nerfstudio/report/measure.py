@@ -33,7 +33,7 @@ from r2l_nerfstudio.engines.protocol import EngineName, Precision
 from r2l_nerfstudio.engines.registry import build_engine, engine_module
 from r2l_nerfstudio.errors import InputError, one_line
 from r2l_nerfstudio.models.light_field import LightFieldModel
-from r2l_nerfstudio.models.metrics import detail_energy, gmsd, image_metrics, psnr
+from r2l_nerfstudio.models.metrics import detail_share, gmsd, image_metrics, psnr
 from r2l_nerfstudio.run_config import capture_path, checkpoint_path, load_run_config, resolve_run
 from r2l_nerfstudio.student import load_student
 from r2l_nerfstudio.students.mobile import MobileR2L
@@ -66,7 +66,8 @@ class ViewScore:
     against_teacher: float | None = None
     """PSNR in dB of the student against the teacher."""
     detail: float | None = None
-    """The student's share of the energy of the teacher's fine detail: below 1, it is blurrier."""
+    """The student's share of the energy of the teacher's fine detail: below 1, it is blurrier. None without a teacher, or if
+    its image has none."""
 
 
 @dataclass(frozen=True)
@@ -243,7 +244,7 @@ def measure(
                     image_metrics(image, photo) | {"gmsd": gmsd(image, photo)},
                     None if truth is None else image_metrics(truth, photo) | {"gmsd": gmsd(truth, photo)},
                     None if truth is None else psnr(image, truth),
-                    None if truth is None else detail_energy(image) / max(detail_energy(truth), 1e-12),
+                    None if truth is None else detail_share(image, truth),
                 )
             )
             kept.append(ComparedView(name, photo, truth, image))
