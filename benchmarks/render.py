@@ -91,7 +91,7 @@ class Render:
         model, camera = student(method, side, device)
         encoded = frame_encoding(model, camera)
         truth = build_engine("torch", model.network, "fp32", device)
-        engines, absent = self._built(model.network, device)
+        engines, absent = self._built(model, device)
         calls: dict[str, Callable[[], Any]] = {
             f"network {label}": lambda engine=engine: engine(encoded) for label, engine in engines.items()
         }
@@ -126,7 +126,7 @@ class Render:
                     "share_of_bare_fp32": round(limit["bare fp32"] / network, 3),
                     "frame_ms": None if frame_ms is None else round(frame_ms, 2),
                     "fps": None if frame_ms is None else round(1e3 / frame_ms, 2),
-                    "psnr_db": round(min(parity(engine, model.network, device, probe), 999.0), 1),
+                    "psnr_db": round(min(parity(engine, model.network, device, probe, model.margin), 999.0), 1),
                 }
             )
         rows.sort(key=lambda row: row["network_ms"])
@@ -148,10 +148,11 @@ class Render:
             found["nerfacto_frame_ms"] = round(teacher_milliseconds(device) * (side / TEACHER_SIDE) ** 2)
         return found
 
-    def _built(self, network: nn.Module, device: torch.device) -> tuple[dict[str, Engine], dict[str, str]]:
+    def _built(self, model: LightFieldModel, device: torch.device) -> tuple[dict[str, Engine], dict[str, str]]:
         low: Precision = "fp16" if device.type == "cuda" else "bf16"
         engines: dict[str, Engine] = {}
         absent: dict[str, str] = {}
+        network = model.network
         cache = EngineCache(self.cache_dir, weights_hash(network), device)
         for name in self.engines:
             for precision in (low, "fp32"):
@@ -163,7 +164,9 @@ class Render:
                     continue
                 try:
                     folder = cache.artifacts(name, engine_module(name).version())
-                    engines[f"{name} {precision}"] = build_engine(name, network, precision, device, folder)
+                    engines[f"{name} {precision}"] = build_engine(
+                        name, network, precision, device, folder, model.margin
+                    )
                 except InputError as error:
                     absent[f"{name} {precision}"] = str(error)
         return engines, absent

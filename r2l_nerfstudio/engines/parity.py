@@ -7,7 +7,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from r2l_nerfstudio.engines.protocol import Engine
-from r2l_nerfstudio.engines.sizes import in_dim, reads_ray_image
+from r2l_nerfstudio.engines.sizes import in_dim, reads_ray_image, upsampling_factor
 from r2l_nerfstudio.psnr import psnr
 
 PROBE_ROWS = 1000
@@ -16,7 +16,9 @@ PROBE_CELLS = (19, 27)
 
 
 @torch.no_grad()
-def parity(engine: Engine, network: nn.Module, device: torch.device, probe: Tensor | None = None) -> float:
+def parity(
+    engine: Engine, network: nn.Module, device: torch.device, probe: Tensor | None = None, margin: int = 0
+) -> float:
     """Return the PSNR in dB of an engine against its network.
 
     Args:
@@ -24,9 +26,15 @@ def parity(engine: Engine, network: nn.Module, device: torch.device, probe: Tens
         network: in fp32 and evaluation mode, with the weights that the engine was built from.
         device: device of both.
         probe: ray encodings to compare on, as the engine will read them; evenly distributed numbers of order one by default.
+        margin: cells around ray images whose pixels are not drawn, and may be others: engines that add cells to reach a
+            size they know change their neighbors.
     """
     encoded = random_encoding(network, device) if probe is None else probe
-    return psnr(engine(encoded), network(encoded).float())
+    values, truth = engine(encoded), network(encoded).float()
+    if margin and reads_ray_image(network):
+        edge = margin * upsampling_factor(network)
+        values, truth = (image[..., edge:-edge, edge:-edge] for image in (values, truth))
+    return psnr(values, truth)
 
 
 def random_encoding(network: nn.Module, device: torch.device) -> Float[Tensor, "*encoded"]:

@@ -56,6 +56,7 @@ def build_engine(
     precision: Precision = "fp32",
     device: torch.device | str = "cpu",
     cache: Path | None = None,
+    margin: int = 0,
 ) -> Engine:
     """Build a named engine and check it against the network before returning it.
 
@@ -65,6 +66,7 @@ def build_engine(
         precision: precision of the arithmetic; inputs and outputs are always fp32.
         device: device of inputs and outputs.
         cache: folder for compiled artifacts of this network, precision and device; None to keep none.
+        margin: as of `parity`.
 
     Raises:
         InputError: for an unknown name, an engine that cannot run here, that fails to build, or whose values differ
@@ -77,7 +79,7 @@ def build_engine(
         raise InputError(f"The engine {name} cannot run in {precision} on {device.type}: {reason}")
     try:
         engine = make(module, BuildSpec(network, precision, device, cache))
-        found = parity(engine, network, device)
+        found = parity(engine, network, device, margin=margin)
     except InputError:
         raise
     except Exception as error:  # Each library raises its own exceptions.

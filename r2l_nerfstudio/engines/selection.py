@@ -112,6 +112,8 @@ class SelectionJob:
     """Folder to remember the result in."""
     is_stopped: Callable[[], bool] = lambda: False
     """Called between engines; True ends the selection."""
+    margin: int = 0
+    """As of `parity`."""
 
 
 def select_engine(job: SelectionJob, wanted: Iterable[Candidate]) -> Selection:
@@ -182,7 +184,7 @@ def _built(job: SelectionJob, candidate: Candidate, cache: EngineCache | None) -
             return None, reason.rstrip("."), 0.0
         folder = None if cache is None else cache.artifacts(candidate.name, module.version())
         engine = _built_from_cache(job, candidate, folder)
-        found = parity(engine, job.network, job.device, job.probe)
+        found = parity(engine, job.network, job.device, job.probe, job.margin)
     except Exception as error:  # Each library raises its own exceptions.
         return None, f"{type(error).__name__}: {first_line(error)}", 0.0
     if not found >= least_psnr(candidate.precision, job.device):
@@ -197,7 +199,9 @@ def _built_from_cache(job: SelectionJob, candidate: Candidate, folder: Path | No
         return make(module, spec)
     try:
         engine = make(module, spec)
-        if parity(engine, job.network, job.device, job.probe) >= least_psnr(candidate.precision, job.device):
+        if parity(engine, job.network, job.device, job.probe, job.margin) >= least_psnr(
+            candidate.precision, job.device
+        ):
             return engine
     except Exception:  # The file is truncated, or of another build: compile again.
         pass

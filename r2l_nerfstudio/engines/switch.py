@@ -85,6 +85,7 @@ class EngineSwitch:
         probe: returns the ray encodings to compare engines on; numbers of order one by default.
         interrupts: exceptions that a caller raises in the middle of a call, and that are not an engine's fault.
         say: called with one line on what was selected and what went wrong.
+        margin: as of `parity`.
 
     Raises:
         InputError: for an engine that cannot run here, with the reason and the remedy.
@@ -97,6 +98,7 @@ class EngineSwitch:
         probe: Callable[[], Tensor] | None = None,
         interrupts: tuple[type[BaseException], ...] = (),
         say: Callable[[str], None] = lambda line: None,
+        margin: int = 0,
     ) -> None:
         if choice != "auto":
             engine_module(choice)  # Raises for an unknown name.
@@ -107,6 +109,7 @@ class EngineSwitch:
         self._probe = probe
         self._interrupts = interrupts
         self._say = say
+        self._margin = margin
         self._listed: tuple[nn.Module, list[Tensor]] | None = None
         self._slots = {False: _EngineSlot(is_exact=False), True: _EngineSlot(is_exact=True)}
         self.newest: Engine | None = None
@@ -268,7 +271,7 @@ class EngineSwitch:
         live = TorchEngine(snapshot, "fp32")
         if is_bf16_fast(device):
             lower = TorchEngine(snapshot, "bf16")
-            if parity(lower, snapshot, device, self._probe_encoding()) >= PARITY_DB["bf16"]:
+            if parity(lower, snapshot, device, self._probe_encoding(), self._margin) >= PARITY_DB["bf16"]:
                 live = lower
         live.follow(self.network)
         slot.live = live
@@ -288,7 +291,9 @@ class EngineSwitch:
         def is_stopped() -> bool:
             return _STOPPING.is_set() or self.choice != choice_wanted or self._state() != state
 
-        job = SelectionJob(snapshot, device, self._probe_encoding(), slot.shape, self.cache_folder, is_stopped)
+        job = SelectionJob(
+            snapshot, device, self._probe_encoding(), slot.shape, self.cache_folder, is_stopped, self._margin
+        )
         selection = select_engine(job, wanted)
         if is_stopped():
             return

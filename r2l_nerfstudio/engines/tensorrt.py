@@ -1,7 +1,7 @@
 """TensorRT and TensorRT-RTX through the native API that both share: ONNX, plan, data pointers of tensors.
 
-Building plans, choosing between the two and every refusal were run on a machine without a GPU; plans of R2L students ran on an
-H100 with TensorRT-RTX. NOT VERIFIED: ray images, and TensorRT itself.
+Building plans, choosing between the two and every refusal were run on a machine without a GPU; plans of R2L students ran
+on an H100 with TensorRT-RTX. NOT VERIFIED: ray images, and TensorRT itself.
 """
 
 from __future__ import annotations

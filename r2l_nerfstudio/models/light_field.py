@@ -185,6 +185,7 @@ class LightFieldModel(Model):
             probe=lambda: probe_encoding(self),
             interrupts=(IOChangeException,),
             say=lambda line: CONSOLE.print(line, markup=False, highlight=False),
+            margin=self.margin,
         )
         # Nerfstudio's viewer finds these among the attributes of modules.
         self.engine_menu = EngineMenu(self.engines)

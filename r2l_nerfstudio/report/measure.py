@@ -386,7 +386,7 @@ def _time_engine(model: LightFieldModel, camera: Cameras, name: EngineName) -> E
         if reasons[precision] is not None:
             continue
         try:
-            engine = build_engine(name, model.network, precision, model.device)
+            engine = build_engine(name, model.network, precision, model.device, margin=model.margin)
         except InputError as error:
             reason = str(error)
             continue
@@ -396,7 +396,7 @@ def _time_engine(model: LightFieldModel, camera: Cameras, name: EngineName) -> E
                 start = time.perf_counter()
                 model.render_camera(camera)["rgb"].cpu()
                 milliseconds.append(1e3 * (time.perf_counter() - start))
-        agreement = parity(engine, model.network, model.device)
+        agreement = parity(engine, model.network, model.device, margin=model.margin)
         return EngineTime(name, precision, median(milliseconds[1:]), agreement)  # The first one warms up.
     return EngineTime(name, skipped=reason)
 
