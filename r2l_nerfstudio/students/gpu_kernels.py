@@ -42,7 +42,7 @@ def _corner(corner: tl.constexpr, first, x, y, z, nx, ny):
 @triton.jit
 def _read(rows, index, first, x, y, z, nx, ny, is_ray, columns, width):
     read = tl.zeros((is_ray.shape[0], columns.shape[0]), dtype=tl.float32)
-    for corner in tl.static_range(8):
+    for corner in tl.static_range(8):  # pyright: ignore[reportGeneralTypeIssues]
         at, weight = _corner(corner, first, x, y, z, nx, ny)
         row = tl.load(index + at, mask=is_ray, other=0)
         mask = is_ray[:, None] & (columns < width)[None, :]
@@ -109,7 +109,7 @@ def backward(
     made = tl.load(out + start[:, None] + columns[None, :] - 1, mask=is_feature, other=0.0)
     # What the samples behind one add up to: all of it, less those in front.
     behind = tl.sum(into * made, axis=1)
-    for field in tl.static_range(5):
+    for field in tl.static_range(5):  # pyright: ignore[reportGeneralTypeIssues]
         at = start + width - 1 + field
         behind += tl.load(gradient + at, mask=is_ray, other=0.0) * tl.load(out + at, mask=is_ray, other=0.0)
     into_total = tl.load(gradient + start + width - 1, mask=is_ray, other=0.0)
@@ -137,7 +137,7 @@ def backward(
         behind -= weight * worth
         into_raw = (counts * light * through * worth - behind) * thickness * tl.where(raw + shift <= most, 1.0, 0.0)
         into_values = tl.where((columns == 0)[None, :], into_raw[:, None], weight[:, None] * into)
-        for corner in tl.static_range(8):
+        for corner in tl.static_range(8):  # pyright: ignore[reportGeneralTypeIssues]
             grid_point, share = _corner(corner, first, x, y, z, nx, ny)
             row = tl.load(index + grid_point, mask=is_ray, other=0)
             added = share[:, None] * into_values

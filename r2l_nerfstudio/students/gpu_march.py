@@ -102,8 +102,8 @@ def _agrees(device: torch.device) -> bool:
     with torch.enable_grad():
         found = march(rows, index, points, lengths, fractions, is_empty)
         (own,) = torch.autograd.grad((weights * found).sum(), rows)
-        repeated = (tensor.repeat_interleave(2, 0) for tensor in (lengths, fractions))
-        truth = composite(read_rows(rows, index, points), *repeated, points, is_empty.repeat_interleave(2))
+        each = [tensor.repeat_interleave(2, 0) for tensor in (lengths, fractions, is_empty)]
+        truth = composite(read_rows(rows, index, points), each[0], each[1], points, each[2])
         wanted = torch.cat(truth, dim=-1)
         (expected,) = torch.autograd.grad((weights * wanted).sum(), rows)
     return torch.allclose(found, wanted, atol=1e-4) and torch.allclose(own[1:], expected[1:], rtol=1e-3, atol=1e-3)
