@@ -247,17 +247,18 @@ def _train_teacher(day: GpuDay, method: str) -> Path:
     return config.get_base_dir() / "config.yml"
 
 
-def engines(day: GpuDay, device: str, side: str) -> dict[str, Any]:
-    """Measure milliseconds, share of bare matrix products and parity of every engine at one size of the frame."""
+def engines(day: GpuDay, device: str, part: str) -> dict[str, Any]:
+    """Measure milliseconds, share of bare matrix products and parity of every engine for one method and size of the
+    frame."""
+    side, method = part.split(" ")
     render = Render(
-        methods=day.methods,
         engines=day.engines,
         seconds=day.seconds,
         side=int(side),
         teacher=False,
         cache_dir=day.output_dir / "engines",
     )
-    return {"rows": [render._student(method, torch.device(device)) for method in day.methods]}
+    return render._student(method, torch.device(device))
 
 
 def viewer(day: GpuDay, device: str, part: str) -> dict[str, Any]:
@@ -313,7 +314,7 @@ STAGES: dict[str, Stage] = {
         lambda day: tuple(f"{teacher} {part}" for teacher in day.cuda_teachers for part in ("teacher", "r2l-lite")),
         teachers,
     ),
-    "engines": Stage(lambda day: tuple(str(side) for side in day.sides), engines),
+    "engines": Stage(lambda day: tuple(f"{side} {method}" for side in day.sides for method in day.methods), engines),
     "viewer": Stage(lambda day: ("browser",), viewer),
     "ranks": Stage(lambda day: ("two",), ranks),
 }
@@ -327,13 +328,12 @@ def as_table(figures: dict[str, Any]) -> str:
             if "error" in found:
                 lines.append(f"| {stage} | {part} failed | {found['error'][:200]} |")
                 continue
-            for row in found.get("rows", ()):
-                for engine in row["engines"]:
-                    lines.append(
-                        f"| {stage} | {row['method']} {part}x{part} {engine['engine']} {engine['precision']} |"
-                        f" {engine['network_ms']:g} ms, {engine['share_of_bare_low_precision']:.0%} of bare matmul,"
-                        f" {engine['psnr_db']:g} dB |"
-                    )
-            shown = ", ".join(f"{key} {value}" for key, value in found.items() if key != "rows")
+            for engine in found.get("engines", ()):
+                lines.append(
+                    f"| {stage} | {found['method']} {found['frame']} {engine['engine']} {engine['precision']} |"
+                    f" {engine['network_ms']:g} ms, {engine['share_of_bare_low_precision']:.0%} of bare matmul,"
+                    f" {engine['psnr_db']:g} dB |"
+                )
+            shown = ", ".join(f"{key} {value}" for key, value in found.items() if key not in ("engines", "not_run"))
             lines.append(f"| {stage} | {part} | {shown} |")
     return "\n".join(lines) + "\n"

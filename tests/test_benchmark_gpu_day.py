@@ -42,7 +42,7 @@ def test_all_stages_but_training(day: GpuDay) -> None:
     smoke = found["smoke"]["r2l-lite"]
     assert smoke["agrees"] and smoke["step_ms"] > 0 and smoke["planned_step_gib"] > 0
     assert found["teachers"]["splatfacto r2l-lite"]["skipped"] == "needs a GPU"
-    (engines,) = found["engines"]["16"]["rows"]
+    engines = found["engines"]["16 r2l-lite"]
     assert {row["engine"] for row in engines["engines"]} == {"torch"}
     assert found["viewer"]["browser"]["passed"]
     assert found["ranks"]["two"]["equal"] and found["ranks"]["two"]["tensors"] > 5
