@@ -194,7 +194,15 @@ def test_ctrl_c_stops_the_commands_and_the_same_fleet_continues(tmp_path: Path, 
     file.write_text(yaml.safe_dump(settings))
     command = [sys.executable, "-m", "r2l_nerfstudio.scripts.fleet", "run", str(file)]
     environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
+    process = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=environment,
+        # Shells let what they start in the background ignore it, and so do its children.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     end = time.monotonic() + 120
     while ran(tmp_path).total() < 2 and time.monotonic() < end and process.poll() is None:
         time.sleep(0.2)
