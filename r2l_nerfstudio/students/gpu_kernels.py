@@ -1,4 +1,8 @@
-"""Triton kernels of `gpu_march`."""
+"""Triton kernels of `gpu_march`, whose `march` says what their arguments are.
+
+`nx`, `ny`, `nz` are grid points along each axis, `width` the values of a row, and `group` the rays that share their
+sample points.
+"""
 
 from __future__ import annotations
 
@@ -41,6 +45,7 @@ def _corner(corner: tl.constexpr, first, x, y, z, nx, ny):
 
 @triton.jit
 def _read(rows, index, first, x, y, z, nx, ny, is_ray, columns, width):
+    """Values of the volume at points, read trilinearly."""
     read = tl.zeros((is_ray.shape[0], columns.shape[0]), dtype=tl.float32)
     for corner in tl.static_range(8):  # pyright: ignore[reportGeneralTypeIssues]
         at, weight = _corner(corner, first, x, y, z, nx, ny)

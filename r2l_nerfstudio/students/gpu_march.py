@@ -25,7 +25,7 @@ class _March(torch.autograd.Function):
         from r2l_nerfstudio.students import gpu_kernels
 
         out = rows.new_empty(len(points), rows.shape[1] + 4)
-        _launch(gpu_kernels.forward, out, rows, index, points, *placed, out)
+        _launch(gpu_kernels.forward, rows, index, points, *placed, out)
         ctx.save_for_backward(rows, index, points, *placed, out)
         return out
 
@@ -35,13 +35,11 @@ class _March(torch.autograd.Function):
 
         kept = ctx.saved_tensors
         gradient = torch.zeros_like(kept[0])
-        _launch(gpu_kernels.backward, kept[-1], *kept, grad_outputs[0].contiguous(), gradient)
+        _launch(gpu_kernels.backward, *kept, grad_outputs[0].contiguous(), gradient)
         return gradient, None, None, None, None, None
 
 
-def _launch(
-    kernel: Any, out: Tensor, rows: Tensor, index: Tensor, points: Tensor, lengths: Tensor, *rest: Tensor
-) -> None:
+def _launch(kernel: Any, rows: Tensor, index: Tensor, points: Tensor, lengths: Tensor, *rest: Tensor) -> None:
     rays, samples = points.shape[:2]
     if rays == 0:
         return
@@ -64,7 +62,8 @@ def march(
 ) -> Float[Tensor, "rays sums"]:
     """Return `composite` of `read_rows` at the sample points: features, accumulation, fraction, point, side by side.
 
-    The row of empty space gets no gradient. Gradients are summed in an order that differs from call to call.
+    NeRF, eq. 3, with features instead of colors. The row of empty space gets no gradient. Gradients are summed in an
+    order that differs from call to call.
 
     Args:
         rows: fp32.
