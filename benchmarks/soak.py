@@ -32,6 +32,7 @@ from nerfstudio.utils.rich_utils import CONSOLE
 from benchmarks.web import browser
 from r2l_nerfstudio.engines.protocol import EngineName
 from r2l_nerfstudio.errors import InputError
+from r2l_nerfstudio.process_memory import limit_caches, return_freed_memory
 from r2l_nerfstudio.run_config import resolve_run
 from r2l_nerfstudio.student import load_student
 
@@ -137,7 +138,7 @@ def render(
     frames: int = sys.maxsize,
     between_samples: float = _SECONDS_BETWEEN_SAMPLES,
 ) -> tuple[list[Sample], int]:
-    """Render frames of random sizes, poses and focal lengths in this process.
+    """Render frames of random sizes, poses and focal lengths in this process, which returns memory as r2l-view does.
 
     Args:
         run: the student's.
@@ -149,12 +150,13 @@ def render(
     Returns:
         samples of this process, and the number of frames.
     """
+    limit_caches()
     draw = random.Random(0)
     student = load_student(run, device="cpu", engine=engine)
     center = student.model.ray_encoding.center.numpy()
     radius = float(student.model.ray_encoding.radius)
     samples: list[Sample] = []
-    count, start = 0, time.monotonic()
+    count, returned, start = 0, 0.0, time.monotonic()
     while time.monotonic() - start < seconds and count < frames:
         width, height = draw.randint(*SIDES), draw.randint(*SIDES)
         pose = np.eye(4)[:3]
@@ -163,6 +165,9 @@ def render(
         student.render(pose, [focal, focal, width / 2, height / 2], width, height)
         count += 1
         now = time.monotonic() - start
+        if now - returned > 1.0:
+            returned = now
+            return_freed_memory()
         if not samples or now - samples[-1].seconds > between_samples:
             samples.append(sample(psutil.Process(), now))
     return samples, count
@@ -207,10 +212,9 @@ def watch_viewer(run: Path, seconds: float, settle: float) -> Growth:
 
 def serve(run: Path, port: int) -> None:
     """Serve r2l-view in this process until it is ended."""
-    from r2l_nerfstudio.scripts.view import start_viewer
+    from r2l_nerfstudio.scripts.view import View
 
-    start_viewer(load_student(run), run, port=port)
-    threading.Event().wait()
+    View(run, port=port).main()
 
 
 def visit(chromium: Browser, address: str, seconds: float) -> int:

@@ -3,7 +3,6 @@ code from it."""
 
 from __future__ import annotations
 
-import ctypes
 import threading
 import time
 from dataclasses import dataclass
@@ -23,12 +22,10 @@ from viser import CameraHandle
 
 from r2l_nerfstudio.engines.switch import EngineOption
 from r2l_nerfstudio.errors import InputError, command_line
+from r2l_nerfstudio.process_memory import limit_caches, return_freed_memory
 from r2l_nerfstudio.ranges import IntRange
 from r2l_nerfstudio.run_config import resolve_run
 from r2l_nerfstudio.student import Student, load_student
-
-_ARENA_MAX = -8
-"""`M_ARENA_MAX` of glibc's malloc.h."""
 
 
 @dataclass
@@ -48,12 +45,16 @@ class View:
 
     def main(self) -> None:
         """Load the student and show it until interrupted."""
-        viewer = start_viewer(
-            load_student(self.run, step=self.step, engine=self.engine), self.run, self.host, self.port
-        )
+        limit_caches()
+        student = load_student(self.run, step=self.step, engine=self.engine)
+        viewer = start_viewer(student, self.run, self.host, self.port)
+        frames, seen = student.model.frame_time, None
         try:
             while True:
-                time.sleep(0.1)
+                time.sleep(1.0)
+                if frames.newest is not seen:
+                    seen = frames.newest
+                    return_freed_memory()
         except KeyboardInterrupt:
             CONSOLE.print("Stopped.")
         finally:
@@ -88,7 +89,6 @@ def start_viewer(student: Student, run: Path, host: str = "127.0.0.1", port: int
     if not host.strip():
         raise InputError('--host "" would listen on every network: give an address; 127.0.0.1 is this machine only.')
     folder = resolve_run(run).parent
-    share_heaps()
     config = ViewerConfig(websocket_host=host, websocket_port=port, default_composite_depth=False)
     try:
         viewer = Viewer(
@@ -110,18 +110,6 @@ def start_viewer(student: Student, run: Path, host: str = "127.0.0.1", port: int
     viewer.init_scene(train_dataset=cast(InputDataset, ()), train_state="completed")  # no photos to show
     viewer.update_scene(step=0)
     return viewer
-
-
-def share_heaps() -> bool:
-    """Let all threads allocate from one heap, and return whether the C library can.
-
-    glibc gives new threads heaps of their own. Each browser that connects brings threads, and what they freed remains with
-    their heaps: after 75 threads and 225 frames, 130 MB had been added with such heaps and 50 MB with one.
-    """
-    try:
-        return ctypes.CDLL(None).mallopt(_ARENA_MAX, 1) == 1
-    except (OSError, AttributeError, TypeError):  # not glibc; Windows names its libraries
-        return False
 
 
 def _place(camera: CameraHandle, student: Student) -> None:

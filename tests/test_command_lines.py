@@ -7,7 +7,6 @@ import copy
 import dataclasses
 import io
 import os
-import platform
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -324,10 +323,6 @@ def test_view(student: Path, in_empty_folder: Path, monkeypatch: pytest.MonkeyPa
         (1, 2),
         st.sampled_from([str(student), *PATHS]),
     )
-
-
-def test_threads_of_the_viewer_share_a_heap() -> None:
-    assert view.share_heaps() == (platform.libc_ver()[0] == "glibc")
 
 
 def test_report(student: Path, tiny_capture: Path, in_empty_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -41,8 +41,9 @@ from r2l_nerfstudio.rays.ray_image import StudentRays
 from r2l_nerfstudio.rays.spacing import MISSED_FRACTION, SceneBounds, SpacingKind
 from r2l_nerfstudio.renamed_fields import RenamedFields, current_name
 from r2l_nerfstudio.students.ray_features import FeatureVolume
-from r2l_nerfstudio.viewer.engine_menu import EngineMenu, in_render_thread
+from r2l_nerfstudio.viewer.engine_menu import EngineMenu
 from r2l_nerfstudio.viewer.panel import FrameTime, ViewerPanel
+from r2l_nerfstudio.viewer.render_thread import current_render_thread
 from r2l_nerfstudio.viewer.teacher_split import TeacherSplit
 
 
@@ -401,7 +402,7 @@ class LightFieldModel(Model):
         if self._runner is not None:
             return self._runner(encoded)
         with self.frame_time.network():
-            return self.engines(encoded, is_exact=not in_render_thread())
+            return self.engines(encoded, is_exact=current_render_thread() is None)
 
     @contextmanager
     def network_run_by(self, runner: Callable[[Tensor], Tensor]) -> Iterator[None]:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import threading
 from typing import TYPE_CHECKING, cast
 
 from nerfstudio.utils.rich_utils import CONSOLE
-from nerfstudio.viewer.render_state_machine import RenderStateMachine
 from nerfstudio.viewer.viewer_elements import ViewerControl, ViewerDropdown
 
 from r2l_nerfstudio.engines.sizes import device_of
@@ -64,8 +62,3 @@ class EngineMenu(ViewerControl):
     def describe(self) -> str:
         """Return as Markdown what renders, what is pending, and why the engine chosen last does not run."""
         return self.engines.describe() + (f"  \n{self._complaint}" if self._complaint else "")
-
-
-def in_render_thread() -> bool:
-    """Return whether the viewer is rendering: speed matters, and it may be interrupted at any line."""
-    return isinstance(threading.current_thread(), RenderStateMachine)

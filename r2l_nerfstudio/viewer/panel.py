@@ -64,6 +64,11 @@ class FrameTime:
         return sum(1e-3 * first.elapsed_time(last) for first, last in self._frame.events)
 
     @property
+    def newest(self) -> tuple[float, int, int] | None:
+        """Seconds, height and width of the newest frame, another object after each; None before the first one."""
+        return self._newest
+
+    @property
     def size(self) -> tuple[int, int] | None:
         """Height and width of the newest frame in pixels; None before the first one."""
         return None if self._newest is None else self._newest[1:]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,7 +10,6 @@ from jaxtyping import Float
 from nerfstudio.cameras.cameras import Cameras
 from nerfstudio.model_components import renderers
 from nerfstudio.utils.rich_utils import CONSOLE
-from nerfstudio.viewer.render_state_machine import RenderStateMachine
 from nerfstudio.viewer.viewer_elements import ViewerCheckbox
 from nerfstudio.viewer_legacy.server.viewer_utils import IOChangeException
 from torch import Tensor
@@ -19,6 +17,7 @@ from torch.nn.functional import interpolate
 
 from r2l_nerfstudio.errors import InputError
 from r2l_nerfstudio.viewer.panel import FrameTime
+from r2l_nerfstudio.viewer.render_thread import current_render_thread
 
 if TYPE_CHECKING:
     from r2l_nerfstudio.teacher import Teacher
@@ -83,8 +82,8 @@ class TeacherSplit:
             rgb: the student's image.
             camera: camera of the image.
         """
-        teacher, thread = self._teacher, threading.current_thread()
-        if teacher is None or not self.checkbox.value or not isinstance(thread, RenderStateMachine):
+        teacher, thread = self._teacher, current_render_thread()
+        if teacher is None or not self.checkbox.value or thread is None:
             return rgb
         height, width = rgb.shape[:2]
         middle = width // 2

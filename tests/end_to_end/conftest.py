@@ -1,19 +1,14 @@
-"""Shared by the end-to-end tests: a student trained with `ns-train`."""
+"""Shared by the end-to-end tests: students, and commands that train them."""
 
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from distil import distil, student_config
-
-TRAIN_TIMEOUT = 600
-"""Seconds for a tiny training, most of them imports; a busy machine takes minutes."""
-
 
 @pytest.fixture(scope="session")
 def environment() -> dict[str, str]:
@@ -59,23 +54,21 @@ def train_student(command: Callable[..., list[str]], tiny_teacher: Path) -> Call
 
 
 @pytest.fixture(scope="session")
-def tiny_student(
-    train_student: Callable[..., list[str]],
-    environment: dict[str, str],
-    tmp_path_factory: pytest.TempPathFactory,
-) -> Path:
-    """Folder of a run: `r2l-lite` distilled from `tiny_teacher` by `ns-train`. Read only: copy it to change it."""
-    output = tmp_path_factory.mktemp("students")
-    result = subprocess.run(
-        train_student(output),
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=TRAIN_TIMEOUT,
+def tiny_student(tiny_teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a run: `r2l-lite` distilled from `tiny_teacher`. Read only: copy it to change it."""
+    config = student_config(
+        tiny_teacher,
+        tmp_path_factory.mktemp("students"),
+        **{
+            "max_num_iterations": 30,
+            "pipeline.datamanager.num_views": 4,
+            "pipeline.datamanager.train_num_rays_per_batch": 512,
+            "pipeline.datamanager.photo_iterations": 10,
+            "pipeline.model.width": 32,
+            "pipeline.model.depth": 6,
+        },
     )
-    assert result.returncode == 0, f"ns-train r2l-lite failed:\n{result.stdout[-4000:]}"
-    return output / "tiny" / "r2l-lite" / "run"
+    return distil(config)
 
 
 @pytest.fixture(scope="session")

@@ -88,23 +88,17 @@ def test_ray_listens_on_loopback_only(local_ray: RayCluster) -> None:
             assert page.status == 200
 
 
-def test_four_captures_become_students_reports_and_exports(tmp_path: Path, local_ray: RayCluster) -> None:
-    for index in range(4):
+def test_captures_become_students_reports_and_exports(tmp_path: Path, local_ray: RayCluster) -> None:
+    for index in range(2):
         write_capture(tmp_path / "captures" / f"scene-{index}", num_train=6, num_test=2, size=24, seed=index)
-    trained = [
-        train_teacher("nerfacto", tmp_path / "captures" / f"scene-{index}", tmp_path / f"runs-{index}", iterations=20)
-        for index in (2, 3)
-    ]
+    trained = train_teacher("nerfacto", tmp_path / "captures" / "scene-1", tmp_path / "runs", iterations=20)
     light = {"gpus": 0.0, "cpus": 1.0, "minutes": 15.0}
     offline = f"python {Path(__file__).parents[1] / 'offline_train.py'}"
     fleet = FleetConfig(
         output=str(tmp_path / "out"),
         captures=[
-            CaptureConfig(path=str(tmp_path / "captures" / "scene-[01]")),
-            *(
-                CaptureConfig(teacher=str(run), name=f"scene-{index}")
-                for index, run in zip((2, 3), trained, strict=True)
-            ),
+            CaptureConfig(path=str(tmp_path / "captures" / "scene-[0]")),
+            CaptureConfig(teacher=str(trained), name="scene-1"),
             CaptureConfig(path=str(broken_capture(tmp_path / "captures" / "broken"))),
         ],
         teacher=TeacherConfig(
@@ -125,10 +119,8 @@ def test_four_captures_become_students_reports_and_exports(tmp_path: Path, local
     state = run_fleet(fleet, local_ray, lines)
     assert statuses(state) == {
         "scene-0": ["done"] * 3,
-        "scene-1": ["done"] * 3,
         "broken": ["failed", "blocked", "blocked"],
-        "scene-2": ["done"] * 2,
-        "scene-3": ["done"] * 2,
+        "scene-1": ["done"] * 2,
     } or pytest.fail("\n".join(lines))
     broken = next(capture for capture in state.captures if capture.name == "broken").stages[0].details
     assert re.search("image|PNG|truncated", broken["reason"]) and (tmp_path / "out" / broken["log"]).exists()
@@ -150,7 +142,7 @@ def test_four_captures_become_students_reports_and_exports(tmp_path: Path, local
     fleet.captures, fleet.exports = fleet.captures[-1:], {"onnx": ExportConfig(format="onnx", **light)}
     lines.clear()
     (capture,) = run_fleet(fleet, local_ray, lines).captures
-    assert len(lines) == 1 and lines[0].startswith("scene-3 mobile-onnx: done")
+    assert len(lines) == 1 and lines[0].startswith("scene-1 mobile-onnx: done")
     assert (tmp_path / "out" / capture.stages[-1].details["result"] / "student.onnx").stat().st_size > 1000
 
 

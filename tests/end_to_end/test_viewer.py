@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import re
 import socket
-import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
 from browser import CHANGED, SAME, ViewerPage, chromium, difference, find_chromium, wait_until
+from forked_command import start_command
 
 if TYPE_CHECKING:
     from playwright.sync_api import BrowserContext
@@ -28,14 +29,14 @@ SCREENSHOTS = Path(__file__).parents[2] / "artifacts" / "viewer"
 class Served:
     """A process that serves the viewer."""
 
-    process: subprocess.Popen
+    process: BaseProcess
     port: int
     log: Path
 
     def check(self) -> None:
         """Fail if the process has ended or one of its render threads has."""
         text = self.log.read_text(errors="replace")
-        assert self.process.poll() is None, text[-4000:]
+        assert self.process.is_alive(), text[-4000:]
         assert "Exception in thread" not in text, text[-4000:]
 
 
@@ -55,28 +56,24 @@ def serve(
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     log = folder / "log.txt"
+    log.touch()
     address = [f"{flags}port", str(port), f"{flags}host", "127.0.0.1"]
-    with log.open("w") as output:
-        process = subprocess.Popen(
-            [*command, *address], env=environment, stdout=output, stderr=subprocess.STDOUT, cwd=folder
-        )
-        served = Served(process, port, log)
+    process = start_command([*command, *address], environment, folder, log)
+    served = Served(process, port, log)
 
-        def answers() -> bool:
-            served.check()
-            with socket.socket() as client:
-                return client.connect_ex(("127.0.0.1", port)) == 0
+    def answers() -> bool:
+        served.check()
+        with socket.socket() as client:
+            return client.connect_ex(("127.0.0.1", port)) == 0
 
-        try:
-            wait_until(answers, "the viewer to start", seconds=400)
-            yield served
-        finally:
-            process.terminate()
-            try:
-                process.wait(30)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
+    try:
+        wait_until(answers, "the viewer to start", seconds=400)
+        yield served
+    finally:
+        process.terminate()
+        process.join(30)
+        process.kill()
+        process.join()
 
 
 @pytest.fixture(scope="module")
