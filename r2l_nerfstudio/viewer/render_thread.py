@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import threading
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 if TYPE_CHECKING:
     from nerfstudio.viewer.render_state_machine import RenderStateMachine
@@ -16,4 +16,6 @@ def current_render_thread() -> RenderStateMachine | None:
     # command takes to start. Without the module there is no such thread.
     module = sys.modules.get("nerfstudio.viewer.render_state_machine")
     thread = threading.current_thread()
-    return thread if module is not None and isinstance(thread, module.RenderStateMachine) else None
+    if module is None or not isinstance(thread, module.RenderStateMachine):
+        return None
+    return cast("RenderStateMachine", thread)

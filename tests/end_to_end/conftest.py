@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from distil import distil, student_config
 
+
 @pytest.fixture(scope="session")
 def environment() -> dict[str, str]:
     """Variables for commands: one thread each, for what they compute here is tiny."""
