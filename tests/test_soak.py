@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import multiprocessing
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import student_runs
+from fork_server import FORK_SERVER
 
 from benchmarks import soak
 from benchmarks.soak import Sample, judge
@@ -21,7 +21,7 @@ FRAMES = 160
 def test_rendering_at_new_sizes_leaks_nothing(engine: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip(engine)
     run = student_runs.write_run(tmp_path / "run", student_runs.tiny_mobile_r2l())
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+    with ProcessPoolExecutor(1, mp_context=FORK_SERVER) as pool:
         samples, frames = pool.submit(soak.render, run, engine, 600.0, FRAMES, 0.0).result()
     assert frames == FRAMES == len(samples)
     watched = judge(engine, samples, frames, samples[FRAMES // 4].seconds)

@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.distributed
 from distil import set_up, student_config
+from fork_server import FORK_SERVER
 from torch import multiprocessing
 
 RAYS, VIEWS = 512, 64
@@ -66,7 +67,9 @@ def test_two_ranks_train_one_student(tiny_teacher: Path, tmp_path: Path) -> None
         port = free.getsockname()[1]
     # One by iterations, one by the clock, on which the ranks have to agree.
     runs = [("r2l-lite", None), ("mobile-r2l-lite", 0.1)]
-    multiprocessing.start_processes(work, (port, tiny_teacher, tmp_path, runs), nprocs=2, start_method="forkserver")
+    multiprocessing.start_processes(
+        work, (port, tiny_teacher, tmp_path, runs), nprocs=2, start_method=FORK_SERVER.get_start_method()
+    )
     for method, minutes in runs:
         first, second = (torch.load(tmp_path / f"{method}_{rank}.pt") for rank in range(2))
         # By the clock, a busy machine takes few steps.
