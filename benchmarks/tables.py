@@ -242,6 +242,7 @@ class Tables:
                 raise InputError(
                     f"--teachers {self.teachers} holds no {scene.name}/config.yml: train that teacher first."
                 )
+            _check_split(scene, run)
             return run
         from r2l_nerfstudio.lpips import without_lpips
         from r2l_nerfstudio.scripts.small_nerfacto import small_nerfacto
@@ -282,6 +283,19 @@ class Tables:
     def _write(self, figures: list[dict[str, Any]]) -> None:
         write_atomically(self.results_dir / "tables.json", json.dumps(figures, indent=2) + "\n")
         write_atomically(self.results_dir / "tables.md", as_tables(figures))
+
+
+def _check_split(scene: Scene, run: Path) -> None:
+    """Refuse a teacher of LLFF with other evaluation views than the published ones: it may have learned from these."""
+    from r2l_nerfstudio.run_config import load_run_config
+
+    parser = load_run_config(run).pipeline.datamanager.dataparser
+    split = getattr(parser, "eval_mode", None), getattr(parser, "eval_interval", None)
+    if scene.group == "LLFF" and not scene.is_blender and split != ("interval", 8):
+        raise InputError(
+            f"The teacher {run} was not trained without every eighth view, which the papers evaluate on: train it with"
+            " nerfstudio-data --eval-mode interval --eval-interval 8."
+        )
 
 
 def measure(run: Path, teacher_run: Path, test_views: int, engine: EngineOption) -> dict[str, Any]:

@@ -213,3 +213,13 @@ def test_folders_without_scenes(scenes: Path, tmp_path: Path, command: Callable[
         command(teachers=tmp_path, scenes=("lego",), output_dir=tmp_path / "outputs").measured(
             find_scenes(scenes)[0], "r2l"
         )
+
+
+def test_teachers_that_saw_the_evaluation_views(
+    scenes: Path, tiny_teacher: Path, tmp_path: Path, command: Callable[..., Tables]
+) -> None:
+    (tmp_path / "teachers").mkdir()
+    (tmp_path / "teachers" / "fern").symlink_to(tiny_teacher)
+    (fern,) = find_scenes(scenes, ("fern",))
+    with pytest.raises(InputError, match="every eighth view"):
+        command(teachers=tmp_path / "teachers", output_dir=tmp_path / "outputs").measured(fern, "r2l")
