@@ -8,6 +8,7 @@ import tyro
 from benchmarks.curve import Curve
 from benchmarks.distil import Distil
 from benchmarks.gpu_day import GpuDay
+from benchmarks.hard_scenes import HardScenes
 from benchmarks.prepare_captures import PrepareCaptures
 from benchmarks.recipes import Recipes
 from benchmarks.render import Render
@@ -21,6 +22,7 @@ from r2l_nerfstudio.errors import command_line
 
 COMMANDS = {
     "prepare-captures": PrepareCaptures,
+    "hard-scenes": HardScenes,
     "distil": Distil,
     "curve": Curve,
     "recipes": Recipes,

@@ -13,6 +13,8 @@ from nerfstudio.cameras.cameras import Cameras
 from nerfstudio.data.dataparsers.nerfstudio_dataparser import NerfstudioDataParserConfig
 from PIL import Image
 
+from benchmarks import hard_scenes
+from benchmarks.hard_scenes import HardScenes
 from r2l_nerfstudio.errors import InputError
 from r2l_nerfstudio.scene import (
     Scene,
@@ -22,7 +24,7 @@ from r2l_nerfstudio.scene import (
     pinhole_rays,
     write_capture,
 )
-from r2l_nerfstudio.scene.capture import ELEVATION, RADIUS, band_cameras
+from r2l_nerfstudio.scene.capture import ELEVATION, RADIUS, _look_at_origin, band_cameras
 from r2l_nerfstudio.scene.procedural import Thing
 from r2l_nerfstudio.scene.shapes import Box, Cylinder, Sphere
 from r2l_nerfstudio.scene.textures import checker, solid
@@ -297,3 +299,23 @@ def test_foreign_folders_are_not_touched(tmp_path):
         write_capture(folder, num_train=3, num_test=1, size=8)
     write_capture(folder, num_train=3, num_test=1, size=8, overwrite=True)
     assert len(list((folder / "images").glob("*.png"))) == 4
+
+
+def test_hard_scenes(tmp_path: Path) -> None:
+    fence = hard_scenes.wires()
+    eye = torch.tensor([[0.0, 3.0, 0.9]])
+    camera = band_cameras(_look_at_origin(eye), 60)[0]
+    above = fence.render(camera).accumulation[:20]  # rods alone
+    assert (above > 0).sum() > 5 and (above < 1).all()
+    # A ray onto the middle of the mirroring ball comes back to the red box, straight ahead of it.
+    scene = hard_scenes.mirrors()
+    ball, box = scene.things[1].shape, scene.things[4].shape
+    assert isinstance(ball, Sphere) and isinstance(box, Box)
+    towards = torch.nn.functional.normalize(torch.tensor(box.center) - torch.tensor(ball.center), dim=0)
+    start = torch.tensor(ball.center) + (ball.radius + 0.05) * towards
+    red, green, blue = scene.trace(start[None], -towards[None]).rgb[0]
+    assert red > 2 * green and red > 2 * blue
+    HardScenes(tmp_path, size=16, num_train=2, num_test=1).main()
+    HardScenes(tmp_path, size=16, num_train=2, num_test=1).main()  # once more: nothing to do
+    with pytest.raises(InputError, match="other settings"):
+        write_capture(tmp_path / "wires", num_train=2, num_test=1, size=16)

@@ -82,6 +82,7 @@ def write_capture(
     size: int = 96,
     seed: int = 0,
     overwrite: bool = False,
+    scene: Scene | None = None,
     on_picture: Callable[[int, int], None] = lambda done, total: None,
 ) -> Path:
     """Write photos and `transforms.json`, unless they already exist.
@@ -96,6 +97,7 @@ def write_capture(
         size: width and height in pixels.
         seed: seed of the poses.
         overwrite: replace a complete capture of this scene, even with other settings.
+        scene: another scene than the default one, with a name that tells its captures apart.
         on_picture: called after each photo with the number of finished photos and of all photos.
 
     Returns:
@@ -104,7 +106,15 @@ def write_capture(
     Raises:
         InputError: if the folder holds anything but a capture written here with the same settings.
     """
-    settings = {"version": SCENE_VERSION, "num_train": num_train, "num_test": num_test, "size": size, "seed": seed}
+    settings: dict[str, int | str] = {
+        "version": SCENE_VERSION,
+        "num_train": num_train,
+        "num_test": num_test,
+        "size": size,
+        "seed": seed,
+    }
+    if scene is not None:
+        settings["scene"] = scene.name
     transforms = folder / "transforms.json"
     if _is_complete(folder, settings) and not overwrite:
         return folder
@@ -117,11 +127,11 @@ def write_capture(
     poses = torch.cat([band_poses(num_train, seed, spiral=True), band_poses(num_test, seed + 1)])
     names = [f"images/train_{i:03d}.png" for i in range(num_train)]
     names += [f"images/test_{i:03d}.png" for i in range(num_test)]
-    scene = Scene()
+    scene = scene or Scene()
     cameras = band_cameras(poses, size)
-    for i, name in enumerate(names):
+    for i, file in enumerate(names):
         rgb = scene.render(cameras[i]).rgb
-        Image.fromarray((rgb * 255).round().to(torch.uint8).numpy()).save(folder / name)
+        Image.fromarray((rgb * 255).round().to(torch.uint8).numpy()).save(folder / file)
         on_picture(i + 1, len(names))
 
     pictures = [

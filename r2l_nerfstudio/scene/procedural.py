@@ -70,6 +70,7 @@ class Scene:
     """Half width of the lamp, as a slope: softens the shadow's edge."""
     shininess: float = 24.0
     """Blinn-Phong exponent: broad enough for a direction encoding of low degree."""
+    name: str = "table"
 
     def trace(self, origins: Float[Tensor, "rays 3"], directions: Float[Tensor, "rays 3"]) -> Picture:
         """Trace single rays exactly.
