@@ -66,6 +66,12 @@ _GPU_SWITCHES = (
     *_SWITCHES[-5:],
 )
 """WebGPU in software."""
+_FEWER_FRAMES = """
+const next = window.requestAnimationFrame.bind(window);
+window.requestAnimationFrame = (draw) => setTimeout(() => next(draw), 150);
+window.cancelAnimationFrame = clearTimeout;
+"""
+"""The viewer's page redraws its scene all the time, which keeps a core busy where software draws WebGL."""
 _HOST = "127.0.0.1"
 
 
@@ -120,6 +126,7 @@ class ViewerPage:
 
     def __init__(self, page: Page, port: int, full: int = 512) -> None:
         self.page = page
+        page.add_init_script(_FEWER_FRAMES)
         self.crashes: list[str] = []
         self.images_received = 0
         self._full = full

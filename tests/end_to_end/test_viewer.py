@@ -130,6 +130,7 @@ def test_crop_box_leaves_only_what_is_inside(page: ViewerPage):
         "Crop rotation": (0.0, 0.0, np.pi / 4),
     }
     for label, values in box.items():
+        page.wait_until(lambda label=label: page.row(label).count() == 3, f"the numbers of {label}")
         for number, value in zip(page.row(label).all(), values, strict=True):
             number.fill(f"{value:.4f}")
             number.press("Enter")
