@@ -281,7 +281,12 @@ class Tables:
         return config.get_base_dir() / "config.yml"
 
     def _write(self, figures: list[dict[str, Any]]) -> None:
-        write_atomically(self.results_dir / "tables.json", json.dumps(figures, indent=2) + "\n")
+        # Where the captures lie on this machine is nobody else's concern.
+        public = [
+            {**one, "settings": {**one["settings"], "capture": Path(one["settings"]["capture"]).name}}
+            for one in figures
+        ]
+        write_atomically(self.results_dir / "tables.json", json.dumps(public, indent=2) + "\n")
         write_atomically(self.results_dir / "tables.md", as_tables(figures))
 
 

@@ -87,6 +87,7 @@ def test_two_scenes_are_measured_and_resumed(
         ("LLFF", "fern"),
     ]
     for one in figures:
+        assert one["settings"]["capture"] == one["settings"]["scene"]  # not where it lies
         assert one["width"] == one["height"] == 24 and one["student"]["psnr"] > 0 and 0 < one["megabytes_fp16"] < 2
         assert set(one["student"]) == set(one["teacher"]) == {"psnr", "ssim"}
         assert one["student_milliseconds"] > 0 and one["mflop_per_pixel"] > 0
