@@ -88,8 +88,9 @@ def test_two_ranks_train_one_student(tiny_teacher: Path, tmp_path: Path) -> None
             ) as trainer:
                 trainer.train()
                 alone = result_of(trainer)
-            # On the same held-out views; beyond 40 dB a decibel is less than a thousandth of the range.
-            assert min(first["psnr"], 40.0) == pytest.approx(min(alone["psnr"], 40.0), abs=1.0)
+            # On the same held-out views. Other rays make a decibel of difference in so short a training, and beyond 40 dB
+            # a decibel is less than a thousandth of the range.
+            assert min(first["psnr"], 40.0) == pytest.approx(min(alone["psnr"], 40.0), abs=2.0)
     # A student of two ranks opens as any other.
     from r2l_nerfstudio.student import load_student
 
