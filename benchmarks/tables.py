@@ -283,7 +283,12 @@ class Tables:
     def _write(self, figures: list[dict[str, Any]]) -> None:
         # Where the captures lie on this machine is nobody else's concern.
         public = [
-            {**one, "settings": {**one["settings"], "capture": Path(one["settings"]["capture"]).name}}
+            {
+                **one,
+                "settings": {
+                    name: Path(value).name if name == "capture" else value for name, value in one["settings"].items()
+                },
+            }
             for one in figures
         ]
         write_atomically(self.results_dir / "tables.json", json.dumps(public, indent=2) + "\n")
