@@ -9,6 +9,7 @@ from benchmarks.curve import Curve
 from benchmarks.distil import Distil
 from benchmarks.gpu_day import GpuDay
 from benchmarks.hard_scenes import HardScenes
+from benchmarks.photo_sizes import PhotoSizes
 from benchmarks.prepare_captures import PrepareCaptures
 from benchmarks.recipes import Recipes
 from benchmarks.render import Render
@@ -34,6 +35,7 @@ COMMANDS = {
     "web-renderer": WebRenderer,
     "size-chart": SizeChart,
     "soak": Soak,
+    "photo-sizes": PhotoSizes,
 }
 
 

@@ -82,6 +82,8 @@ class Distil:
     """Downscaling factor of teacher views relative to the photos."""
     photo_iterations: int = 500
     """Length of the photo stage in iterations."""
+    max_grid_points: int | None = None
+    """Grid points of the student's features, at most; the method's own by default."""
     test_views: int = 25
     """At most this many test views, evenly spaced, for the final figures."""
     cache_dir: Path | None = None
@@ -105,6 +107,7 @@ class Distil:
             "ring_views": self.num_views,
             "view_downscale": self.view_downscale,
             "photo_iterations": self.photo_iterations,
+            **({} if self.max_grid_points is None else {"max_grid_points": self.max_grid_points}),
             "student_minutes_in_all": round(seconds / 60, 1),
             **figures,
         }
@@ -153,6 +156,8 @@ class Distil:
         datamanager.view_downscale = self.view_downscale
         datamanager.photo_iterations = self.photo_iterations
         datamanager.cache_dir = self.cache_dir
+        if self.max_grid_points is not None:
+            config.pipeline.model.max_grid_points = self.max_grid_points
         start = time.perf_counter()
         main(config)
         return config.get_base_dir() / "config.yml", time.perf_counter() - start

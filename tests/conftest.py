@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import functools
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from made_once import MadeOnce, make_once
 from teachers import train_teacher, write_capture
 
 # Tensors here are so small that a second thread costs more than it gives, tens of times more on a busy machine.
@@ -37,12 +40,21 @@ def capture_data() -> Callable[[str], Path]:
 
 
 @pytest.fixture(scope="session")
-def tiny_capture(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A synthetic capture: 8 views of 24x24 pixels, in Nerfstudio's format. Read only."""
-    return write_capture(tmp_path_factory.mktemp("captures") / "ball")
+def made_once(tmp_path_factory: pytest.TempPathFactory) -> MadeOnce:
+    """`make_once` for all processes of this test run."""
+    is_worker = "PYTEST_XDIST_WORKER" in os.environ
+    common = tmp_path_factory.getbasetemp().parent if is_worker else tmp_path_factory.getbasetemp()
+
+    return functools.partial(make_once, common)
 
 
 @pytest.fixture(scope="session")
-def tiny_teacher(tiny_capture: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def tiny_capture(made_once: MadeOnce) -> Path:
+    """A synthetic capture: 8 views of 24x24 pixels, in Nerfstudio's format. Read only."""
+    return made_once("capture", lambda folder: write_capture(folder / "ball"))
+
+
+@pytest.fixture(scope="session")
+def tiny_teacher(tiny_capture: Path, made_once: MadeOnce) -> Path:
     """Folder of a run: a tiny nerfacto trained for 30 iterations on `tiny_capture`. Read only: copy it to change it."""
-    return train_teacher("nerfacto", tiny_capture, tmp_path_factory.mktemp("runs"), iterations=30).parent
+    return made_once("teacher", lambda folder: train_teacher("nerfacto", tiny_capture, folder, iterations=30).parent)

@@ -356,11 +356,16 @@ def between_sizes(view: Callable[[Cameras], Image], camera: Cameras) -> list[flo
         cx, cy = camera.cx * across, camera.cy * down
         fx, fy = camera.fx * across, camera.fy * down
         other = Cameras(camera.camera_to_worlds, fx, fy, cx, cy, width=width, height=height)
-        pictures = [own.permute(2, 0, 1)[None], view(other).permute(2, 0, 1)[None]]
-        size = min((picture.shape[2:] for picture in pictures), key=lambda shape: shape[0])
-        resampled = [interpolate(picture, size, mode="bilinear", antialias=True)[0] for picture in pictures]
-        found.append(psnr(resampled[0].permute(1, 2, 0), resampled[1].permute(1, 2, 0)))
+        found.append(psnr_of_sizes(own, view(other)))
     return found
+
+
+def psnr_of_sizes(one: Image, other: Image) -> float:
+    """Return the PSNR in dB of two images of one view, resampled to the smaller of both sizes."""
+    pictures = [picture.permute(2, 0, 1)[None] for picture in (one, other)]
+    size = min((picture.shape[2:] for picture in pictures), key=lambda shape: shape[0])
+    first, second = (interpolate(picture, size, mode="bilinear", antialias=True)[0] for picture in pictures)
+    return psnr(first.permute(1, 2, 0), second.permute(1, 2, 0))
 
 
 def time_engines(model: LightFieldModel, camera: Cameras, engines: tuple[EngineName, ...]) -> list[EngineTime]:

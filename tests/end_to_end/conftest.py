@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from distil import distil, student_config
+from made_once import MadeOnce
 
 
 @pytest.fixture(scope="session")
@@ -55,30 +56,25 @@ def train_student(command: Callable[..., list[str]], tiny_teacher: Path) -> Call
 
 
 @pytest.fixture(scope="session")
-def tiny_student(tiny_teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def tiny_student(tiny_teacher: Path, made_once: MadeOnce) -> Path:
     """Folder of a run: `r2l-lite` distilled from `tiny_teacher`. Read only: copy it to change it."""
-    config = student_config(
-        tiny_teacher,
-        tmp_path_factory.mktemp("students"),
-        **{
-            "max_num_iterations": 30,
-            "pipeline.datamanager.num_views": 4,
-            "pipeline.datamanager.train_num_rays_per_batch": 512,
-            "pipeline.datamanager.photo_iterations": 10,
-            "pipeline.model.width": 32,
-            "pipeline.model.depth": 6,
-        },
-    )
-    return distil(config)
+    changes = {
+        "max_num_iterations": 30,
+        "pipeline.datamanager.num_views": 4,
+        "pipeline.datamanager.train_num_rays_per_batch": 512,
+        "pipeline.datamanager.photo_iterations": 10,
+        "pipeline.model.width": 32,
+        "pipeline.model.depth": 6,
+    }
+    return made_once("student", lambda folder: distil(student_config(tiny_teacher, folder, **changes)))
 
 
 @pytest.fixture(scope="session")
-def tiny_mobile_student(tiny_teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def tiny_mobile_student(tiny_teacher: Path, made_once: MadeOnce) -> Path:
     """Folder of a run: `mobile-r2l-lite` distilled from `tiny_teacher`. Read only: copy it to change it."""
-    config = student_config(
-        tiny_teacher,
-        tmp_path_factory.mktemp("students"),
-        "mobile-r2l-lite",
-        **{"max_num_iterations": 30, "pipeline.datamanager.photo_iterations": 10},
-    )
-    return distil(config)
+    changes = {"max_num_iterations": 30, "pipeline.datamanager.photo_iterations": 10}
+
+    def build(folder: Path) -> Path:
+        return distil(student_config(tiny_teacher, folder, "mobile-r2l-lite", **changes))
+
+    return made_once("mobile_student", build)

@@ -6,7 +6,6 @@ import copy
 import os
 import shutil
 import signal
-import subprocess
 import threading
 import time
 import traceback
@@ -19,6 +18,7 @@ import torch
 import tyro
 import yaml
 from distil import distil, own_writers, set_up, student_config
+from forked_command import start_command
 from nerfstudio.utils.eval_utils import eval_setup
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -65,20 +65,19 @@ def killed(
     """The arguments and the folder of an `ns-train` run that got a SIGKILL while it saved after every iteration."""
     output = tmp_path_factory.mktemp("killed")
     command = train_student(output, "--steps-per-save", 1, "--max-num-iterations", 5000)  # ends by itself in any case
-    with (output / "log.txt").open("w") as log:
-        process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
-        folder = output / "tiny" / "r2l-lite" / "run"
-        try:
-            deadline = time.monotonic() + 600
-            while not (folder / "nerfstudio_models" / "step-000000012.ckpt").exists():
-                if process.poll() is not None or time.monotonic() > deadline:
-                    pytest.fail(f"no checkpoint was saved:\n{(output / 'log.txt').read_text()[-4000:]}")
-                if any(int(file.stem[5:]) > 12 for file in checkpoints(folder / "nerfstudio_models")):
-                    break
-                time.sleep(0.02)
-        finally:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+    log, folder = output / "log.txt", output / "tiny" / "r2l-lite" / "run"
+    process = start_command(command, environment, output, log)
+    try:
+        deadline = time.monotonic() + 600
+        while not (folder / "nerfstudio_models" / "step-000000012.ckpt").exists():
+            if not process.is_alive() or time.monotonic() > deadline:
+                pytest.fail(f"no checkpoint was saved:\n{log.read_text()[-4000:]}")
+            if any(int(file.stem[5:]) > 12 for file in checkpoints(folder / "nerfstudio_models")):
+                break
+            time.sleep(0.02)
+    finally:
+        process.kill()
+        process.join()
     return command[1:], folder
 
 

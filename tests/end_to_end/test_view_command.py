@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 import urllib.request
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +9,7 @@ from pathlib import Path
 import psutil
 import pytest
 import student_runs
+from forked_command import start_command
 from test_viewer import serve
 
 STUDENTS = {
@@ -37,6 +37,9 @@ def test_a_student_is_served_on_loopback_without_its_capture(
 def test_a_folder_without_a_run_is_an_error(
     command: Callable[..., list[str]], environment: dict[str, str], tmp_path: Path
 ) -> None:
-    found = subprocess.run(command("r2l-view", tmp_path), env=environment, capture_output=True, text=True, timeout=300)
-    assert found.returncode == 1 and "Traceback" not in found.stdout + found.stderr
-    assert "config.yml" in found.stdout
+    log = tmp_path / "log.txt"
+    process = start_command(command("r2l-view", tmp_path), environment, tmp_path, log)
+    process.join(300)
+    printed = log.read_text()
+    assert process.exitcode == 1 and "Traceback" not in printed
+    assert "config.yml" in printed

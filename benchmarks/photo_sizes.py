@@ -1,0 +1,89 @@
+"""How alike photos of different sizes are: what a renderer without aliasing reaches in the report's steadiness."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from nerfstudio.data.datasets.base_dataset import InputDataset
+from nerfstudio.utils.rich_utils import CONSOLE
+from PIL import Image
+from torch import Tensor
+
+from benchmarks.distil import find_capture
+from r2l_nerfstudio.capture import CaptureError, parse_capture
+from r2l_nerfstudio.distillation.photos import read_photo
+from r2l_nerfstudio.errors import InputError, one_line
+from r2l_nerfstudio.report.measure import SIZES, psnr_of_sizes
+
+
+@dataclass
+class PhotoSizes:
+    """Reduce test photos to two sizes by averaging, and compare these as `r2l-report` compares a student's renders.
+
+    A student that shows no aliasing cannot be steadier between sizes than these, unless it is blurred.
+    """
+
+    capture: str
+    """One of the development captures; or any name, with --data."""
+    data_dir: Path | None = None
+    """Folder of the development captures."""
+    data: Path | None = None
+    """Folder of any other capture."""
+    dataparser: str = "nerfstudio-data"
+    """How --data is read, by Nerfstudio's name."""
+    smaller: tuple[float, ...] = (2.0, 4.0)
+    """How many times smaller than a full-size photo the images are that stand for a student's own size."""
+    photos: int = 8
+    """Test photos, evenly spaced."""
+
+    def main(self) -> None:
+        """Print the lowest and the mean PSNR of each size.
+
+        Raises:
+            InputError: if the capture cannot be read.
+        """
+        capture, place = find_capture(self.capture, self.data_dir, self.data, self.dataparser)
+        dataparser = capture.dataparser(place)
+        if hasattr(dataparser, "downscale_factor"):
+            dataparser.downscale_factor = 1  # pyright: ignore[reportAttributeAccessIssue]
+        try:
+            test = InputDataset(parse_capture(dataparser, "test"))
+        except CaptureError as error:
+            raise InputError(f"The capture {place} cannot be read ({one_line(error)}).") from error
+        chosen = np.linspace(0, len(test) - 1, min(self.photos, len(test))).round().astype(int)
+        pictures = [read_photo(test, int(index), torch.ones(3)).rgb for index in chosen]
+        for smaller in self.smaller:
+            for scale in SIZES:
+                found = [between(picture, smaller, scale) for picture in pictures]
+                height, width = (round(side / smaller) for side in pictures[0].shape[:2])
+                CONSOLE.print(
+                    f"{self.capture} at {width}x{height} and at {scale:g} times the size: lowest {min(found):.1f} dB,"
+                    f" mean {fmean(found):.1f} dB ({len(found)} photos)",
+                    highlight=False,
+                )
+
+
+def between(photo: np.ndarray, smaller: float, scale: float) -> float:
+    """Return the PSNR in dB between a photo made `smaller` times smaller and one of `scale` times that size.
+
+    Args:
+        photo: uint8 (height width 3).
+        smaller: at least 1.
+        scale: at most `smaller`.
+    """
+    return psnr_of_sizes(averaged(photo, smaller), averaged(photo, smaller / scale))
+
+
+def averaged(photo: np.ndarray, smaller: float) -> Float[Tensor, "height width 3"]:
+    """Return a photo whose pixels are means of the areas that they cover."""
+    size = (round(photo.shape[1] / smaller), round(photo.shape[0] / smaller))
+    planes = [
+        Image.fromarray(plane.astype(np.float32)).resize(size, Image.Resampling.BOX)
+        for plane in np.moveaxis(photo, -1, 0)
+    ]
+    return torch.from_numpy(np.stack([np.asarray(plane) for plane in planes], axis=-1)) / 255
