@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
+from fork_server import FORK_SERVER
+from torch import multiprocessing
 
 from benchmarks import gpu_day
 from benchmarks.gpu_day import STAGES, GpuDay, Stage, as_table
@@ -31,7 +34,10 @@ def day(tiny_teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> GpuDay:
     )
 
 
-def test_all_stages_but_training(day: GpuDay) -> None:
+def test_all_stages_but_training(day: GpuDay, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Without a GPU the ranks need not start from nothing.
+    start = partial(multiprocessing.start_processes, start_method=FORK_SERVER.get_start_method())
+    monkeypatch.setattr(multiprocessing, "spawn", start)
     day.stages = ("smoke", "teachers", "engines", "viewer", "ranks")
     day.main()
     (file,) = day.results_dir.glob("gpu_*.json")

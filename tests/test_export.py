@@ -28,6 +28,7 @@ from versions import needs_graph_export
 
 from r2l_nerfstudio import load_student
 from r2l_nerfstudio.engines.protocol import BrokenEngine
+from r2l_nerfstudio.engines.weights import weights_hash
 from r2l_nerfstudio.errors import InputError
 from r2l_nerfstudio.export import coreml_file, graph, int8, mobile_onnx, onnx_file, openvino_file, tensorrt_plan
 from r2l_nerfstudio.export.comparison import check_export, probe_inputs
@@ -77,6 +78,30 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
 def student(run: Callable[..., Path]) -> Callable[..., Student]:
     """A function from a name in `CONFIGS` to a student."""
     return lambda name: load_student(run(name), device="cpu", engine="torch")
+
+
+@pytest.fixture(scope="module")
+def graphs(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., None]:
+    """As `write_onnx`, but each graph is exported once for all tests: that takes most of their time."""
+    made: dict[tuple[str, GraphSpec], Path] = {}
+    folder = tmp_path_factory.mktemp("graphs")
+    write_onnx = onnx_file.write_onnx
+
+    def write(student: Student, spec: GraphSpec, path: Path) -> None:
+        key = (weights_hash(student.model), spec)
+        if key not in made:
+            write_onnx(student, spec, folder / f"{len(made)}.onnx")
+            made[key] = folder / f"{len(made)}.onnx"
+        shutil.copyfile(made[key], path)
+
+    return write
+
+
+@pytest.fixture
+def exported_once(graphs: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
+    """All exports take their graphs from `graphs`."""
+    for module in (onnx_file, openvino_file, tensorrt_plan, int8):
+        monkeypatch.setattr(module, "write_onnx", graphs)
 
 
 @pytest.mark.parametrize("resolution", [1, 2, 5])
@@ -141,6 +166,7 @@ def test_large_images_are_rendered_in_parts(student: Callable[..., Student], mon
         ("composited-mobile", "camera", "fp16"),
     ],
 )
+@pytest.mark.usefixtures("exported_once")
 def test_onnx_renders_what_torch_renders(
     name: str, inputs: str, precision: str, student: Callable[..., Student], tmp_path: Path
 ) -> None:
@@ -174,6 +200,7 @@ def test_onnx_renders_what_torch_renders(
         ("composited-r2l", "rays"),
     ],
 )
+@pytest.mark.usefixtures("exported_once")
 def test_the_three_parts_equal_the_whole(
     name: str, inputs: str, student: Callable[..., Student], tmp_path: Path
 ) -> None:
@@ -237,31 +264,15 @@ def captured(run: Callable[..., Path], tiny_capture: Path, tmp_path_factory: pyt
     return folder / "config.yml"
 
 
-@pytest.fixture(scope="module")
-def write_once(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., None]:
-    """As `write_onnx`, for one student: each graph is exported once."""
-    made: dict[GraphSpec, Path] = {}
-    folder = tmp_path_factory.mktemp("graphs")
-
-    def write(student: Student, spec: GraphSpec, path: Path) -> None:
-        if spec not in made:
-            onnx_file.write_onnx(student, spec, folder / f"{len(made)}.onnx")
-            made[spec] = folder / f"{len(made)}.onnx"
-        shutil.copyfile(made[spec], path)
-
-    return write
-
-
 @pytest.mark.parametrize("flags", [("--target", "mobile"), ()])
 def test_int8_is_used_if_it_costs_little(
     flags: tuple[str, ...],
     captured: Path,
-    write_once: Callable[..., None],
+    exported_once: None,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: Any,
 ) -> None:
-    monkeypatch.setattr(int8, "write_onnx", write_once)
     output, size = tmp_path / "student.onnx", ("--width", 27, "--height", 18)
     call(monkeypatch, "onnx", "--load-config", captured, "--output", output, "--precision", "int8", *flags, *size)
     said = " ".join(capsys.readouterr().out.split())
@@ -281,6 +292,7 @@ def test_int8_is_used_if_it_costs_little(
     assert all(psnr(torch.from_numpy(found[key]), torch.from_numpy(truth[key])) > 25 for key in truth if key != "depth")
 
 
+@pytest.mark.usefixtures("exported_once")
 def test_features_of_composited_students_are_stored_in_int8(student: Callable[..., Student], tmp_path: Path) -> None:
     exported, spec = student("composited-r2l"), replace(RAYS, part="encoding")
     files = {kind: tmp_path / f"{kind}.onnx" for kind in ("fp16", "int8")}
@@ -301,11 +313,10 @@ def test_features_of_composited_students_are_stored_in_int8(student: Callable[..
 def test_int8_that_costs_too_much_is_refused(
     captured: Path,
     run: Callable[..., Path],
-    write_once: Callable[..., None],
+    exported_once: None,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(int8, "write_onnx", write_once)
     student, of_rays = (load_student(path, device="cpu", engine="torch") for path in (captured, run("r2l")))
     output = tmp_path / "student.onnx"
     # Without photos the student's own pictures judge.
@@ -347,9 +358,9 @@ def test_core_ml_packages_match_the_request(
 ) -> None:
     coremltools = pytest.importorskip("coremltools", reason="pip install coremltools (Linux and macOS)")
     output = tmp_path / "student.mlpackage"
-    # An r2l's picture in five parts.
-    monkeypatch.setattr(graph, "RAYS_AT_ONCE", 4 * CAMERA.width)
-    monkeypatch.setattr(coreml_file, "RAYS_AT_ONCE", 4 * CAMERA.width)
+    # An r2l's picture in two parts.
+    monkeypatch.setattr(graph, "RAYS_AT_ONCE", 10 * CAMERA.width)
+    monkeypatch.setattr(coreml_file, "RAYS_AT_ONCE", 10 * CAMERA.width)
     monkeypatch.setattr(coreml_file.platform, "system", lambda: "Linux")
     call(monkeypatch, "coreml", output, "--load-config", run(name), "--width", 27, "--height", 18, *arguments)
     assert "not compared with PyTorch: Core ML runs on a Mac only" in " ".join(capsys.readouterr().out.split())
@@ -403,6 +414,7 @@ def test_core_ml_errors(student: Callable[..., Student], tmp_path: Path, monkeyp
     assert [path.name for path in tmp_path.iterdir()] == ["mine.mlpackage"]
 
 
+@pytest.mark.usefixtures("exported_once")
 def test_a_graph_of_rays_takes_any_number(student: Callable[..., Student], tmp_path: Path) -> None:
     onnx_file.write_onnx(student("r2l"), RAYS, tmp_path / "rays.onnx")
     inputs, truth = probe_inputs(student("r2l"), RAYS, 2)
@@ -411,6 +423,7 @@ def test_a_graph_of_rays_takes_any_number(student: Callable[..., Student], tmp_p
         assert np.allclose(found["rgb"], truth["rgb"][:number], atol=1e-4)
 
 
+@pytest.mark.usefixtures("exported_once")
 def test_openvino_renders_what_torch_renders(student: Callable[..., Student], tmp_path: Path) -> None:
     assert export_openvino(student("mobile-r2l"), CAMERA, tmp_path / "student.xml") > 100
     assert sorted(path.name for path in tmp_path.iterdir()) == ["student.bin", "student.xml"]
@@ -418,6 +431,7 @@ def test_openvino_renders_what_torch_renders(student: Callable[..., Student], tm
 
 
 @pytest.mark.parametrize(("kind", "broken"), [("onnx", "not finite"), ("openvino", "noise")])
+@pytest.mark.usefixtures("exported_once")
 def test_an_export_that_differs_is_not_kept(
     kind: str, broken: str, student: Callable[..., Student], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -441,6 +455,7 @@ def test_an_export_that_differs_is_not_kept(
     assert output.read_text() == "an older one"
 
 
+@pytest.mark.usefixtures("exported_once")
 def test_existing_output_is_replaced_only_on_request(student: Callable[..., Student], tmp_path: Path) -> None:
     output = tmp_path / "student.onnx"
     output.write_text("mine")
@@ -479,6 +494,7 @@ def test_a_missing_package_is_named(
     ("name", "inputs"),
     [("r2l", "rays"), ("mobile-r2l", "camera"), ("composited-r2l", "rays"), ("composited-mobile", "camera")],
 )
+@pytest.mark.usefixtures("exported_once")
 def test_tensorrt_rtx_plans_are_built_without_a_gpu(
     name: str, inputs: str, student: Callable[..., Student], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -506,6 +522,7 @@ def test_formats_that_need_a_gpu_or_a_library(
     assert not any(tmp_path.iterdir())
 
 
+@pytest.mark.usefixtures("exported_once")
 def test_a_graph_that_a_library_refuses_leaves_nothing(
     student: Callable[..., Student], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
