@@ -11,7 +11,6 @@ import torch
 from jaxtyping import Float
 from nerfstudio.data.datasets.base_dataset import InputDataset
 from nerfstudio.utils.rich_utils import CONSOLE
-from PIL import Image
 from torch import Tensor
 
 from benchmarks.distil import find_capture
@@ -55,6 +54,8 @@ class PhotoSizes:
             test = InputDataset(parse_capture(dataparser, "test"))
         except CaptureError as error:
             raise InputError(f"The capture {place} cannot be read ({one_line(error)}).") from error
+        if len(test) == 0:
+            raise InputError(f"The capture {place} has no test photos.")
         chosen = np.linspace(0, len(test) - 1, min(self.photos, len(test))).round().astype(int)
         pictures = [read_photo(test, int(index), torch.ones(3)).rgb for index in chosen]
         for smaller in self.smaller:
@@ -81,9 +82,14 @@ def between(photo: np.ndarray, smaller: float, scale: float) -> float:
 
 def averaged(photo: np.ndarray, smaller: float) -> Float[Tensor, "height width 3"]:
     """Return a photo whose pixels are means of the areas that they cover."""
-    size = (round(photo.shape[1] / smaller), round(photo.shape[0] / smaller))
-    planes = [
-        Image.fromarray(plane.astype(np.float32)).resize(size, Image.Resampling.BOX)
-        for plane in np.moveaxis(photo, -1, 0)
-    ]
-    return torch.from_numpy(np.stack([np.asarray(plane) for plane in planes], axis=-1)) / 255
+    down, across = (overlaps(side, round(side / smaller)) for side in photo.shape[:2])
+    colors = torch.from_numpy(photo).double().permute(2, 0, 1) / 255
+    return (down @ colors @ across.T).permute(1, 2, 0).float()
+
+
+def overlaps(number: int, fewer: int) -> Float[Tensor, "fewer number"]:
+    """Return the share that each of `number` old pixels along a line has in each of `fewer` new ones."""
+    edges = torch.arange(number + 1, dtype=torch.float64)
+    ends = torch.linspace(0, number, fewer + 1, dtype=torch.float64)
+    shared = torch.minimum(ends[1:, None], edges[None, 1:]) - torch.maximum(ends[:-1, None], edges[None, :-1])
+    return shared.clamp(min=0) * fewer / number

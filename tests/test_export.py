@@ -8,6 +8,7 @@ import shutil
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,6 @@ from versions import needs_graph_export
 
 from r2l_nerfstudio import load_student
 from r2l_nerfstudio.engines.protocol import BrokenEngine
-from r2l_nerfstudio.engines.weights import weights_hash
 from r2l_nerfstudio.errors import InputError
 from r2l_nerfstudio.export import coreml_file, graph, int8, mobile_onnx, onnx_file, openvino_file, tensorrt_plan
 from r2l_nerfstudio.export.comparison import check_export, probe_inputs
@@ -83,12 +83,14 @@ def student(run: Callable[..., Path]) -> Callable[..., Student]:
 @pytest.fixture(scope="module")
 def graphs(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., None]:
     """As `write_onnx`, but each graph is exported once for all tests: that takes most of their time."""
-    made: dict[tuple[str, GraphSpec], Path] = {}
+    made: dict[tuple[bytes, GraphSpec], Path] = {}
     folder = tmp_path_factory.mktemp("graphs")
     write_onnx = onnx_file.write_onnx
 
     def write(student: Student, spec: GraphSpec, path: Path) -> None:
-        key = (weights_hash(student.model), spec)
+        saved = BytesIO()
+        torch.save(student.model.state_dict(), saved)
+        key = (saved.getvalue(), spec)
         if key not in made:
             write_onnx(student, spec, folder / f"{len(made)}.onnx")
             made[key] = folder / f"{len(made)}.onnx"
