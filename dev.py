@@ -99,15 +99,14 @@ def main(arguments: list[str]) -> int:
 
 
 def test(rest: list[str]) -> int:
-    """Run all tests in three processes, then those that need the machine to themselves; with options, pytest in one."""
+    """Run all tests in two processes, then those that need the machine to themselves; with options, pytest in one."""
     pytest = [str(PYTHON), "-m", "pytest", "--durations=15"]
     if rest:
         return call(*pytest, *rest)
     alone = f"tests/end_to_end/test_{ALONE}.py"
-    # More than two, since two cores idle for a third of the time that tests of pages take. Files stay whole, for what their
-    # tests share, and start in alphabetical order: the longest are in end_to_end.
-    several = ["--numprocesses=3", "--dist=loadfile", "--no-loadscope-reorder"]
-    results = [call(*pytest, *several, f"--ignore={alone}"), call(*pytest, alone)]
+    # Files stay whole, for what their tests share, and start in alphabetical order: the longest are in end_to_end.
+    two = ["--numprocesses=2", "--dist=loadfile", "--no-loadscope-reorder"]
+    results = [call(*pytest, *two, f"--ignore={alone}"), call(*pytest, alone)]
     return max(results, key=abs)
 
 

@@ -32,5 +32,5 @@ def test_a_capture_is_measured(tmp_path: Path, capsys: pytest.CaptureFixture) ->
     PhotoSizes("ball", data=write_capture(tmp_path / "ball", views=20), photos=1, smaller=(2.0,)).main()
     printed = capsys.readouterr().out
     assert printed.count(" dB") == 6 and "ball at 12x12 and at 1.5 times the size" in printed
-    with pytest.raises(InputError, match="cannot be read"):
+    with pytest.raises(InputError, match="There is no capture"):
         PhotoSizes("gone", data=tmp_path / "gone").main()
