@@ -44,8 +44,15 @@ class PhotoSizes:
         """Print the lowest and the mean PSNR of each size.
 
         Raises:
-            InputError: if the capture cannot be read.
+            InputError: for sizes or a number of photos that make no sense, or if the capture cannot be read.
         """
+        if self.photos < 1:
+            raise InputError(f"--photos must be at least 1 (got {self.photos}).")
+        if not all(smaller >= max(SIZES) for smaller in self.smaller):
+            raise InputError(
+                f"--smaller must be at least {max(SIZES):g} (got {self.smaller}): photos are only made smaller, and one of"
+                f" the sizes is {max(SIZES):g} times the student's."
+            )
         capture, place = find_capture(self.capture, self.data_dir, self.data, self.dataparser)
         dataparser = capture.dataparser(place)
         if hasattr(dataparser, "downscale_factor"):
@@ -81,7 +88,12 @@ def between(photo: np.ndarray, smaller: float, scale: float) -> float:
 
 
 def averaged(photo: np.ndarray, smaller: float) -> Float[Tensor, "height width 3"]:
-    """Return a photo whose pixels are means of the areas that they cover."""
+    """Return a photo whose pixels are means of the areas that they cover, in [0, 1].
+
+    Args:
+        photo: uint8 (height width 3).
+        smaller: how many times smaller it becomes along each side; at least 1.
+    """
     down, across = (overlaps(side, round(side / smaller)) for side in photo.shape[:2])
     colors = torch.from_numpy(photo).double().permute(2, 0, 1) / 255
     return (down @ colors @ across.T).permute(1, 2, 0).float()

@@ -34,3 +34,10 @@ def test_a_capture_is_measured(tmp_path: Path, capsys: pytest.CaptureFixture) ->
     assert printed.count(" dB") == 6 and "ball at 12x12 and at 1.5 times the size" in printed
     with pytest.raises(InputError, match="There is no capture"):
         PhotoSizes("gone", data=tmp_path / "gone").main()
+    for options, name in (
+        ({"photos": 0}, "--photos"),
+        ({"smaller": (1.2,)}, "--smaller"),
+        ({"smaller": (float("nan"),)}, "--smaller"),
+    ):
+        with pytest.raises(InputError, match=name):
+            PhotoSizes("gone", data=tmp_path / "gone", **options).main()
