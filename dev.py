@@ -104,8 +104,9 @@ def test(rest: list[str]) -> int:
     if rest:
         return call(*pytest, *rest)
     alone = f"tests/end_to_end/test_{ALONE}.py"
-    # Files stay whole, for what their tests share, and start in alphabetical order: the longest are in end_to_end.
-    two = ["--numprocesses=2", "--dist=loadfile", "--no-loadscope-reorder"]
+    # Files stay whole, for what their tests share, and start in alphabetical order: the longest are in end_to_end. A
+    # process that crashes is not replaced, since the run would then wait forever (pytest-xdist issue 1378).
+    two = ["--numprocesses=2", "--dist=loadfile", "--no-loadscope-reorder", "--max-worker-restart=0"]
     results = [call(*pytest, *two, f"--ignore={alone}"), call(*pytest, alone)]
     return max(results, key=abs)
 

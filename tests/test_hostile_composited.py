@@ -14,7 +14,7 @@ import torch
 from r2l_nerfstudio.checkpoints import weight_bytes
 from r2l_nerfstudio.errors import InputError
 from r2l_nerfstudio.student import load_student
-from r2l_nerfstudio.students.cpu_kernels import _cell
+from r2l_nerfstudio.students.cpu_kernels import to_cell
 
 ENCODING = "_model.composited."
 
@@ -76,8 +76,8 @@ def test_invalid_grids(edit: Callable[[dict[str, Any]], None], said: str, run: P
 
 def test_non_finite_points_have_a_cell() -> None:
     values = [np.nan, np.inf, -np.inf, -5.0, 3.7, 100.0, 1e30]
-    assert all(0 <= int(_cell(np.float32(value), np.uint32(7))) <= 7 for value in values)
-    assert int(_cell(np.float32(3.7), np.uint32(7))) == 3
+    assert all(0 <= int(to_cell(np.float32(value), np.uint32(7))) <= 7 for value in values)
+    assert int(to_cell(np.float32(3.7), np.uint32(7))) == 3
 
 
 @pytest.mark.parametrize(

@@ -499,7 +499,8 @@ def test_an_onnx_network_is_that_of_the_tar(activation: str, tmp_path: Path) -> 
     from_onnx = read_onnx(write_onnx(tmp_path / "mobile.onnx", weights, activation))
     assert from_onnx.sizes == from_tar.sizes and from_onnx.cells == (5, 6)
     encoded = torch.randn(1, 84, 5, 6)
-    assert torch.allclose(from_onnx.run(encoded), from_tar.run(encoded), atol=1e-5)
+    # Before the sigmoid, numbers are as large as 10, and rounded in another order.
+    assert torch.allclose(from_onnx.run(encoded), from_tar.run(encoded), atol=5e-5)
 
 
 def test_an_onnx_becomes_a_run(capture: Path, tmp_path: Path) -> None:

@@ -13,8 +13,6 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from r2l_nerfstudio.students.sparse_volume import DENSITY_SHIFT, STOP
-
 _LEAST_RAYS = 512
 """Least rays per thread."""
 
@@ -40,9 +38,9 @@ class MarchSpace:
     @property
     def geometry(
         self,
-    ) -> tuple[bool, np.float32, np.float32, int, np.ndarray, np.ndarray, np.float32, np.ndarray, np.ndarray]:
-        """Return the arguments of `march`."""
-        return (self.is_disparity, self.near, self.far, *self.box)
+    ) -> tuple[bool, np.float32, np.float32, np.ndarray, np.ndarray, np.float32, np.ndarray, np.ndarray]:
+        """Return the arguments of `cpu_compositing`'s kernels."""
+        return (self.is_disparity, self.near, self.far, *self.box[1:])
 
     @property
     def box(self) -> tuple[int, np.ndarray, np.ndarray, np.float32, np.ndarray, np.ndarray]:
@@ -97,9 +95,8 @@ class _March(torch.autograd.Function):
     def forward(
         context: Any, rows: Tensor, rays: Rays, space: MarchSpace, samples: int, jitter: bool
     ) -> tuple[Tensor, Tensor]:
-        from r2l_nerfstudio.students import (
-            cpu_kernels,  # Importing Numba takes a second, and Nerfstudio imports every method.
-        )
+        from r2l_nerfstudio.students.cpu_compositing import compositing  # Importing Numba takes a second,
+        from r2l_nerfstudio.students.cpu_kernels import place  # and Nerfstudio imports every method.
 
         groups, group = rays.direction.shape[:2]
         leads = (_array(rays.lead_start), _array(rays.lead_step))
@@ -107,50 +104,52 @@ class _March(torch.autograd.Function):
         enter, length = np.zeros(groups, np.float32), np.ones(groups, np.float32)
         if rays.enter is not None and rays.length is not None:
             enter, length = _array(rays.enter[:, 0]), _array(rays.length[:, 0])
-        lines = (origins, directions, enter, length)
         table = rows.detach().contiguous().numpy()
         draws = torch.rand(groups, samples).numpy() if jitter else np.full((1, samples), 0.5, np.float32)
-        fractions, lengths = (np.empty((groups, samples), np.float32) for _ in range(2))
+        fractions, steps = (np.empty((groups, samples), np.float32) for _ in range(2))
         empty = np.zeros(groups, np.bool_) if rays.is_missed is None else rays.is_missed.numpy().copy()
         out = np.empty((len(directions), table.shape[1] + 4), np.float32)
-        keep = rows.requires_grad
-        kept = (len(directions), samples) if keep else (1, 1)
-        values, weights = np.empty((*kept, table.shape[1]), np.float32), np.empty(kept, np.float32)
+        composite, _ = compositing(table.shape[1], space.warp)
+
+        def lines(part: slice) -> tuple[np.ndarray, ...]:
+            own = slice(part.start * group, part.stop * group)
+            return origins[part], directions[own], enter[part], length[part], fractions[part], steps[part], empty[part]
 
         def work(part: slice) -> None:
-            own = slice(part.start * group, part.stop * group)
-            placed = (fractions[part], lengths[part])
-            cpu_kernels.place(
+            place(
                 leads[0][part], leads[1][part], draws[part] if jitter else draws, space.positions, *space.box,
-                space.occupied, space.cells, *placed, empty[part],
+                space.occupied, space.cells, fractions[part], steps[part], empty[part],
             )  # fmt: skip
-            held = (values[own], weights[own]) if keep else (values, weights)
-            cpu_kernels.march(
-                origins[part], directions[own], enter[part], length[part], *placed, empty[part], *space.geometry,
-                space.index, table, np.float32(DENSITY_SHIFT), np.float32(STOP), out[own], keep, *held,
-            )  # fmt: skip
+            own = slice(part.start * group, part.stop * group)
+            composite(*lines(part), *space.geometry, space.index, table, out[own])
 
         _in_parts(work, groups, group)
-        context.kept = (lines, fractions, lengths, empty, space, table, values, weights)
+        context.save_for_backward(rows)  # which is read again
+        context.kept = (lines, groups, group, space, out)
         is_empty = torch.from_numpy(empty)
         context.mark_non_differentiable(is_empty)
         return torch.from_numpy(out), is_empty
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        from r2l_nerfstudio.students import cpu_kernels
+        from r2l_nerfstudio.students.cpu_compositing import compositing
 
-        space: MarchSpace
-        grad, _ = grad_outputs
-        lines, fractions, lengths, empty, space, table, values, weights = ctx.kept
-        origins, directions, enter, length = lines
-        grad_rows = np.zeros_like(table)
-        # One thread: two would write to the same rows.
-        cpu_kernels.unmarch(
-            origins, directions, enter, length, fractions, lengths, empty, *space.geometry, space.index, table,
-            np.float32(DENSITY_SHIFT), values, weights, grad.contiguous().float().numpy(), grad_rows,
-        )  # fmt: skip
-        return torch.from_numpy(grad_rows), None, None, None, None
+        lines, groups, group, space, out = ctx.kept
+        table = ctx.saved_tensors[0].detach().contiguous().numpy()
+        grad = grad_outputs[0].contiguous().float().numpy()
+        _, spread = compositing(table.shape[1], space.warp)
+        sums: dict[int, np.ndarray] = {}
+
+        def work(part: slice) -> None:
+            own = slice(part.start * group, part.stop * group)
+            found = sums[part.start] = np.zeros_like(table)  # One for each thread: their rays read the same rows.
+            spread(*lines(part), *space.geometry, space.index, table, out[own], grad[own], found)
+
+        _in_parts(work, groups, group)
+        total, *others = (sums[start] for start in sorted(sums))
+        for other in others:
+            total += other
+        return torch.from_numpy(total), None, None, None, None
 
 
 def march(

@@ -153,7 +153,7 @@ def composite(
     """Alpha-composite features along rays, front to back (NeRF, eq. 3; features instead of colors as in SNeRG, sec.
     4).
 
-    `students.cpu_kernels.march` is the same function for a CPU.
+    `students.cpu_compositing` has the same function for a CPU.
 
     Args:
         values: raw density and features of the samples.
