@@ -57,8 +57,8 @@ def test_a_share_of_the_rays_comes_from_the_foreground() -> None:
     # Where nothing is seen at all, and where everything is, rays are still drawn anywhere.
     for accumulation in (0, 255):
         ring.pixels[..., 3] = accumulation
-        centers = ring.sample(20000, None, 1.0).directions.mean(0)
-        torch.testing.assert_close(centers, ring.sample(20000).directions.mean(0), atol=0.01, rtol=0)
+        centers = ring.sample(200_000, None, 1.0).directions.mean(0)
+        torch.testing.assert_close(centers, ring.sample(200_000).directions.mean(0), atol=0.01, rtol=0)
 
 
 def test_refresh_replaces_the_oldest_view_with_a_new_one() -> None:
