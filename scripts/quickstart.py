@@ -132,13 +132,15 @@ class Quickstart:
         capture = stages.run(
             "Capture",
             capture_key,
-            lambda: photograph(root / "capture", sizes, self.seed, self.force),
+            lambda: on_one_thread(lambda: photograph(root / "capture", sizes, self.seed, self.force)),
         )
         teacher_key = digest(capture_key, sizes.teacher_iterations, sizes.teacher_rays)
         teacher = stages.run(
             "Teacher",
             teacher_key,
-            lambda: train_in_one_thread(teacher_config(capture.parent, root / "outputs", sizes, device, self.seed)),
+            lambda: on_one_thread(
+                lambda: train(teacher_config(capture.parent, root / "outputs", sizes, device, self.seed))
+            ),
         )
         students, keys = {}, []
         for stage, method in STUDENTS.items():
@@ -270,12 +272,13 @@ def student_config(method: str, teacher: Path, root: Path, sizes: Sizes, device:
     return config
 
 
-def train_in_one_thread(config: TrainerConfig) -> Path:
-    """Train as `train`, on one thread: the teacher's tensors are too small for a second one to help."""
+def on_one_thread(work: Callable[[], Path]) -> Path:
+    """Return what `work` returns. The tensors of photos and of the teacher are too small for a second thread to help, and
+    threads that wait for each other are tens of times slower where something else runs."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        return train(config)
+        return work()
     finally:
         torch.set_num_threads(threads)
 

@@ -7,13 +7,9 @@ compiles them on first use, and Python threads share the rays.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import cache
-from typing import Any, NamedTuple
-
 import numpy as np
 
-from r2l_nerfstudio.students.cpu_kernels import WARPED, jit, to_cell, to_unit
+from r2l_nerfstudio.students.cpu_kernels import ball, contracted, frustum, jit, to_cell, to_unit
 from r2l_nerfstudio.students.sparse_volume import DENSITY_SHIFT, MAX_EXPONENT, STOP
 
 LANES = 16
@@ -30,13 +26,6 @@ _SHIFT, _MOST, _STOP = np.float32(DENSITY_SHIFT), np.float32(MAX_EXPONENT), np.f
 _LEAST_EXPONENT = np.float32(-80.0)
 """Far below it, e to the power would be no normal number."""
 _LOG2_E = np.float32(1.4426950408889634)
-
-
-class Kernels(NamedTuple):
-    """The compiled functions for one number of channels in one kind of space."""
-
-    composite: Callable[..., None]
-    spread: Callable[..., None]
 
 
 @jit
@@ -87,32 +76,16 @@ def _absorb(pack):  # noqa: ANN001, ANN202
     return brightest
 
 
-@cache
-def compositing(channels: int, warp: int) -> Kernels:
-    """Return the kernels for rows of this many numbers, density included, in a space of this warp.
-
-    `composite` writes out [n, C + 5] = features C, accumulation, fraction, point 3 (unit cube), each times weight.
-    `spread` adds the gradient for the rows to `grad_rows`, except for row 0, which is empty space; of `composite` it needs
-    only the output, with the gradient for it.
-
-    `directions` has equally many consecutive rays for each row of `origins`, `fractions`, `steps` and `is_empty`.
-    """
-    warped: Any = WARPED[warp]
+def _located(warped):  # noqa: ANN001, ANN202
+    """Return the function for one kind of space that finds the points of a pack's samples: in the unit cube, the first grid
+    point of their cell, and where they are in that."""
 
     @jit
-    def locate(  # noqa: ANN202
-        start, number, fractions, steps, group, last,  # noqa: ANN001
-        is_disparity, near, far, origin, axes, nearest, low, inverse, index, pack, first,  # noqa: ANN001
-    ):  # fmt: skip
-        """Find sample `number` of each ray: the point, the first grid point of its cell and the position in that."""
+    def locate(is_disparity, near, far, origin, axes, nearest, low, inverse, index, pack, first):  # noqa: ANN001, ANN202
         one = np.float32(1.0)
         nz, ny, nx = index.shape
         mx, my, mz = np.uint32(nx - 2), np.uint32(ny - 2), np.uint32(nz - 2)
         row, layer = np.int32(nx), np.int32(ny * nx)
-        for lane in range(LANES):
-            placed = min(start + lane, last) // group
-            pack[_FRACTION, lane] = fractions[placed, number]
-            pack[_STEP, lane] = steps[placed, number]
         for lane in range(LANES):
             position = pack[_FRACTION, lane]
             if is_disparity:
@@ -133,139 +106,160 @@ def compositing(channels: int, warp: int) -> Kernels:
             pack[_SHARE + 2, lane] = z - np.float32(iz)
             first[lane] = iz * layer + iy * row + ix
 
-    @jit
-    def shares(lane, pack):  # noqa: ANN001, ANN202
-        """Return the trilinear weights of a cell's corners, x running fastest."""
-        one = np.float32(1.0)
-        fx, fy, fz = pack[_SHARE, lane], pack[_SHARE + 1, lane], pack[_SHARE + 2, lane]
-        gx, gy, gz = one - fx, one - fy, one - fz
-        a, b, c, d = gz * gy, gz * fy, fz * gy, fz * fy
-        return a * gx, a * fx, b * gx, b * fx, c * gx, c * fx, d * gx, d * fx
+    return locate
 
-    @jit
-    def corners(first, grid, row, layer):  # noqa: ANN001, ANN202
-        """Return the rows of a cell's grid points, x running fastest. Unsigned, for no index is counted from the end."""
-        at, one = np.uint64(first), np.uint64(1)
-        up = at + row
-        behind, last = at + layer, up + layer
-        return (
-            grid[at], grid[at + one], grid[up], grid[up + one],
-            grid[behind], grid[behind + one], grid[last], grid[last + one],
-        )  # fmt: skip
 
-    @jit
-    def read(pack, first, grid, row, layer, rows, values):  # noqa: ANN001, ANN202
-        """Read the volume trilinearly for rays that still have light."""
-        for lane in range(LANES):
-            if pack[_LIGHT, lane] < _STOP:
-                continue
-            a, b, c, d, e, f, g, h = corners(first[lane], grid, row, layer)
-            wa, wb, wc, wd, we, wf, wg, wh = shares(lane, pack)
-            # Channels innermost, all corners at once: the sums stay in one register.
-            for k in range(channels):
-                values[lane, k] = (
-                    wa * rows[a, k] + wb * rows[b, k] + wc * rows[c, k] + wd * rows[d, k]
-                    + we * rows[e, k] + wf * rows[f, k] + wg * rows[g, k] + wh * rows[h, k]
-                )  # fmt: skip
-            pack[_DENSITY, lane] = values[lane, 0]
+_in_ball, _in_contracted, _in_frustum = _located(ball), _located(contracted), _located(frustum)
 
-    @jit
-    def composite(  # noqa: ANN202
-        origins, directions, enter, length, fractions, steps, is_empty, is_disparity, near, far,  # noqa: ANN001
-        origin, axes, nearest, low, inverse, index, rows, out,  # noqa: ANN001
-    ):  # fmt: skip
-        features = channels - 1
-        group = max(1, directions.shape[0] // max(1, origins.shape[0]))
-        last = directions.shape[0] - 1
-        grid = index.reshape(-1)
-        row, layer = np.uint64(index.shape[2]), np.uint64(index.shape[1] * index.shape[2])
-        pack, first = np.zeros((_ROWS, LANES), np.float32), np.zeros(LANES, np.int32)
-        values, sums = np.zeros((LANES, channels), np.float32), np.empty((LANES, channels + 4), np.float32)
-        for start in range(0, directions.shape[0], LANES):
-            has_light = _begin(start, origins, directions, enter, length, is_empty, pack)
-            sums[:] = np.float32(0.0)
-            number = 0
-            while has_light and number < fractions.shape[1]:
-                locate(
-                    start, number, fractions, steps, group, last,
-                    is_disparity, near, far, origin, axes, nearest, low, inverse, index, pack, first,
-                )  # fmt: skip
-                read(pack, first, grid, row, layer, rows, values)
-                has_light = _absorb(pack) >= _STOP
-                for lane in range(LANES):
-                    weight = pack[_WEIGHT, lane]
-                    for k in range(features):
-                        sums[lane, k] += weight * values[lane, 1 + k]
-                    sums[lane, features] += weight
-                    sums[lane, features + 1] += weight * pack[_FRACTION, lane]
-                    for axis in range(3):
-                        sums[lane, features + 2 + axis] += weight * pack[_POINT + axis, lane]
-                number += 1
-            for lane in range(min(LANES, directions.shape[0] - start)):
-                for k in range(features + 5):
-                    out[start + lane, k] = sums[lane, k]
 
-    @jit
-    def spread(  # noqa: ANN202
-        origins, directions, enter, length, fractions, steps, is_empty, is_disparity, near, far,  # noqa: ANN001
-        origin, axes, nearest, low, inverse, index, rows, out, grad, grad_rows,  # noqa: ANN001
-    ):  # fmt: skip
-        features = channels - 1
-        group = max(1, directions.shape[0] // max(1, origins.shape[0]))
-        last = directions.shape[0] - 1
-        grid = index.reshape(-1)
-        row, layer = np.uint64(index.shape[2]), np.uint64(index.shape[1] * index.shape[2])
-        pack, first = np.zeros((_ROWS, LANES), np.float32), np.zeros(LANES, np.int32)
-        values, part = np.zeros((LANES, channels), np.float32), np.empty(channels, np.float32)
-        for start in range(0, directions.shape[0], LANES):
-            has_light = _begin(start, origins, directions, enter, length, is_empty, pack)
-            count = min(LANES, directions.shape[0] - start)
+@jit
+def _locate(  # noqa: ANN202
+    start, number, fractions, steps, group, last,  # noqa: ANN001
+    is_disparity, near, far, warp, origin, axes, nearest, low, inverse, index, pack, first,  # noqa: ANN001
+):  # fmt: skip
+    """Find sample `number` of each ray of a pack."""
+    for lane in range(LANES):
+        placed = min(start + lane, last) // group
+        pack[_FRACTION, lane] = fractions[placed, number]
+        pack[_STEP, lane] = steps[placed, number]
+    if warp == 0:
+        _in_ball(is_disparity, near, far, origin, axes, nearest, low, inverse, index, pack, first)
+    elif warp == 1:
+        _in_contracted(is_disparity, near, far, origin, axes, nearest, low, inverse, index, pack, first)
+    else:
+        _in_frustum(is_disparity, near, far, origin, axes, nearest, low, inverse, index, pack, first)
+
+
+@jit
+def _shares(lane, pack):  # noqa: ANN001, ANN202
+    """Return the trilinear weights of a cell's corners, x running fastest."""
+    one = np.float32(1.0)
+    fx, fy, fz = pack[_SHARE, lane], pack[_SHARE + 1, lane], pack[_SHARE + 2, lane]
+    gx, gy, gz = one - fx, one - fy, one - fz
+    a, b, c, d = gz * gy, gz * fy, fz * gy, fz * fy
+    return a * gx, a * fx, b * gx, b * fx, c * gx, c * fx, d * gx, d * fx
+
+
+@jit
+def _corners(first, grid, row, layer):  # noqa: ANN001, ANN202
+    """Return the rows of a cell's grid points, x running fastest. Unsigned, for no index is counted from the end."""
+    at, one = np.uint64(first), np.uint64(1)
+    up = at + row
+    behind, last = at + layer, up + layer
+    return (
+        grid[at], grid[at + one], grid[up], grid[up + one],
+        grid[behind], grid[behind + one], grid[last], grid[last + one],
+    )  # fmt: skip
+
+
+@jit
+def _read(columns, pack, first, grid, row, layer, rows, values):  # noqa: ANN001, ANN202
+    """Read the volume trilinearly for rays that still have light."""
+    for lane in range(LANES):
+        if pack[_LIGHT, lane] < _STOP:
+            continue
+        a, b, c, d, e, f, g, h = _corners(first[lane], grid, row, layer)
+        wa, wb, wc, wd, we, wf, wg, wh = _shares(lane, pack)
+        # Channels innermost, all corners at once: the sums stay in one register.
+        for k in range(len(columns)):
+            values[lane, k] = (
+                wa * rows[a, k] + wb * rows[b, k] + wc * rows[c, k] + wd * rows[d, k]
+                + we * rows[e, k] + wf * rows[f, k] + wg * rows[g, k] + wh * rows[h, k]
+            )  # fmt: skip
+        pack[_DENSITY, lane] = values[lane, 0]
+
+
+@jit
+def composite(  # noqa: ANN201
+    columns, origins, directions, enter, length, fractions, steps, is_empty, is_disparity, near, far,  # noqa: ANN001
+    warp, origin, axes, nearest, low, inverse, index, rows, out,  # noqa: ANN001
+):  # fmt: skip
+    """Write out [n, C + 5] = features C, accumulation, fraction, point 3 (unit cube), each times weight.
+
+    `columns` is a tuple as long as a row of the volume, density included, so that the length is known when this is compiled.
+    `directions` has equally many consecutive rays for each row of `origins`, `fractions`, `steps` and `is_empty`.
+    """
+    channels = len(columns)
+    features = channels - 1
+    group = max(1, directions.shape[0] // max(1, origins.shape[0]))
+    last = directions.shape[0] - 1
+    grid = index.reshape(-1)
+    row, layer = np.uint64(index.shape[2]), np.uint64(index.shape[1] * index.shape[2])
+    pack, first = np.zeros((_ROWS, LANES), np.float32), np.zeros(LANES, np.int32)
+    values, sums = np.zeros((LANES, channels), np.float32), np.empty((LANES, channels + 4), np.float32)
+    for start in range(0, directions.shape[0], LANES):
+        has_light = _begin(start, origins, directions, enter, length, is_empty, pack)
+        sums[:] = np.float32(0.0)
+        number = 0
+        while has_light and number < fractions.shape[1]:
+            _locate(
+                start, number, fractions, steps, group, last,
+                is_disparity, near, far, warp, origin, axes, nearest, low, inverse, index, pack, first,
+            )  # fmt: skip
+            _read(columns, pack, first, grid, row, layer, rows, values)
+            has_light = _absorb(pack) >= _STOP
+            for lane in range(LANES):
+                weight = pack[_WEIGHT, lane]
+                for k in range(features):
+                    sums[lane, k] += weight * values[lane, 1 + k]
+                sums[lane, features] += weight
+                sums[lane, features + 1] += weight * pack[_FRACTION, lane]
+                for axis in range(3):
+                    sums[lane, features + 2 + axis] += weight * pack[_POINT + axis, lane]
+            number += 1
+        for lane in range(min(LANES, directions.shape[0] - start)):
+            for k in range(features + 5):
+                out[start + lane, k] = sums[lane, k]
+
+
+@jit
+def spread(  # noqa: ANN201
+    columns, origins, directions, enter, length, fractions, steps, is_empty, is_disparity, near, far,  # noqa: ANN001
+    warp, origin, axes, nearest, low, inverse, index, rows, out, grad, grad_rows,  # noqa: ANN001
+):  # fmt: skip
+    """Add the gradient of `composite` for the rows to `grad_rows`, except for row 0, which is empty space; of `composite` it
+    needs only the output, with the gradient for it."""
+    channels = len(columns)
+    features = channels - 1
+    group = max(1, directions.shape[0] // max(1, origins.shape[0]))
+    last = directions.shape[0] - 1
+    grid = index.reshape(-1)
+    row, layer = np.uint64(index.shape[2]), np.uint64(index.shape[1] * index.shape[2])
+    pack, first = np.zeros((_ROWS, LANES), np.float32), np.zeros(LANES, np.int32)
+    values, part = np.zeros((LANES, channels), np.float32), np.empty(channels, np.float32)
+    for start in range(0, directions.shape[0], LANES):
+        has_light = _begin(start, origins, directions, enter, length, is_empty, pack)
+        count = min(LANES, directions.shape[0] - start)
+        for lane in range(count):
+            # The output's gradient times the output is what all samples together contribute to the loss.
+            behind = np.float32(0.0)
+            for k in range(features + 5):
+                behind += out[start + lane, k] * grad[start + lane, k]
+            pack[_BEHIND, lane] = behind
+        number = 0
+        while has_light and number < fractions.shape[1]:
+            _locate(
+                start, number, fractions, steps, group, last,
+                is_disparity, near, far, warp, origin, axes, nearest, low, inverse, index, pack, first,
+            )  # fmt: skip
+            _read(columns, pack, first, grid, row, layer, rows, values)
+            has_light = _absorb(pack) >= _STOP
             for lane in range(count):
-                # The output's gradient times the output is what all samples together contribute to the loss.
-                behind = np.float32(0.0)
-                for k in range(features + 5):
-                    behind += out[start + lane, k] * grad[start + lane, k]
-                pack[_BEHIND, lane] = behind
-            number = 0
-            while has_light and number < fractions.shape[1]:
-                locate(
-                    start, number, fractions, steps, group, last,
-                    is_disparity, near, far, origin, axes, nearest, low, inverse, index, pack, first,
-                )  # fmt: skip
-                read(pack, first, grid, row, layer, rows, values)
-                has_light = _absorb(pack) >= _STOP
-                for lane in range(count):
-                    weight = pack[_WEIGHT, lane]
-                    if weight == 0:
-                        continue
-                    ray = start + lane
-                    gain = grad[ray, features] + grad[ray, features + 1] * pack[_FRACTION, lane]
-                    for axis in range(3):
-                        gain += grad[ray, features + 2 + axis] * pack[_POINT + axis, lane]
-                    for k in range(features):
-                        gain += grad[ray, k] * values[lane, 1 + k]
-                        part[1 + k] = grad[ray, k] * weight
-                    pack[_BEHIND, lane] -= gain * weight
-                    part[0] = (gain * pack[_LIGHT, lane] - pack[_BEHIND, lane]) * pack[_THICKNESS, lane]
-                    a, b, c, d, e, f, g, h = corners(first[lane], grid, row, layer)
-                    wa, wb, wc, wd, we, wf, wg, wh = shares(lane, pack)
-                    for k in range(channels):
-                        grad_rows[a, k] += wa * part[k]
-                    for k in range(channels):
-                        grad_rows[b, k] += wb * part[k]
-                    for k in range(channels):
-                        grad_rows[c, k] += wc * part[k]
-                    for k in range(channels):
-                        grad_rows[d, k] += wd * part[k]
-                    for k in range(channels):
-                        grad_rows[e, k] += we * part[k]
-                    for k in range(channels):
-                        grad_rows[f, k] += wf * part[k]
-                    for k in range(channels):
-                        grad_rows[g, k] += wg * part[k]
-                    for k in range(channels):
-                        grad_rows[h, k] += wh * part[k]
-                number += 1
-        grad_rows[0] = np.float32(0.0)
-
-    return Kernels(composite, spread)
+                weight = pack[_WEIGHT, lane]
+                if weight == 0:
+                    continue
+                ray = start + lane
+                gain = grad[ray, features] + grad[ray, features + 1] * pack[_FRACTION, lane]
+                for axis in range(3):
+                    gain += grad[ray, features + 2 + axis] * pack[_POINT + axis, lane]
+                for k in range(features):
+                    gain += grad[ray, k] * values[lane, 1 + k]
+                    part[1 + k] = grad[ray, k] * weight
+                pack[_BEHIND, lane] -= gain * weight
+                part[0] = (gain * pack[_LIGHT, lane] - pack[_BEHIND, lane]) * pack[_THICKNESS, lane]
+                shares = _shares(lane, pack)
+                for corner, point in enumerate(_corners(first[lane], grid, row, layer)):
+                    for k in range(len(columns)):
+                        grad_rows[point, k] += shares[corner] * part[k]
+            number += 1
+    grad_rows[0] = np.float32(0.0)

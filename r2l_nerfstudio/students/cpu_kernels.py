@@ -63,9 +63,7 @@ def _path_along(warped):  # noqa: ANN001, ANN202
     return path
 
 
-WARPED = (ball, contracted, frustum)
-"""In the order of `rays.scene_grid.WARPS`."""
-_ball_path, _contracted_path, _frustum_path = (_path_along(warped) for warped in WARPED)
+_ball_path, _contracted_path, _frustum_path = _path_along(ball), _path_along(contracted), _path_along(frustum)
 
 
 @jit

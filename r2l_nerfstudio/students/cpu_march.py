@@ -38,9 +38,9 @@ class MarchSpace:
     @property
     def geometry(
         self,
-    ) -> tuple[bool, np.float32, np.float32, np.ndarray, np.ndarray, np.float32, np.ndarray, np.ndarray]:
+    ) -> tuple[bool, np.float32, np.float32, int, np.ndarray, np.ndarray, np.float32, np.ndarray, np.ndarray]:
         """Return the arguments of `cpu_compositing`'s kernels."""
-        return (self.is_disparity, self.near, self.far, *self.box[1:])
+        return (self.is_disparity, self.near, self.far, *self.box)
 
     @property
     def box(self) -> tuple[int, np.ndarray, np.ndarray, np.float32, np.ndarray, np.ndarray]:
@@ -90,12 +90,17 @@ def _array(tensor: Tensor) -> np.ndarray:
     return tensor.detach().nan_to_num(0.0).contiguous().numpy()
 
 
+def _columns(table: np.ndarray) -> tuple[int, ...]:
+    """As the kernels take the number of a table's columns."""
+    return (0,) * table.shape[1]
+
+
 class _March(torch.autograd.Function):
     @staticmethod
     def forward(
         context: Any, rows: Tensor, rays: Rays, space: MarchSpace, samples: int, jitter: bool
     ) -> tuple[Tensor, Tensor]:
-        from r2l_nerfstudio.students.cpu_compositing import compositing  # Importing Numba takes a second,
+        from r2l_nerfstudio.students.cpu_compositing import composite  # Importing Numba takes a second,
         from r2l_nerfstudio.students.cpu_kernels import place  # and Nerfstudio imports every method.
 
         groups, group = rays.direction.shape[:2]
@@ -109,7 +114,6 @@ class _March(torch.autograd.Function):
         fractions, steps = (np.empty((groups, samples), np.float32) for _ in range(2))
         empty = np.zeros(groups, np.bool_) if rays.is_missed is None else rays.is_missed.numpy().copy()
         out = np.empty((len(directions), table.shape[1] + 4), np.float32)
-        composite, _ = compositing(table.shape[1], space.warp)
 
         def lines(part: slice) -> tuple[np.ndarray, ...]:
             own = slice(part.start * group, part.stop * group)
@@ -121,7 +125,7 @@ class _March(torch.autograd.Function):
                 space.occupied, space.cells, fractions[part], steps[part], empty[part],
             )  # fmt: skip
             own = slice(part.start * group, part.stop * group)
-            composite(*lines(part), *space.geometry, space.index, table, out[own])
+            composite(_columns(table), *lines(part), *space.geometry, space.index, table, out[own])
 
         _in_parts(work, groups, group)
         context.save_for_backward(rows)  # which is read again
@@ -132,18 +136,17 @@ class _March(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        from r2l_nerfstudio.students.cpu_compositing import compositing
+        from r2l_nerfstudio.students.cpu_compositing import spread
 
         lines, groups, group, space, out = ctx.kept
         table = ctx.saved_tensors[0].detach().contiguous().numpy()
         grad = grad_outputs[0].contiguous().float().numpy()
-        _, spread = compositing(table.shape[1], space.warp)
         sums: dict[int, np.ndarray] = {}
 
         def work(part: slice) -> None:
             own = slice(part.start * group, part.stop * group)
             found = sums[part.start] = np.zeros_like(table)  # One for each thread: their rays read the same rows.
-            spread(*lines(part), *space.geometry, space.index, table, out[own], grad[own], found)
+            spread(_columns(table), *lines(part), *space.geometry, space.index, table, out[own], grad[own], found)
 
         _in_parts(work, groups, group)
         total, *others = (sums[start] for start in sorted(sums))
