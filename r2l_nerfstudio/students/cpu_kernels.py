@@ -6,10 +6,15 @@ keeps them in its cache, and releases the GIL, so that Python threads share the 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import numpy as np
 from numba import njit
 
-jit = njit(nogil=True, cache=True, error_model="numpy", fastmath=True)
+jit: Callable[[Callable[..., Any]], Callable[..., Any]] = njit(
+    nogil=True, cache=True, error_model="numpy", fastmath=True
+)
 
 
 @jit
