@@ -109,7 +109,7 @@ EVEN: dict[str, Changes] = {
     )
 }
 """The lite methods as they were before composited features: points evenly spaced, concatenated, a dense volume of 40^3."""
-HALF_PIXELS: dict[str, Changes] = {"r2l": {}, "mobile-r2l": {"pipeline.model.pixel_samples": 6}}
+HALF_PIXELS: dict[str, Changes] = {"r2l": {}, "mobile-r2l": {"pipeline.model.pixel_samples": 12}}
 
 VOLUME: Changes = {"pipeline.model.volume_resolution": 40}
 ZERO: Changes = {"pipeline.model.zero_init": True}

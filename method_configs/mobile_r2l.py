@@ -35,6 +35,7 @@ mobile_r2l_lite = MethodSpecification(
             join_width=16,
             feature_channels=3,
             max_grid_points=120_000,
+            pixel_samples=24,
         ),
         max_num_iterations=20000,
         optimizers=small_optimizers(),
