@@ -128,25 +128,26 @@ class _March(torch.autograd.Function):
             composite(_columns(table), *lines(part), *space.geometry, space.index, table, out[own])
 
         _in_parts(work, groups, group)
-        context.save_for_backward(rows)  # which is read again
-        context.kept = (lines, groups, group, space, out)
-        is_empty = torch.from_numpy(empty)
+        found, is_empty = torch.from_numpy(out), torch.from_numpy(empty)
+        context.save_for_backward(rows, found)  # The volume is read again.
+        context.kept = (lines, groups, group, space)
         context.mark_non_differentiable(is_empty)
-        return torch.from_numpy(out), is_empty
+        return found, is_empty
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         from r2l_nerfstudio.students.cpu_compositing import spread
 
-        lines, groups, group, space, out = ctx.kept
-        table = ctx.saved_tensors[0].detach().contiguous().numpy()
+        lines, groups, group, space = ctx.kept
+        table, out = (tensor.detach().contiguous().numpy() for tensor in ctx.saved_tensors)
         grad = grad_outputs[0].contiguous().float().numpy()
         sums: dict[int, np.ndarray] = {}
 
         def work(part: slice) -> None:
             own = slice(part.start * group, part.stop * group)
-            found = sums[part.start] = np.zeros_like(table)  # One for each thread: their rays read the same rows.
-            spread(_columns(table), *lines(part), *space.geometry, space.index, table, out[own], grad[own], found)
+            sums[part.start] = np.zeros_like(table)  # One for each thread: their rays read the same rows.
+            gradient = (out[own], grad[own], sums[part.start])
+            spread(_columns(table), *lines(part), *space.geometry, space.index, table, *gradient)
 
         _in_parts(work, groups, group)
         total, *others = (sums[start] for start in sorted(sums))
