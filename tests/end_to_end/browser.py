@@ -179,7 +179,7 @@ class ViewerPage:
         self.wait_until(
             lambda: max(self.resolution()) == self._full and change() < 1.0,
             lambda: f"a settled picture of {self._full} pixels, not {self.resolution()}, changing by {change():.2f}",
-            pause=0.6,
+            pause=1.0,
         )
         return pictures[-1]
 
