@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import functools
 import os
-import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from made_once import MadeOnce, make_once
@@ -27,14 +25,6 @@ def user_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         folder = tmp_path_factory.mktemp("cache")
         patch.setenv("XDG_CACHE_HOME", str(folder))
         yield folder
-
-
-@pytest.fixture(autouse=True)
-def seed() -> None:
-    """The same random numbers in every run."""
-    random.seed(0)
-    np.random.seed(0)
-    torch.manual_seed(0)
 
 
 @pytest.fixture(scope="session")

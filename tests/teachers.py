@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import random
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -143,7 +142,6 @@ def train(config: TrainerConfig) -> Trainer:
 
     torch.manual_seed(0)
     np.random.seed(0)
-    random.seed(0)  # Nerfstudio draws the order of images from it.
     config.save_config()
     try:
         with without_lpips():
