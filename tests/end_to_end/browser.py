@@ -26,8 +26,8 @@ CHANGED = 2.0
 SAME = 1.9
 """What JPEG and the page's own resampling may add up to."""
 SIMILAR = 4.0
-"""Mean difference below which the background, or another engine's picture, is taken for the same. What students and teachers of
-30 iterations show differs by 2.7 and more."""
+"""Below it, background or another engine's picture are taken for the same. Students and teachers of 30 iterations
+differ by 2.7 and more."""
 
 
 def wait_for(page: Page | Frame, expression: str, seconds: float = PATIENCE) -> None:
