@@ -214,7 +214,8 @@ def test_windows_of_odd_sizes(page: ViewerPage):
     for width, height in ((733, 411), (517, 900), (size["width"], size["height"])):
         page.page.set_viewport_size({"width": width, "height": height})
         page.wait_until(is_in_shape, "a picture of the window's shape")
-        assert page.settle().std() > 2
+        # A resized canvas is blank until the next picture is drawn.
+        page.wait_until(lambda: page.settle().std() > 2, "a picture in the resized window")
 
 
 def test_every_output_can_be_shown(page: ViewerPage):
