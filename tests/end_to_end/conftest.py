@@ -45,8 +45,6 @@ def train_student(command: Callable[..., list[str]], tiny_teacher: Path) -> Call
             *("--pipeline.datamanager.photo-iterations", 10),
             *("--pipeline.model.width", 32),
             *("--pipeline.model.depth", 6),
-            # 30 iterations leave the teacher too blurred to be told from one in another frame.
-            *("--pipeline.check-frame", False),
             *("--vis", "tensorboard"),
             *("--viewer.quit-on-train-completion", True),
             *flags,
@@ -59,7 +57,7 @@ def train_student(command: Callable[..., list[str]], tiny_teacher: Path) -> Call
 def tiny_student(tiny_teacher: Path, made_once: MadeOnce) -> Path:
     """Folder of a run: `r2l-lite` distilled from `tiny_teacher`. Read only: copy it to change it."""
     changes = {
-        "max_num_iterations": 30,
+        "max_num_iterations": 60,
         "pipeline.datamanager.num_views": 4,
         "pipeline.datamanager.train_num_rays_per_batch": 512,
         "pipeline.datamanager.photo_iterations": 10,
@@ -72,7 +70,7 @@ def tiny_student(tiny_teacher: Path, made_once: MadeOnce) -> Path:
 @pytest.fixture(scope="session")
 def tiny_mobile_student(tiny_teacher: Path, made_once: MadeOnce) -> Path:
     """Folder of a run: `mobile-r2l-lite` distilled from `tiny_teacher`. Read only: copy it to change it."""
-    changes = {"max_num_iterations": 30, "pipeline.datamanager.photo_iterations": 10}
+    changes = {"max_num_iterations": 60, "pipeline.datamanager.photo_iterations": 10}
 
     def build(folder: Path) -> Path:
         return distil(student_config(tiny_teacher, folder, "mobile-r2l-lite", **changes))
