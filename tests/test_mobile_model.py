@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import math
+from unittest import mock
 
 import pytest
 import torch
 from nerfstudio.cameras.cameras import Cameras, CameraType
 from nerfstudio.data.scene_box import SceneBox
+from student_runs import fill_occupancy
 from torch import Tensor
 
 from r2l_nerfstudio.distillation.crops import joined, sample_crops
 from r2l_nerfstudio.distillation.photo_views import PhotoViews
 from r2l_nerfstudio.errors import InputError
+from r2l_nerfstudio.models import mobile_r2l
 from r2l_nerfstudio.models.any_camera import render_by_faces
 from r2l_nerfstudio.models.camera_rays import CameraRays
 from r2l_nerfstudio.models.composited_encoding import EncodedRays
@@ -149,6 +152,42 @@ def test_other_lenses_see_every_direction_where_it_is(of: Cameras) -> None:
     torch.testing.assert_close(where, rays.origins)
     outputs = model().get_outputs_for_camera(of)
     assert outputs["rgb"].shape == expected.shape and outputs["depth"].isfinite().all()
+
+
+def composited_model() -> MobileR2LModel:
+    """Random features on a shell around the origin."""
+    sizes = {"num_samples": 6, "num_probes": 16, "occupancy_cells": 8, "pixel_samples": 4, "join_width": 8}
+    made = model(ray_encoding="composited", **sizes)
+    fill_occupancy(made)
+    return made
+
+
+def test_a_lens_of_the_trained_pitch_is_rendered_without_resampling(monkeypatch: pytest.MonkeyPatch) -> None:
+    student = composited_model()
+    monkeypatch.setattr(mobile_r2l, "render_by_faces", lambda *_: pytest.fail("it is resampled"))
+    # Between the pixels of an image with its principal point in the middle, where resampling blurs most.
+    where = {"width": 26, "height": 17, "cx": 13.4, "cy": 8.1}
+    nearly_none = torch.tensor([[1e-6, 0.0, 0.0, 0.0, 0.0, 0.0]])
+    lens = student.get_outputs_for_camera(camera(**where, distortion_params=nearly_none))
+    pinhole = student.get_outputs_for_camera(camera(**where))
+    assert pinhole["rgb"].std() > 0.02
+    for key, value in pinhole.items():
+        torch.testing.assert_close(lens[key], value, atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize(
+    "of",
+    [
+        camera(zoom=0.7, distortion_params=torch.tensor([[0.01, 0.0, 0.0, 0.0, 0.0, 0.0]])),
+        camera(distortion_params=torch.tensor([[0.9, 0.0, 0.0, 0.0, 0.0, 0.0]])),
+    ],
+    ids=["of another pitch", "strongly distorted"],
+)
+def test_other_lenses_are_resampled_from_the_trained_pitch(of: Cameras, monkeypatch: pytest.MonkeyPatch) -> None:
+    faces = mock.Mock(side_effect=render_by_faces)
+    monkeypatch.setattr(mobile_r2l, "render_by_faces", faces)
+    assert composited_model().get_outputs_for_camera(of)["rgb"].isfinite().all()
+    faces.assert_called_once()
 
 
 @pytest.mark.parametrize("kind", [CameraType.OMNIDIRECTIONALSTEREO_R, CameraType.ORTHOPHOTO])

@@ -50,6 +50,17 @@ def test_forward_is_head_blocks_long_skip_up_tail() -> None:
     torch.testing.assert_close(network(encoded), network.tail(network.up(first + hidden)).sigmoid())
 
 
+@pytest.mark.parametrize("joined", [0, 5])
+@pytest.mark.parametrize("factor", [2, 3, 4, 6, 8, 12])
+def test_pixels_without_those_of_the_margin_are_the_same(factor: int, joined: int) -> None:
+    torch.manual_seed(0)
+    sizes = {"width": 8, "blocks": 1, "factor": factor, "up_width": 6, "last_width": 4, "joined": joined}
+    network = MobileR2L(5 + joined * factor**2, 3, **sizes).eval()
+    encoded = torch.randn(2, network.in_dim, 4, 5)
+    whole = network(encoded)[..., factor:-factor, factor:-factor]
+    torch.testing.assert_close(network(encoded, margin=1), whole)
+
+
 def test_zero_init_starts_as_the_identity() -> None:
     block = ConvBlock(8, zero_init=True)
     hidden = torch.randn(2, 8, 3, 3)

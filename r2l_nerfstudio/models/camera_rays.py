@@ -14,9 +14,14 @@ from torch import Tensor
 from r2l_nerfstudio.rays.pinhole import image_rays
 
 
+def is_perspective(camera: Cameras) -> bool:
+    """Return whether a camera is a perspective one, with lens distortion or without."""
+    return int(camera.camera_type.flatten()[0]) == CameraType.PERSPECTIVE.value
+
+
 def is_pinhole(camera: Cameras) -> bool:
     """Return whether a camera is an undistorted perspective one."""
-    if int(camera.camera_type.flatten()[0]) != CameraType.PERSPECTIVE.value:
+    if not is_perspective(camera):
         return False
     return camera.distortion_params is None or not bool(camera.distortion_params.any())
 
@@ -59,6 +64,8 @@ class CameraRays:
         self.device = device
         self.height, self.width = int(self.camera.height[0]), int(self.camera.width[0])
         self.is_pinhole = is_pinhole(self.camera)
+        self.is_distorted = is_perspective(self.camera) and not self.is_pinhole
+        """Whether it is a perspective camera with lens distortion."""
 
     @cached_property
     def pinhole(self) -> tuple[Float[Tensor, "3 4"], Float[Tensor, "4"]]:
@@ -69,6 +76,25 @@ class CameraRays:
     def rays(self) -> tuple[Float[Tensor, "height width 3"], Float[Tensor, "height width 3"]]:
         """Origins and unit directions through the pixel centers, in the run's frame."""
         return camera_rays(self.camera, self.device)
+
+
+def distorted_rays(
+    camera: Cameras, height: int, width: int, border: int, device: torch.device
+) -> tuple[Float[Tensor, "rows columns 3"], Float[Tensor, "rows columns 3"]]:
+    """Return origins and unit directions of a grid of pixels that may extend past the image of a perspective camera with
+    lens distortion.
+
+    Args:
+        camera: batch of one camera.
+        height: rows of pixels inside the border.
+        width: columns of pixels inside the border.
+        border: pixels around them; the first pixel inside it is the image's first.
+        device: device of the rays.
+    """
+    rows, columns = (torch.arange(-border, size + border, device=device) + 0.5 for size in (height, width))
+    coords = torch.stack(torch.meshgrid(rows, columns, indexing="ij"), dim=-1)
+    bundle = camera.to(device).generate_rays(camera_indices=0, coords=coords)
+    return bundle.origins, bundle.directions
 
 
 def crop_interval(

@@ -15,7 +15,7 @@ from torch.nn.functional import interpolate, pad
 
 from r2l_nerfstudio.errors import InputError
 from r2l_nerfstudio.models.any_camera import render_by_faces
-from r2l_nerfstudio.models.camera_rays import CameraRays
+from r2l_nerfstudio.models.camera_rays import CameraRays, distorted_rays
 from r2l_nerfstudio.models.composited_encoding import CompositedEncoding, EncodedRays, encode_ray_image
 from r2l_nerfstudio.models.light_field import LightFieldModel, LightFieldModelConfig
 from r2l_nerfstudio.ranges import IntRange
@@ -35,6 +35,9 @@ CELLS_ACROSS = 100
 
 MAX_CELLS = 1 << 16
 """Cells of one frame; if the trained pitch needs more, as for very wide views, it is rendered coarser."""
+
+LENS_PITCH = 0.15
+"""Logarithm of how much closer or farther apart a lens's pixels may be than those of the training views."""
 
 WINDOW_STEP = 4
 """Cells; sides of a window are rounded up to a multiple of it, since engines are slow at the first image of each
@@ -147,10 +150,8 @@ class MobileR2LModel(LightFieldModel):
             return self._answer_rays(ray_bundle.origins, ray_bundle.directions)
         jitter = self.training and self.config.jitter_points
         encoded, geometry = self.encode_rays(*self.bundle_rays(ray_bundle), jitter)
-        values = self.network(encoded.permute(0, 3, 1, 2)).float().permute(0, 2, 3, 1)
-        margin = self.crop_margin * self.factor
-        height, width = values.shape[1:3]
-        values = self.finish(values[:, margin : height - margin, margin : width - margin], geometry)
+        values = self.network(encoded.permute(0, 3, 1, 2), self.crop_margin).float().permute(0, 2, 3, 1)
+        values = self.finish(values, geometry)
         if values.shape[-1] == 3:
             return {"rgb": values}
         return {"rgb": values[..., :3], "accumulation": values[..., 3:4], "depth_fraction": values[..., 4:5]}
@@ -249,7 +250,32 @@ class MobileR2LModel(LightFieldModel):
     def render_values(self, camera: CameraRays) -> Float[Tensor, "height width 5"]:
         if camera.is_pinhole:
             return self.render_pinhole(*camera.pinhole, camera.height, camera.width)
-        return render_by_faces(camera, float(self.focal), self.render_pinhole)
+        values = self._render_distorted(camera) if camera.is_distorted else None
+        return render_by_faces(camera, float(self.focal), self.render_pinhole) if values is None else values
+
+    def _render_distorted(self, camera: CameraRays) -> Float[Tensor, "height width 5"] | None:
+        """Render a lens whose pixels are about as far apart as those of the training views, without resampling, which
+        would blur it. Features composited for each pixel are as sharp on its own rays.
+
+        Returns:
+            The network's numbers; None for other lenses, and without composited features.
+        """
+        rows, columns = (math.ceil(size / self.factor) for size in (camera.height, camera.width))
+        if self.composited is None or rows * columns > MAX_CELLS:
+            return None
+        border = self.margin * self.factor
+        size = rows * self.factor, columns * self.factor
+        origins, directions = distorted_rays(camera.camera, *size, border, self.device)
+        local = directions @ camera.camera.camera_to_worlds[0, :, :3].to(directions)
+        tangents = local[..., :2] / -local[..., 2:]
+        pitches = torch.cat([(tangents.diff(dim=axis) * self.focal).norm(dim=-1).flatten() for axis in (0, 1)])
+        # What is no number, beyond the reach of a lens's distortion, compares as false.
+        if not bool(((local[..., 2] < 0).all() & (pitches.log().abs() < LENS_PITCH).all())):
+            return None
+        encoded, geometry = self.encode_rays(origins, directions)
+        values = self.run_network(encoded.permute(2, 0, 1)[None])[0].permute(1, 2, 0)
+        values = self.finish(values[border : border + size[0], border : border + size[1]], geometry)
+        return values[: camera.height, : camera.width]
 
     def native_focal(self, focal: float) -> float:
         return float(self.focal)

@@ -92,15 +92,30 @@ class MobileR2L(nn.Module):
         self.tail = nn.Conv2d(width, out_dim, 1)
 
     def forward(
-        self, encoded: Float[Tensor, "batch in_dim rows columns"]
+        self, encoded: Float[Tensor, "batch in_dim rows columns"], margin: int = 0
     ) -> Float[Tensor, "batch out_dim height width"]:
-        """Return `factor` times as many rows and columns of pixels as the ray image has cells."""
+        """Return `factor` times as many rows and columns of pixels as the ray image has cells inside its margin.
+
+        Args:
+            encoded: encoded ray image.
+            margin: cells on every side that get no pixels, 0 or 1. Of what lies there only the neighbors that pixels
+                depend on are computed: a crop of few cells has more margin than inside.
+        """
         pixels = None
         if self.joined:
             encoded, pixels = encoded.split((self.head.in_channels, self.joined * self.factor**2), dim=1)
         hidden = self.activation(self.head(encoded))
-        hidden = self.up(hidden + self.blocks(hidden))
+        hidden = hidden + self.blocks(hidden)
+        around, steps = margin, up_steps(self.factor)
+        for layer in self.up:
+            hidden = layer(hidden)
+            if around and isinstance(layer, nn.ConvTranspose2d):
+                # The next step of 2 reads one neighbor on every side, one of 3 none.
+                wanted = int(steps[1:2] == [2])
+                hidden = _inside(hidden, around * steps.pop(0) - wanted)
+                around = wanted
         if pixels is not None:
+            pixels = _inside(pixels, margin)
             hidden = torch.cat([hidden, pixel_shuffle(pixels, self.factor).to(hidden.dtype)], dim=1)
             hidden = self.activation(self.join(hidden))
         return self.tail(hidden).sigmoid()
@@ -117,6 +132,13 @@ class MobileR2L(nn.Module):
             elif isinstance(layer, nn.Conv2d):
                 flops += 2 * layer.weight.numel() * scale**2
         return flops
+
+
+def _inside(
+    image: Float[Tensor, "batch channels height width"], border: int
+) -> Float[Tensor, "batch channels inner_height inner_width"]:
+    """Return an image without its border."""
+    return image[..., border:-border, border:-border] if border else image
 
 
 def up_steps(factor: int) -> list[int]:
