@@ -104,8 +104,8 @@ class MobileR2LModelConfig(LightFieldModelConfig):
 
 
 class MobileR2LModel(LightFieldModel):
-    """A convolutional student. It renders at the angular pitch it was trained at; images of other cameras are
-    resampled."""
+    """A convolutional student. It renders at the angular pitch it was trained at; images of another pitch, fisheyes and
+    panoramas are resampled."""
 
     config: MobileR2LModelConfig
     network: MobileR2L
