@@ -26,7 +26,7 @@ mobile_r2l = MethodSpecification(
 mobile_r2l_lite = MethodSpecification(
     config=student_config(
         "mobile-r2l-lite",
-        CropDataManagerConfig(train_num_rays_per_batch=8192, crop_cells=2),
+        CropDataManagerConfig(train_num_rays_per_batch=8192, crop_cells=6),
         MobileR2LModelConfig(
             ray_encoding="composited",
             width=64,
