@@ -21,7 +21,7 @@ from r2l_nerfstudio.engines.cache import device_name
 from r2l_nerfstudio.errors import InputError
 from r2l_nerfstudio.report import measure as measurements
 from r2l_nerfstudio.scripts.contact_sheet import contact_sheet
-from r2l_nerfstudio.scripts.small_nerfacto import small_nerfacto
+from r2l_nerfstudio.scripts.small_nerfacto import PROCEDURAL_RANGE, procedural_dataparser, small_nerfacto
 
 UNSEEN_SEED = 31_415_926
 UNSEEN_VIEWS = 8
@@ -48,6 +48,9 @@ CAPTURES = {
     "fox": Capture(
         "fox_540", lambda data: NerfstudioDataParserConfig(data=data, downscale_factor=4), optimize_cameras=True
     ),
+    # Of `hard-scenes`.
+    "wires": Capture("wires", procedural_dataparser, object_range=PROCEDURAL_RANGE),
+    "mirrors": Capture("mirrors", procedural_dataparser, object_range=PROCEDURAL_RANGE),
 }
 
 
@@ -57,9 +60,10 @@ class Distil:
     teacher at unseen cameras, seconds per frame of both, and sizes. Test views are used for the final figures only."""
 
     capture: str
-    """lego (at 100x100), lego-200 (at 200x200), fern or fox of --data-dir, or a name for the capture at --data."""
+    """lego (at 100x100), lego-200 (at 200x200), fern, fox, wires or mirrors of --data-dir, or a name for the capture at
+    --data."""
     data_dir: Path | None = None
-    """Folder that holds lego_400, fern_504, fox_540."""
+    """Folder that holds lego_400, fern_504, fox_540, or what hard-scenes wrote."""
     data: Path | None = None
     """Any other capture."""
     dataparser: str = "nerfstudio-data"

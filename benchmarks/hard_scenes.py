@@ -71,7 +71,7 @@ def mirrors() -> Scene:
 
 @dataclass
 class HardScenes:
-    """Write two ray-traced captures, `wires` and `mirrors`, for `distil --data`."""
+    """Write two ray-traced captures, `wires` and `mirrors`, for `distil --capture wires` and `mirrors`."""
 
     data_dir: Path = Path("data")
     """Folder to write the captures' folders to."""

@@ -22,7 +22,6 @@ import torch
 import tyro
 from jaxtyping import Float
 from nerfstudio.cameras.cameras import Cameras
-from nerfstudio.data.dataparsers.nerfstudio_dataparser import NerfstudioDataParserConfig
 from nerfstudio.utils.rich_utils import CONSOLE
 from rich.table import Table
 from torch import Tensor
@@ -34,10 +33,10 @@ from r2l_nerfstudio.errors import command_line
 from r2l_nerfstudio.lpips import without_lpips
 from r2l_nerfstudio.models.metrics import psnr, ssim
 from r2l_nerfstudio.scene import Scene, band_poses, camera_in_dataparser_frame, write_capture
-from r2l_nerfstudio.scene.capture import RADIUS, band_cameras
+from r2l_nerfstudio.scene.capture import band_cameras
 
 from .contact_sheet import contact_sheet
-from .small_nerfacto import small_nerfacto
+from .small_nerfacto import PROCEDURAL_RANGE, procedural_dataparser, small_nerfacto
 
 if TYPE_CHECKING:
     from nerfstudio.data.datamanagers.base_datamanager import VanillaDataManagerConfig
@@ -214,21 +213,9 @@ def photograph(folder: Path, sizes: Sizes, seed: int, overwrite: bool) -> Path:
 
 
 def teacher_config(capture: Path, output_dir: Path, sizes: Sizes, device: Device, seed: int) -> TrainerConfig:
-    """Return the configuration of a nerfacto for this scene. All cameras are on the unit sphere of its frame, the
-    object in the middle third."""
-    scale = 1 / RADIUS
+    """Return the configuration of a nerfacto for this scene."""
     config = small_nerfacto(
-        NerfstudioDataParserConfig(
-            data=capture,
-            orientation_method="none",
-            center_method="none",
-            auto_scale_poses=False,
-            scale_factor=scale,
-            scene_scale=1.02 * scale,
-        ),
-        output_dir,
-        sizes.teacher_iterations,
-        object_range=(1 - 1.02 * scale, 1 + 1.02 * scale),
+        procedural_dataparser(capture), output_dir, sizes.teacher_iterations, object_range=PROCEDURAL_RANGE
     )
     config.experiment_name = EXPERIMENT
     quieten(config, device, seed)

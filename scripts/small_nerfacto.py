@@ -10,8 +10,33 @@ import torch
 from nerfstudio.cameras.camera_optimizers import CameraOptimizerConfig
 from nerfstudio.data.datamanagers.base_datamanager import VanillaDataManagerConfig
 from nerfstudio.data.dataparsers.base_dataparser import DataParserConfig
+from nerfstudio.data.dataparsers.nerfstudio_dataparser import NerfstudioDataParserConfig
 from nerfstudio.engine.trainer import TrainerConfig
 from nerfstudio.models.nerfacto import NerfactoModelConfig
+
+from r2l_nerfstudio.scene.capture import RADIUS
+
+OBJECT_RADIUS = 1.02 / RADIUS
+"""Radius of a procedural scene's object in the unit of `procedural_dataparser`."""
+PROCEDURAL_RANGE = (1 - OBJECT_RADIUS, 1 + OBJECT_RADIUS)
+"""Nearest and farthest distance of the object in that unit."""
+
+
+def procedural_dataparser(capture: Path) -> NerfstudioDataParserConfig:
+    """Return how a procedural capture is read: all cameras are on the unit sphere of its frame, the object in the middle
+    third.
+
+    Args:
+        capture: its folder or `transforms.json`, as `r2l_nerfstudio.scene.write_capture` writes it.
+    """
+    return NerfstudioDataParserConfig(
+        data=capture,
+        orientation_method="none",
+        center_method="none",
+        auto_scale_poses=False,
+        scale_factor=1 / RADIUS,
+        scene_scale=OBJECT_RADIUS,
+    )
 
 
 def small_nerfacto(

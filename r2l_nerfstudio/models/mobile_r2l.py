@@ -270,7 +270,7 @@ class MobileR2LModel(LightFieldModel):
         tangents = local[..., :2] / -local[..., 2:]
         pitches = torch.cat([(tangents.diff(dim=axis) * self.focal).norm(dim=-1).flatten() for axis in (0, 1)])
         # What is no number, beyond the reach of a lens's distortion, compares as false.
-        if not bool(((local[..., 2] < 0).all() & (pitches.log().abs() < LENS_PITCH).all())):
+        if not bool((local[..., 2] < 0).all() & (pitches.log().abs() < LENS_PITCH).all()):
             return None
         encoded, geometry = self.encode_rays(origins, directions)
         values = self.run_network(encoded.permute(2, 0, 1)[None])[0].permute(1, 2, 0)
