@@ -56,5 +56,5 @@ def tiny_capture(made_once: MadeOnce) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_teacher(tiny_capture: Path, made_once: MadeOnce) -> Path:
-    """Folder of a run: a tiny nerfacto trained for 300 iterations on `tiny_capture`. Read only: copy it to change it."""
-    return made_once("teacher", lambda folder: train_teacher("nerfacto", tiny_capture, folder, iterations=300).parent)
+    """Folder of a run: a tiny nerfacto trained for 30 iterations on `tiny_capture`. Read only: copy it to change it."""
+    return made_once("teacher", lambda folder: train_teacher("nerfacto", tiny_capture, folder, iterations=30).parent)
