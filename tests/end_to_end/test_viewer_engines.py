@@ -8,10 +8,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from browser import CHANGED, SAME, ViewerPage, chromium, difference
+from browser import CHANGED, SAME, SIMILAR, ViewerPage, chromium, difference
 from test_viewer import MAX_RES, SCREENSHOTS, Served, serve
 
-STUDENTS = {"r2l-lite": "visible_student", "mobile-r2l-lite": "visible_mobile_student"}
+STUDENTS = {"r2l-lite": "tiny_student", "mobile-r2l-lite": "tiny_mobile_student"}
 BY_HAND = ["torch", "onnxruntime", "openvino"]
 """Not inductor, which compiles for a quarter of a minute: `test_engines` has it."""
 
@@ -77,7 +77,8 @@ def test_engines_are_selected_shown_and_changed(
             return re.fullmatch(rf"{name} (bf16|fp32)", running(page)) is not None
 
         page.wait_until(is_drawing, f"{name} to draw", pause=1.0)
-        assert difference(before, page.settle()) < SAME, f"{name} draws another picture"
+        # Students so briefly trained draw noise, of which JPEG makes more or less as the viewer is in haste or not.
+        assert difference(before, page.settle()) < SIMILAR, f"{name} draws another picture"
         served.check()
     page.save(SCREENSHOTS / f"engine_by_hand_{method}.png")
     assert page.pace("Student") > 0
