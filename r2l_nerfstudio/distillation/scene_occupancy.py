@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import torch
@@ -28,6 +29,8 @@ CARVING_VIEWS = 64
 SPARE = 0.15
 """Spare rows for what later views show, as a share of those in use; released when training ends."""
 _AT_ONCE = 1 << 15
+_STEP = 1.05
+"""Factor between the sides of a cell that are tried for the volume."""
 
 
 class SceneOccupancy:
@@ -253,9 +256,11 @@ class SceneOccupancy:
         cell = max(cell, floor)
         while True:
             resolution = scene.resolution(cell)
-            if int(grid_point_index(occupancy.cells, resolution).max()) <= self.max_grid_points or max(resolution) <= 4:
+            count = int(grid_point_index(occupancy.cells, resolution).max())
+            if count <= self.max_grid_points or max(resolution) <= 4:
                 return resolution
-            cell *= 1.05
+            # Their number falls at most with the cube of the side: so many steps are needed at least.
+            cell *= _STEP ** max(1, int(math.log(count / self.max_grid_points) / (3 * math.log(_STEP))))
 
 
 def _pixels(ring: ViewRing, index: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
