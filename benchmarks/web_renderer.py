@@ -49,7 +49,7 @@ _OURS = """async () => {
   });
   const scene = await (await fetch("scene.json")).json();
   const renderer = new Renderer(scene, device);
-  const all = [...renderer.layers, ...(renderer.join ? [renderer.join] : []), renderer.tail];
+  const all = [...renderer.layers, ...renderer.joins, renderer.tail];
   await renderer.load(new Uint8Array(await (await fetch(scene.student.weights.file)).arrayBuffer()));
   globalThis.ours = async (camera) => {
     const started = performance.now();

@@ -48,7 +48,7 @@ def tiny_composited_r2l(**overrides: Any) -> R2LModelConfig:
 
 def tiny_composited_mobile_r2l(**overrides: Any) -> MobileR2LModelConfig:
     """Likewise, 4 pixels per cell."""
-    return tiny_mobile_r2l(**{**COMPOSITED, "pixel_samples": 4, "join_width": 8, **overrides})
+    return tiny_mobile_r2l(**{**COMPOSITED, "pixel_samples": 4, "join_width": 8, "join_blocks": 1, **overrides})
 
 
 def write_run(

@@ -8,8 +8,9 @@ from unittest import mock
 import pytest
 import torch
 from nerfstudio.cameras.cameras import Cameras, CameraType
+from nerfstudio.cameras.rays import RayBundle
 from nerfstudio.data.scene_box import SceneBox
-from student_runs import fill_occupancy
+from student_runs import fill, fill_occupancy
 from torch import Tensor
 
 from r2l_nerfstudio.distillation.crops import joined, sample_crops
@@ -154,11 +155,12 @@ def test_other_lenses_see_every_direction_where_it_is(of: Cameras) -> None:
     assert outputs["rgb"].shape == expected.shape and outputs["depth"].isfinite().all()
 
 
-def composited_model() -> MobileR2LModel:
+def composited_model(**config) -> MobileR2LModel:
     """Random features on a shell around the origin."""
     sizes = {"num_samples": 6, "num_probes": 16, "occupancy_cells": 8, "pixel_samples": 4, "join_width": 8}
-    made = model(ray_encoding="composited", **sizes)
+    made = model(ray_encoding="composited", join_blocks=1, **sizes, **config)
     fill_occupancy(made)
+    fill(made)
     return made
 
 
@@ -331,3 +333,29 @@ def test_pixels_without_weight_have_no_gradient() -> None:
     expected = (outputs["rgb"] - batch.target.rgb)[:, 6:].square().mean()
     torch.testing.assert_close(other, expected)
     assert not torch.isclose(loss, other)
+
+
+def test_pixels_learned_alone_are_those_of_a_crop_whose_cells_say_nothing() -> None:
+    student = composited_model(placement_block=1, jitter_points=False).train()
+    with torch.no_grad():
+        student.network.join.weight[:, : -student.network.joined] = 0
+    source = views(4, 24, 24)
+    crops = sample_crops(source, 3, 2, 4, torch.Generator().manual_seed(2), rays_per_cell=4)
+    rays = RayBundle(
+        origins=crops.target.origins.reshape(-1, 3),
+        directions=crops.target.directions.reshape(-1, 3),
+        pixel_area=torch.ones(3 * 8 * 8, 1),
+    )
+    together, alone = student(crops.ray_bundle), student(rays)
+    assert together["rgb"].std() > 0.02
+    for name, value in together.items():
+        torch.testing.assert_close(alone[name], value.reshape(-1, value.shape[-1]), atol=1e-4, rtol=1e-3)
+    # What they teach: the features, and the layers that read those of a pixel.
+    alone["rgb"].square().sum().backward()
+    learned = {name for name, parameter in student.named_parameters() if parameter.grad is not None}
+    assert learned == {
+        "composited.volume.rows",
+        *(f"network.{layer}.{kind}" for layer in ("join", "tail") for kind in ("weight", "bias")),
+        *(f"network.join_blocks.0.{layer}.{kind}" for layer in ("first", "second") for kind in ("weight", "bias")),
+    }
+    assert not student.network.join.weight.grad[:, : -student.network.joined].any()

@@ -12,11 +12,16 @@ from jaxtyping import Float
 from torch import Tensor
 
 from r2l_nerfstudio.distillation.crops import Views, joined, sample_crops
-from r2l_nerfstudio.distillation.datamanager import Batch, DistillationDataManager, DistillationDataManagerConfig
+from r2l_nerfstudio.distillation.datamanager import (
+    Batch,
+    DistillationDataManager,
+    DistillationDataManagerConfig,
+    to_ray_bundle,
+)
 from r2l_nerfstudio.distillation.photo_views import PhotoViews, photo_views
 from r2l_nerfstudio.distillation.pose_sampling import CaptureCameras, PoseSamplerConfig
 from r2l_nerfstudio.errors import InputError
-from r2l_nerfstudio.ranges import IntRange
+from r2l_nerfstudio.ranges import FloatRange, IntRange
 from r2l_nerfstudio.rays.ray_image import MARGIN, StudentRays
 
 HELD_OUT_PIXELS = 32768
@@ -37,12 +42,18 @@ class CropDataManagerConfig(DistillationDataManagerConfig):
     whole_images: int = 0
     """Whole views per iteration instead of square crops, as published; then neither --train-num-rays-per-batch nor
     --crop-cells is used. 0: square crops."""
+    single_ray_share: Annotated[float, FloatRange(0, 1)] = 0.0
+    """Share of the training, at its start, in which a student with composited features learns from single rays of all
+    views instead of crops: the features, and the layers that read those of a pixel. The pixels of a crop teach the same
+    few features. Crops then teach the rest."""
 
 
 class CropDataManager(DistillationDataManager):
     """Batches of square crops, all of one angular pitch."""
 
     config: CropDataManagerConfig
+    in_single_ray_stage = False
+    """Whether batches are of single rays."""
 
     def read_by(self, rays: StudentRays) -> StudentRays:
         # A crop from inside a view has neighbors, whatever the border of a whole image sees.
@@ -83,12 +94,22 @@ class CropDataManager(DistillationDataManager):
             self.train_dataset, indices, cameras.intrinsics, size, corrections, self.background, self.device
         )
 
+    def note_progress(self, fraction: float, steps: int) -> None:
+        super().note_progress(fraction, steps)
+        has_pixels = self.rays.rays_per_cell == self.rays.factor  # Only they can be learned alone.
+        self.in_single_ray_stage = (
+            has_pixels and fraction < self.config.single_ray_share and not self.in_photo_stage
+        )
+
     def hold_out(self, source: Views, generator: torch.Generator | None) -> Batch:
         return self._crops(source, HELD_OUT_PIXELS, generator)
 
     def draw(self, num_photo_pixels: int) -> Batch:
         """Draw crops of teacher views, then crops of photos."""
         num_fresh = self.get_train_rays_per_batch() - num_photo_pixels
+        if self.in_single_ray_stage:
+            sample = self.ring.sample(num_fresh, None, self.config.foreground_fraction, self.rays.conventions)
+            return Batch(to_ray_bundle(sample), sample)
         fresh = self._crops(self.ring, num_fresh, foreground_fraction=self.config.foreground_fraction)
         return joined(fresh, self._crops(self.photos, num_photo_pixels)) if num_photo_pixels else fresh
 

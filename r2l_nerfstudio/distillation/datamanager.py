@@ -269,6 +269,16 @@ class DistillationDataManager(VanillaDataManager[InputDataset]):
         self.held_views = self.hold_out(self._held_ring, None)
         self._begin()
 
+    def note_progress(self, fraction: float, steps: int) -> None:
+        """Choose the stage of the training, which decides what batches hold.
+
+        Args:
+            fraction: share of the training that is done.
+            steps: iterations of the whole training.
+        """
+        share = self.config.photo_iterations / max(1, steps)
+        self.in_photo_stage = share > 0 and fraction >= 1 - share - 1e-9
+
     def learn_from(self, batch: Batch, errors: Float[Tensor, "*batch"]) -> None:  # noqa: B027
         """Receive the student's error per pixel after each iteration."""
 

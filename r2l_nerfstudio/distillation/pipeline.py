@@ -140,13 +140,17 @@ class DistillationPipeline(VanillaPipeline):
         return cast(LightFieldModel, super().model)
 
     def _distributed(self, local_rank: int) -> DistributedDataParallel:
-        # Nerfstudio's wrapper names a GPU, and so fails between CPUs; it also searches every batch for unused weights.
+        # Nerfstudio's wrapper names a GPU, and so fails between CPUs.
         # In no loss, so ranks would wait for it.
         self.model.device_indicator_param.requires_grad_(False)
         on_gpu = self.model.device.type == "cuda"
         if self.config.sync_batch_norm and on_gpu:
             self._model = cast(LightFieldModel, torch.nn.SyncBatchNorm.convert_sync_batchnorm(self.model))
-        return DistributedDataParallel(self.model, device_ids=[local_rank] if on_gpu else None)
+        # Single rays leave most of a ray image's network unused; searching every batch for such weights takes time.
+        partly = getattr(self.config.datamanager, "single_ray_share", 0.0) > 0
+        return DistributedDataParallel(
+            self.model, device_ids=[local_rank] if on_gpu else None, find_unused_parameters=partly
+        )
 
     def _attach_teacher(self, teacher: Teacher) -> None:
         cameras = self.datamanager.train_dataset.cameras
@@ -357,16 +361,15 @@ class DistillationPipeline(VanillaPipeline):
         ]
 
     def follow(self, progress: TrainingProgress) -> None:
-        """Use this progress for the photo stage and the time left."""
+        """Use this progress for the stages of the training and the time left."""
         self.progress = progress
         self.note_progress()
 
     def note_progress(self) -> None:
-        """Start the photo stage when the progress reaches it."""
+        """Start each stage of the training when the progress reaches it."""
         assert self.progress is not None
         self.done.fill_(self.progress.fraction)
-        share = self.datamanager.config.photo_iterations / max(1, self.progress.steps)
-        self.datamanager.in_photo_stage = share > 0 and self.progress.fraction >= 1 - share - 1e-9
+        self.datamanager.note_progress(self.progress.fraction, self.progress.steps)
 
     def _after_iterations(self, function: Callable[[int], None], every: int) -> TrainingCallback:
         where = [TrainingCallbackLocation.AFTER_TRAIN_ITERATION]

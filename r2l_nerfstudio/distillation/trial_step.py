@@ -51,10 +51,16 @@ class TrialStep:
         set_blank_scene(model, width)
         self.ring = _ring(width, height, self.device)
         self.draw = _drawer(data, model, self.ring)
+        self.draw_single_rays = _single_ray_drawer(data, model, self.ring)
+        """None if the training has no stage of them."""
 
-    def loss(self) -> Tensor:
-        """Return the loss of a batch, ready for its backward pass."""
-        batch = self.draw()
+    def loss(self, draw: Callable[[], Batch] | None = None) -> Tensor:
+        """Return the loss of a batch, ready for its backward pass.
+
+        Args:
+            draw: draws it; `self.draw` by default.
+        """
+        batch = (draw or self.draw)()
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.is_bf16):
             outputs = self.model(batch.ray_bundle)
         _, truth = batch.as_nerfstudio()
@@ -95,6 +101,8 @@ def training_bytes(config: Any, width: int, height: int, device: torch.device) -
         weights = sum(parameter.numel() * parameter.element_size() for parameter in trial.model.parameters())
         trial.model.train()
         trial.loss().backward()
+        if trial.draw_single_rays is not None:
+            trial.loss(trial.draw_single_rays).backward()
         trial.model.eval()
         trial.frame()
     except OutOfMemoryError as error:
@@ -178,3 +186,15 @@ def _drawer(data: Any, model: LightFieldModel, ring: ViewRing) -> Callable[[], B
         )  # fmt: skip
 
     return draw_crops
+
+
+def _single_ray_drawer(data: Any, model: LightFieldModel, ring: ViewRing) -> Callable[[], Batch] | None:
+    """Return what draws the single rays of a student of ray images, if it learns from any."""
+    if model.composited is None or getattr(data, "single_ray_share", 0.0) == 0:
+        return None
+
+    def draw() -> Batch:
+        sample = ring.sample(data.train_num_rays_per_batch, None, data.foreground_fraction)
+        return Batch(to_ray_bundle(sample), sample)
+
+    return draw

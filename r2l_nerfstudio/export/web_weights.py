@@ -16,7 +16,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 from r2l_nerfstudio.errors import InputError
 from r2l_nerfstudio.models.light_field import LightFieldModel
 from r2l_nerfstudio.rays.occupancy import packed
-from r2l_nerfstudio.students.mobile import ConvBlock, MobileR2L
+from r2l_nerfstudio.students.mobile import ConvBlock, MobileR2L, PixelBlock
 from r2l_nerfstudio.students.resmlp import ResidualBlock, ResMLP
 
 WebPrecision = Literal["fp16", "int8"]
@@ -119,13 +119,21 @@ class WebWeights:
         """The network's shape, as the page reads it."""
         network = self.network
         if isinstance(network, ResMLP):
-            kind, ups, join = "r2l", [], 0
+            kind, ups, join, join_blocks = "r2l", [], 0, 0
         else:
             assert isinstance(network, MobileR2L)
             kind = "mobile-r2l"
             ups = [{"channels": up.out_channels, "step": up.stride[0]} for up in _ups(network)]
             join = network.join.out_channels if network.joined else 0
-        return {"kind": kind, "width": _width(network), "blocks": len(network.blocks), "ups": ups, "join": join}
+            join_blocks = len(network.join_blocks) if network.joined else 0
+        return {
+            "kind": kind,
+            "width": _width(network),
+            "blocks": len(network.blocks),
+            "ups": ups,
+            "join": join,
+            "joinBlocks": join_blocks,
+        }
 
 
 def folded(network: nn.Module) -> ResMLP | MobileR2L:
@@ -174,6 +182,10 @@ def _layers(network: ResMLP | MobileR2L) -> Iterator[tuple[str, Layer]]:
                 block += 1
         if network.joined:
             yield "join", network.join
+            for number, block in enumerate(network.join_blocks):
+                assert isinstance(block, PixelBlock)
+                yield f"joins.{number}.first", block.first
+                yield f"joins.{number}.second", block.second
     yield "tail", network.tail
 
 

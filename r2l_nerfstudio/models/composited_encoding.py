@@ -379,12 +379,46 @@ def encode_single_rays(
         encoded (*batch encoded), geometry (*batch 2).
     """
     shape = origins.shape[:-1]
-    origins, directions = origins.reshape(-1, 1, 3).float(), directions.reshape(-1, 1, 3).float()
-    span = encoding.span(origins, directions)
-    found, _ = encoding.composited(span, jitter)
-    geometry = encoding.geometry(found, span, origins, directions)
-    encoded = encoding.encoded(found, directions[:, 0], encode)
+    directions = directions.reshape(-1, 3).float()
+    found, geometry = _single_rays(encoding, origins.reshape(-1, 3), directions, jitter)
+    encoded = encoding.encoded(found, directions, encode)
     return EncodedRays(encoded.view(*shape, encoding.dim), geometry.view(*shape, 2))
+
+
+def encode_pixels(
+    encoding: CompositedEncoding,
+    pixel_samples: int,
+    origins: Float[Tensor, "pixels 3"],
+    directions: Float[Tensor, "pixels 3"],
+    jitter: bool = False,
+) -> EncodedRays:
+    """Encode single pixels as `encode_ray_image` does those of a cell, each with sample points of its own.
+
+    Args:
+        encoding: the scene's encoding.
+        pixel_samples: sample points per pixel.
+        origins: in the teacher's frame.
+        directions: unit length.
+        jitter: draw the sample points at random inside their shares (training).
+
+    Returns:
+        features and accumulation (pixels joined), geometry (pixels 2).
+    """
+    found, geometry = _single_rays(encoding, origins, directions, jitter, pixel_samples)
+    return EncodedRays(torch.cat([found.features, found.accumulation], dim=-1), geometry)
+
+
+def _single_rays(
+    encoding: CompositedEncoding,
+    origins: Float[Tensor, "rays 3"],
+    directions: Float[Tensor, "rays 3"],
+    jitter: bool,
+    samples: int | None = None,
+) -> tuple[Composited, Float[Tensor, "rays 2"]]:
+    rays = origins[:, None].float(), directions[:, None].float()
+    span = encoding.span(*rays)
+    found, _ = encoding.composited(span, jitter, samples)
+    return found, encoding.geometry(found, span, *rays)
 
 
 def encode_ray_image(

@@ -16,7 +16,12 @@ from torch.nn.functional import interpolate, pad
 from r2l_nerfstudio.errors import InputError
 from r2l_nerfstudio.models.any_camera import render_by_faces
 from r2l_nerfstudio.models.camera_rays import CameraRays, distorted_rays
-from r2l_nerfstudio.models.composited_encoding import CompositedEncoding, EncodedRays, encode_ray_image
+from r2l_nerfstudio.models.composited_encoding import (
+    CompositedEncoding,
+    EncodedRays,
+    encode_pixels,
+    encode_ray_image,
+)
 from r2l_nerfstudio.models.light_field import LightFieldModel, LightFieldModelConfig
 from r2l_nerfstudio.ranges import IntRange
 from r2l_nerfstudio.rays.constants import constant
@@ -76,6 +81,9 @@ class MobileR2LModelConfig(LightFieldModelConfig):
     whichever divides the upsampling factor and is at most two cells of the occupancy wide."""
     join_width: int = 32
     """composited: channels of the layer that joins the pixels' own features."""
+    join_blocks: Annotated[int, IntRange(0, 64)] = 0
+    """composited: residual blocks after it, at every pixel. Without them the student shows less fine detail of
+    captures with much of it."""
 
     def fit_to(self, width: int, height: int) -> None:
         """Choose the upsampling factor for views of this size, unless it is set.
@@ -132,6 +140,7 @@ class MobileR2LModel(LightFieldModel):
             zero_init=config.zero_init,
             joined=joined,
             join_width=config.join_width,
+            join_blocks=config.join_blocks,
         )
 
     # Rays only, like Nerfstudio's models of rays: cameras go through `get_outputs_for_camera`.
@@ -140,21 +149,31 @@ class MobileR2LModel(LightFieldModel):
 
         Args:
             ray_bundle: rays of the cells, margin included (crops rows columns), `rays_per_cell` times as many along
-                each side; or single rays (rays), with which `ns-render` finds out what hides a camera.
+                each side; or single rays (rays): of pixels to learn from (training), or those with which `ns-render`
+                finds out what hides a camera.
 
         Returns:
             `rgb` (crops height width 3), `accumulation` and `depth_fraction` (crops height width 1); for single rays
-            without height and width, and with `depth`, the distance along the ray.
+            without height and width, and except in training with `depth`, the distance along the ray.
         """
         if ray_bundle.origins.ndim == 2:
-            return self._answer_rays(ray_bundle.origins, ray_bundle.directions)
+            answer = self._pixels_alone if self.training else self._answer_rays
+            return answer(ray_bundle.origins, ray_bundle.directions)
         jitter = self.training and self.config.jitter_points
         encoded, geometry = self.encode_rays(*self.bundle_rays(ray_bundle), jitter)
         values = self.network(encoded.permute(0, 3, 1, 2), self.crop_margin).float().permute(0, 2, 3, 1)
         values = self.finish(values, geometry)
-        if values.shape[-1] == 3:
-            return {"rgb": values}
-        return {"rgb": values[..., :3], "accumulation": values[..., 3:4], "depth_fraction": values[..., 4:5]}
+        return {"rgb": values} if values.shape[-1] == 3 else _named(values)
+
+    def _pixels_alone(
+        self, origins: Float[Tensor, "pixels 3"], directions: Float[Tensor, "pixels 3"]
+    ) -> dict[str, Tensor]:
+        """What pixels show if their cells have nothing to say."""
+        assert self.composited is not None, "only pixels with features of their own can be learned alone"
+        encoded = encode_pixels(
+            self.composited, self.config.pixel_samples, origins, directions, self.config.jitter_points
+        )
+        return _named(self.finish(self.network.forward_pixels(encoded.encoded).float(), encoded.geometry))
 
     def encode_composited(
         self,
@@ -185,13 +204,8 @@ class MobileR2LModel(LightFieldModel):
         values = self.finish(values, None if geometry is None else geometry[:, 0, 0])
         if values.shape[-1] == 3:
             return {"rgb": values, "depth": self.unknown_depth(values[:, :1])}
-        fraction = values[:, 4:5]
-        return {
-            "rgb": values[:, :3],
-            "accumulation": values[:, 3:4],
-            "depth": self.ray_encoding.to_distance(origins, directions, fraction),
-            "depth_fraction": fraction,
-        }
+        named = _named(values)
+        return named | {"depth": self.ray_encoding.to_distance(origins, directions, named["depth_fraction"])}
 
     def render_pinhole(
         self, pose: Float[Tensor, "3 4"], intrinsics: Float[Tensor, "4"], height: int, width: int
@@ -293,3 +307,8 @@ class MobileR2LModel(LightFieldModel):
         rays = self.ray_encoding.image_rays(pose, in_cells, rows * self.rays_per_cell, columns * self.rays_per_cell)
         encoded, geometry = self.encode_rays(*rays)
         return EncodedRays(encoded.permute(2, 0, 1)[None], geometry)
+
+
+def _named(values: Float[Tensor, "*pixels 5"]) -> dict[str, Tensor]:
+    """The five numbers of pixels by the names of a model's outputs."""
+    return {"rgb": values[..., :3], "accumulation": values[..., 3:4], "depth_fraction": values[..., 4:5]}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.nn.functional import pixel_shuffle
+from torch.nn.functional import conv2d, pixel_shuffle
 
 from r2l_nerfstudio.errors import InputError
 
@@ -33,6 +33,27 @@ class ConvBlock(nn.Module):
         return x + self.second_norm(self.second(hidden))
 
 
+class PixelBlock(nn.Module):
+    """1x1 convolution, ReLU, 1x1 convolution, plus the input: R2L's residual block (R2L, fig. 3), for every pixel.
+
+    It starts as the identity.
+
+    Args:
+        width: channels in and out.
+    """
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(width, width, 1)
+        self.second = nn.Conv2d(width, width, 1)
+        self.activation = nn.ReLU()
+        nn.init.zeros_(self.second.weight)
+        nn.init.zeros_(self.second.get_parameter("bias"))
+
+    def forward(self, x: Float[Tensor, "batch width height width_px"]) -> Float[Tensor, "batch width height width_px"]:
+        return x + self.second(self.activation(self.first(x)))
+
+
 class MobileR2L(nn.Module):
     """MobileR2L's network: every cell of a ray image becomes `factor` x `factor` pixels.
 
@@ -52,6 +73,7 @@ class MobileR2L(nn.Module):
         joined: numbers per pixel that join the last upsampling step, `factor`² times as many channels of the input
             after the cell's own; 0 is the published network.
         join_width: channels of the layer that joins them.
+        join_blocks: residual blocks after it.
 
     Raises:
         InputError: for a factor that is not a product of steps of 2 and a last one of 2 or 3.
@@ -69,6 +91,7 @@ class MobileR2L(nn.Module):
         zero_init: bool = True,
         joined: int = 0,
         join_width: int = 32,
+        join_blocks: int = 0,
     ) -> None:
         super().__init__()
         self.in_dim = in_dim
@@ -88,6 +111,9 @@ class MobileR2L(nn.Module):
         self.up = nn.Sequential(*up)
         if joined:
             self.join = nn.Conv2d(width + joined, join_width, 1)
+            # At first pixels depend on their own numbers only, as in `forward_pixels`.
+            nn.init.zeros_(self.join.weight[:, :width])
+            self.join_blocks = nn.Sequential(*[PixelBlock(join_width) for _ in range(join_blocks)])
             width = join_width
         self.tail = nn.Conv2d(width, out_dim, 1)
 
@@ -117,8 +143,15 @@ class MobileR2L(nn.Module):
         if pixels is not None:
             pixels = _inside(pixels, margin)
             hidden = torch.cat([hidden, pixel_shuffle(pixels, self.factor).to(hidden.dtype)], dim=1)
-            hidden = self.activation(self.join(hidden))
+            hidden = self.join_blocks(self.activation(self.join(hidden)))
         return self.tail(hidden).sigmoid()
+
+    def forward_pixels(self, joined: Float[Tensor, "pixels joined"]) -> Float[Tensor, "pixels out_dim"]:
+        """Return what the network makes of the numbers of single pixels alone, whatever their cells show: the layers
+        that join them, and the last one."""
+        weight = self.join.weight[:, -self.joined :]
+        hidden = self.activation(conv2d(joined.T[None, :, :, None], weight, self.join.bias))
+        return self.tail(self.join_blocks(hidden)).sigmoid()[0, :, :, 0].T
 
     @property
     def flops_per_cell(self) -> int:

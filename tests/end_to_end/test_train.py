@@ -438,6 +438,35 @@ def test_final_weights_that_are_best_are_kept(
             assert torch.equal(value, weights[key])
 
 
+@pytest.mark.parametrize(("ray_encoding", "stages"), [("composited", "rrrrrcccpp"), ("points", "ccccccccpp")])
+def test_single_rays_come_first_then_crops_then_photos(
+    ray_encoding: str, stages: str, tiny_teacher: Path, tmp_path: Path
+) -> None:
+    overrides = {
+        "max_num_iterations": 10,
+        "pipeline.datamanager.single_ray_share": 0.5,
+        "pipeline.datamanager.photo_iterations": 2,
+        "pipeline.model.ray_encoding": ray_encoding,
+    }
+    found = []
+    with set_up(student_config(tiny_teacher, tmp_path, "mobile-r2l-lite", **overrides)) as trainer:
+        datamanager = trainer.pipeline.datamanager
+        draw = datamanager.draw
+
+        def recorded(num_photo_pixels: int):
+            batch = draw(num_photo_pixels)
+            is_crop = batch.ray_bundle.origins.ndim == 4
+            found.append("p" if num_photo_pixels else "c" if is_crop else "r")
+            assert is_crop or batch.ray_bundle.origins.shape == (datamanager.get_train_rays_per_batch(), 3)
+            return batch
+
+        datamanager.draw = recorded
+        trainer.train()
+    trained = "".join(found)[: len(stages)]
+    assert trained == stages
+    assert set("".join(found)[len(stages) :]) <= {"c"}  # normalization statistics at the end: never of single rays
+
+
 def test_without_held_out_photos_none_are_measured(tiny_teacher: Path, tmp_path: Path) -> None:
     overrides = {"pipeline.datamanager.held_out_fraction": 0.0, "pipeline.steps_per_eval_held_out": 2}
     with set_up(student_config(tiny_teacher, tmp_path, **overrides)) as trainer:

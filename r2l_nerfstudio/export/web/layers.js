@@ -62,6 +62,11 @@ export function layersOf(student) {
     const own = encoding.kind === "composited" ? encoding.channels + 1 : 0;
     add("join", width + own, network.join, { scale, activation, input: `x${network.ups.length}` });
     width = network.join;
+    // Every pixel's hidden features stay in its thread.
+    for (let block = 0; block < network.joinBlocks; block++) {
+      add(`joins.${block}.first`, width, width, { scale, activation: "relu" });
+      add(`joins.${block}.second`, width, width, { scale, residual: true });
+    }
   }
   add("tail", width, outputs, { scale, input: `x${network.ups.length}` });
   return layers;

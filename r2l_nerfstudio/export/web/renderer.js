@@ -40,7 +40,9 @@ export class Renderer {
     this.isImage = student.factor > 1;
     this.layers = layersOf(student);
     this.tail = /** @type {Layer} */ (this.layers.pop());
-    this.join = this.layers.at(-1)?.name === "join" ? /** @type {Layer} */ (this.layers.pop()) : null;
+    const join = this.layers.findIndex(({ name }) => name === "join");
+    /** The layers between upsampling and the last, which join each pixel's own features. */
+    this.joins = join < 0 ? [] : this.layers.splice(join);
     this.composited = student.encoding.kind === "composited" ? student.encoding : null;
     // Half precision halves the memory traffic. Sums are always in fp32.
     this.number = device.features.has("shader-f16") ? "f16" : "f32";
@@ -60,7 +62,7 @@ export class Renderer {
       layers: this.layers.map((layer) => kernel(layerShader(layer, this.number))),
       last: kernel(
         this.isImage
-          ? finishShader(scene, { join: this.join, tail: this.tail }, this.number)
+          ? finishShader(scene, { joins: this.joins, tail: this.tail }, this.number)
           : tailShader(scene, this.tail, this.number),
       ),
     };
@@ -116,10 +118,14 @@ export class Renderer {
     const tensors = readTensors(file);
     // Offsets of bindings must be multiples of 256.
     const room = (/** @type {Float32Array} */ { byteLength }) => 256 * Math.ceil(byteLength / 256);
-    const matrices = [...this.layers, ...(this.join ? [this.join] : []), this.tail].map((layer) => {
+    const matrices = [...this.layers, this.tail].map((layer) => ({ name: layer.name, matrix: layerNumbers(tensors, layer) }));
+    if (this.joins.length) {
       const own = this.composited ? this.composited.channels + 1 : 0;
-      return { name: layer.name, matrix: layerNumbers(tensors, layer, layer === this.join ? layer.inputs - own : undefined) };
-    });
+      const parts = this.joins.map((layer, index) => layerNumbers(tensors, layer, layer.inputs - (index ? 0 : own)));
+      const matrix = new Float32Array(parts.reduce((sum, { length }) => sum + length, 0));
+      parts.reduce((at, part) => (matrix.set(part, at), at + part.length), 0);
+      matrices.push({ name: "join", matrix });
+    }
     const buffer = this.#buffer("weights", matrices.reduce((sum, { matrix }) => sum + room(matrix), 0));
     let offset = 0;
     for (const { name, matrix } of matrices) {

@@ -103,7 +103,7 @@ function isEncoding(encoding) {
 
 /** @param {any} student */
 function isNetwork({ network, factor }) {
-  const { kind, width, blocks, ups, join } = network;
+  const { kind, width, blocks, ups, join, joinBlocks } = network;
   const isUp = (/** @type {any} */ up) => isWhole(up.channels, 1, 8192) && [2, 3].includes(up.step);
   return (
     ["r2l", "mobile-r2l"].includes(kind) &&
@@ -112,7 +112,8 @@ function isNetwork({ network, factor }) {
     Array.isArray(ups) &&
     ups.every(isUp) &&
     ups.reduce((product, { step }) => product * step, 1) === factor &&
-    isWhole(join, 0, 8192)
+    isWhole(join, 0, 8192) &&
+    isWhole(joinBlocks, 0, 64)
   );
 }
 

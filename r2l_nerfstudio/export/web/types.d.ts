@@ -103,7 +103,10 @@ export interface Network {
   width: number;
   blocks: number;
   ups: { channels: number; step: number }[];
+  /** Channels of the layer that joins pixels' own features; 0 if there is none. */
   join: number;
+  /** Residual blocks after it. */
+  joinBlocks: number;
 }
 
 export interface Student {

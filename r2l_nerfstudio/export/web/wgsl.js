@@ -737,13 +737,58 @@ fn main(@builtin(global_invocation_id) id: vec3u, @builtin(local_invocation_inde
 }
 
 /**
+ * WGSL: a layer of one pixel, from vectors `name0`, `name1`, … to sums `made0`, …
+ *
+ * @param {string} name
+ * @param {string} made
+ * @param {number} inputs vectors of four
+ * @param {number} outputs vectors of four
+ * @param {string} matrix
+ * @param {number} from where in it the layer's matrix begins, in vectors
+ */
+function pixelLayer(name, made, inputs, outputs, matrix, from) {
+  const column = (/** @type {number} */ c) => {
+    const bias = `var ${made}${c} = ${matrix}[${from + 4 * inputs * outputs + c}];`;
+    const add = (/** @type {number} */ k) => `${made}${c} += ${name}${k >> 2}.${"xyzw"[k & 3]} * ${matrix}[${from + k * outputs + c}];`;
+    return [bias, ...Array.from({ length: 4 * inputs }, (_, k) => add(k))].join("\n  ");
+  };
+  return Array.from({ length: outputs }, (_, c) => column(c)).join("\n  ");
+}
+
+/**
+ * WGSL: the layers that join each pixel's composited features, from `a0`, … to `h0`, …
+ *
+ * @param {Layer[]} joins
+ * @param {number} inputs vectors of four
+ */
+function joinLayers([join, ...blocks], inputs) {
+  const width = join.padded / 4;
+  const vectors = Array.from({ length: width }, (_, c) => c);
+  let from = (4 * inputs + 1) * width;
+  const size = (4 * width + 1) * width;
+  const lines = [pixelLayer("a", "joined", inputs, width, "joinMatrix", 0), ...vectors.map((c) => `var h${c} = gelu(joined${c});`)];
+  for (let block = 0; block < blocks.length / 2; block++) {
+    const second = [
+      pixelLayer("h", "first", width, width, "joinMatrix", from),
+      ...vectors.map((c) => `let active${c} = max(first${c}, vec4f(0.0));`),
+      pixelLayer("active", "second", width, width, "joinMatrix", from + size),
+      ...vectors.map((c) => `h${c} += second${c};`),
+    ];
+    lines.push("{", ...second, "}");
+    from += 2 * size;
+  }
+  return lines.join("\n  ");
+}
+
+/**
  * Shader of MobileR2L's last layers, which join each pixel's composited features.
  *
  * @param {Scene} scene
- * @param {{join: Layer | null, tail: Layer}} layers
+ * @param {{joins: Layer[], tail: Layer}} layers
  * @param {string} T
  */
-export function finishShader(scene, { join, tail }, T) {
+export function finishShader(scene, { joins, tail }, T) {
+  const join = joins.at(0);
   const { encoding: e, factor, margin, outputs } = scene.student;
   const composited = e.kind === "composited";
   const n4 = tail.padded / 4;
@@ -787,23 +832,9 @@ fn main(@builtin(global_invocation_id) id: vec3u) {
   let base = (id.x / ${TILE}u) * ${hidden4 * TILE}u + id.x % ${TILE}u;
   ${Array.from({ length: hidden4 }, (_, k) => `let a${k} = vec4f(input[base + ${k * TILE}u]);`).join("\n")}
   ${join ? Array.from({ length: joined4 }, (_, k) => `let a${hidden4 + k} = met[pixel * ${joined4}u + ${k}u];`).join("\n") : ""}
-  var sum = array<vec4f, ${n4}>(${Array.from({ length: n4 }, (_, c) => `matrix[${4 * (join ? join.padded / 4 : hidden4) * n4 + c}]`).join(", ")});
-  ${
-    join
-      ? /* wgsl */ `
-  for (var j = 0u; j < ${join.padded / 4}u; j++) {
-    var h = joinMatrix[${((hidden4 + joined4) * 4 * join.padded) / 4}u + j];
-    ${Array.from({ length: 4 * (hidden4 + joined4) }, (_, k) => `h += a${k >> 2}.${"xyzw"[k & 3]} * joinMatrix[${(k * join.padded) / 4}u + j];`).join("\n")}
-    h = gelu(h);
-    for (var i = 0u; i < 4u; i++) {
-      for (var c = 0u; c < ${n4}u; c++) { sum[c] += h[i] * matrix[(4u * j + i) * ${n4}u + c]; }
-    }
-  }`
-      : Array.from({ length: 4 * hidden4 }, (_, k) =>
-          Array.from({ length: n4 }, (_, c) => `sum[${c}] += a${k >> 2}.${"xyzw"[k & 3]} * matrix[${k * n4 + c}];`).join("\n"),
-        ).join("\n")
-  }
-  paint(vec2u(place), sum[0], sum[${n4 - 1}], accumulation);
+  ${join ? joinLayers(joins, hidden4 + joined4) : ""}
+  ${pixelLayer(join ? "h" : "a", "sum", join ? join.padded / 4 : hidden4, n4, "matrix", 0)}
+  paint(vec2u(place), sum0, sum${n4 - 1}, accumulation);
 }
 `;
 }
