@@ -26,13 +26,13 @@ mobile_r2l = MethodSpecification(
 mobile_r2l_lite = MethodSpecification(
     config=student_config(
         "mobile-r2l-lite",
-        CropDataManagerConfig(train_num_rays_per_batch=8192, crop_cells=6),
+        CropDataManagerConfig(train_num_rays_per_batch=8192, crop_cells=6, single_ray_share=0.6),
         MobileR2LModelConfig(
             ray_encoding="composited",
             width=64,
             blocks=2,
             up_width=16,
-            join_width=16,
+            join_blocks=2,
             feature_channels=3,
             max_grid_points=120_000,
             pixel_samples=24,
