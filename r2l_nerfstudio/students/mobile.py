@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.nn.functional import conv2d, pixel_shuffle
+from torch.nn.functional import linear, pixel_shuffle
 
 from r2l_nerfstudio.errors import InputError
 
@@ -149,9 +149,13 @@ class MobileR2L(nn.Module):
     def forward_pixels(self, joined: Float[Tensor, "pixels joined"]) -> Float[Tensor, "pixels out_dim"]:
         """Return what the network makes of the numbers of single pixels alone, whatever their cells show: the layers
         that join them, and the last one."""
-        weight = self.join.weight[:, -self.joined :]
-        hidden = self.activation(conv2d(joined.T[None, :, :, None], weight, self.join.bias))
-        return self.tail(self.join_blocks(hidden)).sigmoid()[0, :, :, 0].T
+        # Matrix products: a CPU takes twice as long for convolutions of so few channels.
+        weight = self.join.weight[:, -self.joined :, 0, 0]
+        hidden = self.activation(linear(joined, weight, self.join.bias))
+        for block in self.join_blocks:
+            assert isinstance(block, PixelBlock)
+            hidden = hidden + _dense(block.second, block.activation(_dense(block.first, hidden)))
+        return _dense(self.tail, hidden).sigmoid()
 
     @property
     def flops_per_cell(self) -> int:
@@ -165,6 +169,11 @@ class MobileR2L(nn.Module):
             elif isinstance(layer, nn.Conv2d):
                 flops += 2 * layer.weight.numel() * scale**2
         return flops
+
+
+def _dense(layer: nn.Conv2d, x: Float[Tensor, "pixels in_dim"]) -> Float[Tensor, "pixels out_dim"]:
+    """Apply a 1x1 convolution to single pixels."""
+    return linear(x, layer.weight[:, :, 0, 0], layer.bias)
 
 
 def _inside(
