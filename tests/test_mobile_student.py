@@ -66,7 +66,9 @@ def test_pixels_without_those_of_the_margin_are_the_same(factor: int, joined: in
 @pytest.mark.parametrize("join_blocks", [0, 2])
 def test_at_first_a_pixel_depends_on_its_own_numbers_only(join_blocks: int) -> None:
     torch.manual_seed(0)
-    network = MobileR2L(5 + 3 * 16, 4, width=8, blocks=1, factor=4, joined=3, join_width=8, join_blocks=join_blocks).eval()
+    network = MobileR2L(
+        5 + 3 * 16, 4, width=8, blocks=1, factor=4, joined=3, join_width=8, join_blocks=join_blocks
+    ).eval()
     encoded = torch.randn(2, network.in_dim, 3, 2)
     pixels = torch.nn.functional.pixel_shuffle(encoded[:, 5:], 4).permute(0, 2, 3, 1)
     for block in network.join_blocks:

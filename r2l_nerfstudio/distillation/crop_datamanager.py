@@ -97,9 +97,7 @@ class CropDataManager(DistillationDataManager):
     def note_progress(self, fraction: float, steps: int) -> None:
         super().note_progress(fraction, steps)
         has_pixels = self.rays.rays_per_cell == self.rays.factor  # Only they can be learned alone.
-        self.in_single_ray_stage = (
-            has_pixels and fraction < self.config.single_ray_share and not self.in_photo_stage
-        )
+        self.in_single_ray_stage = has_pixels and fraction < self.config.single_ray_share and not self.in_photo_stage
 
     def hold_out(self, source: Views, generator: torch.Generator | None) -> Batch:
         return self._crops(source, HELD_OUT_PIXELS, generator)
