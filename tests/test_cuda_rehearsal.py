@@ -80,7 +80,8 @@ def unexpected(watch: Rehearsal, allowed: dict[tuple[str, str], str]) -> list[st
 
 @pytest.mark.parametrize("method", METHODS)
 def test_a_training_from_the_first_view_to_the_checkpoint(method: str, tiny_capture: Path, tmp_path: Path) -> None:
-    with fake_training(method, tiny_capture, tmp_path, has_corrections=method == "r2l") as (trainer, watch):
+    first = {"pipeline.datamanager.single_ray_share": 0.5} if method == "mobile-r2l-lite" else {}
+    with fake_training(method, tiny_capture, tmp_path, method == "r2l", **first) as (trainer, watch):
         pipeline = trainer.pipeline
         assert pipeline.datamanager.ring.pixels.device.type == "cuda"
         watch.waits.clear()

@@ -337,8 +337,7 @@ def test_pixels_without_weight_have_no_gradient() -> None:
 
 def test_pixels_learned_alone_are_those_of_a_crop_whose_cells_say_nothing() -> None:
     student = composited_model(placement_block=1, jitter_points=False).train()
-    with torch.no_grad():
-        student.network.join.weight[:, : -student.network.joined] = 0
+    student.begin_with_single_rays()
     source = views(4, 24, 24)
     crops = sample_crops(source, 3, 2, 4, torch.Generator().manual_seed(2), rays_per_cell=4)
     rays = RayBundle(

@@ -169,6 +169,8 @@ class DistillationPipeline(VanillaPipeline):
             room = training_bytes(self.config, views.width, views.height, model.device)
         self.datamanager.attach_teacher(teacher, survey, background, model.rays, room)
         model.crop_margin = self.datamanager.rays.margin
+        if getattr(self.config.datamanager, "single_ray_share", 0.0) > 0:
+            model.begin_with_single_rays()
         self._survey = survey
         self._start_occupancy()
 

@@ -316,6 +316,9 @@ class LightFieldModel(Model):
             f" seen between {float(encoding.near):.2f} and {float(encoding.far):.2f}"
         )
 
+    def begin_with_single_rays(self) -> None:  # noqa: B027
+        """Prepare a new student for a training that begins with single rays instead of crops."""
+
     def get_param_groups(self) -> dict[str, list[Parameter]]:
         """Return `hidden`: the matrices between hidden layers; `ends`: the network's others; `volume`: features in
         space."""

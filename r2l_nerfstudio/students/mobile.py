@@ -111,8 +111,6 @@ class MobileR2L(nn.Module):
         self.up = nn.Sequential(*up)
         if joined:
             self.join = nn.Conv2d(width + joined, join_width, 1)
-            # At first pixels depend on their own numbers only, as in `forward_pixels`.
-            nn.init.zeros_(self.join.weight[:, :width])
             self.join_blocks = nn.Sequential(*[PixelBlock(join_width) for _ in range(join_blocks)])
             width = join_width
         self.tail = nn.Conv2d(width, out_dim, 1)
@@ -145,6 +143,11 @@ class MobileR2L(nn.Module):
             hidden = torch.cat([hidden, pixel_shuffle(pixels, self.factor).to(hidden.dtype)], dim=1)
             hidden = self.join_blocks(self.activation(self.join(hidden)))
         return self.tail(hidden).sigmoid()
+
+    @torch.no_grad()
+    def silence_cells(self) -> None:
+        """Make pixels depend on their own numbers only, as in `forward_pixels`, until training says otherwise."""
+        self.join.weight[:, : -self.joined] = 0
 
     def forward_pixels(self, joined: Float[Tensor, "pixels joined"]) -> Float[Tensor, "pixels out_dim"]:
         """Return what the network makes of the numbers of single pixels alone, whatever their cells show: the layers

@@ -19,7 +19,9 @@ ITERATIONS = 150
 
 
 def overrides(method: str, num_rays: int, num_views: int, minutes: float | None) -> dict[str, Any]:
+    first = {"pipeline.datamanager.single_ray_share": 0.5} if method.startswith("mobile") else {}
     return {
+        **first,
         "pipeline.datamanager.num_views": num_views,
         "pipeline.datamanager.refresh_share": 0.0,  # how many views there are must not depend on the time
         "method": method,
