@@ -55,6 +55,13 @@ class CropDataManager(DistillationDataManager):
     in_single_ray_stage = False
     """Whether batches are of single rays."""
 
+    @property
+    def begins_with_single_rays(self) -> bool:
+        has_pixels = (
+            self.rays.rays_per_cell == self.rays.factor
+        )  # Only pixels with rays of their own can be learned alone.
+        return has_pixels and self.config.single_ray_share > 0
+
     def read_by(self, rays: StudentRays) -> StudentRays:
         # A crop from inside a view has neighbors, whatever the border of a whole image sees.
         return rays if self.config.whole_images else dataclasses.replace(rays, margin=max(rays.margin, MARGIN))
@@ -96,14 +103,14 @@ class CropDataManager(DistillationDataManager):
 
     def note_progress(self, fraction: float, steps: int) -> None:
         super().note_progress(fraction, steps)
-        has_pixels = self.rays.rays_per_cell == self.rays.factor  # Only they can be learned alone.
-        self.in_single_ray_stage = has_pixels and fraction < self.config.single_ray_share and not self.in_photo_stage
+        is_early = fraction < self.config.single_ray_share
+        self.in_single_ray_stage = self.begins_with_single_rays and is_early and not self.in_photo_stage
 
     def hold_out(self, source: Views, generator: torch.Generator | None) -> Batch:
         return self._crops(source, HELD_OUT_PIXELS, generator)
 
     def draw(self, num_photo_pixels: int) -> Batch:
-        """Draw crops of teacher views, then crops of photos."""
+        """Draw crops of teacher views, then crops of photos; at first single rays of teacher views."""
         num_fresh = self.get_train_rays_per_batch() - num_photo_pixels
         if self.in_single_ray_stage:
             sample = self.ring.sample(num_fresh, None, self.config.foreground_fraction, self.rays.conventions)

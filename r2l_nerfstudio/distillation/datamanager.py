@@ -251,6 +251,11 @@ class DistillationDataManager(VanillaDataManager[InputDataset]):
     def draw(self, num_photo_pixels: int) -> Batch:
         """Return a batch to learn from, `num_photo_pixels` of its `train_num_rays_per_batch` pixels from photos."""
 
+    @property
+    def begins_with_single_rays(self) -> bool:
+        """Whether a student of ray images learns from single rays before it learns from crops."""
+        return False
+
     def read_by(self, rays: StudentRays) -> StudentRays:
         """Return the rays that batches hold for a student that reads these."""
         return rays

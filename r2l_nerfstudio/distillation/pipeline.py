@@ -140,17 +140,16 @@ class DistillationPipeline(VanillaPipeline):
         return cast(LightFieldModel, super().model)
 
     def _distributed(self, local_rank: int) -> DistributedDataParallel:
-        # Nerfstudio's wrapper names a GPU, and so fails between CPUs.
+        # Nerfstudio's wrapper names a GPU, and so fails between CPUs; it also searches every batch for unused weights,
+        # of which only single rays have some.
+        unused = self.datamanager.begins_with_single_rays
         # In no loss, so ranks would wait for it.
         self.model.device_indicator_param.requires_grad_(False)
         on_gpu = self.model.device.type == "cuda"
         if self.config.sync_batch_norm and on_gpu:
             self._model = cast(LightFieldModel, torch.nn.SyncBatchNorm.convert_sync_batchnorm(self.model))
-        # Single rays leave most of a ray image's network unused; searching every batch for such weights takes time.
-        partly = getattr(self.config.datamanager, "single_ray_share", 0.0) > 0
-        return DistributedDataParallel(
-            self.model, device_ids=[local_rank] if on_gpu else None, find_unused_parameters=partly
-        )
+        devices = [local_rank] if on_gpu else None
+        return DistributedDataParallel(self.model, device_ids=devices, find_unused_parameters=unused)
 
     def _attach_teacher(self, teacher: Teacher) -> None:
         cameras = self.datamanager.train_dataset.cameras
@@ -168,10 +167,14 @@ class DistillationPipeline(VanillaPipeline):
             views = self.datamanager.view_cameras()
             room = training_bytes(self.config, views.width, views.height, model.device)
         self.datamanager.attach_teacher(teacher, survey, background, model.rays, room)
-        model.crop_margin = self.datamanager.rays.margin
-        if getattr(self.config.datamanager, "single_ray_share", 0.0) > 0:
-            model.begin_with_single_rays()
         self._survey = survey
+        self._prepare_student()
+
+    def _prepare_student(self) -> None:
+        """Fit a new student to what the data manager draws and shows."""
+        self.model.crop_margin = self.datamanager.rays.margin
+        if self.datamanager.begins_with_single_rays:
+            self.model.begin_with_single_rays()
         self._start_occupancy()
 
     def _start_occupancy(self) -> None:
@@ -223,8 +226,7 @@ class DistillationPipeline(VanillaPipeline):
         ).to(self.datamanager.device)
         self._set_scene(self._survey, self.datamanager.background)
         self.datamanager.restart(config.datamanager, self.model.rays)
-        self.model.crop_margin = self.datamanager.rays.margin
-        self._start_occupancy()
+        self._prepare_student()
         self.average = WeightAverage(self.model, config.ema_decay) if config.ema_decay > 0 else None
         self._best = None
 

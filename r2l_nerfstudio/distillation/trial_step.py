@@ -190,7 +190,8 @@ def _drawer(data: Any, model: LightFieldModel, ring: ViewRing) -> Callable[[], B
 
 def _single_ray_drawer(data: Any, model: LightFieldModel, ring: ViewRing) -> Callable[[], Batch] | None:
     """Return what draws the single rays of a student of ray images, if it learns from any."""
-    if model.composited is None or getattr(data, "single_ray_share", 0.0) == 0:
+    is_first = isinstance(data, CropDataManagerConfig) and data.single_ray_share > 0
+    if not is_first or model.composited is None:
         return None
 
     def draw() -> Batch:

@@ -166,8 +166,7 @@ class MobileR2LModel(LightFieldModel):
         return {"rgb": values} if values.shape[-1] == 3 else _named(values)
 
     def begin_with_single_rays(self) -> None:
-        if self.composited is not None:
-            self.network.silence_cells()
+        self.network.silence_cells()
 
     def _pixels_alone(
         self, origins: Float[Tensor, "pixels 3"], directions: Float[Tensor, "pixels 3"]

@@ -146,12 +146,17 @@ class MobileR2L(nn.Module):
 
     @torch.no_grad()
     def silence_cells(self) -> None:
-        """Make pixels depend on their own numbers only, as in `forward_pixels`, until training says otherwise."""
+        """Make pixels depend on their own numbers only, as in `forward_pixels`, until training says otherwise; only with
+        `joined`."""
         self.join.weight[:, : -self.joined] = 0
 
     def forward_pixels(self, joined: Float[Tensor, "pixels joined"]) -> Float[Tensor, "pixels out_dim"]:
         """Return what the network makes of the numbers of single pixels alone, whatever their cells show: the layers
-        that join them, and the last one."""
+        that join them, and the last one.
+
+        Args:
+            joined: features and accumulation of each pixel, as they follow a cell's own channels in `forward`.
+        """
         # Matrix products: a CPU takes twice as long for convolutions of so few channels.
         weight = self.join.weight[:, -self.joined :, 0, 0]
         hidden = self.activation(linear(joined, weight, self.join.bias))

@@ -460,8 +460,16 @@ def test_single_rays_come_first_then_crops_then_photos(
             assert is_crop or batch.ray_bundle.origins.shape == (datamanager.get_train_rays_per_batch(), 3)
             return batch
 
+        def has_silent_cells() -> bool:
+            network = trainer.pipeline.model.network
+            return bool(network.joined) and not network.join.weight[:, : -network.joined].any()
+
+        assert has_silent_cells() == (ray_encoding == "composited")
         datamanager.draw = recorded
         trainer.train()
+        assert not has_silent_cells()
+        trainer.pipeline.restart(trainer.config.pipeline)
+        assert has_silent_cells() == (ray_encoding == "composited")
     trained = "".join(found)[: len(stages)]
     assert trained == stages
     assert set("".join(found)[len(stages) :]) <= {"c"}  # normalization statistics at the end: never of single rays
