@@ -55,11 +55,9 @@ class CropDataManager(DistillationDataManager):
     in_single_ray_stage = False
     """Whether batches are of single rays."""
 
-    @property
     def begins_with_single_rays(self) -> bool:
-        has_pixels = (
-            self.rays.rays_per_cell == self.rays.factor
-        )  # Only pixels with rays of their own can be learned alone.
+        # Only pixels with rays of their own can be learned alone.
+        has_pixels = self.rays.rays_per_cell == self.rays.factor
         return has_pixels and self.config.single_ray_share > 0
 
     def read_by(self, rays: StudentRays) -> StudentRays:
@@ -104,7 +102,7 @@ class CropDataManager(DistillationDataManager):
     def note_progress(self, fraction: float, steps: int) -> None:
         super().note_progress(fraction, steps)
         is_early = fraction < self.config.single_ray_share
-        self.in_single_ray_stage = self.begins_with_single_rays and is_early and not self.in_photo_stage
+        self.in_single_ray_stage = self.begins_with_single_rays() and is_early and not self.in_photo_stage
 
     def hold_out(self, source: Views, generator: torch.Generator | None) -> Batch:
         return self._crops(source, HELD_OUT_PIXELS, generator)

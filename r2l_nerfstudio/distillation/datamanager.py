@@ -251,9 +251,11 @@ class DistillationDataManager(VanillaDataManager[InputDataset]):
     def draw(self, num_photo_pixels: int) -> Batch:
         """Return a batch to learn from, `num_photo_pixels` of its `train_num_rays_per_batch` pixels from photos."""
 
-    @property
     def begins_with_single_rays(self) -> bool:
-        """Whether a student of ray images learns from single rays before it learns from crops."""
+        """Return whether a student of ray images learns from single rays before it learns from crops.
+
+        Not a property: the viewer reads all of those, and without a teacher this one has no answer.
+        """
         return False
 
     def read_by(self, rays: StudentRays) -> StudentRays:

@@ -142,7 +142,7 @@ class DistillationPipeline(VanillaPipeline):
     def _distributed(self, local_rank: int) -> DistributedDataParallel:
         # Nerfstudio's wrapper names a GPU, and so fails between CPUs; it also searches every batch for unused weights,
         # of which only single rays have some.
-        unused = self.datamanager.begins_with_single_rays
+        unused = self.datamanager.begins_with_single_rays()
         # In no loss, so ranks would wait for it.
         self.model.device_indicator_param.requires_grad_(False)
         on_gpu = self.model.device.type == "cuda"
@@ -173,7 +173,7 @@ class DistillationPipeline(VanillaPipeline):
     def _prepare_student(self) -> None:
         """Fit a new student to what the data manager draws and shows."""
         self.model.crop_margin = self.datamanager.rays.margin
-        if self.datamanager.begins_with_single_rays:
+        if self.datamanager.begins_with_single_rays():
             self.model.begin_with_single_rays()
         self._start_occupancy()
 

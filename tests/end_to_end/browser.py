@@ -125,10 +125,12 @@ class ViewerPage:
         page: a new page of a browser.
         port: where the viewer serves on this machine.
         full: the viewer's "Max res" by now, in pixels.
+        check: raises if the viewer has ended, whose pictures would be waited for in vain.
     """
 
-    def __init__(self, page: Page, port: int, full: int = 512) -> None:
+    def __init__(self, page: Page, port: int, full: int = 512, check: Callable[[], None] = lambda: None) -> None:
         self.page = page
+        self.check = check
         page.add_init_script(_FEWER_FRAMES)
         self.crashes: list[str] = []
         self.images_received = 0
@@ -145,7 +147,12 @@ class ViewerPage:
 
     def wait_until(self, condition: Callable[[], bool], what: str | Callable[[], str], pause: float = 0.5) -> None:
         """As the function; the page's events are heard meanwhile."""
-        wait_until(condition, what, pause=pause, sleep=lambda seconds: self.page.wait_for_timeout(1e3 * seconds))
+
+        def is_true() -> bool:
+            self.check()
+            return condition()
+
+        wait_until(is_true, what, pause=pause, sleep=lambda seconds: self.page.wait_for_timeout(1e3 * seconds))
 
     def canvas(self) -> dict[str, float]:
         """Where the scene is drawn: x, y, width and height in pixels of the page."""

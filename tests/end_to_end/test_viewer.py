@@ -99,7 +99,7 @@ def viewer(
 
 @pytest.fixture(scope="module")
 def open_page(browser: BrowserContext, viewer: Served) -> ViewerPage:
-    page = ViewerPage(browser.new_page(), viewer.port)
+    page = ViewerPage(browser.new_page(), viewer.port, check=viewer.check)
     # Pictures are compared to the last bit or so: let one engine draw them all.
     page.wait_until(lambda: "Engine: " in viewer.log.read_text(errors="replace"), "an engine to be chosen")
     page.limit_resolution(MAX_RES)
@@ -233,7 +233,7 @@ def test_every_output_can_be_shown(page: ViewerPage):
 
 def test_browsers_do_not_disturb_each_other(page: ViewerPage, browser: BrowserContext, viewer: Served):
     before = page.settle()
-    other = ViewerPage(browser.new_page(), viewer.port)
+    other = ViewerPage(browser.new_page(), viewer.port, check=viewer.check)
     other.drag(120, 0)
     assert difference(before, page.settle()) < SAME
     other.page.close()
@@ -242,7 +242,7 @@ def test_browsers_do_not_disturb_each_other(page: ViewerPage, browser: BrowserCo
 
 def test_browsers_may_leave_while_they_move(page: ViewerPage, browser: BrowserContext, viewer: Served):
     for _ in range(2):
-        other = ViewerPage(browser.new_page(), viewer.port)
+        other = ViewerPage(browser.new_page(), viewer.port, check=viewer.check)
         other.start_drag(150, 20)
         other.page.close()
     page.drag(-120, 0)
@@ -257,7 +257,7 @@ def test_the_viewer_shows_a_training(
     """`ns-train … --vis viewer` trains on while a browser looks, moves and leaves."""
     command = train_student(tmp_path / "students", "--vis", "viewer", "--max-num-iterations", 10**6)
     with serve(command, environment, tmp_path) as training:
-        page = ViewerPage(browser.new_page(), training.port)
+        page = ViewerPage(browser.new_page(), training.port, check=training.check)
         page.limit_resolution(LEAST_RES)
 
         def step() -> int:

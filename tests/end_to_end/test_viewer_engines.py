@@ -45,7 +45,7 @@ def opened(
     arguments = command("ns-viewer", "--load-config", student[1] / "config.yml")
     folder = tmp_path_factory.mktemp("viewer")
     with serve(arguments, environment, folder) as served, chromium(tmp_path_factory.mktemp("browser")) as browser:
-        page = ViewerPage(browser.new_page(), served.port)
+        page = ViewerPage(browser.new_page(), served.port, check=served.check)
         page.limit_resolution(MAX_RES)
         yield page, served
         served.check()
@@ -84,7 +84,7 @@ def test_engines_are_selected_shown_and_changed(
     assert page.pace("Student") > 0
 
     # Two browsers move at once, and that engine draws for both.
-    other = ViewerPage(page.page.context.new_page(), served.port, full=MAX_RES)
+    other = ViewerPage(page.page.context.new_page(), served.port, full=MAX_RES, check=served.check)
     aside = other.settle()
     page.settle()
     other.start_drag(120, 0)
