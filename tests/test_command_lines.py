@@ -190,6 +190,7 @@ def test_training(tiny_teacher: Path, tmp_path: Path, monkeypatch: pytest.Monkey
         (["--pipeline.datamanager.photo-iterations", "-5"], 2),
         (["--max-minutes", "nan"], 2),
         (["--pipeline.datamanager.pose-sampler.focal-range", "2", "1"], 1),
+        (["--pipeline.datamanager.pose-sampler.zoomed-focal-range", "2", "1"], 1),
         (["--pipeline.datamanager.cache-dir", __file__], 1),
         (["--output-dir", f"{__file__}/runs"], 1),
         (["--experiment-name", "a" * 300], 1),

@@ -12,6 +12,7 @@ from student_runs import tiny_composited_mobile_r2l, tiny_composited_r2l, write_
 from torch import Tensor
 
 from r2l_nerfstudio import load_student
+from r2l_nerfstudio.distillation import scene_occupancy
 from r2l_nerfstudio.distillation.averaging import WeightAverage
 from r2l_nerfstudio.distillation.optimization import move_state
 from r2l_nerfstudio.distillation.pose_sampling import CaptureCameras, look_along
@@ -228,6 +229,25 @@ def test_wrong_depth_does_not_lose_anything_visible() -> None:
         seen = ring.pixels[view, ..., 3] > 128
         _, is_empty = made.composited(span_of(made, origins[seen], directions[seen]))
         assert not is_empty.any()
+
+
+def test_a_fog_of_stray_depths_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of an unbounded scene, where something is behind everything: each of its cells costs features."""
+    ring, cameras = ring_of([(BALL, 1.0)], side=80)
+    ring.pixels[..., 3] = 255
+    stray = torch.rand(ring.depth.shape, generator=torch.Generator().manual_seed(3)) < 0.2
+    walls = torch.where(ring.depth > 0, ring.depth, 8.0)
+    ring.depth = torch.where(stray, walls * torch.rand(walls.shape, generator=torch.Generator().manual_seed(4)), walls)
+    shares = []
+    for least in (0.0, 1 / 20_000):
+        monkeypatch.setattr(scene_occupancy, "LEAST_SHARE", least)
+        encoding = RayEncoding("points", 8, 4)
+        encoding.set_bounds(SceneBounds("disparity", (0.0, 0.0, 0.0), 4.0, 0.5, 20.0), torch.eye(3))
+        made = CompositedEncoding(encoding, CompositedSettings())
+        SceneOccupancy(made, 32, 50_000, True).start(ring, cameras)
+        shares.append(made.occupancy.share())
+        assert float(made.occupancy(made.occupancy.scene(BALL / 4.0)).mean()) > 0.9
+    assert shares[1] < 0.8 * shares[0]
 
 
 def test_new_views_add_cells_and_rows_keep_their_features() -> None:

@@ -146,3 +146,18 @@ def test_overscan_extends_the_field_of_view(kind: str, moved: bool) -> None:
     reached = (middles.abs().amax(0) > 0.4 * size).all()
     assert bool(reached) == moved
     assert (middles.abs() < 0.17 * size).float().mean() > 0.5  # more often near the middle
+
+
+def test_zoomed_views_lie_between_the_others() -> None:
+    cameras = object_capture()
+    for share, expected in ((0.5, [1, 3, 5, 7]), (0.25, [3, 7]), (0.0, [])):
+        sampler = PoseSampler(cameras, PoseSamplerConfig(zoomed_share=share))
+        assert [index for index in range(8) if sampler.is_zoomed(index)] == expected
+    config = PoseSamplerConfig("neighbour", focal_range=(1.0, 1.0), overscan=0.5, zoomed_focal_range=(1.1, 1.2))
+    sampler = PoseSampler(cameras, config)
+    generator = torch.Generator().manual_seed(0)
+    for is_zoomed in (False, True):
+        intrinsics = torch.stack([sampler.sample(generator, is_zoomed)[1] for _ in range(50)])
+        ratio = intrinsics[:, 0] / cameras.intrinsics[0, 0]
+        assert ratio.min() >= (1.1 if is_zoomed else 0.9999) and ratio.max() <= (1.2 if is_zoomed else 1.0001)
+        assert torch.equal(intrinsics[:, 2:], cameras.intrinsics[:1, 2:].expand(50, 2)) == is_zoomed

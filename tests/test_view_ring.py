@@ -12,9 +12,10 @@ import torch
 from scene_teacher import SceneTeacher, scene_cameras
 
 from r2l_nerfstudio.distillation import view_ring
+from r2l_nerfstudio.distillation.crops import sample_crops
 from r2l_nerfstudio.distillation.foreground import TRIES
 from r2l_nerfstudio.distillation.hard_rays import HardRayPool
-from r2l_nerfstudio.distillation.pose_sampling import PoseSampler, capture_cameras
+from r2l_nerfstudio.distillation.pose_sampling import PoseSampler, PoseSamplerConfig, capture_cameras
 from r2l_nerfstudio.distillation.ray_sample import RECORD_WIDTH, RaySample
 from r2l_nerfstudio.distillation.survey import Survey
 from r2l_nerfstudio.distillation.view_ring import ViewRenderer, ViewRing
@@ -68,6 +69,25 @@ def test_refresh_replaces_the_oldest_view_with_a_new_one() -> None:
     ring.refresh()
     assert len(ring) == 2
     assert not torch.equal(ring.camera_to_worlds[0], before[0]) and torch.equal(ring.camera_to_worlds[1], before[1])
+
+
+def test_crops_come_from_views_that_are_not_zoomed() -> None:
+    made = renderer()
+    made.sampler = PoseSampler(made.sampler.cameras, PoseSamplerConfig(focal_range=(1.0, 1.0), zoomed_share=0.5))
+    ring = ViewRing(made, 5, "cpu")
+    ring.refresh()
+    focal = float(ring.intrinsics[0, 0])
+    for _ in range(12):
+        ring.refresh()
+        crops = sample_crops(ring, 60, 1, 4)
+        assert ring.crop_views.tolist() == [slot for slot in range(len(ring)) if ring.intrinsics[slot, 0] == focal]
+        # All crops have one pitch: it is the angle between two rays in the middle of views.
+        drawn = {tuple(origin) for origin in crops.target.origins[:, 0, 0].tolist()}
+        assert drawn == {tuple(ring.camera_to_worlds[slot, :, 3].tolist()) for slot in ring.crop_views}
+    single = ViewRing(made, 1, "cpu")
+    for _ in range(2):
+        single.refresh()
+        sample_crops(single, 4, 1, 4)
 
 
 def test_numbered_views_are_repeatable_and_seeds_differ() -> None:

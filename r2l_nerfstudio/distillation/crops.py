@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Protocol
 
 import torch
-from jaxtyping import Float, UInt8
+from jaxtyping import Float, Int, UInt8
 from nerfstudio.cameras.rays import RayBundle
 from torch import Tensor
 
@@ -27,6 +27,8 @@ class Views(Protocol):
     intrinsics: Float[Tensor, "capacity 4"]
     has_geometry: bool
     """Whether accumulation and depth are known."""
+    crop_views: Int[Tensor, "views"] | None
+    """Numbers of the views to draw from; None for all."""
 
     def __len__(self) -> int:
         """Number of views, from the first, that can be drawn from."""
@@ -74,7 +76,8 @@ def sample_crops(
         def below(end: int) -> Tensor:
             return torch.randint(end, shape, generator=generator, device=drawn_on).to(device)
 
-        return below(len(views)), below(height - down + 1), below(width - across + 1)
+        view = below(len(views)) if views.crop_views is None else views.crop_views[below(len(views.crop_views))]
+        return view, below(height - down + 1), below(width - across + 1)
 
     num_foreground = int(foreground_fraction * num_crops)
     places = draw(num_crops - num_foreground)

@@ -28,6 +28,7 @@ class PhotoViews:
     camera_to_worlds: Float[Tensor, "views 3 4"]
     intrinsics: Float[Tensor, "views 4"]
     has_geometry: bool = False
+    crop_views: None = None
 
     def __len__(self) -> int:
         return len(self.pixels)
@@ -116,16 +117,18 @@ def undistorted_photo(
         across, down = small[0] / width, small[1] / height
         fx, cx, fy, cy = fx * across, cx * across, fy * down, cy * down
     across_map, down_map = _where(camera, (fx, fy, cx, cy), wanted, size, dataset.image_filenames[index])
-    read = cv2.remap(
-        channels.astype(np.float32) / 256,
-        across_map,
-        down_map,
-        cv2.INTER_LINEAR,
-        borderMode=cv2.BORDER_CONSTANT,
-        borderValue=(0, 0, 0, 0),
-    )
-    valid = read[..., 3:4] > 0.999 * 255
-    return torch.from_numpy(np.concatenate([np.clip(read[..., :3], 0, 255), valid], axis=-1).round().astype(np.uint8))
+    channels = channels.astype(np.float32) / 256
+
+    def read(part: np.ndarray, interpolation: int) -> np.ndarray:
+        return cv2.remap(
+            part, across_map, down_map, interpolation, borderMode=cv2.BORDER_CONSTANT, borderValue=(0,) * 4
+        )
+
+    valid = read(channels[..., 3], cv2.INTER_LINEAR)[..., None] > 0.999 * 255
+    # Bilinear reading would lose a third of the energy of a photo's fine detail, and the student learns what is lost.
+    sharp = read(channels, cv2.INTER_LANCZOS4)
+    rgb = sharp[..., :3] / np.maximum(sharp[..., 3:] / 255, 0.5)  # of what is known
+    return torch.from_numpy(np.concatenate([np.clip(rgb, 0, 255), valid], axis=-1).round().astype(np.uint8))
 
 
 def _where(

@@ -34,6 +34,14 @@ class PoseSamplerConfig:
     overscan: Annotated[float, FloatRange(0, 10)] = 0.0
     """neighbour, box: how far teacher views extend past the training cameras' field of view, as a share of it: what a
     wider image from the same place shows, such as a viewer's window."""
+    zoomed_share: Annotated[float, FloatRange(0, 0.5)] = 0.0
+    """Share of the teacher views that have focal lengths of `zoomed_focal_range` and no overscan. Crops are not drawn
+    from them, single rays are: closer views show what a pixel of the others averages."""
+    zoomed_focal_range: tuple[Annotated[float, FloatRange(0.01, 100)], Annotated[float, FloatRange(0.01, 100)]] = (
+        0.95,
+        1.25,
+    )
+    """Focal lengths of the zoomed views, as multiples of the training cameras'."""
 
     def __post_init__(self) -> None:
         self.check()
@@ -49,11 +57,12 @@ class PoseSamplerConfig:
     def check_focal_range(self) -> None:
         """Raises: InputError: for an empty range. It is not checked while a command line is parsed, where it would be a
         traceback."""
-        if not self.focal_range[0] <= self.focal_range[1]:
-            raise InputError(
-                "--pipeline.datamanager.pose-sampler.focal-range must go from the smaller to the larger focal length (got"
-                f" {self.focal_range[0]:g} {self.focal_range[1]:g})."
-            )
+        for flag, (low, high) in (("focal-range", self.focal_range), ("zoomed-focal-range", self.zoomed_focal_range)):
+            if not low <= high:
+                raise InputError(
+                    f"--pipeline.datamanager.pose-sampler.{flag} must go from the smaller to the larger focal length"
+                    f" (got {low:g} {high:g})."
+                )
 
 
 @dataclass(frozen=True)
@@ -199,22 +208,32 @@ class PoseSampler:
         """The sampler in use, with `auto` resolved."""
         return choose_sampler(self.cameras) if self.config.kind == "auto" else self.config.kind
 
-    def sample(self, generator: torch.Generator) -> tuple[Float[Tensor, "3 4"], Float[Tensor, "4"]]:
+    def is_zoomed(self, index: int) -> bool:
+        """Return whether teacher view number `index` is one of the zoomed ones; they lie evenly between the others, and
+        the first one is not zoomed."""
+        share = self.config.zoomed_share
+        return math.floor((index + 1) * share) > math.floor(index * share)
+
+    def sample(
+        self, generator: torch.Generator, is_zoomed: bool = False
+    ) -> tuple[Float[Tensor, "3 4"], Float[Tensor, "4"]]:
         """Sample one camera.
 
         Args:
             generator: CPU generator.
+            is_zoomed: whether it is for a zoomed view.
 
         Returns:
             Camera-to-world (OpenGL axes, teacher's frame) and fx, fy, cx, cy in pixels of the capture's resolution.
         """
         base = int(torch.randint(len(self.cameras.positions), (1,), generator=generator))
-        low, high = (math.log(value) for value in self.config.focal_range)
+        focal_range = self.config.zoomed_focal_range if is_zoomed else self.config.focal_range
+        low, high = (math.log(value) for value in focal_range)
         zoom = math.exp(low + (high - low) * float(torch.rand((), generator=generator)))
         intrinsics = self.cameras.intrinsics[base].clone()
         intrinsics[:2] *= zoom
         pose = {"neighbour": self._neighbour, "sphere": self._sphere, "box": self._box}[self.kind](base, generator)
-        if self.config.overscan > 0 and self.kind != "sphere":
+        if self.config.overscan > 0 and not is_zoomed and self.kind != "sphere":
             # The difference of two uniform draws is more often near the middle.
             first, second = torch.rand(2, 2, generator=generator)
             size = torch.tensor([self.cameras.width, self.cameras.height])

@@ -22,8 +22,9 @@ SURE = 0.5
 SEEN = 0.05
 """Accumulation from which a pixel shows anything."""
 LEAST_HITS = 2
-"""Pixels that must end in a cell: a single one may be an error of the teacher, and what it hides is found again
-(`_unexplained`)."""
+LEAST_SHARE = 1 / 300_000
+"""Pixels that must end in a cell, at least, and as a share of all: fewer are errors of the teacher, a fog of them. What they
+hide is found again (`_unexplained`)."""
 PIXELS_PER_VIEW = 1 << 16
 CARVING_VIEWS = 64
 SPARE = 0.15
@@ -188,7 +189,8 @@ class SceneOccupancy:
         occupancy = self.encoding.occupancy
         assert self._counts is not None
         counts = _sum_of_ranks(self._counts.clone())
-        occupancy.mark((counts >= LEAST_HITS).to(torch.uint8))
+        least = (LEAST_SHARE * counts.sum()).clamp_min(LEAST_HITS)
+        occupancy.mark((counts >= least).to(torch.uint8))
         for cells in self._unexplained(ring, indices):
             # Carving leaves little of a bounded scene; elsewhere whole rays, which need no neighbors.
             occupancy.mark(cells, dilation=int(self.encoding.is_bounded))

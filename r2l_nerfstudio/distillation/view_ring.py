@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import psutil
 import torch
-from jaxtyping import Float, UInt8
+from jaxtyping import Float, Int, UInt8
 from nerfstudio.cameras.cameras import Cameras
 from nerfstudio.utils.rich_utils import CONSOLE, get_progress
 from torch import Tensor
@@ -129,7 +129,7 @@ class ViewRenderer:
     def _render(self, index: int) -> TeacherView:
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + index)
         for _ in range(MAX_REJECTIONS):
-            pose, intrinsics = self.sampler.sample(generator)
+            pose, intrinsics = self.sampler.sample(generator, self.sampler.is_zoomed(index))
             camera = self._camera(pose, intrinsics)
             if self._plausible(camera):
                 return self._ask(camera, pose, intrinsics)
@@ -263,6 +263,9 @@ class ViewRing:
         self._allocate(num_views)
         self._filled = 0
         self._next_index = 0
+        self._zoomed_slots: set[int] = set()
+        self.crop_views: Int[Tensor, "views"] | None = None
+        """Numbers of the views that crops are drawn from, if not from all: those of one focal length."""
 
     def __len__(self) -> int:
         return self._filled
@@ -343,6 +346,16 @@ class ViewRing:
         self.intrinsics[slot] = view.intrinsics.to(self.device)
         self._next_index += 1
         self._filled = min(self._filled + 1, self.capacity)
+        self._note_kind(slot)
+
+    def _note_kind(self, slot: int) -> None:
+        sampler = self.renderer.sampler
+        if not sampler.config.zoomed_share:
+            return
+        (self._zoomed_slots.add if sampler.is_zoomed(self._next_index - 1) else self._zoomed_slots.discard)(slot)
+        others = [slot for slot in range(self._filled) if slot not in self._zoomed_slots]
+        # A ring of one view may hold nothing else.
+        self.crop_views = torch.tensor(others, device=self.device) if others else None
 
     def sample(
         self,
