@@ -26,7 +26,12 @@ mobile_r2l = MethodSpecification(
 mobile_r2l_lite = MethodSpecification(
     config=student_config(
         "mobile-r2l-lite",
-        CropDataManagerConfig(train_num_rays_per_batch=8192, crop_cells=6, single_ray_share=0.6),
+        CropDataManagerConfig(
+            train_num_rays_per_batch=8192,
+            crop_cells=6,
+            single_ray_share=0.6,
+            pose_sampler=PoseSamplerConfig(focal_range=(1.0, 1.0), overscan=0.25, zoomed_share=0.5),
+        ),
         MobileR2LModelConfig(
             ray_encoding="composited",
             width=64,

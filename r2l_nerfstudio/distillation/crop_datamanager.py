@@ -19,7 +19,9 @@ from r2l_nerfstudio.distillation.datamanager import (
     to_ray_bundle,
 )
 from r2l_nerfstudio.distillation.photo_views import PhotoViews, photo_views
+from r2l_nerfstudio.distillation.photos import Photos
 from r2l_nerfstudio.distillation.pose_sampling import CaptureCameras, PoseSamplerConfig
+from r2l_nerfstudio.distillation.ray_sample import RaySample
 from r2l_nerfstudio.errors import InputError
 from r2l_nerfstudio.ranges import FloatRange, IntRange
 from r2l_nerfstudio.rays.ray_image import MARGIN, StudentRays
@@ -44,8 +46,8 @@ class CropDataManagerConfig(DistillationDataManagerConfig):
     --crop-cells is used. 0: square crops."""
     single_ray_share: Annotated[float, FloatRange(0, 1)] = 0.0
     """Share of the training, at its start, in which a student with composited features learns from single rays of all
-    views instead of crops: the features, and the layers that read those of a pixel. The pixels of a crop teach the same
-    few features. Crops then teach the rest."""
+    views and photos instead of crops: the features, and the layers that read those of a pixel. The pixels of a crop teach
+    the same few features. Crops then teach the rest."""
 
 
 class CropDataManager(DistillationDataManager):
@@ -54,6 +56,8 @@ class CropDataManager(DistillationDataManager):
     config: CropDataManagerConfig
     in_single_ray_stage = False
     """Whether batches are of single rays."""
+    photo_rays: Photos | None = None
+    """Photos for the stage of single rays."""
 
     def begins_with_single_rays(self) -> bool:
         # Only pixels with rays of their own can be learned alone.
@@ -99,6 +103,14 @@ class CropDataManager(DistillationDataManager):
             self.train_dataset, indices, cameras.intrinsics, size, corrections, self.background, self.device
         )
 
+    def _read_photo_rays(self) -> None:
+        if self.photos is None or not self.begins_with_single_rays():
+            return
+        conventions = self.rays.conventions
+        if self.photo_rays is None:
+            self.photo_rays = Photos(self.train_dataset, *self._photo_source, self.background, self.device, conventions)
+        self.photo_rays.read_by(conventions)
+
     def note_progress(self, fraction: float, steps: int) -> None:
         super().note_progress(fraction, steps)
         is_early = fraction < self.config.single_ray_share
@@ -108,13 +120,23 @@ class CropDataManager(DistillationDataManager):
         return self._crops(source, HELD_OUT_PIXELS, generator)
 
     def draw(self, num_photo_pixels: int) -> Batch:
-        """Draw crops of teacher views, then crops of photos; at first single rays of teacher views."""
-        num_fresh = self.get_train_rays_per_batch() - num_photo_pixels
+        """Draw crops of teacher views, then crops of photos; at first single rays of both."""
         if self.in_single_ray_stage:
-            sample = self.ring.sample(num_fresh, None, self.config.foreground_fraction, self.rays.conventions)
-            return Batch(to_ray_bundle(sample), sample)
+            return self._single_rays()
+        num_fresh = self.get_train_rays_per_batch() - num_photo_pixels
         fresh = self._crops(self.ring, num_fresh, foreground_fraction=self.config.foreground_fraction)
         return joined(fresh, self._crops(self.photos, num_photo_pixels)) if num_photo_pixels else fresh
+
+    def _single_rays(self) -> Batch:
+        total = self.get_train_rays_per_batch()
+        # Photos from the start: they show more fine detail than the teacher, on the rays of their own lens.
+        with_photos = self.photo_rays is not None and self.config.photo_iterations > 0
+        num_photo_rays = int(self.config.photo_fraction * total) if with_photos else 0
+        sample = self.ring.sample(total - num_photo_rays, None, self.config.foreground_fraction, self.rays.conventions)
+        if num_photo_rays:
+            assert self.photo_rays is not None
+            sample = RaySample.from_records(torch.cat([sample.records(), self.photo_rays.draw(num_photo_rays)]))
+        return Batch(to_ray_bundle(sample), sample)
 
     def _crops(
         self,

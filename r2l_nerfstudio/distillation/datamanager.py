@@ -193,6 +193,7 @@ class DistillationDataManager(VanillaDataManager[InputDataset]):
         seed = config.seed + self.local_rank
         # Photos first: a capture that cannot be used must fail before the teacher has rendered for minutes.
         self.photos: Any = None
+        self._photo_source: tuple[list[int], Tensor | None] = ([], None)
         self.held_out_photos: Batch | None = None
         if config.photo_iterations > 0:
             kept, held = split_held_out(len(self.train_dataset), config.held_out_fraction)
@@ -201,6 +202,8 @@ class DistillationDataManager(VanillaDataManager[InputDataset]):
             if len(self.photos) == 0:
                 CONSOLE.print("[yellow]No photo has a pixel outside its mask: learning from the teacher only.")
                 self.photos = None
+            self._photo_source = kept, corrections
+            self._read_photo_rays()
             if held and self.photos is not None:
                 generator = torch.Generator().manual_seed(config.seed)
                 held_out = self.read_photos(held, corrections)
@@ -222,6 +225,9 @@ class DistillationDataManager(VanillaDataManager[InputDataset]):
         self._next_view: Future[TeacherView] | None = None
         self._failures = 0
         self._begin()
+
+    def _read_photo_rays(self) -> None:  # noqa: B027
+        """Read what the first stage of a training learns from photos; called before the ring takes the memory."""
 
     def _begin(self) -> None:  # noqa: B027
         """Prepare what one student's training keeps; called when a training starts."""
@@ -274,6 +280,7 @@ class DistillationDataManager(VanillaDataManager[InputDataset]):
         self.rays = self.read_by(rays)
         self.__dict__.pop("cells", None)
         self.held_views = self.hold_out(self._held_ring, None)
+        self._read_photo_rays()
         self._begin()
 
     def note_progress(self, fraction: float, steps: int) -> None:

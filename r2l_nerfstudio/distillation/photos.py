@@ -16,7 +16,7 @@ from nerfstudio.utils.rich_utils import CONSOLE
 from PIL import Image
 from torch import Tensor
 
-from r2l_nerfstudio.distillation.ray_sample import RaySample
+from r2l_nerfstudio.distillation.ray_sample import RECORD_WIDTH, RaySample
 from r2l_nerfstudio.distillation.view_ring import free_memory
 from r2l_nerfstudio.errors import InputError, one_line
 from r2l_nerfstudio.rays.conventions import OURS, RayConventions
@@ -25,6 +25,8 @@ from r2l_nerfstudio.rays.pinhole import planar_directions
 SHARE_OF_MEMORY = 0.4
 """Share of the device's free memory that photos may take; teacher views need memory too."""
 MOST_TRIES = 64
+DRAWS_AT_ONCE = 32
+"""Iterations for which rays are made at once: Nerfstudio's cameras synchronize with a GPU each time."""
 _MODES = ("RGB", "RGBA", "L")
 """Kinds of images that Nerfstudio reads correctly."""
 _ROWS_AT_ONCE = 256
@@ -219,6 +221,7 @@ class Photos:
         self.pixels = self.pixels[: starts[-1]]
         self._starts = torch.tensor(starts, device=self.device)
         self._views = torch.tensor(views, device=self.device).reshape(-1, 3)
+        self._records = torch.empty(0, RECORD_WIDTH, device=self.device)
         self._tries = 1
         if len(self.pixels) and kept < len(self.pixels):
             # With this many tries, one draw in a hundred finds no valid pixel.
@@ -238,6 +241,18 @@ class Photos:
             f" {room / 1e9:.1f} GB: learning from them at 1/{shrink} of their width and height."
         )
         return shrink
+
+    def read_by(self, conventions: RayConventions) -> None:
+        """Follow another student's conventions."""
+        self.conventions = conventions
+        self._records = self._records[:0]
+
+    def draw(self, num_rays: int) -> Float[Tensor, "rays 13"]:
+        """Draw rays as `sample` does, as records; they are made for several iterations at once."""
+        if len(self._records) < num_rays:
+            self._records = self.sample(DRAWS_AT_ONCE * num_rays).records()
+        drawn, self._records = self._records[:num_rays], self._records[num_rays:]
+        return drawn
 
     def sample(self, num_rays: int, generator: torch.Generator | None = None) -> RaySample:
         """Draw rays uniformly over all pixels that count; the few that are masked even after some tries have no weight.

@@ -23,8 +23,6 @@ from r2l_nerfstudio.ranges import FloatRange, IntRange
 from r2l_nerfstudio.rays.ray_image import StudentRays
 
 HELD_OUT_RAYS = 8192
-DRAWS_AT_ONCE = 32
-"""Iterations for which rays of photos are made at once: Nerfstudio's cameras synchronize with a GPU each time."""
 
 
 @dataclass
@@ -49,13 +47,12 @@ class RayDataManager(DistillationDataManager):
     def restart(self, config: DistillationDataManagerConfig, rays: StudentRays) -> None:
         super().restart(config, rays)
         if self.photos is not None:
-            self.photos.conventions = rays.conventions
+            self.photos.read_by(rays.conventions)
 
     def _begin(self) -> None:
         num_hard = int(self.config.hard_fraction * self.config.train_num_rays_per_batch)
         waits = self.config.published_hard_rays
         self.hard_rays = HardRayPool(num_hard, self.config.hard_pool_batches, RECORD_WIDTH, self.device, waits)
-        self._photo_records = torch.empty(0, RECORD_WIDTH, device=self.device)
 
     def read_photos(self, indices: list[int], corrections: Float[Tensor, "num_train 3 4"] | None) -> Photos:
         return Photos(self.train_dataset, indices, corrections, self.background, self.device, self.rays.conventions)
@@ -81,15 +78,9 @@ class RayDataManager(DistillationDataManager):
             self.hard_rays.draw(num_hard),
         ]
         if num_photo_pixels:
-            parts.append(self._draw_photos(num_photo_pixels))
+            parts.append(self.photos.draw(num_photo_pixels))
         sample = RaySample.from_records(torch.cat(parts))
         return Batch(to_ray_bundle(sample), sample, fresh)
-
-    def _draw_photos(self, num_rays: int) -> Float[Tensor, "rays 13"]:
-        if len(self._photo_records) < num_rays:
-            self._photo_records = self.photos.sample(DRAWS_AT_ONCE * num_rays).records()
-        drawn, self._photo_records = self._photo_records[:num_rays], self._photo_records[num_rays:]
-        return drawn
 
     def learn_from(self, batch: Batch, errors: Float[Tensor, "rays"]) -> None:
         """Put the worst of a batch's new rays, or as published of all its rays, into the pool (R2L, sec. 3.3)."""

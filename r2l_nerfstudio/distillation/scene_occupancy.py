@@ -23,8 +23,8 @@ SEEN = 0.05
 """Accumulation from which a pixel shows anything."""
 LEAST_HITS = 2
 LEAST_SHARE = 1 / 300_000
-"""Pixels that must end in a cell, at least, and as a share of all: fewer are errors of the teacher, a fog of them. What they
-hide is found again (`_unexplained`)."""
+"""Pixels that must end in a cell, at least, and as a share of all: fewer are errors of the teacher, which has a fog of them
+where a capture has no bounds. What they hide is found again (`_unexplained`)."""
 PIXELS_PER_VIEW = 1 << 16
 CARVING_VIEWS = 64
 SPARE = 0.15
@@ -37,9 +37,9 @@ _STEP = 1.05
 class SceneOccupancy:
     """Marks the cells in which teacher views end.
 
-    A cell is occupied if at least two pixels end there, and so are its neighbors. Pixels that show something although no
-    occupied cell lies on their ray (a wire thinner than a pixel, depth that is missing or wrong) then claim all cells
-    along it that no view shows to be empty. Nothing that a teacher view shows is left out.
+    A cell is occupied if enough pixels end there, and so are its neighbors. Pixels that show something although no occupied
+    cell lies on their ray (a wire thinner than a pixel, depth that is missing or wrong) then claim all cells along it that
+    no view shows to be empty. No ray on which a teacher view shows something is left without an occupied cell.
 
     Args:
         encoding: encoding whose occupancy is set.

@@ -132,7 +132,9 @@ def make_plan(
     is_crops = isinstance(data, CropDataManagerConfig)
     photo_bytes = 0
     if data.photo_iterations:
-        photo_bytes = capture.photos * (4 * width * height if is_crops else 3 * capture.width * capture.height)
+        of_crops = 4 * width * height if is_crops else 0
+        of_rays = 3 * capture.width * capture.height if not is_crops or data.single_ray_share > 0 else 0
+        photo_bytes = capture.photos * (of_crops + of_rays)
     view_bytes = width * height * BYTES_PER_PIXEL
     fixed = CONTEXT_BYTES + teacher_bytes + student.held_bytes + photo_bytes + working_bytes(student)
     # As the ring itself decides during training.

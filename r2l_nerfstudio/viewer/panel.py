@@ -143,8 +143,8 @@ class ViewerPanel(ViewerControl):
     def _outlive_browsers(self, viewer: Viewer) -> None:
         threads = getattr(viewer, "render_statemachines", None)
         if isinstance(threads, dict):
-            viewer.render_statemachines = _RenderThreads()
-            viewer.render_statemachines.update(threads)
+            viewer.render_statemachines = _RenderThreads(threads)
+            viewer.render_statemachines.update(threads)  # a browser may have come in between
         # Filled after this; until then "Hide Train Cams" fails like a closed browser.
         if not hasattr(viewer, "camera_handles"):
             viewer.camera_handles = {}

@@ -457,7 +457,9 @@ def test_single_rays_come_first_then_crops_then_photos(
             batch = draw(num_photo_pixels)
             is_crop = batch.ray_bundle.origins.ndim == 4
             found.append("p" if num_photo_pixels else "c" if is_crop else "r")
-            assert is_crop or batch.ray_bundle.origins.shape == (datamanager.get_train_rays_per_batch(), 3)
+            if not is_crop:
+                assert batch.ray_bundle.origins.shape == (datamanager.get_train_rays_per_batch(), 3)
+                assert float((batch.target.geometry_weight == 0).float().mean()) == 0.5  # photos
             return batch
 
         def has_silent_cells() -> bool:
