@@ -136,7 +136,8 @@ def test_a_teacher_renders_its_views_on_the_gpu() -> None:
             **fields, step=0, device=torch.device("cuda"), model=Model(), background=torch.zeros(3, device="cuda")
         )  # fmt: skip
         survey = Survey(True, True, torch.zeros(0, 3), torch.zeros(0), 0.5, 0.5)
-        sampler: Any = SimpleNamespace(sample=lambda _: (torch.eye(3, 4), torch.tensor([24.0, 24.0, 12.0, 12.0])))
+        camera = torch.eye(3, 4), torch.tensor([24.0, 24.0, 12.0, 12.0])
+        sampler: Any = SimpleNamespace(sample=lambda *_: camera, is_zoomed=lambda _: False)
         renderer = ViewRenderer(teacher, sampler, survey, 24, 24, seed=0)
         ring = ViewRing(renderer, 2, "cuda")
         ring.refresh()

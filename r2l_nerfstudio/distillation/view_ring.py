@@ -346,16 +346,14 @@ class ViewRing:
         self.intrinsics[slot] = view.intrinsics.to(self.device)
         self._next_index += 1
         self._filled = min(self._filled + 1, self.capacity)
-        self._note_kind(slot)
-
-    def _note_kind(self, slot: int) -> None:
-        sampler = self.renderer.sampler
-        if not sampler.config.zoomed_share:
-            return
-        (self._zoomed_slots.add if sampler.is_zoomed(self._next_index - 1) else self._zoomed_slots.discard)(slot)
+        if self.renderer.sampler.is_zoomed(self._next_index - 1):
+            self._zoomed_slots.add(slot)
+        else:
+            self._zoomed_slots.discard(slot)
         others = [slot for slot in range(self._filled) if slot not in self._zoomed_slots]
-        # A ring of one view may hold nothing else.
-        self.crop_views = torch.tensor(others, device=self.device) if others else None
+        # A ring of one view may hold nothing but a zoomed one.
+        is_mixed = 0 < len(others) < self._filled
+        self.crop_views = torch.tensor(others, device=self.device) if is_mixed else None
 
     def sample(
         self,
