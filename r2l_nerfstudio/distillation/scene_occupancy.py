@@ -22,7 +22,7 @@ SURE = 0.5
 SEEN = 0.05
 """Accumulation from which a pixel shows anything."""
 LEAST_HITS = 2
-LEAST_SHARE = 1 / 300_000
+LEAST_SHARE = 1 / 600_000
 """Pixels that must end in a cell, at least, and as a share of all: fewer are errors of the teacher, which has a fog of them
 where a capture has no bounds. What they hide is found again (`_unexplained`)."""
 PIXELS_PER_VIEW = 1 << 16
