@@ -201,7 +201,7 @@ def test_split_shows_the_teacher_on_the_right(page: ViewerPage):
     assert difference(split[left], moved[left]) > CHANGED
     box.uncheck()
     page.wait_until(lambda: difference(moved[right], page.picture()[right]) > CHANGED, "the student's right half")
-    assert page.pace("Teacher") is None
+    page.wait_until(lambda: page.pace("Teacher") is None, "the panel's line on the teacher to go")
     page.wait_until(lambda: difference(moved[left], page.picture()[left]) < SAME, "the student's left half as it was")
 
 
