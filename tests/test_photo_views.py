@@ -99,6 +99,9 @@ def test_masked_pixels_are_not_learned() -> None:
     lost = (whole.pixels[0, ..., 3] == 1) & (masked.pixels[0, ..., 3] == 0)
     assert 300 < lost.sum() < 500
     kept = masked.pixels[0, ..., 3] == 1
+    far = -torch.nn.functional.max_pool2d(-kept[None, None].float(), 13, stride=1, padding=6)[0, 0] > 0
+    assert far.float().mean() > 0.05
+    assert torch.equal(masked.pixels[0][far], whole.pixels[0][far])
     # Beside the mask fewer pixels are read.
     assert (masked.pixels[0][kept].int() - whole.pixels[0][kept].int()).abs().max() <= 1
 

@@ -82,7 +82,6 @@ def test_crops_come_from_views_that_are_not_zoomed() -> None:
         crops = sample_crops(ring, 60, 1, 4)
         assert ring.crop_views is not None
         assert ring.crop_views.tolist() == [slot for slot in range(len(ring)) if ring.intrinsics[slot, 0] == focal]
-        # All crops have one pitch: it is the angle between two rays in the middle of views.
         drawn = {tuple(origin) for origin in crops.target.origins[:, 0, 0].tolist()}
         assert drawn == {tuple(ring.camera_to_worlds[slot, :, 3].tolist()) for slot in ring.crop_views}
     single = ViewRing(made, 1, "cpu")

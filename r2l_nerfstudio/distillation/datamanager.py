@@ -8,7 +8,7 @@ import time
 from abc import abstractmethod
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
@@ -181,8 +181,11 @@ class DistillationDataManager(VanillaDataManager[InputDataset]):
         config = self.config
         self.background = background
         self.rays = self.read_by(rays)
-        sampler = PoseSampler(self.view_cameras(), config.pose_sampler)
-        config.pose_sampler.kind = sampler.kind
+        sampled = config.pose_sampler
+        if not self.begins_with_single_rays():  # Nothing would be drawn from zoomed views.
+            sampled = replace(sampled, zoomed_share=0.0)
+        sampler = PoseSampler(self.view_cameras(), sampled)
+        config.pose_sampler.kind = sampled.kind = sampler.kind
         CONSOLE.print(f"Sampling cameras with the {sampler.kind} sampler.")
 
         def renderer(seed: int, cache_dir: Path | None) -> ViewRenderer:

@@ -35,8 +35,9 @@ class PoseSamplerConfig:
     """neighbour, box: how far teacher views extend past the training cameras' field of view, as a share of it: what a
     wider image from the same place shows, such as a viewer's window."""
     zoomed_share: Annotated[float, FloatRange(0, 0.5)] = 0.0
-    """Share of the teacher views that have focal lengths of `zoomed_focal_range` and no overscan. Crops are not drawn
-    from them, single rays are: closer views show what a pixel of the others averages."""
+    """Share of the teacher views that have focal lengths of `zoomed_focal_range` and no overscan, where a student of ray
+    images begins with single rays (--pipeline.datamanager.single-ray-share). Crops are not drawn from them, single rays
+    are: closer views show what a pixel of the others averages."""
     zoomed_focal_range: tuple[Annotated[float, FloatRange(0.01, 100)], Annotated[float, FloatRange(0.01, 100)]] = (
         0.95,
         1.25,

@@ -467,6 +467,8 @@ def test_single_rays_come_first_then_crops_then_photos(
             return bool(network.joined) and not network.join.weight[:, : -network.joined].any()
 
         assert has_silent_cells() == (ray_encoding == "composited")
+        # Zoomed views are for single rays: nobody else would learn from them.
+        assert (datamanager.ring.crop_views is not None) == (ray_encoding == "composited")
         datamanager.draw = recorded
         trainer.train()
         assert not has_silent_cells()
