@@ -72,7 +72,8 @@ def tiny_student(tiny_teacher: Path, made_once: MadeOnce) -> Path:
 @pytest.fixture(scope="session")
 def tiny_mobile_student(tiny_teacher: Path, made_once: MadeOnce) -> Path:
     """Folder of a run: `mobile-r2l-lite` distilled from `tiny_teacher`. Read only: copy it to change it."""
-    changes = {"max_num_iterations": 30, "pipeline.datamanager.photo_iterations": 10}
+    # As many as it takes to show something: the viewer's tests compare its pictures.
+    changes = {"max_num_iterations": 200, "pipeline.datamanager.photo_iterations": 10}
 
     def build(folder: Path) -> Path:
         return distil(student_config(tiny_teacher, folder, "mobile-r2l-lite", **changes))
