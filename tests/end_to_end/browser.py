@@ -21,13 +21,12 @@ if TYPE_CHECKING:
 
 PATIENCE = 180.0
 """Seconds to wait for anything on the page: the CPU draws WebGL too, beside other work."""
-CHANGED = 2.0
+CHANGED = 4.0
 """Steps of 8-bit color between images of different views."""
 SAME = 1.9
 """What JPEG and the page's own resampling may add up to."""
 SIMILAR = 4.0
-"""Below it, background or another engine's picture are taken for the same. Students and teachers of 30 iterations
-differ by 2.7 and more."""
+"""Below it, background or another engine's picture are taken for the same."""
 
 
 def wait_for(page: Page | Frame, expression: str, seconds: float = PATIENCE) -> None:

@@ -10,6 +10,15 @@ from pathlib import Path
 import pytest
 from distil import distil, student_config
 from made_once import MadeOnce
+from teachers import train_teacher
+
+TINY_R2L = {
+    "pipeline.datamanager.num_views": 4,
+    "pipeline.datamanager.train_num_rays_per_batch": 512,
+    "pipeline.datamanager.photo_iterations": 10,
+    "pipeline.model.width": 32,
+    "pipeline.model.depth": 6,
+}
 
 
 @pytest.fixture(scope="session")
@@ -58,24 +67,42 @@ def train_student(command: Callable[..., list[str]], tiny_teacher: Path) -> Call
 @pytest.fixture(scope="session")
 def tiny_student(tiny_teacher: Path, made_once: MadeOnce) -> Path:
     """Folder of a run: `r2l-lite` distilled from `tiny_teacher`. Read only: copy it to change it."""
-    changes = {
-        "max_num_iterations": 30,
-        "pipeline.datamanager.num_views": 4,
-        "pipeline.datamanager.train_num_rays_per_batch": 512,
-        "pipeline.datamanager.photo_iterations": 10,
-        "pipeline.model.width": 32,
-        "pipeline.model.depth": 6,
-    }
+    changes = {"max_num_iterations": 30, **TINY_R2L}
     return made_once("student", lambda folder: distil(student_config(tiny_teacher, folder, **changes)))
 
 
 @pytest.fixture(scope="session")
 def tiny_mobile_student(tiny_teacher: Path, made_once: MadeOnce) -> Path:
     """Folder of a run: `mobile-r2l-lite` distilled from `tiny_teacher`. Read only: copy it to change it."""
-    # As many as it takes to show something: the viewer's tests compare its pictures.
-    changes = {"max_num_iterations": 200, "pipeline.datamanager.photo_iterations": 10}
+    changes = {"max_num_iterations": 30, "pipeline.datamanager.photo_iterations": 10}
 
     def build(folder: Path) -> Path:
         return distil(student_config(tiny_teacher, folder, "mobile-r2l-lite", **changes))
 
     return made_once("mobile_student", build)
+
+
+@pytest.fixture(scope="session")
+def visible_teacher(tiny_capture: Path, made_once: MadeOnce) -> Path:
+    """Folder of a run: `tiny_teacher`, trained ten times as long, so that its images and its students' show something."""
+    return made_once(
+        "visible_teacher", lambda folder: train_teacher("nerfacto", tiny_capture, folder, iterations=300).parent
+    )
+
+
+@pytest.fixture(scope="session")
+def visible_student(visible_teacher: Path, made_once: MadeOnce) -> Path:
+    """Folder of a run: `r2l-lite` distilled from `visible_teacher`. Read only: copy it to change it."""
+    changes = {"max_num_iterations": 60, **TINY_R2L}
+    return made_once("visible_student", lambda folder: distil(student_config(visible_teacher, folder, **changes)))
+
+
+@pytest.fixture(scope="session")
+def visible_mobile_student(visible_teacher: Path, made_once: MadeOnce) -> Path:
+    """Folder of a run: `mobile-r2l-lite` distilled from `visible_teacher`. Read only: copy it to change it."""
+    changes = {"max_num_iterations": 60, "pipeline.datamanager.photo_iterations": 10}
+
+    def build(folder: Path) -> Path:
+        return distil(student_config(visible_teacher, folder, "mobile-r2l-lite", **changes))
+
+    return made_once("visible_mobile_student", build)

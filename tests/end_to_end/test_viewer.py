@@ -83,7 +83,7 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[BrowserContext
         yield context
 
 
-@pytest.fixture(scope="module", params=["tiny_student", "tiny_mobile_student"])
+@pytest.fixture(scope="module", params=["visible_student", "visible_mobile_student"])
 def viewer(
     request: pytest.FixtureRequest,
     browser: BrowserContext,

@@ -11,7 +11,7 @@ import pytest
 from browser import CHANGED, SAME, SIMILAR, ViewerPage, chromium, difference
 from test_viewer import MAX_RES, SCREENSHOTS, Served, serve
 
-STUDENTS = {"r2l-lite": "tiny_student", "mobile-r2l-lite": "tiny_mobile_student"}
+STUDENTS = {"r2l-lite": "visible_student", "mobile-r2l-lite": "visible_mobile_student"}
 BY_HAND = ["torch", "onnxruntime", "openvino"]
 """Not inductor, which compiles for a quarter of a minute: `test_engines` has it."""
 
