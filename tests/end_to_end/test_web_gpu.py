@@ -272,7 +272,7 @@ def test_a_lost_gpu_is_reopened(folder: Path, context: BrowserContext) -> None:
 def test_without_webgpu_and_fallback_a_message_is_shown(prepare: str, folder: Path, context: BrowserContext) -> None:
     with opened(context, folder, prepare=prepare) as page:
         assert "it needs WebGPU" in sentence(page)
-        assert page.locator("#poster").is_visible()
+        page.locator("#poster").wait_for(state="visible")  # It may load after the sentence.
 
 
 @pytest.mark.parametrize(
