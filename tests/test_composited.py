@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -19,13 +20,19 @@ from r2l_nerfstudio.distillation.pose_sampling import CaptureCameras, look_along
 from r2l_nerfstudio.distillation.scene_occupancy import SceneOccupancy
 from r2l_nerfstudio.export.graph import GraphSpec
 from r2l_nerfstudio.export.onnx_file import export_onnx
-from r2l_nerfstudio.models.composited_encoding import CompositedEncoding, CompositedSettings, RaySpan
+from r2l_nerfstudio.models.composited_encoding import (
+    CompositedEncoding,
+    CompositedSettings,
+    RaySpan,
+    encode_single_rays,
+)
 from r2l_nerfstudio.rays.occupancy import OccupancyGrid, grid_point_index
 from r2l_nerfstudio.rays.pinhole import image_rays
 from r2l_nerfstudio.rays.placement import place_samples
 from r2l_nerfstudio.rays.ray_encoding import RayEncoding
 from r2l_nerfstudio.rays.ray_image import CellPixels
 from r2l_nerfstudio.rays.spacing import SceneBounds
+from r2l_nerfstudio.students.sparse_volume import moved_rows
 
 KINDS = [("sphere", "ball"), ("disparity", "contracted"), ("disparity", "frustum"), ("near-far", "contracted")]
 
@@ -270,7 +277,7 @@ def test_new_views_add_cells_and_rows_keep_their_features() -> None:
     former = scene.grow(few)
     assert former is not None and made.volume.num_grid_points > int(index.max())
     assert len(former) == len(made.volume.rows) == len(rows)  # it had room
-    move_state(optimizer, made.volume.rows, former)
+    move_state(optimizer, made.volume.rows, partial(moved_rows, former))
     average.follow_rows(made.volume.rows, former)
     held = index > 0
     assert torch.equal(made.volume.rows[made.volume.index[held].long()], rows[index[held].long()])
@@ -279,6 +286,86 @@ def test_new_views_add_cells_and_rows_keep_their_features() -> None:
     made.volume.rows.grad = torch.ones_like(made.volume.rows)
     optimizer.step()
     average.update()
+
+
+def dense_at(made: CompositedEncoding, things: list[Tensor], radius: float) -> None:
+    """A volume as if it had learned that only these points are there, with features that are linear in space."""
+    z, y, x = (torch.arange(n) / (n - 1) for n in made.volume.index.shape)
+    at = torch.stack(torch.meshgrid(z, y, x, indexing="ij"), dim=-1).flip(-1)
+    held = made.volume.index > 0
+    at = at[held]
+    scene = made.occupancy.scene
+    near = torch.cdist(at * scene.extent + scene.low, torch.cat(things)[::5]).amin(-1) < radius
+    made.volume.rows.data[1:] = 0.0
+    made.volume.rows.data[made.volume.index[held].long()] = torch.cat(
+        [torch.where(near, 6.0, -8.0)[:, None], at, at[:, :1]], -1
+    )
+
+
+def test_cells_without_light_make_room_for_smaller_cells() -> None:
+    ring, cameras = ring_of([(BALL, 1.0), (WIRE, 1.0)], side=80)
+    stray = 0.6 * torch.rand(ring.depth.shape, generator=torch.Generator().manual_seed(1)) - 0.3
+    stray[torch.rand(ring.depth.shape, generator=torch.Generator().manual_seed(2)) < 0.8] = 0.0
+    ring.depth += stray * (ring.depth > 0)
+    encoding = RayEncoding("points", 8, 4)
+    encoding.set_bounds(SceneBounds("sphere", (0.0, 0.0, 0.0), 1.0, 2.5, 5.5), torch.eye(3))
+    made = CompositedEncoding(encoding, CompositedSettings(samples=64))
+    scene = SceneOccupancy(made, 32, 8000, True)
+    scene.start(ring, cameras)
+    dense_at(made, [BALL, WIRE], 0.08)
+    before = made.occupancy.cells
+    optimizer = torch.optim.Adam([made.volume.rows], lr=1e-6)
+    made.volume.rows.grad = torch.ones_like(made.volume.rows)
+    optimizer.step()
+    rays = image_rays(ring.camera_to_worlds[0], ring.intrinsics[0], ring.height, ring.width)
+    rays = rays[0].reshape(-1, 3), rays[1].reshape(-1, 3)
+    seen = encode_single_rays(made, *rays)
+    shape, cells = made.volume.rows.shape, made.volume.cells
+
+    move_state(optimizer, made.volume.rows, scene.refine(ring))
+    assert made.refinements == 1 and made.volume.rows.shape == shape
+    assert float(made.occupancy.cells.sum()) < 0.7 * float(before.sum())
+    assert not bool((made.occupancy.cells > before).any())
+    assert all(now > then for now, then in zip(made.volume.cells, cells, strict=True))
+    assert 4000 < made.volume.num_grid_points <= 8000
+    # What rays meet is the same, and smaller cells are not more transparent.
+    again = encode_single_rays(made, *rays)
+    assert seen.geometry is not None and again.geometry is not None
+    solid = (seen.geometry[:, 0] > 0.95) & (again.geometry[:, 0] > 0.95)
+    assert int(solid.sum()) > 0.8 * int((seen.geometry[:, 0] > 0.95).sum()) > 100
+    difference = (seen.encoded[solid, :3] - again.encoded[solid, :3]).detach().abs()
+    assert float(difference.mean()) < 0.02
+    momentum = optimizer.state[made.volume.rows]["exp_avg"][1 : made.volume.num_grid_points + 1]
+    assert torch.allclose(momentum, momentum[:1], rtol=0.5) and bool((momentum > 0).all())
+
+    # New views of the same do not bring the cells back, neither now nor in a resumed training.
+    kept = made.occupancy.cells
+    ring.views_put += len(ring)
+    assert scene.grow(ring) is None and torch.equal(made.occupancy.cells, kept)
+    other = CompositedEncoding(encoding, CompositedSettings(samples=64))
+    resumed = SceneOccupancy(other, 32, 8000, True)
+    resumed.start(ring, cameras)
+    other.load_state_dict(made.state_dict())
+    resumed.resume(ring)
+    assert other.refinements == 1 and torch.equal(other.occupancy.cells, kept)
+    ring.views_put += len(ring)
+    assert resumed.grow(ring) is None
+
+
+def test_a_ray_that_has_no_light_yet_keeps_its_cells() -> None:
+    ring, cameras = ring_of([(BALL, 1.0), (WIRE, 1.0)])
+    encoding = RayEncoding("points", 8, 4)
+    encoding.set_bounds(SceneBounds("sphere", (0.0, 0.0, 0.0), 1.0, 2.5, 5.5), torch.eye(3))
+    made = CompositedEncoding(encoding, CompositedSettings())
+    scene = SceneOccupancy(made, 32, 50_000, True)
+    scene.start(ring, cameras)
+    dense_at(made, [BALL], 0.08)
+    scene.refine(ring)
+    for view in range(len(ring)):
+        origins, directions = image_rays(ring.camera_to_worlds[view], ring.intrinsics[view], ring.height, ring.width)
+        seen = ring.pixels[view, ..., 3] > 128
+        _, is_empty = made.composited(span_of(made, origins[seen], directions[seen]))
+        assert not is_empty.any()
 
 
 def test_grids_of_other_resolutions_have_a_point_wherever_a_cell_is() -> None:

@@ -84,6 +84,8 @@ def test_a_training_from_the_first_view_to_the_checkpoint(method: str, tiny_capt
     with fake_training(method, tiny_capture, tmp_path, method == "r2l", **first) as (trainer, watch):
         pipeline = trainer.pipeline
         assert pipeline.datamanager.ring.pixels.device.type == "cuda"
+        if pipeline.model.composited is not None:
+            pipeline._refine_occupancy(pipeline.model.composited)
         watch.waits.clear()
         for step in (0, 10, 11):  # the last one with photos
             _, losses, _ = trainer.train_iteration(step)

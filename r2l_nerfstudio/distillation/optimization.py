@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from nerfstudio.engine.optimizers import OptimizerConfig
 from nerfstudio.engine.schedulers import Scheduler, SchedulerConfig
 from torch import Tensor
@@ -141,18 +140,15 @@ class ScheduledRate(LRScheduler):
         self.last_epoch = state_dict["last_epoch"]
 
 
-def move_state(optimizer: Optimizer, parameter: Parameter, former: Tensor) -> None:
-    """Follow a parameter that got other rows: its former rows keep the optimizer's state, new ones start at zero.
+def move_state(optimizer: Optimizer, parameter: Parameter, convert: Callable[[Tensor], Tensor]) -> None:
+    """Follow a parameter that got other rows.
 
     Args:
         optimizer: optimizer, with or without the parameter.
         parameter: the same object as before, with other rows.
-        former: for each row its former row, 0 for a new one.
+        convert: converts what has a value per row.
     """
     state = optimizer.state.get(parameter, {})
-    kept = former > 0
     for name, value in state.items():
         if isinstance(value, Tensor) and value.ndim == parameter.ndim and value.shape[1:] == parameter.shape[1:]:
-            moved = torch.zeros_like(parameter, dtype=value.dtype)
-            moved[kept] = value[former[kept]]
-            state[name] = moved
+            state[name] = convert(value)

@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, cast
 
@@ -44,15 +45,19 @@ from r2l_nerfstudio.distillation.survey import Survey
 from r2l_nerfstudio.distillation.trial_step import training_bytes
 from r2l_nerfstudio.engines.torch_engine import is_bf16_fast
 from r2l_nerfstudio.errors import InputError, exit_on_input_error, one_line
+from r2l_nerfstudio.models.composited_encoding import CompositedEncoding
 from r2l_nerfstudio.models.light_field import LightFieldModel, LightFieldModelConfig
 from r2l_nerfstudio.psnr import decibels
 from r2l_nerfstudio.ranges import FloatRange, IntRange
 from r2l_nerfstudio.rays.conventions import OURS
 from r2l_nerfstudio.renamed_fields import RenamedFields
+from r2l_nerfstudio.students.sparse_volume import moved_rows
 from r2l_nerfstudio.teacher import Teacher
 
 STATISTICS_BATCHES = 16
 STEPS_PER_GROWTH = 200
+REFINED_AT = (0.15, 0.4)
+"""Shares of the training after which the student's density says anew where the scene is."""
 
 
 @dataclass
@@ -385,18 +390,33 @@ class DistillationPipeline(VanillaPipeline):
         # Ranks would have to agree, and weights that may be restored must still fit.
         if self.scene_occupancy is None or encoding is None or self.world_size > 1 or self.datamanager.in_photo_stage:
             return
+        if self._is_refinement_due(encoding):
+            self._refine_occupancy(encoding)
+            return
         former = self.scene_occupancy.grow(ring)
         if former is None:
             return
         rows = encoding.volume.rows
-        self._move_state(rows, former)
+        self._move_state(rows, partial(moved_rows, former))
         if self.average is not None:
             self.average.follow_rows(rows, former)
 
-    def _move_state(self, rows: Parameter, former: Tensor) -> None:
+    def _is_refinement_due(self, encoding: CompositedEncoding) -> bool:
+        fraction = 0.0 if self.progress is None else self.progress.fraction
+        return encoding.refinements < sum(fraction >= at for at in REFINED_AT)
+
+    def _refine_occupancy(self, encoding: CompositedEncoding) -> None:
+        assert self.scene_occupancy is not None
+        rows = encoding.volume.rows
+        self._move_state(rows, self.scene_occupancy.refine(self.datamanager.ring))
+        if self.average is not None:
+            self.average.follow_rows(rows, torch.zeros(len(rows), dtype=torch.long, device=rows.device))
+        CONSOLE.print(f"Occupancy by the student's own density: {self.scene_occupancy.describe()}.")
+
+    def _move_state(self, rows: Parameter, convert: Callable[[Tensor], Tensor]) -> None:
         rows.grad = None
         for optimizer in () if self._optimizers is None else self._optimizers.optimizers.values():
-            move_state(optimizer, rows, former)
+            move_state(optimizer, rows, convert)
 
     def update_average(self, step: int) -> None:
         """Update the average with the current weights, if there is one."""
@@ -476,7 +496,7 @@ class DistillationPipeline(VanillaPipeline):
         self._restore_best()
         if self.model.composited is not None and self.scene_occupancy is not None:
             volume = self.model.composited.volume
-            self._move_state(volume.rows, volume.trim())
+            self._move_state(volume.rows, partial(moved_rows, volume.trim()))
 
     def _restore_best(self) -> None:
         if self._best is None or self.datamanager.held_out_photos is None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.distributed
@@ -25,12 +25,16 @@ LEAST_HITS = 2
 LEAST_SHARE = 1 / 600_000
 """Pixels that must end in a cell, at least, and as a share of all: fewer are errors of the teacher, which has a fog of them
 where a capture has no bounds. What they hide is found again (`_unexplained`)."""
+LEAST_LIGHT = 0.05
+"""Share of its light that some ray must get from one point in a cell, or the cell is released."""
+REFINING_RAYS = 1 << 20
+"""Rays of all views together by which that is decided."""
 PIXELS_PER_VIEW = 1 << 16
 CARVING_VIEWS = 64
 SPARE = 0.15
 """Spare rows for what later views show, as a share of those in use; released when training ends."""
 _AT_ONCE = 1 << 15
-_STEP = 1.05
+_STEP = 1.02
 """Factor between the sides of a cell that are tried for the volume."""
 
 
@@ -56,6 +60,7 @@ class SceneOccupancy:
         self.max_grid_points = max_grid_points
         self.has_depth = has_depth
         self._counts: Int32[Tensor, "z y x"] | None = None
+        self._released: UInt8[Tensor, "z y x"] | None = None
         self._views_seen = 0
 
     @torch.no_grad()
@@ -95,7 +100,8 @@ class SceneOccupancy:
             shared = points.new_tensor([cell])
             torch.distributed.broadcast(shared, 0)
             cell = float(shared)
-        encoding.lay_out(self._resolution(cell), SPARE)
+        self._cell = cell
+        encoding.lay_out(self._resolution(cell, self.max_grid_points), SPARE)
         self._views_seen = ring.views_put
 
     @torch.no_grad()
@@ -129,6 +135,47 @@ class SceneOccupancy:
         return self.encoding.lay_out(volume.cells)
 
     @torch.no_grad()
+    def refine(self, ring: ViewRing) -> Callable[[Tensor], Tensor]:
+        """Release the cells from which no ray gets any light worth mentioning, and spend their grid points on smaller
+        cells of the volume.
+
+        A teacher's depth says only roughly where its surfaces are; a student's density, once it has learned, says it
+        better. A ray on which no cell would be left keeps all of its cells.
+
+        Args:
+            ring: the same as before.
+
+        Returns:
+            Converts what has a value per row of the volume.
+        """
+        encoding, occupancy = self.encoding, self.encoding.occupancy
+        before = occupancy.cells.flatten()
+        brightest = torch.zeros_like(before, dtype=torch.float32)
+        dim: list[Int32[Tensor, "rays samples"]] = []
+        for origins, directions in self._refining_rays(ring):
+            placing, containing, light = encoding.light(origins, directions)
+            for numbers in (placing, containing):
+                brightest.scatter_reduce_(0, numbers.flatten().long(), light.flatten(), "amax")
+            dim.append(placing[light.amax(-1) < LEAST_LIGHT])
+        kept = before * (brightest >= LEAST_LIGHT).to(before.dtype)
+        for numbers in dim:
+            lost = numbers[kept[numbers].sum(-1) == 0].flatten()
+            kept[lost] = before[lost]
+        if not bool(kept.any()):  # No view shows anything.
+            kept = before
+        occupancy.cells = kept.view_as(occupancy.cells)
+        released = (before - kept).view_as(occupancy.cells)
+        self._released = released if self._released is None else self._released | released
+        most = min(self.max_grid_points, len(encoding.volume.rows) - 1)
+        return encoding.resample(self._resolution(self._cell, most))
+
+    def _refining_rays(self, ring: ViewRing) -> Iterator[tuple[Float[Tensor, "rays 3"], Float[Tensor, "rays 3"]]]:
+        for index in range(len(ring)):
+            origins, directions, accumulation, _, valid = _pixels(ring, index, max(1, REFINING_RAYS // len(ring)))
+            for part in (valid & (accumulation >= SEEN)).nonzero()[:, 0].split(_AT_ONCE):
+                yield origins[part], directions[part]
+
+    @torch.no_grad()
     def resume(self, ring: ViewRing) -> None:
         """Continue from the occupancy of a checkpoint that was loaded into the encoding, counting the ring's pixels
         again."""
@@ -137,6 +184,12 @@ class SceneOccupancy:
         if self.has_depth:
             for index in range(len(ring)):
                 self._counts += occupancy.counts(self._surface(ring, index)[0])
+        self._released = None
+        if self.encoding.refinements:
+            kept = occupancy.cells
+            self._mark_ends()
+            self._released = occupancy.cells - kept
+            occupancy.cells = kept
 
     def describe(self) -> str:
         """Return one line on the occupancy."""
@@ -187,10 +240,7 @@ class SceneOccupancy:
 
     def _mark(self, ring: ViewRing, indices: range | list[int]) -> None:
         occupancy = self.encoding.occupancy
-        assert self._counts is not None
-        counts = _sum_of_ranks(self._counts.clone())
-        least = (LEAST_SHARE * counts.sum()).clamp_min(LEAST_HITS)
-        occupancy.mark((counts >= least).to(torch.uint8))
+        self._mark_ends()
         for cells in self._unexplained(ring, indices):
             # Carving leaves little of a bounded scene; elsewhere whole rays, which need no neighbors.
             occupancy.mark(cells, dilation=int(self.encoding.is_bounded))
@@ -201,6 +251,17 @@ class SceneOccupancy:
             occupancy.cells = cells.to(torch.uint8)
         if not bool(occupancy.cells.any()):  # A teacher that shows nothing, or nothing that can be located.
             occupancy.mark(torch.ones_like(occupancy.cells))
+
+    def _mark_ends(self) -> None:
+        """Mark the cells in which enough pixels end, and their neighbors, except those that were released."""
+        occupancy = self.encoding.occupancy
+        assert self._counts is not None
+        counts = _sum_of_ranks(self._counts.clone())
+        least = (LEAST_SHARE * counts.sum()).clamp_min(LEAST_HITS)
+        kept = occupancy.cells
+        occupancy.mark((counts >= least).to(torch.uint8))
+        if self._released is not None:
+            occupancy.cells = kept | (occupancy.cells & (1 - self._released))
 
     def _unexplained(self, ring: ViewRing, indices: range | list[int]) -> Iterator[UInt8[Tensor, "z y x"]]:
         """Return cells along rays that show something although nothing is marked on them, where no view shows empty
@@ -251,23 +312,24 @@ class SceneOccupancy:
             empty[numbers[looked[free]]] = 1
         return empty
 
-    def _resolution(self, cell: float) -> tuple[int, int, int]:
-        """Return the volume's cells: of this side, or larger if its grid points need it."""
+    def _resolution(self, cell: float, most: int) -> tuple[int, int, int]:
+        """Return the volume's cells: of this side, or larger if there would be more grid points than this."""
         scene, occupancy = self.encoding.occupancy.scene, self.encoding.occupancy
         floor = scene.cell_of(4 * self.occupancy_cells)
         cell = max(cell, floor)
         while True:
             resolution = scene.resolution(cell)
             count = int(grid_point_index(occupancy.cells, resolution).max())
-            if count <= self.max_grid_points or max(resolution) <= 4:
+            if count <= most or max(resolution) <= 4:
                 return resolution
             # Their number falls at most with the cube of the side: so many steps are needed at least.
-            cell *= _STEP ** max(1, int(math.log(count / self.max_grid_points) / (3 * math.log(_STEP))))
+            cell *= _STEP ** max(1, int(math.log(count / most) / (3 * math.log(_STEP))))
 
 
-def _pixels(ring: ViewRing, index: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Return origins, directions, accumulation, depth and validity of a view's pixels, evenly subsampled."""
-    stride = max(1, ring.height * ring.width // PIXELS_PER_VIEW)
+def _pixels(ring: ViewRing, index: int, most: int = PIXELS_PER_VIEW) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Return origins, directions, accumulation, depth and validity of a view's pixels, evenly subsampled to at most so
+    many."""
+    stride = math.ceil(ring.height * ring.width / most)
     chosen = torch.arange(0, ring.height * ring.width, stride, device=ring.device)
     x, y = (chosen % ring.width).float() + 0.5, (chosen // ring.width).float() + 0.5
     pose, intrinsics = ring.camera_to_worlds[index], ring.intrinsics[index]

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int64
+from jaxtyping import Bool, Float, Int32, Int64
 from torch import Tensor, nn
 from torch.nn.functional import normalize, pad
 from torch.utils.checkpoint import checkpoint
@@ -26,7 +26,14 @@ from r2l_nerfstudio.rays.ray_image import MARGIN, CellPixels
 from r2l_nerfstudio.rays.scene_grid import NEAREST, WARPS
 from r2l_nerfstudio.students import gpu_march
 from r2l_nerfstudio.students.cpu_march import MarchSpace, march
-from r2l_nerfstudio.students.sparse_volume import Composited, SparseVolume, composite, int8_rows, read_rows
+from r2l_nerfstudio.students.sparse_volume import (
+    Composited,
+    SparseVolume,
+    composite,
+    int8_rows,
+    light_shares,
+    read_rows,
+)
 
 RAYS_AT_ONCE = 1 << 17
 """On a GPU: the points of more rays would take gigabytes, for drawing as for training."""
@@ -99,16 +106,20 @@ class CompositedEncoding(nn.Module):
         self.occupancy = OccupancyGrid()
         self.volume = SparseVolume(settings.channels)
         self._volume_cells = (1, 1, 1)
+        self.refinements = 0
+        """How many times cells in which the student has no density were released."""
         self._space: tuple[int, MarchSpace] | None = None
         self._is_graph = False
         self._widths: Tensor | None = None
         self.register_load_state_dict_post_hook(CompositedEncoding._index_again)
 
     def get_extra_state(self) -> dict[str, Any]:
-        return {"volume_cells": list(self._volume_cells)}
+        return {"volume_cells": list(self._volume_cells), "refinements": self.refinements}
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
         self._volume_cells = checked_resolution(state["volume_cells"])
+        refinements = state.get("refinements", 0)  # Former versions had none.
+        self.refinements = refinements if isinstance(refinements, int) else 0
 
     def _index_again(self, _: Any) -> None:
         """Restore after loading which rows belong to which grid points.
@@ -189,6 +200,35 @@ class CompositedEncoding(nn.Module):
         self._load_kernels()
         return rows
 
+    def resample(self, volume_cells: tuple[int, int, int]) -> Callable[[Tensor], Tensor]:
+        """Hold features where the occupancy is set, at another resolution; as `SparseVolume.resample`."""
+        self._volume_cells = volume_cells
+        self.refinements += 1
+        return self.volume.resample(grid_point_index(self.occupancy.cells, volume_cells))
+
+    def light(
+        self, origins: Float[Tensor, "rays 3"], directions: Float[Tensor, "rays 3"]
+    ) -> tuple[Int32[Tensor, "rays samples"], Int32[Tensor, "rays samples"], Float[Tensor, "rays samples"]]:
+        """Return where the light of rays comes from.
+
+        Args:
+            origins: in the teacher's frame.
+            directions: unit length.
+
+        Returns:
+            For each sample point the cell of the occupancy that placed it, the cell in which it lies, and the share of the
+            ray's light that comes from there.
+        """
+        span = self.span(origins[:, None], directions[:, None])
+        placed = self._placed(span, self.settings.samples, jitter=False)
+        points = self._points(span, placed)
+        density = read_rows(self.volume.rows.detach()[:, :1], self.volume.index, points)[..., 0]
+        middles = self.positions(self.middles(points.device))
+        bins = (placed.fractions * len(middles)).long().clamp(max=len(middles) - 1)
+        placing = self.occupancy.scene(span.lead_start[:, None] + middles[bins][..., None] * span.lead_step[:, None])
+        cells = self.occupancy.flat_cell(placing), self.occupancy.flat_cell(points)
+        return *cells, light_shares(density, placed.lengths, placed.is_empty)
+
     def span(self, origins: Float[Tensor, "groups 1 3"], directions: Float[Tensor, "groups group 3"]) -> RaySpan:
         """Return where the scene is searched: inside its box if it is bounded, else between the nearest and farthest
         depth.
@@ -255,14 +295,8 @@ class CompositedEncoding(nn.Module):
     def _in_one_go(
         self, span: RaySpan, jitter: bool, samples: int, is_kept: bool
     ) -> tuple[Composited, Bool[Tensor, "groups"]]:
-        probes = self.positions(self.middles(span.origin.device))
-        cells = constant(span.origin, self.volume.cells)
-        placed = place_samples(
-            self.occupancy, span.lead_start, span.lead_step, probes, samples, cells, jitter, is_graph=self._is_graph
-        )
-        is_empty = placed.is_empty if span.is_missed is None else placed.is_empty | span.is_missed
-        placed = placed._replace(is_empty=is_empty)
-        rows = self.volume.rows
+        placed = self._placed(span, samples, jitter)
+        rows, is_empty = self.volume.rows, placed.is_empty
         if is_kept:
             return self._gathered(rows, span, placed), is_empty
         found = checkpoint(
@@ -273,10 +307,21 @@ class CompositedEncoding(nn.Module):
         )
         return Composited(*cast(tuple[Tensor, ...], found)), is_empty
 
+    def _placed(self, span: RaySpan, samples: int, jitter: bool) -> Placement:
+        probes = self.positions(self.middles(span.origin.device))
+        cells = constant(span.origin, self.volume.cells)
+        placed = place_samples(
+            self.occupancy, span.lead_start, span.lead_step, probes, samples, cells, jitter, is_graph=self._is_graph
+        )
+        return placed if span.is_missed is None else placed._replace(is_empty=placed.is_empty | span.is_missed)
+
+    def _points(self, span: RaySpan, placed: Placement) -> Float[Tensor, "rays samples 3"]:
+        distances = self.distances(span, placed.fractions)[:, None, :, None]
+        return self.occupancy.scene(span.origin[:, None] + distances * span.direction[:, :, None]).flatten(0, 1)
+
     def _gathered(self, rows: Float[Tensor, "rows values"], span: RaySpan, placed: Placement) -> Composited:
         """Read rows of the volume at the sample points of rays, and composite them."""
-        distances = self.distances(span, placed.fractions)[:, None, :, None]
-        points = self.occupancy.scene(span.origin[:, None] + distances * span.direction[:, :, None]).flatten(0, 1)
+        points = self._points(span, placed)
         if not self._is_graph:
             if self._has_kernel():
                 sums = gpu_march.march(

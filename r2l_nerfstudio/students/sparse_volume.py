@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -19,6 +21,8 @@ DENSITY_SHIFT = -2.0
 MAX_EXPONENT = 10.0
 STOP = 1e-3
 """Least remaining light; samples behind it are left out."""
+POINTS_AT_ONCE = 1 << 18
+"""Points that are read at once where another resolution is computed."""
 
 
 class Composited(NamedTuple):
@@ -84,6 +88,38 @@ class SparseVolume(nn.Module):
         self.index = index
         return former
 
+    def resample(self, index: Int32[Tensor, "z y x"]) -> Callable[[Tensor], Tensor]:
+        """Hold grid points of another resolution from now on, with what was read there before.
+
+        The parameter keeps its shape, for the reason that `lay_out` gives.
+
+        Args:
+            index: as for `lay_out`; at most as many grid points as there are rows besides the first.
+
+        Returns:
+            Converts what else has a value per row, like an optimizer's state.
+        """
+        z, y, x = index.shape
+        numbers = index.flatten().nonzero()[:, 0]
+        corners = torch.stack([numbers % x, numbers // x % y, numbers // (x * y)], dim=-1)
+        points = corners / corners.new_tensor([x - 1, y - 1, z - 1])
+        former = self.index
+
+        def convert(rows: Tensor) -> Tensor:
+            made = torch.zeros_like(rows)
+            parts = [read_rows(rows, former, part) for part in points.split(POINTS_AT_ONCE)]
+            made[1 : len(points) + 1] = torch.cat(parts).to(rows.dtype)
+            return made
+
+        rows = self.rows.detach()
+        made = convert(rows)
+        # Density is per cell: smaller cells are crossed in more steps.
+        made[1:, 0] -= math.log((x - 1) * (y - 1) * (z - 1) / math.prod(self.cells)) / 3
+        made[0] = rows[0]
+        rows.copy_(made)
+        self.index = index
+        return convert
+
     @property
     def num_grid_points(self) -> int:
         """Number of grid points that are held."""
@@ -106,6 +142,13 @@ class SparseVolume(nn.Module):
             # The checkpoint decides the number of rows, which belongs to its scene.
             self.rows.data = self.rows.new_empty(saved.shape)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+
+def moved_rows(former: Int64[Tensor, "rows"], values: Float[Tensor, "former_rows *n"]) -> Float[Tensor, "rows *n"]:
+    """Return values of rows that moved, zero for rows without a former one (0)."""
+    made = values.new_zeros(len(former), *values.shape[1:])
+    made[former > 0] = values[former[former > 0]]
+    return made
 
 
 def int8_rows(rows: Float[Tensor, "rows values"]) -> tuple[Int8[Tensor, "rows values"], Float[Tensor, "values"]]:
@@ -165,13 +208,26 @@ def composite(
     Returns:
         Sums, each weighted by the light from there; none is divided by the accumulation.
     """
-    density = (values[..., 0] + DENSITY_SHIFT).clamp(max=MAX_EXPONENT).exp()
-    thickness = density * lengths * (1.0 - is_empty[:, None].to(lengths.dtype))
-    light = (thickness - thickness.cumsum(-1)).exp()
-    weights = light * (1.0 - (-thickness).exp()) * (light >= STOP).to(light.dtype)
+    weights = light_shares(values[..., 0], lengths, is_empty)
     return Composited(
         (weights[..., None] * values[..., 1:]).sum(-2),
         weights.sum(-1, keepdim=True),
         (weights * fractions).sum(-1, keepdim=True),
         (weights[..., None] * points).sum(-2),
     )
+
+
+def light_shares(
+    density: Float[Tensor, "rays samples"], lengths: Float[Tensor, "rays samples"], is_empty: Bool[Tensor, "rays"]
+) -> Float[Tensor, "rays samples"]:
+    """Return the share of each ray's light that comes from each sample (NeRF, eq. 3).
+
+    Args:
+        density: raw density of the samples.
+        lengths: of the samples, in cells.
+        is_empty: rays that meet nothing.
+    """
+    thickness = (density + DENSITY_SHIFT).clamp(max=MAX_EXPONENT).exp() * lengths
+    thickness = thickness * (1.0 - is_empty[:, None].to(lengths.dtype))
+    light = (thickness - thickness.cumsum(-1)).exp()
+    return light * (1.0 - (-thickness).exp()) * (light >= STOP).to(light.dtype)

@@ -526,6 +526,33 @@ def test_the_average_of_the_weights_survives_a_kill_and_is_what_training_leaves(
         assert torch.equal(ours, theirs), name
 
 
+def test_a_resumed_run_goes_on_from_a_refined_occupancy(
+    tiny_teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("r2l_nerfstudio.distillation.pipeline.STEPS_PER_GROWTH", 2)
+    overrides = {"max_num_iterations": 20, "steps_per_save": 6, "save_only_latest_checkpoint": False}
+    config = student_config(tiny_teacher, tmp_path / "whole", **overrides)
+    with set_up(config) as trainer:
+        encoding = trainer.pipeline.model.composited
+        first = encoding.occupancy.cells
+        trainer.train()
+        assert encoding.refinements == 2
+        assert not bool((encoding.occupancy.cells > first).any())
+        assert len(encoding.volume.rows) == encoding.volume.num_grid_points + 1
+    saved = config.get_base_dir() / "nerfstudio_models"
+    resumed = student_config(tiny_teacher, tmp_path / "resumed", load_dir=saved, load_step=6, **overrides)
+    with set_up(resumed) as trainer:
+        encoding = trainer.pipeline.model.composited
+        assert encoding.refinements == 1
+        rows = encoding.volume.rows
+        (state,) = (o.state[rows] for o in trainer.optimizers.optimizers.values() if rows in o.state)
+        assert state["exp_avg"].shape == rows.shape
+        trainer.train()
+        assert encoding.refinements == 2
+    student = load_student(resumed.get_base_dir(), device="cpu", engine="torch")
+    assert torch.equal(student.model.composited.volume.index, encoding.volume.index)
+
+
 def test_measuring_the_average_does_not_change_training(tiny_teacher: Path, tmp_path: Path) -> None:
     with set_up(student_config(tiny_teacher, tmp_path, "mobile-r2l-lite")) as trainer:
         pipeline = trainer.pipeline
