@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -32,7 +31,6 @@ from r2l_nerfstudio.rays.placement import place_samples
 from r2l_nerfstudio.rays.ray_encoding import RayEncoding
 from r2l_nerfstudio.rays.ray_image import CellPixels
 from r2l_nerfstudio.rays.spacing import SceneBounds
-from r2l_nerfstudio.students.sparse_volume import moved_rows
 
 KINDS = [("sphere", "ball"), ("disparity", "contracted"), ("disparity", "frustum"), ("near-far", "contracted")]
 
@@ -274,18 +272,49 @@ def test_new_views_add_cells_and_rows_keep_their_features() -> None:
     rows = made.volume.rows.detach().clone()
     assert scene.grow(few) is None  # nothing is new
     few.views_put += len(few)
-    former = scene.grow(few)
-    assert former is not None and made.volume.num_grid_points > int(index.max())
-    assert len(former) == len(made.volume.rows) == len(rows)  # it had room
-    move_state(optimizer, made.volume.rows, partial(moved_rows, former))
-    average.follow_rows(made.volume.rows, former)
+    convert = scene.grow(few)
+    assert convert is not None and made.volume.num_grid_points > int(index.max())
+    assert len(made.volume.rows) == len(rows)  # it had room
+    move_state(optimizer, made.volume.rows, convert)
+    average.restart(made.volume.rows)
     held = index > 0
     assert torch.equal(made.volume.rows[made.volume.index[held].long()], rows[index[held].long()])
     momentum = optimizer.state[made.volume.rows]["exp_avg"]
-    assert torch.equal(momentum != 0, (former > 0)[:, None].expand_as(momentum))
+    is_kept = torch.zeros(len(rows), dtype=torch.bool)
+    is_kept[made.volume.index[held].long()] = True
+    assert torch.equal(momentum != 0, is_kept[:, None].expand_as(momentum))
     made.volume.rows.grad = torch.ones_like(made.volume.rows)
     optimizer.step()
     average.update()
+
+
+def test_where_new_cells_find_no_room_all_cells_become_larger() -> None:
+    ring, cameras = ring_of([(BALL, 1.0)])
+    encoding = RayEncoding("points", 8, 4)
+    encoding.set_bounds(SceneBounds("sphere", (0.0, 0.0, 0.0), 1.0, 2.5, 5.5), torch.eye(3))
+    made = CompositedEncoding(encoding, CompositedSettings())
+    scene = SceneOccupancy(made, 32, 1500, True)
+    scene.start(ring, cameras)
+    fitting, half = made.volume.cells, made.occupancy.cells.clone()
+    half[:, :, : half.shape[2] // 2] = 0
+    made.occupancy.cells = half
+    x, y, z = (round(1.2 * size) for size in fitting)
+    made.lay_out((x, y, z))
+    assert made.volume.num_grid_points < 1500
+    made.volume.rows.data[1:, 1:] = 3.0
+    ring.views_put += len(ring)
+    assert scene.grow(ring) is not None
+    assert made.volume.cells < (x, y, z)
+    assert made.volume.num_grid_points <= 1500
+    rows = made.volume.rows[1 : made.volume.num_grid_points + 1].detach()
+    is_new = rows[:, 1:].abs().amax(-1) < 1.0
+    assert 0.2 < float(is_new.float().mean()) < 0.8
+    assert float(rows[is_new, 0].min()) > -1.0  # transparent, but not empty: it can learn
+    for view in range(len(ring)):
+        origins, directions = image_rays(ring.camera_to_worlds[view], ring.intrinsics[view], ring.height, ring.width)
+        seen = ring.pixels[view, ..., 3] > 128
+        _, is_empty = made.composited(span_of(made, origins[seen], directions[seen]))
+        assert not is_empty.any()
 
 
 def dense_at(made: CompositedEncoding, things: list[Tensor], radius: float) -> None:
@@ -341,15 +370,17 @@ def test_cells_without_light_make_room_for_smaller_cells() -> None:
     # New views of the same do not bring the cells back, neither now nor in a resumed training.
     kept = made.occupancy.cells
     ring.views_put += len(ring)
-    assert scene.grow(ring) is None and torch.equal(made.occupancy.cells, kept)
+    scene.grow(ring)
+    assert not bool((made.occupancy.cells & before & (1 - kept)).any())
     other = CompositedEncoding(encoding, CompositedSettings(samples=64))
     resumed = SceneOccupancy(other, 32, 8000, True)
     resumed.start(ring, cameras)
     other.load_state_dict(made.state_dict())
     resumed.resume(ring)
-    assert other.refinements == 1 and torch.equal(other.occupancy.cells, kept)
+    assert other.refinements == 1 and torch.equal(other.occupancy.cells, made.occupancy.cells)
     ring.views_put += len(ring)
-    assert resumed.grow(ring) is None
+    resumed.grow(ring)
+    assert not bool((other.occupancy.cells & before & (1 - kept)).any())
 
 
 def test_a_ray_that_has_no_light_yet_keeps_its_cells() -> None:

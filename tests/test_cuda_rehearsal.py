@@ -84,8 +84,9 @@ def test_a_training_from_the_first_view_to_the_checkpoint(method: str, tiny_capt
     with fake_training(method, tiny_capture, tmp_path, method == "r2l", **first) as (trainer, watch):
         pipeline = trainer.pipeline
         assert pipeline.datamanager.ring.pixels.device.type == "cuda"
-        if pipeline.model.composited is not None:
-            pipeline._refine_occupancy(pipeline.model.composited)
+        pipeline.progress.fraction = 0.2
+        pipeline._update_occupancy(200)
+        assert pipeline.model.composited is None or pipeline.model.composited.refinements == 1
         watch.waits.clear()
         for step in (0, 10, 11):  # the last one with photos
             _, losses, _ = trainer.train_iteration(step)
@@ -96,7 +97,7 @@ def test_a_training_from_the_first_view_to_the_checkpoint(method: str, tiny_capt
         for name, parameter in pipeline.model.network.named_parameters():
             assert parameter.grad is not None and parameter.grad.device.type == "cuda", name
         pipeline._evaluate_held_out(500)
-        pipeline._grow_occupancy(600)
+        pipeline._update_occupancy(600)
         check_checkpoint(trainer)
         pipeline.finish(12)
 

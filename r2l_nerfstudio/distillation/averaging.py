@@ -53,18 +53,14 @@ class WeightAverage(nn.Module):
         self.updates += 1
         self._count += 1
 
-    def follow_rows(self, parameter: nn.Parameter, former: torch.Tensor) -> None:
-        """Follow a parameter that got other rows: its former rows keep their average, new ones start at their weights.
+    def restart(self, parameter: nn.Parameter) -> None:
+        """Restart the average of a parameter, which may have got another shape, from its current value.
 
         Args:
             parameter: one of the module's parameters.
-            former: for each row its former row, 0 for a new one.
         """
         (index,) = [i for i, followed in enumerate(self._followed) if followed is parameter]
-        name = f"weight_{index}"
-        moved = parameter.detach().clone()
-        moved[former > 0] = self.get_buffer(name)[former[former > 0]]
-        setattr(self, name, moved)
+        setattr(self, f"weight_{index}", parameter.detach().clone())
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)

@@ -365,7 +365,7 @@ class DistillationPipeline(VanillaPipeline):
         return [
             *super().get_training_callbacks(attributes),
             self._after_iterations(self.update_average, 1),
-            self._after_iterations(self._grow_occupancy, STEPS_PER_GROWTH),
+            self._after_iterations(self._update_occupancy, STEPS_PER_GROWTH),
             self._after_iterations(self._evaluate_held_out, self.config.steps_per_eval_held_out),
         ]
 
@@ -384,34 +384,27 @@ class DistillationPipeline(VanillaPipeline):
         where = [TrainingCallbackLocation.AFTER_TRAIN_ITERATION]
         return TrainingCallback(where_to_run=where, update_every_num_iters=every, func=function)
 
-    def _grow_occupancy(self, step: int) -> None:
-        """Add what new teacher views show to the occupancy, with its features and everything that depends on them."""
+    def _update_occupancy(self, step: int) -> None:
+        """Add what new teacher views show to the occupancy, or release what the student needs not, with the features and
+        everything that depends on them."""
         ring, encoding = self.datamanager.ring, self.model.composited
         # Ranks would have to agree, and weights that may be restored must still fit.
         if self.scene_occupancy is None or encoding is None or self.world_size > 1 or self.datamanager.in_photo_stage:
             return
-        if self._is_refinement_due(encoding):
-            self._refine_occupancy(encoding)
-            return
-        former = self.scene_occupancy.grow(ring)
-        if former is None:
+        is_due = self._is_refinement_due(encoding)
+        convert = self.scene_occupancy.refine(ring) if is_due else self.scene_occupancy.grow(ring)
+        if convert is None:
             return
         rows = encoding.volume.rows
-        self._move_state(rows, partial(moved_rows, former))
+        self._move_state(rows, convert)
         if self.average is not None:
-            self.average.follow_rows(rows, former)
+            self.average.restart(rows)
+        if is_due:
+            CONSOLE.print(f"Occupancy by the student's own density: {self.scene_occupancy.describe()}.")
 
     def _is_refinement_due(self, encoding: CompositedEncoding) -> bool:
         fraction = 0.0 if self.progress is None else self.progress.fraction
         return encoding.refinements < sum(fraction >= at for at in REFINED_AT)
-
-    def _refine_occupancy(self, encoding: CompositedEncoding) -> None:
-        assert self.scene_occupancy is not None
-        rows = encoding.volume.rows
-        self._move_state(rows, self.scene_occupancy.refine(self.datamanager.ring))
-        if self.average is not None:
-            self.average.follow_rows(rows, torch.zeros(len(rows), dtype=torch.long, device=rows.device))
-        CONSOLE.print(f"Occupancy by the student's own density: {self.scene_occupancy.describe()}.")
 
     def _move_state(self, rows: Parameter, convert: Callable[[Tensor], Tensor]) -> None:
         rows.grad = None

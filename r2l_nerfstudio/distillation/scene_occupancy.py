@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 import torch.distributed
@@ -16,6 +17,7 @@ from r2l_nerfstudio.models.composited_encoding import CompositedEncoding
 from r2l_nerfstudio.rays.occupancy import grid_point_index
 from r2l_nerfstudio.rays.pinhole import pinhole_rays
 from r2l_nerfstudio.rays.scene_grid import GridWarp
+from r2l_nerfstudio.students.sparse_volume import moved_rows
 
 SURE = 0.5
 """Accumulation from which a pixel's depth is trusted."""
@@ -105,15 +107,16 @@ class SceneOccupancy:
         self._views_seen = ring.views_put
 
     @torch.no_grad()
-    def grow(self, ring: ViewRing, least: float = 0.05) -> Tensor | None:
-        """Mark what views show that were added to the ring since the last call.
+    def grow(self, ring: ViewRing, least: float = 0.05) -> Callable[[Tensor], Tensor] | None:
+        """Mark what views show that were added to the ring since the last call. If there is no room for it, only rays
+        without any cell get theirs, if need be by larger cells of the volume.
 
         Args:
             ring: the same as before.
             least: share of the ring that must be new.
 
         Returns:
-            For each row of the volume its former row, or 0 if it is new; None if nothing changed, or there is no room.
+            Converts what has a value per row of the volume; None if nothing changed.
         """
         assert self._counts is not None, "start() must be called first"
         new = range(self._views_seen, ring.views_put)
@@ -126,13 +129,18 @@ class SceneOccupancy:
             for index in indices:
                 self._counts += self.encoding.occupancy.counts(self._surface(ring, index)[0])
         self._mark(ring, indices)
-        volume = self.encoding.volume
-        if torch.equal(before, self.encoding.occupancy.cells):
+        occupancy, volume = self.encoding.occupancy, self.encoding.volume
+        if not self._has_room(volume.cells):
+            occupancy.cells = before
+            self._mark_unexplained(ring, indices)
+        if torch.equal(before, occupancy.cells):
             return None
-        if int(grid_point_index(self.encoding.occupancy.cells, volume.cells).max()) >= len(volume.rows):
-            self.encoding.occupancy.cells = before  # no room
-            return None
-        return self.encoding.lay_out(volume.cells)
+        if not self._has_room(volume.cells):
+            return self._at_fitting_resolution()
+        return partial(moved_rows, self.encoding.lay_out(volume.cells))
+
+    def _has_room(self, resolution: tuple[int, int, int]) -> bool:
+        return int(grid_point_index(self.encoding.occupancy.cells, resolution).max()) <= self._room
 
     @torch.no_grad()
     def refine(self, ring: ViewRing) -> Callable[[Tensor], Tensor]:
@@ -166,8 +174,17 @@ class SceneOccupancy:
         occupancy.cells = kept.view_as(occupancy.cells)
         released = (before - kept).view_as(occupancy.cells)
         self._released = released if self._released is None else self._released | released
-        most = min(self.max_grid_points, len(encoding.volume.rows) - 1)
-        return encoding.resample(self._resolution(self._cell, most))
+        encoding.refinements += 1
+        return self._at_fitting_resolution()
+
+    @property
+    def _room(self) -> int:
+        rows = len(self.encoding.volume.rows) - 1
+        # Spare rows are for the first views.
+        return min(self.max_grid_points, rows) if self.encoding.refinements else rows
+
+    def _at_fitting_resolution(self) -> Callable[[Tensor], Tensor]:
+        return self.encoding.resample(self._resolution(self._cell, self._room))
 
     def _refining_rays(self, ring: ViewRing) -> Iterator[tuple[Float[Tensor, "rays 3"], Float[Tensor, "rays 3"]]]:
         for index in range(len(ring)):
@@ -241,16 +258,20 @@ class SceneOccupancy:
     def _mark(self, ring: ViewRing, indices: range | list[int]) -> None:
         occupancy = self.encoding.occupancy
         self._mark_ends()
-        for cells in self._unexplained(ring, indices):
-            # Carving leaves little of a bounded scene; elsewhere whole rays, which need no neighbors.
-            occupancy.mark(cells, dilation=int(self.encoding.is_bounded))
-            self._claimed = cells
+        self._mark_unexplained(ring, indices)
         if _ranks() > 1:
             cells = occupancy.cells.int()
             torch.distributed.all_reduce(cells, torch.distributed.ReduceOp.MAX)
             occupancy.cells = cells.to(torch.uint8)
         if not bool(occupancy.cells.any()):  # A teacher that shows nothing, or nothing that can be located.
             occupancy.mark(torch.ones_like(occupancy.cells))
+
+    def _mark_unexplained(self, ring: ViewRing, indices: range | list[int]) -> None:
+        occupancy = self.encoding.occupancy
+        for cells in self._unexplained(ring, indices):
+            # Carving leaves little of a bounded scene; elsewhere whole rays, which need no neighbors.
+            occupancy.mark(cells, dilation=int(self.encoding.is_bounded))
+            self._claimed = cells
 
     def _mark_ends(self) -> None:
         """Mark the cells in which enough pixels end, and their neighbors, except those that were released."""

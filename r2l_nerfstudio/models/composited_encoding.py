@@ -203,7 +203,6 @@ class CompositedEncoding(nn.Module):
     def resample(self, volume_cells: tuple[int, int, int]) -> Callable[[Tensor], Tensor]:
         """Hold features where the occupancy is set, at another resolution; as `SparseVolume.resample`."""
         self._volume_cells = volume_cells
-        self.refinements += 1
         return self.volume.resample(grid_point_index(self.occupancy.cells, volume_cells))
 
     def light(

@@ -21,6 +21,8 @@ DENSITY_SHIFT = -2.0
 MAX_EXPONENT = 10.0
 STOP = 1e-3
 """Least remaining light; samples behind it are left out."""
+LEAST_HELD = 0.1
+"""Share of the grid points around a new one that must have been held for it to take over what they learned."""
 POINTS_AT_ONCE = 1 << 18
 """Points that are read at once where another resolution is computed."""
 
@@ -75,8 +77,7 @@ class SparseVolume(nn.Module):
         if is_regrown:
             held = index > 0
             former[index[held].long()] = self.index[held].long()
-        made = (0.1 * torch.randn(total, 1 + self.channels)).to(rows)
-        made[:, 0] = 0.0
+        made = self._fresh(total).to(rows)
         made[0] = 0.0
         made[0, 0] = EMPTY_DENSITY
         kept = former > 0
@@ -88,8 +89,13 @@ class SparseVolume(nn.Module):
         self.index = index
         return former
 
+    def _fresh(self, count: int) -> Float[Tensor, "count values"]:
+        made = 0.1 * torch.randn(count, 1 + self.channels)
+        made[:, 0] = 0.0
+        return made
+
     def resample(self, index: Int32[Tensor, "z y x"]) -> Callable[[Tensor], Tensor]:
-        """Hold grid points of another resolution from now on, with what was read there before.
+        """Hold grid points of another resolution from now on, with what was read there before. New ones start transparent.
 
         The parameter keeps its shape, for the reason that `lay_out` gives.
 
@@ -103,18 +109,22 @@ class SparseVolume(nn.Module):
         numbers = index.flatten().nonzero()[:, 0]
         corners = torch.stack([numbers % x, numbers // x % y, numbers // (x * y)], dim=-1)
         points = corners / corners.new_tensor([x - 1, y - 1, z - 1])
-        former = self.index
+        former, numbered = self.index, index.flatten()[numbers].long()
 
         def convert(rows: Tensor) -> Tensor:
             made = torch.zeros_like(rows)
             parts = [read_rows(rows, former, part) for part in points.split(POINTS_AT_ONCE)]
-            made[1 : len(points) + 1] = torch.cat(parts).to(rows.dtype)
+            made[numbered] = torch.cat(parts).to(rows.dtype)
             return made
 
         rows = self.rows.detach()
-        made = convert(rows)
+        held = torch.ones_like(rows[:, :1])
+        held[0] = 0.0
+        share = convert(held)  # of what was read; the rest was empty space
+        made = (convert(rows) - (1.0 - share) * rows[0]) / share.clamp_min(LEAST_HELD)
         # Density is per cell: smaller cells are crossed in more steps.
-        made[1:, 0] -= math.log((x - 1) * (y - 1) * (z - 1) / math.prod(self.cells)) / 3
+        made[:, 0] -= math.log((x - 1) * (y - 1) * (z - 1) / math.prod(self.cells)) / 3
+        made = torch.where(share < LEAST_HELD, self._fresh(len(rows)).to(rows), made)
         made[0] = rows[0]
         rows.copy_(made)
         self.index = index
