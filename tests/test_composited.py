@@ -288,7 +288,7 @@ def test_new_views_add_cells_and_rows_keep_their_features() -> None:
     average.update()
 
 
-def test_where_new_cells_find_no_room_all_cells_become_larger() -> None:
+def test_without_room_for_new_cells_all_cells_become_larger() -> None:
     ring, cameras = ring_of([(BALL, 1.0)])
     encoding = RayEncoding("points", 8, 4)
     encoding.set_bounds(SceneBounds("sphere", (0.0, 0.0, 0.0), 1.0, 2.5, 5.5), torch.eye(3))
@@ -331,7 +331,7 @@ def dense_at(made: CompositedEncoding, things: list[Tensor], radius: float) -> N
     )
 
 
-def test_cells_without_light_make_room_for_smaller_cells() -> None:
+def test_pruned_cells_make_room_for_smaller_cells() -> None:
     ring, cameras = ring_of([(BALL, 1.0), (WIRE, 1.0)], side=80)
     stray = 0.6 * torch.rand(ring.depth.shape, generator=torch.Generator().manual_seed(1)) - 0.3
     stray[torch.rand(ring.depth.shape, generator=torch.Generator().manual_seed(2)) < 0.8] = 0.0
@@ -351,8 +351,8 @@ def test_cells_without_light_make_room_for_smaller_cells() -> None:
     seen = encode_single_rays(made, *rays)
     shape, cells = made.volume.rows.shape, made.volume.cells
 
-    move_state(optimizer, made.volume.rows, scene.refine(ring))
-    assert made.refinements == 1 and made.volume.rows.shape == shape
+    move_state(optimizer, made.volume.rows, scene.prune(ring))
+    assert made.prunings == 1 and made.volume.rows.shape == shape
     assert float(made.occupancy.cells.sum()) < 0.7 * float(before.sum())
     assert not bool((made.occupancy.cells > before).any())
     assert all(now > then for now, then in zip(made.volume.cells, cells, strict=True))
@@ -377,13 +377,13 @@ def test_cells_without_light_make_room_for_smaller_cells() -> None:
     resumed.start(ring, cameras)
     other.load_state_dict(made.state_dict())
     resumed.resume(ring)
-    assert other.refinements == 1 and torch.equal(other.occupancy.cells, made.occupancy.cells)
+    assert other.prunings == 1 and torch.equal(other.occupancy.cells, made.occupancy.cells)
     ring.views_put += len(ring)
     resumed.grow(ring)
     assert not bool((other.occupancy.cells & before & (1 - kept)).any())
 
 
-def test_a_ray_that_has_no_light_yet_keeps_its_cells() -> None:
+def test_pruning_leaves_no_ray_without_a_cell() -> None:
     ring, cameras = ring_of([(BALL, 1.0), (WIRE, 1.0)])
     encoding = RayEncoding("points", 8, 4)
     encoding.set_bounds(SceneBounds("sphere", (0.0, 0.0, 0.0), 1.0, 2.5, 5.5), torch.eye(3))
@@ -391,7 +391,7 @@ def test_a_ray_that_has_no_light_yet_keeps_its_cells() -> None:
     scene = SceneOccupancy(made, 32, 50_000, True)
     scene.start(ring, cameras)
     dense_at(made, [BALL], 0.08)
-    scene.refine(ring)
+    scene.prune(ring)
     for view in range(len(ring)):
         origins, directions = image_rays(ring.camera_to_worlds[view], ring.intrinsics[view], ring.height, ring.width)
         seen = ring.pixels[view, ..., 3] > 128

@@ -86,7 +86,7 @@ def test_a_training_from_the_first_view_to_the_checkpoint(method: str, tiny_capt
         assert pipeline.datamanager.ring.pixels.device.type == "cuda"
         pipeline.progress.fraction = 0.2
         pipeline._update_occupancy(200)
-        assert pipeline.model.composited is None or pipeline.model.composited.refinements == 1
+        assert pipeline.model.composited is None or pipeline.model.composited.prunings == 1
         watch.waits.clear()
         for step in (0, 10, 11):  # the last one with photos
             _, losses, _ = trainer.train_iteration(step)

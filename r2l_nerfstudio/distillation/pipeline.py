@@ -56,8 +56,8 @@ from r2l_nerfstudio.teacher import Teacher
 
 STATISTICS_BATCHES = 16
 STEPS_PER_GROWTH = 200
-REFINED_AT = (0.15, 0.4)
-"""Shares of the training after which the student's density says anew where the scene is."""
+PRUNED_AT = (0.15, 0.4)
+"""Shares of the training after which the occupancy is pruned by the student's density."""
 
 
 @dataclass
@@ -385,14 +385,13 @@ class DistillationPipeline(VanillaPipeline):
         return TrainingCallback(where_to_run=where, update_every_num_iters=every, func=function)
 
     def _update_occupancy(self, step: int) -> None:
-        """Add what new teacher views show to the occupancy, or release what the student needs not, with the features and
-        everything that depends on them."""
+        """Add to the occupancy what new teacher views show, or prune it; resize features, optimizer state and average."""
         ring, encoding = self.datamanager.ring, self.model.composited
         # Ranks would have to agree, and weights that may be restored must still fit.
         if self.scene_occupancy is None or encoding is None or self.world_size > 1 or self.datamanager.in_photo_stage:
             return
-        is_due = self._is_refinement_due(encoding)
-        convert = self.scene_occupancy.refine(ring) if is_due else self.scene_occupancy.grow(ring)
+        is_due = self._is_pruning_due(encoding)
+        convert = self.scene_occupancy.prune(ring) if is_due else self.scene_occupancy.grow(ring)
         if convert is None:
             return
         rows = encoding.volume.rows
@@ -400,11 +399,11 @@ class DistillationPipeline(VanillaPipeline):
         if self.average is not None:
             self.average.restart(rows)
         if is_due:
-            CONSOLE.print(f"Occupancy by the student's own density: {self.scene_occupancy.describe()}.")
+            CONSOLE.print(f"Occupancy after pruning: {self.scene_occupancy.describe()}.")
 
-    def _is_refinement_due(self, encoding: CompositedEncoding) -> bool:
+    def _is_pruning_due(self, encoding: CompositedEncoding) -> bool:
         fraction = 0.0 if self.progress is None else self.progress.fraction
-        return encoding.refinements < sum(fraction >= at for at in REFINED_AT)
+        return encoding.prunings < sum(fraction >= at for at in PRUNED_AT)
 
     def _move_state(self, rows: Parameter, convert: Callable[[Tensor], Tensor]) -> None:
         rows.grad = None

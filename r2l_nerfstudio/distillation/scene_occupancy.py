@@ -27,10 +27,10 @@ LEAST_HITS = 2
 LEAST_SHARE = 1 / 600_000
 """Pixels that must end in a cell, at least, and as a share of all: fewer are errors of the teacher, which has a fog of them
 where a capture has no bounds. What they hide is found again (`_unexplained`)."""
-LEAST_LIGHT = 0.05
-"""Share of its light that some ray must get from one point in a cell, or the cell is released."""
-REFINING_RAYS = 1 << 20
-"""Rays of all views together by which that is decided."""
+LEAST_WEIGHT = 0.05
+"""Rendering weight that a sample point in a cell must have on at least one ray; cells without are pruned."""
+PRUNING_RAYS = 1 << 20
+"""Number of rays, of all views together, that decide which cells are pruned."""
 PIXELS_PER_VIEW = 1 << 16
 CARVING_VIEWS = 64
 SPARE = 0.15
@@ -62,7 +62,7 @@ class SceneOccupancy:
         self.max_grid_points = max_grid_points
         self.has_depth = has_depth
         self._counts: Int32[Tensor, "z y x"] | None = None
-        self._released: UInt8[Tensor, "z y x"] | None = None
+        self._pruned: UInt8[Tensor, "z y x"] | None = None
         self._views_seen = 0
 
     @torch.no_grad()
@@ -108,8 +108,8 @@ class SceneOccupancy:
 
     @torch.no_grad()
     def grow(self, ring: ViewRing, least: float = 0.05) -> Callable[[Tensor], Tensor] | None:
-        """Mark what views show that were added to the ring since the last call. If there is no room for it, only rays
-        without any cell get theirs, if need be by larger cells of the volume.
+        """Mark what views show that were added to the ring since the last call. If there are not enough rows,
+        only cells of rays without any cell are added; if that is still too many, the volume's cells become larger.
 
         Args:
             ring: the same as before.
@@ -143,12 +143,11 @@ class SceneOccupancy:
         return int(grid_point_index(self.encoding.occupancy.cells, resolution).max()) <= self._room
 
     @torch.no_grad()
-    def refine(self, ring: ViewRing) -> Callable[[Tensor], Tensor]:
-        """Release the cells from which no ray gets any light worth mentioning, and spend their grid points on smaller
-        cells of the volume.
+    def prune(self, ring: ViewRing) -> Callable[[Tensor], Tensor]:
+        """Remove the cells that contribute to no ray, and use their grid points for smaller cells of the volume.
 
-        A teacher's depth says only roughly where its surfaces are; a student's density, once it has learned, says it
-        better. A ray on which no cell would be left keeps all of its cells.
+        A teacher's depth is blurred across edges, and noisy where it saw no photo; the student's own density is more
+        precise once it has been trained. A ray keeps all of its cells if it would lose every one of them.
 
         Args:
             ring: the same as before.
@@ -158,37 +157,37 @@ class SceneOccupancy:
         """
         encoding, occupancy = self.encoding, self.encoding.occupancy
         before = occupancy.cells.flatten()
-        brightest = torch.zeros_like(before, dtype=torch.float32)
+        heaviest = torch.zeros_like(before, dtype=torch.float32)
         dim: list[Int32[Tensor, "rays samples"]] = []
-        for origins, directions in self._refining_rays(ring):
-            placing, containing, light = encoding.light(origins, directions)
+        for origins, directions in self._pruning_rays(ring):
+            placing, containing, weights = encoding.sample_weights(origins, directions)
             for numbers in (placing, containing):
-                brightest.scatter_reduce_(0, numbers.flatten().long(), light.flatten(), "amax")
-            dim.append(placing[light.amax(-1) < LEAST_LIGHT])
-        kept = before * (brightest >= LEAST_LIGHT).to(before.dtype)
+                heaviest.scatter_reduce_(0, numbers.flatten().long(), weights.flatten(), "amax")
+            dim.append(placing[weights.amax(-1) < LEAST_WEIGHT])
+        kept = before * (heaviest >= LEAST_WEIGHT).to(before.dtype)
         for numbers in dim:
             lost = numbers[kept[numbers].sum(-1) == 0].flatten()
             kept[lost] = before[lost]
         if not bool(kept.any()):  # No view shows anything.
             kept = before
         occupancy.cells = kept.view_as(occupancy.cells)
-        released = (before - kept).view_as(occupancy.cells)
-        self._released = released if self._released is None else self._released | released
-        encoding.refinements += 1
+        pruned = (before - kept).view_as(occupancy.cells)
+        self._pruned = pruned if self._pruned is None else self._pruned | pruned
+        encoding.prunings += 1
         return self._at_fitting_resolution()
 
     @property
     def _room(self) -> int:
         rows = len(self.encoding.volume.rows) - 1
         # Spare rows are for the first views.
-        return min(self.max_grid_points, rows) if self.encoding.refinements else rows
+        return min(self.max_grid_points, rows) if self.encoding.prunings else rows
 
     def _at_fitting_resolution(self) -> Callable[[Tensor], Tensor]:
         return self.encoding.resample(self._resolution(self._cell, self._room))
 
-    def _refining_rays(self, ring: ViewRing) -> Iterator[tuple[Float[Tensor, "rays 3"], Float[Tensor, "rays 3"]]]:
+    def _pruning_rays(self, ring: ViewRing) -> Iterator[tuple[Float[Tensor, "rays 3"], Float[Tensor, "rays 3"]]]:
         for index in range(len(ring)):
-            origins, directions, accumulation, _, valid = _pixels(ring, index, max(1, REFINING_RAYS // len(ring)))
+            origins, directions, accumulation, _, valid = _pixels(ring, index, max(1, PRUNING_RAYS // len(ring)))
             for part in (valid & (accumulation >= SEEN)).nonzero()[:, 0].split(_AT_ONCE):
                 yield origins[part], directions[part]
 
@@ -201,11 +200,11 @@ class SceneOccupancy:
         if self.has_depth:
             for index in range(len(ring)):
                 self._counts += occupancy.counts(self._surface(ring, index)[0])
-        self._released = None
-        if self.encoding.refinements:
+        self._pruned = None
+        if self.encoding.prunings:
             kept = occupancy.cells
             self._mark_ends()
-            self._released = occupancy.cells - kept
+            self._pruned = occupancy.cells - kept
             occupancy.cells = kept
 
     def describe(self) -> str:
@@ -274,15 +273,15 @@ class SceneOccupancy:
             self._claimed = cells
 
     def _mark_ends(self) -> None:
-        """Mark the cells in which enough pixels end, and their neighbors, except those that were released."""
+        """Mark the cells in which enough pixels end, and their neighbors, except those that were pruned."""
         occupancy = self.encoding.occupancy
         assert self._counts is not None
         counts = _sum_of_ranks(self._counts.clone())
         least = (LEAST_SHARE * counts.sum()).clamp_min(LEAST_HITS)
         kept = occupancy.cells
         occupancy.mark((counts >= least).to(torch.uint8))
-        if self._released is not None:
-            occupancy.cells = kept | (occupancy.cells & (1 - self._released))
+        if self._pruned is not None:
+            occupancy.cells = kept | (occupancy.cells & (1 - self._pruned))
 
     def _unexplained(self, ring: ViewRing, indices: range | list[int]) -> Iterator[UInt8[Tensor, "z y x"]]:
         """Return cells along rays that show something although nothing is marked on them, where no view shows empty

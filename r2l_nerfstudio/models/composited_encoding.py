@@ -31,8 +31,8 @@ from r2l_nerfstudio.students.sparse_volume import (
     SparseVolume,
     composite,
     int8_rows,
-    light_shares,
     read_rows,
+    rendering_weights,
 )
 
 RAYS_AT_ONCE = 1 << 17
@@ -106,20 +106,20 @@ class CompositedEncoding(nn.Module):
         self.occupancy = OccupancyGrid()
         self.volume = SparseVolume(settings.channels)
         self._volume_cells = (1, 1, 1)
-        self.refinements = 0
-        """How many times cells in which the student has no density were released."""
+        self.prunings = 0
+        """Number of times the occupancy was pruned."""
         self._space: tuple[int, MarchSpace] | None = None
         self._is_graph = False
         self._widths: Tensor | None = None
         self.register_load_state_dict_post_hook(CompositedEncoding._index_again)
 
     def get_extra_state(self) -> dict[str, Any]:
-        return {"volume_cells": list(self._volume_cells), "refinements": self.refinements}
+        return {"volume_cells": list(self._volume_cells), "prunings": self.prunings}
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
         self._volume_cells = checked_resolution(state["volume_cells"])
-        refinements = state.get("refinements", 0)  # Former versions had none.
-        self.refinements = refinements if isinstance(refinements, int) else 0
+        prunings = state.get("prunings", 0)  # Former versions had none.
+        self.prunings = prunings if isinstance(prunings, int) else 0
 
     def _index_again(self, _: Any) -> None:
         """Restore after loading which rows belong to which grid points.
@@ -205,18 +205,17 @@ class CompositedEncoding(nn.Module):
         self._volume_cells = volume_cells
         return self.volume.resample(grid_point_index(self.occupancy.cells, volume_cells))
 
-    def light(
+    def sample_weights(
         self, origins: Float[Tensor, "rays 3"], directions: Float[Tensor, "rays 3"]
     ) -> tuple[Int32[Tensor, "rays samples"], Int32[Tensor, "rays samples"], Float[Tensor, "rays samples"]]:
-        """Return where the light of rays comes from.
+        """Return the weights of sample points in the color of their rays.
 
         Args:
             origins: in the teacher's frame.
             directions: unit length.
 
         Returns:
-            For each sample point the cell of the occupancy that placed it, the cell in which it lies, and the share of the
-            ray's light that comes from there.
+            For each sample point the cell of the occupancy that placed it, the cell that contains it, and its weight.
         """
         span = self.span(origins[:, None], directions[:, None])
         placed = self._placed(span, self.settings.samples, jitter=False)
@@ -226,7 +225,7 @@ class CompositedEncoding(nn.Module):
         bins = (placed.fractions * len(middles)).long().clamp(max=len(middles) - 1)
         placing = self.occupancy.scene(span.lead_start[:, None] + middles[bins][..., None] * span.lead_step[:, None])
         cells = self.occupancy.flat_cell(placing), self.occupancy.flat_cell(points)
-        return *cells, light_shares(density, placed.lengths, placed.is_empty)
+        return *cells, rendering_weights(density, placed.lengths, placed.is_empty)
 
     def span(self, origins: Float[Tensor, "groups 1 3"], directions: Float[Tensor, "groups group 3"]) -> RaySpan:
         """Return where the scene is searched: inside its box if it is bounded, else between the nearest and farthest

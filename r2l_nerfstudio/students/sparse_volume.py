@@ -22,7 +22,7 @@ MAX_EXPONENT = 10.0
 STOP = 1e-3
 """Least remaining light; samples behind it are left out."""
 LEAST_HELD = 0.1
-"""Share of the grid points around a new one that must have been held for it to take over what they learned."""
+"""Share of a new grid point's interpolation weights that former grid points must have; else it starts afresh."""
 POINTS_AT_ONCE = 1 << 18
 """Points that are read at once where another resolution is computed."""
 
@@ -95,7 +95,8 @@ class SparseVolume(nn.Module):
         return made
 
     def resample(self, index: Int32[Tensor, "z y x"]) -> Callable[[Tensor], Tensor]:
-        """Hold grid points of another resolution from now on, with what was read there before. New ones start transparent.
+        """Hold grid points of another resolution from now on, interpolated from the former ones. Points without a
+        former neighbor start transparent.
 
         The parameter keeps its shape, for the reason that `lay_out` gives.
 
@@ -218,7 +219,7 @@ def composite(
     Returns:
         Sums, each weighted by the light from there; none is divided by the accumulation.
     """
-    weights = light_shares(values[..., 0], lengths, is_empty)
+    weights = rendering_weights(values[..., 0], lengths, is_empty)
     return Composited(
         (weights[..., None] * values[..., 1:]).sum(-2),
         weights.sum(-1, keepdim=True),
@@ -227,10 +228,10 @@ def composite(
     )
 
 
-def light_shares(
+def rendering_weights(
     density: Float[Tensor, "rays samples"], lengths: Float[Tensor, "rays samples"], is_empty: Bool[Tensor, "rays"]
 ) -> Float[Tensor, "rays samples"]:
-    """Return the share of each ray's light that comes from each sample (NeRF, eq. 3).
+    """Return the weight of each sample in its ray's color (NeRF, eq. 3).
 
     Args:
         density: raw density of the samples.

@@ -526,7 +526,7 @@ def test_the_average_of_the_weights_survives_a_kill_and_is_what_training_leaves(
         assert torch.equal(ours, theirs), name
 
 
-def test_a_resumed_run_goes_on_from_a_refined_occupancy(
+def test_a_resumed_run_continues_with_the_pruned_occupancy(
     tiny_teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("r2l_nerfstudio.distillation.pipeline.STEPS_PER_GROWTH", 2)
@@ -536,19 +536,19 @@ def test_a_resumed_run_goes_on_from_a_refined_occupancy(
         encoding = trainer.pipeline.model.composited
         before = encoding.occupancy.share()
         trainer.train()
-        assert encoding.refinements == 2
+        assert encoding.prunings == 2
         assert encoding.occupancy.share() < before
         assert len(encoding.volume.rows) == encoding.volume.num_grid_points + 1
     saved = config.get_base_dir() / "nerfstudio_models"
     resumed = student_config(tiny_teacher, tmp_path / "resumed", load_dir=saved, load_step=6, **overrides)
     with set_up(resumed) as trainer:
         encoding = trainer.pipeline.model.composited
-        assert encoding.refinements == 1
+        assert encoding.prunings == 1
         rows = encoding.volume.rows
         (state,) = (o.state[rows] for o in trainer.optimizers.optimizers.values() if rows in o.state)
         assert state["exp_avg"].shape == rows.shape
         trainer.train()
-        assert encoding.refinements == 2
+        assert encoding.prunings == 2
     student = load_student(resumed.get_base_dir(), device="cpu", engine="torch")
     assert torch.equal(student.model.composited.volume.index, encoding.volume.index)
 
