@@ -45,9 +45,9 @@ class CropDataManagerConfig(DistillationDataManagerConfig):
     """Whole views per iteration instead of square crops, as published; then neither --train-num-rays-per-batch nor
     --crop-cells is used. 0: square crops."""
     single_ray_share: Annotated[float, FloatRange(0, 1)] = 0.0
-    """Share of the training, at its start, in which a student with composited features learns from single rays of all
-    views and photos instead of crops: the features, and the layers that read those of a pixel. The pixels of a crop teach
-    the same few features. Crops then teach the rest."""
+    """Share of the training, at its start, on single rays of all views and photos instead of crops, for students with
+    composited features. Single rays train the features and the layers that read them; the pixels of a crop share few
+    features."""
 
 
 class CropDataManager(DistillationDataManager):
