@@ -185,10 +185,25 @@ def ring_of(sees: list[Tensor], has_depth: bool = True, views: int = 16, side: i
     return ring, CaptureCameras(camera_to_worlds, ring.intrinsics, side, side)
 
 
-def occupied_by(ring: Ring, cameras: CaptureCameras, has_depth: bool = True) -> CompositedEncoding:
+def in_unit_ball(**settings: int) -> CompositedEncoding:
     encoding = RayEncoding("points", 8, 4)
     encoding.set_bounds(SceneBounds("sphere", (0.0, 0.0, 0.0), 1.0, 2.5, 5.5), torch.eye(3))
-    made = CompositedEncoding(encoding, CompositedSettings())
+    return CompositedEncoding(encoding, CompositedSettings(**settings))
+
+
+def has_empty_ray(made: CompositedEncoding, ring: Ring) -> bool:
+    """Whether a ray on which a view shows something has no occupied cell."""
+    for view in range(len(ring)):
+        origins, directions = image_rays(ring.camera_to_worlds[view], ring.intrinsics[view], ring.height, ring.width)
+        seen = ring.pixels[view, ..., 3] > 128
+        _, is_empty = made.composited(span_of(made, origins[seen], directions[seen]))
+        if is_empty.any():
+            return True
+    return False
+
+
+def occupied_by(ring: Ring, cameras: CaptureCameras, has_depth: bool = True) -> CompositedEncoding:
+    made = in_unit_ball()
     SceneOccupancy(made, 32, 50_000, has_depth).start(ring, cameras)
     return made
 
@@ -229,11 +244,7 @@ def test_wrong_depth_does_not_lose_anything_visible() -> None:
     floaters = torch.rand(ring.depth.shape, generator=generator) < 0.02
     ring.depth[floaters] *= 0.6
     made = occupied_by(ring, cameras)
-    for view in range(len(ring)):
-        origins, directions = image_rays(ring.camera_to_worlds[view], ring.intrinsics[view], ring.height, ring.width)
-        seen = ring.pixels[view, ..., 3] > 128
-        _, is_empty = made.composited(span_of(made, origins[seen], directions[seen]))
-        assert not is_empty.any()
+    assert not has_empty_ray(made, ring)
 
 
 def test_a_fog_of_stray_depths_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -257,9 +268,7 @@ def test_a_fog_of_stray_depths_is_left_out(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_new_views_add_cells_and_rows_keep_their_features() -> None:
     few, cameras = ring_of([(BALL, 1.0)])
-    encoding = RayEncoding("points", 8, 4)
-    encoding.set_bounds(SceneBounds("sphere", (0.0, 0.0, 0.0), 1.0, 2.5, 5.5), torch.eye(3))
-    made = CompositedEncoding(encoding, CompositedSettings())
+    made = in_unit_ball()
     scene = SceneOccupancy(made, 32, 50_000, True)
     scene.start(few, cameras)
     made.occupancy.cells[:, :, : made.occupancy.cells.shape[2] // 2] = 0  # as if half had been out of sight
@@ -290,9 +299,7 @@ def test_new_views_add_cells_and_rows_keep_their_features() -> None:
 
 def test_without_room_for_new_cells_all_cells_become_larger() -> None:
     ring, cameras = ring_of([(BALL, 1.0)])
-    encoding = RayEncoding("points", 8, 4)
-    encoding.set_bounds(SceneBounds("sphere", (0.0, 0.0, 0.0), 1.0, 2.5, 5.5), torch.eye(3))
-    made = CompositedEncoding(encoding, CompositedSettings())
+    made = in_unit_ball()
     scene = SceneOccupancy(made, 32, 1500, True)
     scene.start(ring, cameras)
     fitting, half = made.volume.cells, made.occupancy.cells.clone()
@@ -310,11 +317,7 @@ def test_without_room_for_new_cells_all_cells_become_larger() -> None:
     is_new = rows[:, 1:].abs().amax(-1) < 1.0
     assert 0.2 < float(is_new.float().mean()) < 0.8
     assert float(rows[is_new, 0].min()) > -1.0  # transparent, but not empty: it can learn
-    for view in range(len(ring)):
-        origins, directions = image_rays(ring.camera_to_worlds[view], ring.intrinsics[view], ring.height, ring.width)
-        seen = ring.pixels[view, ..., 3] > 128
-        _, is_empty = made.composited(span_of(made, origins[seen], directions[seen]))
-        assert not is_empty.any()
+    assert not has_empty_ray(made, ring)
 
 
 def dense_at(made: CompositedEncoding, things: list[Tensor], radius: float) -> None:
@@ -336,9 +339,7 @@ def test_pruned_cells_make_room_for_smaller_cells() -> None:
     stray = 0.6 * torch.rand(ring.depth.shape, generator=torch.Generator().manual_seed(1)) - 0.3
     stray[torch.rand(ring.depth.shape, generator=torch.Generator().manual_seed(2)) < 0.8] = 0.0
     ring.depth += stray * (ring.depth > 0)
-    encoding = RayEncoding("points", 8, 4)
-    encoding.set_bounds(SceneBounds("sphere", (0.0, 0.0, 0.0), 1.0, 2.5, 5.5), torch.eye(3))
-    made = CompositedEncoding(encoding, CompositedSettings(samples=64))
+    made = in_unit_ball(samples=64)
     scene = SceneOccupancy(made, 32, 8000, True)
     scene.start(ring, cameras)
     dense_at(made, [BALL, WIRE], 0.08)
@@ -372,7 +373,7 @@ def test_pruned_cells_make_room_for_smaller_cells() -> None:
     ring.views_put += len(ring)
     scene.grow(ring)
     assert not bool((made.occupancy.cells & before & (1 - kept)).any())
-    other = CompositedEncoding(encoding, CompositedSettings(samples=64))
+    other = in_unit_ball(samples=64)
     resumed = SceneOccupancy(other, 32, 8000, True)
     resumed.start(ring, cameras)
     other.load_state_dict(made.state_dict())
@@ -385,18 +386,12 @@ def test_pruned_cells_make_room_for_smaller_cells() -> None:
 
 def test_pruning_leaves_no_ray_without_a_cell() -> None:
     ring, cameras = ring_of([(BALL, 1.0), (WIRE, 1.0)])
-    encoding = RayEncoding("points", 8, 4)
-    encoding.set_bounds(SceneBounds("sphere", (0.0, 0.0, 0.0), 1.0, 2.5, 5.5), torch.eye(3))
-    made = CompositedEncoding(encoding, CompositedSettings())
+    made = in_unit_ball()
     scene = SceneOccupancy(made, 32, 50_000, True)
     scene.start(ring, cameras)
     dense_at(made, [BALL], 0.08)
     scene.prune(ring)
-    for view in range(len(ring)):
-        origins, directions = image_rays(ring.camera_to_worlds[view], ring.intrinsics[view], ring.height, ring.width)
-        seen = ring.pixels[view, ..., 3] > 128
-        _, is_empty = made.composited(span_of(made, origins[seen], directions[seen]))
-        assert not is_empty.any()
+    assert not has_empty_ray(made, ring)
 
 
 def test_grids_of_other_resolutions_have_a_point_wherever_a_cell_is() -> None:

@@ -12,13 +12,22 @@ from distil import distil, student_config
 from made_once import MadeOnce
 from teachers import train_teacher
 
-TINY_R2L = {
-    "pipeline.datamanager.num_views": 4,
-    "pipeline.datamanager.train_num_rays_per_batch": 512,
-    "pipeline.datamanager.photo_iterations": 10,
-    "pipeline.model.width": 32,
-    "pipeline.model.depth": 6,
-}
+
+def short_r2l_run(teacher: Path, folder: Path, iterations: int) -> Path:
+    changes = {
+        "max_num_iterations": iterations,
+        "pipeline.datamanager.num_views": 4,
+        "pipeline.datamanager.train_num_rays_per_batch": 512,
+        "pipeline.datamanager.photo_iterations": 10,
+        "pipeline.model.width": 32,
+        "pipeline.model.depth": 6,
+    }
+    return distil(student_config(teacher, folder, **changes))
+
+
+def short_mobile_run(teacher: Path, folder: Path, iterations: int) -> Path:
+    changes = {"max_num_iterations": iterations, "pipeline.datamanager.photo_iterations": 10}
+    return distil(student_config(teacher, folder, "mobile-r2l-lite", **changes))
 
 
 @pytest.fixture(scope="session")
@@ -67,19 +76,13 @@ def train_student(command: Callable[..., list[str]], tiny_teacher: Path) -> Call
 @pytest.fixture(scope="session")
 def tiny_student(tiny_teacher: Path, made_once: MadeOnce) -> Path:
     """Folder of a run: `r2l-lite` distilled from `tiny_teacher`. Read only: copy it to change it."""
-    changes = {"max_num_iterations": 30, **TINY_R2L}
-    return made_once("student", lambda folder: distil(student_config(tiny_teacher, folder, **changes)))
+    return made_once("student", lambda folder: short_r2l_run(tiny_teacher, folder, 30))
 
 
 @pytest.fixture(scope="session")
 def tiny_mobile_student(tiny_teacher: Path, made_once: MadeOnce) -> Path:
     """Folder of a run: `mobile-r2l-lite` distilled from `tiny_teacher`. Read only: copy it to change it."""
-    changes = {"max_num_iterations": 30, "pipeline.datamanager.photo_iterations": 10}
-
-    def build(folder: Path) -> Path:
-        return distil(student_config(tiny_teacher, folder, "mobile-r2l-lite", **changes))
-
-    return made_once("mobile_student", build)
+    return made_once("mobile_student", lambda folder: short_mobile_run(tiny_teacher, folder, 30))
 
 
 @pytest.fixture(scope="session")
@@ -93,16 +96,10 @@ def visible_teacher(tiny_capture: Path, made_once: MadeOnce) -> Path:
 @pytest.fixture(scope="session")
 def visible_student(visible_teacher: Path, made_once: MadeOnce) -> Path:
     """Folder of a run: `r2l-lite` distilled from `visible_teacher`. Read only: copy it to change it."""
-    changes = {"max_num_iterations": 60, **TINY_R2L}
-    return made_once("visible_student", lambda folder: distil(student_config(visible_teacher, folder, **changes)))
+    return made_once("visible_student", lambda folder: short_r2l_run(visible_teacher, folder, 60))
 
 
 @pytest.fixture(scope="session")
 def visible_mobile_student(visible_teacher: Path, made_once: MadeOnce) -> Path:
     """Folder of a run: `mobile-r2l-lite` distilled from `visible_teacher`. Read only: copy it to change it."""
-    changes = {"max_num_iterations": 60, "pipeline.datamanager.photo_iterations": 10}
-
-    def build(folder: Path) -> Path:
-        return distil(student_config(visible_teacher, folder, "mobile-r2l-lite", **changes))
-
-    return made_once("visible_mobile_student", build)
+    return made_once("visible_mobile_student", lambda folder: short_mobile_run(visible_teacher, folder, 60))
